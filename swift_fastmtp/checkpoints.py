@@ -1,0 +1,184 @@
+"""Checkpoint folders as files: tensors by name, without building or loading a model.
+
+Reading follows SGLang's loader (`model_loader/weight_utils.py`): `model.safetensors.index.json`, when there is
+one, only selects files, and every tensor of a selected file counts; without it every `*.safetensors` does. All
+weights are read with safetensors; nothing here unpickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import FastMTPError
+from .families import Family
+
+SETTINGS_FILE = "fastmtp.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Weights:
+    """The tensors of a checkpoint folder. Raises `FastMTPError` for missing, unreadable or duplicated ones."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (OSError, ValueError, KeyError, AttributeError) as error:
+                raise FastMTPError(f"{index}: cannot be read as a safetensors index ({error!r})") from None
+            self.files = sorted({self.folder / name for name in listed})
+        else:
+            self.files = sorted(self.folder.glob("*.safetensors"))
+        if not self.files:
+            raise FastMTPError(f"{self.folder}: holds no *.safetensors file; convert the checkpoint to safetensors")
+        self.file_of: dict[str, Path] = {}
+        for path in self.files:
+            for name in _open(path).keys():  # noqa: SIM118 (safe_open is not a dict)
+                if name in self.file_of:
+                    raise FastMTPError(f"{path}: {name} is also in {self.file_of[name].name}; remove the stale one")
+                self.file_of[name] = path
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(_open(self.file_of[name]).get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = _open(self.file_of[name]).get_tensor(name)
+        return tensor
+
+    def under(self, prefix: str) -> list[str]:
+        """Names below a module path, sorted."""
+        return sorted(n for n in self.file_of if n.startswith(prefix + "."))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise FastMTPError(f"{path}: listed in the index, but missing; download the checkpoint again") from None
+    except (OSError, SafetensorError) as error:
+        raise FastMTPError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+
+
+def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The head's tensors of a checkpoint, each accounted for by name, shape and finiteness.
+
+    Args:
+        folder: a full or a head-only checkpoint.
+        family: its row.
+        expected: name → shape of every tensor the head must have (`modeling.head_shapes`).
+
+    Raises `FastMTPError` naming the first tensor that is missing, unknown, misshapen or not finite.
+    """
+    weights = Weights(folder)
+    parent = family.prefix.rsplit(".", 1)[0]
+    found = weights.under(parent)
+    if not found:
+        raise FastMTPError(
+            f"{folder}: no tensor under '{parent}.'; this checkpoint lost its MTP layer (saving through plain "
+            "transformers drops it): take the tensors from the original model"
+        )
+    for name in expected:
+        if name not in weights.file_of:
+            raise FastMTPError(f"{folder}: MTP tensor {name} is missing; download or export the checkpoint again")
+    for name in found:
+        if name not in expected:
+            raise FastMTPError(f"{folder}: unexpected MTP tensor {name}; engines would load it over another one")
+    tensors = {}
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise FastMTPError(
+                f"{folder}: {name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
+            )
+        tensors[name] = weights.read(name)
+        if not tensors[name].is_floating_point():
+            raise FastMTPError(
+                f"{folder}: {name} is stored as {tensors[name].dtype}; a quantised MTP layer cannot be trained, "
+                "start from the unquantised checkpoint"
+            )
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise FastMTPError(f"{folder}: {name} holds NaN or infinite values; the checkpoint is broken")
+    return tensors
+
+
+def fingerprint(folder: str | Path, family: Family) -> str:
+    """Hash of a checkpoint's backbone, to tell later whether a head belongs to it.
+
+    Names, dtypes and shapes of every tensor outside the head, and the first row of each; so it costs megabytes, not
+    gigabytes, and changes with any fine-tuning that touches a matrix.
+    """
+    weights = Weights(folder)
+    digest = hashlib.sha256()
+    parent = family.prefix.rsplit(".", 1)[0] + "."
+    for name in sorted(n for n in weights.file_of if not n.startswith(parent)):
+        view = _open(weights.file_of[name]).get_slice(name)
+        shape = view.get_shape()
+        digest.update(f"{name} {view.get_dtype()} {shape}\n".encode())
+        row = view[:1] if len(shape) > 1 else view[:]
+        digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file that appears whole or not at all. Raises `FastMTPError` if it cannot be written."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staged, metadata={"format": "pt"})
+        staged.chmod(0o644)  # safetensors writes 0600
+        os.replace(staged, path)
+    except (OSError, SafetensorError) as error:
+        staged.unlink(missing_ok=True)
+        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON that appears whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        staged.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder that appears, complete, when the `with` ends well; an error leaves nothing behind.
+
+    Raises `FastMTPError` if `path` exists or cannot be written.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FastMTPError(f"{path}: already exists; name another output folder or remove this one")
+    staged: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        staged.chmod(0o755)
+        yield staged
+        os.replace(staged, path)
+    except OSError as error:
+        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+    finally:
+        if staged is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard link where the file system allows it, else a byte-for-byte copy."""
+    source = source.resolve()  # hub caches are folders of symbolic links
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,109 @@
+"""The `fastmtp` verbs. Each only parses its arguments and calls the function that does the work."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import FastMTPError
+
+
+def _plugin_path(_: argparse.Namespace) -> None:
+    print(Path(__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py")
+
+
+def _distill(args: argparse.Namespace) -> None:
+    from .data.distill import distill
+
+    distill(
+        args.model,
+        args.prompts,
+        args.output,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    from .export.folders import export_draft, export_full
+
+    write = export_draft if args.draft_only else export_full
+    base = write(args.adapters, args.output_dir, args.model)
+    print(f"{args.output_dir}: {'draft-only folder' if args.draft_only else 'full checkpoint'}, base {base}")
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from .evaluation.simulate import simulate
+
+    simulate(
+        args.model,
+        args.adapters,
+        args.dataset,
+        output_dir=args.output_dir,
+        num_steps=args.num_steps,
+        max_new_tokens=args.max_new_tokens,
+        answers=args.answers,
+        batch_size=args.batch_size,
+        dtype=args.torch_dtype,
+        device=args.device,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("plugin-path", help="path for swift's --external_plugins")
+    verb.set_defaults(run=_plugin_path)
+
+    verb = verbs.add_parser("distill", help="answers to your prompts, from the model itself")
+    verb.add_argument("--model", required=True, help="checkpoint folder")
+    verb.add_argument("--prompts", required=True, help="JSONL with `messages` (or `prompt`)")
+    verb.add_argument("--output", required=True, help="JSONL to write; an unfinished one is continued")
+    verb.add_argument("--batch_size", type=int, default=32)
+    verb.add_argument("--max_new_tokens", type=int, default=4096, help="paper: 4096")
+    verb.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6; 0 is greedy")
+    verb.add_argument("--top_k", type=int, default=20, help="paper: 20")
+    verb.add_argument("--top_p", type=float, default=0.95, help="paper: 0.95")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.set_defaults(run=_distill)
+
+    verb = verbs.add_parser("export", help="a checkpoint that SGLang and vLLM serve")
+    verb.add_argument("--adapters", required=True, help="checkpoint of swift sft (tuner type fastmtp, full or lora)")
+    verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
+    verb.add_argument("--model", help="base model folder; default: the one the checkpoint was trained for")
+    verb.add_argument("--draft_only", action="store_true", help="only config, tokenizer and the MTP layer")
+    verb.set_defaults(run=_export)
+
+    verb = verbs.add_parser("simulate", help="acceptance without a server: every depth and every K at once")
+    verb.add_argument("--model", required=True, help="checkpoint folder; its own head is the first row")
+    verb.add_argument("--adapters", nargs="*", default=[], help="trained checkpoints to compare with it")
+    verb.add_argument("--dataset", required=True, help="JSONL with `messages` (or `prompt`)")
+    verb.add_argument("--output_dir", help="write simulate.json and simulate.png here")
+    verb.add_argument("--num_steps", type=int, default=3, help="largest draft depth K")
+    verb.add_argument("--max_new_tokens", type=int, default=1024, help="paper: 1024")
+    verb.add_argument("--answers", choices=("generate", "given"), default="generate", help="greedy, or the dataset's")
+    verb.add_argument("--batch_size", type=int, default=16)
+    verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    verb.add_argument("--device", default="cpu")
+    verb.set_defaults(run=_simulate)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. A `FastMTPError` becomes one line on stderr and exit status 1."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except FastMTPError as error:
+        sys.exit(f"fastmtp: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

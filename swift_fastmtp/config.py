@@ -1,0 +1,102 @@
+"""Every knob of the method, its default and where it comes from.
+
+Users set knobs through ms-swift's own `--model_kwargs` (`--model_kwargs '{"fastmtp_beta": 0.5}'`, or a
+`model_kwargs:` mapping in a recipe). ms-swift exports those keys, upper-cased, as environment variables; so a
+knob `beta` is the key `fastmtp_beta` and the variable `FASTMTP_BETA`, and reading the environment is the one
+place where all of these ways meet.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .errors import FastMTPError
+
+ENV_PREFIX = "FASTMTP_"
+ROLLOUTS = ("exact", "paper")
+LOSSES = ("ce",)
+
+
+@dataclass(frozen=True)
+class FastMTPConfig:
+    """Settings of the method. The help text of each field is its documentation, in the docs too."""
+
+    num_speculative_steps: int = field(
+        default=3,
+        metadata={"help": "Draft depth K: how often the one head is applied to its own output (paper 3.1: 3)."},
+    )
+    beta: float = field(
+        default=0.6,
+        metadata={"help": "Decay of the step weights, alpha_k = beta^(k-1) / sum_j beta^(j-1) (paper Eq. 2: 0.6)."},
+    )
+    rollout: str = field(
+        default="exact",
+        metadata={
+            "help": "Graph of the recursion: `exact` is what SGLang and vLLM run when they serve one MTP layer, "
+            "`paper` is what the paper's code trains."
+        },
+    )
+    loss: str = field(
+        default="ce",
+        metadata={"help": "Loss of each step; `ce` is cross-entropy against the next token (paper Eq. 1)."},
+    )
+    loss_chunk_size: int = field(
+        default=1024,
+        metadata={"help": "Supervised rows whose logits exist at once; memory of the loss is this x vocabulary."},
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.num_speculative_steps >= 1, "num_speculative_steps", self.num_speculative_steps, "at least 1")
+        _check(0.0 < self.beta <= 1.0, "beta", self.beta, "in (0, 1]")
+        _check(self.rollout in ROLLOUTS, "rollout", self.rollout, f"one of {', '.join(ROLLOUTS)}")
+        _check(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
+        _check(self.loss_chunk_size >= 1, "loss_chunk_size", self.loss_chunk_size, "at least 1")
+
+    @property
+    def step_weights(self) -> list[float]:
+        """alpha_1..alpha_K of paper Eq. 2; they sum to 1."""
+        powers = [self.beta**k for k in range(self.num_speculative_steps)]
+        return [p / sum(powers) for p in powers]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], where: str = "model_kwargs") -> "FastMTPConfig":
+        """Settings from `{knob: value}`; strings are parsed. Unknown or impossible values raise `FastMTPError`."""
+        known = {f.name: f for f in fields(cls)}
+        parsed: dict[str, Any] = {}
+        for name, value in values.items():
+            if name not in known:
+                raise FastMTPError(f"{where}: unknown knob 'fastmtp_{name}'; known: {', '.join(knob_names())}")
+            parsed[name] = _parse(name, value, type(known[name].default))
+        return cls(**parsed)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> "FastMTPConfig":
+        """Settings from `FASTMTP_*` environment variables, which is where ms-swift puts `model_kwargs`."""
+        environ = os.environ if environ is None else environ
+        values = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
+        return cls.from_mapping(values)
+
+
+def knob_names() -> list[str]:
+    """The keys users write in `model_kwargs`."""
+    return [f"fastmtp_{f.name}" for f in fields(FastMTPConfig)]
+
+
+def _parse(name: str, value: Any, kind: type) -> Any:
+    # bool is an int in Python, but `true` is never a depth or a chunk size.
+    whole = kind is not int or isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
+    try:
+        if isinstance(value, bool) or not whole:
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise FastMTPError(f"fastmtp_{name}: cannot read {value!r} as {kind.__name__}") from None
+
+
+def _check(ok: bool, name: str, value: Any, want: str) -> None:
+    if not ok:
+        raise FastMTPError(f"fastmtp_{name}: {value!r} is not possible; it must be {want}")

@@ -1,0 +1,52 @@
+"""Answers from a model in this process, in batches: for small models; large ones belong on a server."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Answer(NamedTuple):
+    token_ids: list[int]
+    """With the end token, if the model produced one."""
+    finish_reason: str
+    """`stop` (an end token) or `length` (the token limit), as OpenAI-compatible servers name them."""
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer: generation_config's, and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    listed = ids if isinstance(ids, list) else [ids]
+    return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[Answer]:
+    """One answer per prompt; temperature 0 is greedy. Sampling uses torch's global generator."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ends = end_token_ids(model, tokenizer)
+    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+        **sampling,
+    )
+    answers = []
+    for row in output[:, width:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        answers.append(Answer(row, "length") if stop is None else Answer(row[: stop + 1], "stop"))
+    return answers

@@ -1,0 +1,1 @@
+"""Trained heads as folders that stock SGLang and vLLM serve."""

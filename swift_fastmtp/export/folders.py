@@ -1,0 +1,165 @@
+"""A trained head → a folder that an engine serves, by two routes.
+
+* full: the base checkpoint with its MTP tensors replaced. Files without MTP tensors are hard-linked; a shard that
+  holds some is copied and the new values are written into the same bytes of the copy, so header, names, order and
+  every other tensor stay as they were. (Adding a file and leaving the old tensors in place would not do: SGLang
+  loads every tensor of every listed shard, and the stale ones may come last.)
+* draft-only: config, tokenizer and the MTP tensors alone, for `--speculative-draft-model-path`.
+
+Neither loads a model; memory is one head.
+"""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checkpoints import (
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    Weights,
+    fingerprint,
+    link_or_copy,
+    new_folder,
+    read_head,
+    save_tensors,
+    write_json,
+)
+from ..config import FastMTPConfig
+from ..errors import FastMTPError
+from ..families import Family, find_family, read_config
+
+# Written by trainers next to a model; they describe a run, not a model.
+_RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> dict[str, Any]:
+    """Content of `fastmtp.json`: how a head was trained and which backbone it belongs to."""
+    return {
+        "swift_fastmtp": __version__,
+        **config.to_dict(),
+        "base_model": base_model,
+        "base_fingerprint": base_fingerprint,
+    }
+
+
+def export_full(checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None) -> Path:
+    """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
+
+    Args:
+        checkpoint: from `swift sft`, tuner type `fastmtp`, `full` or `lora`.
+        output_dir: must not exist; it appears whole or not at all.
+        base_model: the model the head was trained for; default: what the checkpoint remembers.
+
+    Raises `FastMTPError` naming the file or tensor.
+    """
+    base, family, tensors, info = _collect(checkpoint, base_model)
+    weights = Weights(base)
+    with new_folder(output_dir) as out:
+        changed = {weights.file_of[name] for name in tensors}
+        for source in sorted(base.iterdir()):
+            target = out / source.name
+            if source.is_dir() or source.name in _RUN_FILES or source.name.startswith("."):
+                continue
+            if source in changed:
+                shutil.copyfile(source, target)
+                _overwrite(target, {n: t for n, t in tensors.items() if weights.file_of[n] == source})
+            else:
+                link_or_copy(source, target)
+        write_json(info, out / SETTINGS_FILE)
+        _verify(out, family, tensors)
+    return base
+
+
+def export_draft(checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None) -> Path:
+    """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
+    base, family, tensors, info = _collect(checkpoint, base_model)
+    with new_folder(output_dir) as out:
+        for source in sorted(base.iterdir()):
+            if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
+                shutil.copyfile(source, out / source.name)
+        write_json(info, out / SETTINGS_FILE)
+        save_tensors(tensors, out / WEIGHTS_FILE)
+        _verify(out, family, tensors)
+    return base
+
+
+def _collect(
+    checkpoint: str | Path, base_model: str | Path | None
+) -> tuple[Path, Family, dict[str, torch.Tensor], dict[str, Any]]:
+    """Base folder, its family, the trained tensors in the base's dtype, and the content of `fastmtp.json`."""
+    checkpoint = Path(checkpoint)
+    if not checkpoint.is_dir():
+        raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
+    known = _read_json(checkpoint / SETTINGS_FILE)
+    run = _read_json(checkpoint / "args.json")
+    base = Path(base_model or known.get("base_model") or run.get("model") or "")
+    if not (base / "config.json").exists():
+        raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
+    family = find_family(read_config(base), base / "config.json")
+    identity = fingerprint(base, family)
+    if known.get("base_fingerprint", identity) != identity:
+        raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
+    from ..modeling import head_shapes  # torch models only from here on
+
+    expected = head_shapes(base)
+    if (checkpoint / "adapter_config.json").exists():
+        from .lora import merge_head
+
+        trained = merge_head(base, checkpoint)
+    else:
+        trained = read_head(checkpoint, family, expected)
+    originals = read_head(base, family, expected)
+    tensors = {name: trained[name].to(originals[name].dtype) for name in expected}
+    if all(torch.equal(tensors[n], originals[n]) for n in expected):
+        raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
+    if not known:
+        knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
+        known = settings(FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), identity)
+    return base, family, tensors, known
+
+
+def _overwrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace tensors of a safetensors file in place; dtype and shape stay, so do the header and all offsets."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        for name, tensor in tensors.items():
+            start, end = header[name]["data_offsets"]
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            if len(data) != end - start:
+                raise FastMTPError(f"{path}: {name} takes {end - start} bytes, the trained tensor {len(data)}")
+            file.seek(8 + length + start)
+            file.write(data)
+
+
+def _verify(folder: Path, family: Family, tensors: dict[str, torch.Tensor]) -> None:
+    """Read the result back: exactly these MTP tensors, with exactly these values."""
+    found = read_head(folder, family, {n: tuple(t.shape) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        if not torch.equal(found[name], tensor):
+            raise FastMTPError(f"{folder}: {name} reads back with other values; the disk may be faulty")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
+    return value

@@ -1,0 +1,196 @@
+"""Frozen backbone + MTP head as one Hugging Face model.
+
+`build_class` makes, for a family, a subclass of the transformers class that runs its backbone, with the head at its
+native checkpoint path. So `from_pretrained`, device maps, ZeRO-3 and `generate` are transformers' own; in training
+(and whenever no KV cache is asked for) `forward` runs the backbone without gradients, then the K-step recursion,
+and returns per-row losses and matches instead of logits.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.utils import ModelOutput
+
+from .checkpoints import read_head
+from .config import FastMTPConfig
+from .families import FAMILIES, Family, find_family, read_config
+from .head import MTPHead, import_class
+from .losses import step_losses, weighted_loss
+from .rollout import rollout, segment_ids, step_targets
+
+
+class MiMoConfig(Qwen2Config):
+    """transformers has no `mimo`; the checkpoint's own remote-code config is exactly this."""
+
+    model_type = "mimo"
+    num_nextn_predict_layers: int = 1
+
+
+AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
+
+
+@dataclass
+class FastMTPOutput(ModelOutput):
+    """What a training or evaluation step needs; `nll`, `match`, `valid` are [K, B, T], see `losses.StepLosses`.
+
+    `logits` stays None: the frozen model's own next-token logits are never computed.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    nll: torch.Tensor | None = None
+    match: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+
+class FastMTPMixin:
+    """The part of the model class that does not depend on the family."""
+
+    family: Family
+    model: Any
+    lm_head: nn.Linear
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.fastmtp = FastMTPConfig()
+        holder, layers, _ = self.family.prefix.rsplit(".", 2)  # model . mtp_layers . 0
+        parent = cast(nn.Module, self).get_submodule(holder)
+        parent.add_module(layers, nn.ModuleList([MTPHead(config, self.family)]))
+        cast(PreTrainedModel, self).post_init()
+
+    @property
+    def head(self) -> MTPHead:
+        return cast(MTPHead, cast(nn.Module, self).get_submodule(self.family.prefix))
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters under their checkpoint names."""
+        prefix = self.family.prefix + "."
+        return {n: p for n, p in cast(nn.Module, self).named_parameters() if n.startswith(prefix)}
+
+    def freeze_backbone(self) -> None:
+        """Only the head gets gradients."""
+        cast(nn.Module, self).requires_grad_(False)
+        for parameter in self.head_parameters().values():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode for the head only: a frozen backbone has no dropout and needs no checkpointing."""
+        module = cast(nn.Module, super().train(mode))  # type: ignore[misc]
+        for child in module.children():
+            nn.Module.train(child, False)
+        self.head.train(mode)
+        return module
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: trainers call this for gradient checkpointing, and it would drag autograd through the backbone."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """With `labels` [B, T] (unshifted, -100 where not supervised): a `FastMTPOutput`.
+
+        Without them this is the plain language model: `generate`, evaluation and export tools see no difference.
+        `num_items_in_batch`, if given, is the token count the loss is divided by (see `losses.weighted_loss`).
+        """
+        labels = kwargs.pop("mtp_labels", labels)  # ms-swift's trainer takes `labels` out of the inputs
+        if labels is None:
+            parent = super().forward  # type: ignore[misc]
+            return parent(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        assert input_ids is not None
+        with torch.no_grad():
+            packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
+            hidden = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
+            ).last_hidden_state
+            embeds = self.model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+        K = self.fastmtp.num_speculative_steps
+        segments = segment_ids(position_ids, attention_mask)
+        targets, valid = step_targets(input_ids, segments, labels, K)
+        outputs = rollout(
+            self.head, hidden, embeds, position_ids, segments, self.model.rotary_emb, K, self.fastmtp.rollout
+        )
+        weight = cast(nn.Parameter, self.lm_head.weight)
+        with _gathered([weight]):
+            nll, match = step_losses(outputs, weight, targets, valid, self.fastmtp.loss_chunk_size)
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            num_items = (labels[:, 1:] != -100).sum()
+        loss = weighted_loss(nll, self.fastmtp.step_weights, num_items)
+        return FastMTPOutput(loss=loss, nll=nll, match=match, valid=valid)
+
+
+def _gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Under ZeRO-3 parameters are partitioned; this makes them whole for the time of a `with`."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed.zero import GatheredParameters
+
+    return cast(AbstractContextManager[Any], GatheredParameters(parameters, modifier_rank=modifier_rank))
+
+
+@cache
+def build_class(family: Family) -> type:
+    """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
+    attributes = {"family": family, "config_class": CONFIG_MAPPING[family.config_model_type]}
+    cls = type(family.architectures[0], (FastMTPMixin, import_class(family.backbone)), attributes)
+    # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
+    cls.__module__, cls.__qualname__ = __name__, f"FastMTP_{family.name}"
+    return cls
+
+
+def model_class(model_dir: str | Path) -> type:
+    """The class for a checkpoint folder. Raises `FastMTPError` if its layout is unknown."""
+    return build_class(find_family(read_config(model_dir), Path(model_dir) / "config.json"))
+
+
+def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that the head of a checkpoint must have."""
+    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+    config = AutoConfig.from_pretrained(model_dir)
+    with torch.device("meta"):
+        head = MTPHead(config, family)
+    return {f"{family.prefix}.{n}": tuple(p.shape) for n, p in head.named_parameters()}
+
+
+def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put head tensors (checkpoint names) into a model. Works under ZeRO-3 too, where parameters are partitioned."""
+    parameters = model.head_parameters()
+    partitioned = [p for p in parameters.values() if hasattr(p, "ds_id")]
+    with _gathered(partitioned, modifier_rank=0) as _, torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.numel():  # other ranks hold empty tensors, and are sent rank 0's at the end
+                parameter.copy_(tensors[name])
+
+
+def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
+
+    Raises `FastMTPError` if the layout is unknown or an MTP tensor is missing, misshapen or not finite.
+    """
+    cls: Any = model_class(model_dir)
+    read_head(model_dir, cls.family, head_shapes(model_dir))
+    model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def __getattr__(name: str) -> type:
+    """Unpickling in a fresh process asks for `FastMTP_<family>` before anything built it."""
+    for family in FAMILIES:
+        if name == f"FastMTP_{family.name}":
+            return build_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

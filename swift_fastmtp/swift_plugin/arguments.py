@@ -1,0 +1,75 @@
+"""What `--model_type fastmtp` implies, and what it rules out, before any weight is loaded."""
+
+import re
+import sys
+from typing import Any
+
+from ..config import ENV_PREFIX, FastMTPConfig, knob_names
+from ..errors import FastMTPError
+from ..families import FAMILIES
+
+# (argument, value that is fine, why anything else is not)
+_UNSUPPORTED = (
+    ("sequence_parallel_size", 1, "draft steps read tokens of the neighbouring rank"),
+    ("enable_dft_loss", False, "it re-weights next-token logits, which FastMTP never computes"),
+    ("enable_channel_loss", False, "it needs next-token logits, which FastMTP never computes"),
+    ("use_liger_kernel", False, "it replaces the model's forward, and with it the MTP steps"),
+    ("predict_with_generate", False, "evaluation is acceptance; use `swift infer` for text"),
+    ("quant_method", None, "the head is trained against the unquantised backbone"),
+    ("quant_bits", None, "the head is trained against the unquantised backbone"),
+)
+_FLASH = ("flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def prepare_arguments(args: Any) -> None:
+    """Fill in what follows from the model type and refuse what cannot work.
+
+    Called by ms-swift's argument classes for every command. Raises `FastMTPError`, naming the argument.
+    """
+    if getattr(args, "model_type", None) != "fastmtp":
+        return
+    for key in args.model_kwargs or {}:
+        if not key.lower().startswith(ENV_PREFIX.lower()):
+            raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
+    FastMTPConfig.from_env()
+    if not hasattr(args, "loss_type"):
+        return  # infer, export, deploy
+    args.loss_type = args.loss_type or "fastmtp"
+    if args.tuner_type == "lora" and "--model_type" in sys.argv and "--tuner_type" not in sys.argv:
+        # `lora` is ms-swift's default, not the user's word. From Python, where the arguments are an object, the two
+        # cannot be told apart: there the tuner type is taken as given.
+        args.tuner_type = "fastmtp"
+    if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
+        args.target_regex = rf"^({_prefixes()})\..*_proj$"
+    frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
+    if args.tuner_type == "full" and not frozen:
+        args.freeze_parameters_ratio = 1.0
+        args.trainable_parameters_regex = rf"^({_prefixes()})\."
+    # The backbone runs without gradients and the head is called K times: there is nothing to gain from
+    # checkpointing, and under ZeRO-3 a checkpointed reused module gives wrong gradients.
+    args.gradient_checkpointing = False
+    # It compresses the labels to the last rows, which breaks their alignment with deeper steps.
+    args.use_logits_to_keep = False
+    _check(args)
+
+
+def _prefixes() -> str:
+    return "|".join(re.escape(family.prefix) for family in FAMILIES)
+
+
+def _check(args: Any) -> None:
+    for name, fine, why in _UNSUPPORTED:
+        if (getattr(args, name, None) or fine) != fine:
+            raise FastMTPError(f"--{name} {getattr(args, name)} does not work with --model_type fastmtp: {why}")
+    if args.loss_type == "fastmtp" and getattr(args, "is_binary_loss_scale", None) is False:
+        raise FastMTPError("--is_binary_loss_scale false does not work with --loss_type fastmtp: rows count or do not")
+    if (args.packing or args.padding_free) and args.attn_impl not in _FLASH:
+        name = "packing" if args.packing else "padding_free"
+        raise FastMTPError(
+            f"--{name} needs an attention that keeps documents apart; add --attn_impl flash_attention_2 (GPU), "
+            f"or drop --{name}"
+        )
+    if args.tuner_type not in ("fastmtp", "full", "lora"):
+        raise FastMTPError(
+            f"--tuner_type {args.tuner_type} is not supported with --model_type fastmtp; use fastmtp, full or lora"
+        )

@@ -1,0 +1,20 @@
+"""`swift export --adapters CHECKPOINT --output_dir OUT` for model type `fastmtp`."""
+
+from typing import Any
+
+from swift.utils import get_logger
+
+from ..errors import FastMTPError
+from ..export.folders import export_full
+
+logger = get_logger()
+
+
+def export_checkpoint(args: Any) -> None:
+    """Full checkpoint from a checkpoint of any tuner type (`fastmtp`, `full`, `lora`)."""
+    if not args.adapters and args.ckpt_dir is None:
+        raise FastMTPError("swift export: name the trained checkpoint with --adapters")
+    if args.output_dir is None:
+        raise FastMTPError("swift export: name the folder to write with --output_dir")
+    base = export_full(args.adapters[0] if args.adapters else args.ckpt_dir, args.output_dir, args.model_dir)
+    logger.info(f"exported {args.output_dir} (base {base})")

@@ -1,0 +1,85 @@
+"""Model type `fastmtp`: any checkpoint whose MTP layout is in `families.py`."""
+
+import os
+from typing import Any
+
+from swift.model import MODEL_MAPPING, ModelLoader, ModelMeta
+from swift.model.model_meta import get_matched_model_meta, get_matched_model_types
+from swift.template import get_template
+from swift.utils import get_logger
+from transformers import AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..checkpoints import read_head
+from ..config import FastMTPConfig
+from ..families import find_family, read_config
+from ..modeling import head_shapes, model_class
+
+logger = get_logger()
+
+
+class FastMTPLoader(ModelLoader):
+    """Loads backbone and head as one model, after checking that the checkpoint has everything the head needs."""
+
+    def get_config(self, model_dir: str) -> Any:
+        find_family(read_config(model_dir), os.path.join(model_dir, "config.json"))
+        return super().get_config(model_dir)
+
+    def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
+        cls: Any = model_class(model_dir)
+        read_head(model_dir, cls.family, head_shapes(model_dir))
+        self.auto_model_cls = cls
+        if is_deepspeed_zero3_enabled():
+            # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend=None if _has_gpu() else "gloo")
+        model = super().get_model(model_dir, config, processor, model_kwargs)
+        model.fastmtp = FastMTPConfig.from_env()
+        return model
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+class FastMTPModelMeta(ModelMeta):
+    """Takes template and saved files from the model type that ms-swift has for the same checkpoint."""
+
+    def check_requires(self, model_info: Any = None) -> None:
+        # The last call before ms-swift picks the chat template, and the first that knows the folder.
+        super().check_requires(model_info)
+        if model_info is None:
+            return
+        model_dir = model_info.model_dir
+        self.additional_saved_files = sorted(f for f in os.listdir(model_dir) if f.endswith(".py"))
+        base = get_matched_model_meta(model_dir)
+        if base is None:
+            architectures = read_config(model_dir).get("architectures")
+            types = [t for t in get_matched_model_types(architectures) if t != self.model_type]
+            base = MODEL_MAPPING[types[0]] if len(types) == 1 else None
+        if base is None:
+            return
+        self.model_arch = base.model_arch
+        self.candidate_templates = base.candidate_templates
+        self.template = base.template or self._matching_template(model_info)
+
+    def _matching_template(self, model_info: Any) -> str | None:
+        """The first candidate that renders a conversation as the tokenizer's own chat template does."""
+        candidates = self.candidate_templates
+        if len(candidates) == 1:
+            return candidates[0]
+        tokenizer = AutoTokenizer.from_pretrained(model_info.model_dir)
+        if not tokenizer.chat_template:
+            return None
+        tokenizer.model_info, tokenizer.model_meta = model_info, self
+        messages = [{"role": "user", "content": "1 + 1 = ?"}]
+        want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for candidate in candidates:
+            ids = get_template(tokenizer, template_type=candidate).encode({"messages": messages})["input_ids"]
+            if tokenizer.decode(ids) == want:
+                logger.info(f"template {candidate!r} renders like the tokenizer's chat template")
+                return candidate
+        return None

@@ -1,0 +1,83 @@
+"""Adds FastMTP to ms-swift's registries, once per process."""
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from swift.arguments import BaseArguments
+from swift.dataset import DatasetMeta, register_dataset
+from swift.loss import loss_map
+from swift.model import register_model
+from swift.tuner_plugin import tuners_map
+
+from ..errors import FastMTPError
+from .arguments import prepare_arguments
+from .dataset import SelfDistillLoader, SelfDistillPreprocessor
+from .export import export_checkpoint
+from .loss import FastMTPLoss
+from .model import FastMTPLoader, FastMTPModelMeta
+from .tuner import FastMTPTuner
+
+_registered = False
+
+
+def register() -> None:
+    """Model type, loss type and tuner type `fastmtp`, dataset `fastmtp-self-distill`, `swift export`."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    # The architecture is one of ours: naming the families' own would make their plain loading ambiguous.
+    meta = FastMTPModelMeta("fastmtp", [], FastMTPLoader, architectures=["FastMTPForCausalLM"])
+    register_model(meta, exist_ok=True)
+    loss_map["fastmtp"] = FastMTPLoss
+    tuners_map["fastmtp"] = FastMTPTuner
+    register_dataset(
+        DatasetMeta(
+            dataset_name="fastmtp-self-distill", loader=SelfDistillLoader, preprocess_func=SelfDistillPreprocessor()
+        ),
+        exist_ok=True,
+    )
+    _hook_arguments()
+    _hook_export()
+    _one_line_errors()
+
+
+def _hook_arguments() -> None:
+    """Defaults and checks run where ms-swift parses `model_kwargs`: after plugins, before anything is loaded."""
+    original = BaseArguments._init_model_kwargs
+
+    def _init_model_kwargs(self: Any) -> None:
+        original(self)
+        prepare_arguments(self)
+
+    BaseArguments._init_model_kwargs = _init_model_kwargs
+
+
+def _hook_export() -> None:
+    """`swift export --adapters CKPT` with none of ms-swift's own actions writes a servable checkpoint."""
+    from swift.pipelines.export.export import SwiftExport
+
+    original = SwiftExport.run
+    actions = ("to_peft_format", "quant_method", "to_ollama", "to_cached_dataset", "to_hf", "to_mcore", "push_to_hub")
+
+    def run(self: Any) -> Any:
+        args = self.args
+        if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
+            return original(self)
+        return export_checkpoint(args)
+
+    SwiftExport.run = run
+
+
+def _one_line_errors() -> None:
+    """A `FastMTPError` is the user's to mend: print its line, not a traceback. The exit status stays 1."""
+    original = sys.excepthook
+
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, FastMTPError):
+            print(f"fastmtp: error: {error}", file=sys.stderr)
+        else:
+            original(kind, error, trace)
+
+    sys.excepthook = excepthook

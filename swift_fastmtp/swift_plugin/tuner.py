@@ -1,0 +1,87 @@
+"""Tuner type `fastmtp`: only the head trains, and a checkpoint is only the head.
+
+The folder of a checkpoint is at once what training resumes from, what `--adapters` takes, and a draft folder for
+SGLang's `--speculative-draft-model-path`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from swift.tuner_plugin import Tuner
+
+from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, read_head, save_tensors, write_json
+from ..export.folders import settings
+from ..modeling import head_shapes, load_head
+
+
+class FastMTPTuner(Tuner):
+    """ms-swift's tuner interface; the model stays a plain transformers model."""
+
+    @staticmethod
+    def prepare_model(args: Any, model: Any) -> Any:
+        model.freeze_backbone()
+        if not args.deepspeed:  # DeepSpeed keeps its own fp32 master copy
+            _upcast_head(model)
+        _head_only_deepspeed_checkpoints()
+        return model
+
+    @staticmethod
+    def save_pretrained(model: Any, save_directory: str, state_dict: dict[str, Any] | None = None, **_: Any) -> None:
+        folder, base = Path(save_directory), Path(model.model_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        named = model.head_parameters()
+        tensors = {n: (state_dict or named)[n] for n in named}
+        for source in (base / "config.json", *base.glob("*.py")):
+            shutil.copyfile(source, folder / source.name)
+        if not hasattr(model, "base_fingerprint"):
+            model.base_fingerprint = fingerprint(base, model.family)
+        write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
+        save_tensors(tensors, folder / WEIGHTS_FILE)
+
+    @staticmethod
+    def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **_: Any) -> Any:
+        model.freeze_backbone()
+        if is_trainable:
+            # Before loading: a checkpoint holds the fp32 master copy, and resuming must not round it.
+            if not _uses_deepspeed():
+                _upcast_head(model)
+            _head_only_deepspeed_checkpoints()
+        load_head(model, read_head(model_id, model.family, head_shapes(model.model_dir)))
+        return model
+
+
+def _upcast_head(model: Any) -> None:
+    """bf16 steps of AdamW at these learning rates round to nothing: the trained copy is fp32, autocast computes."""
+    for parameter in model.head_parameters().values():
+        parameter.data = parameter.data.to(torch.float32)
+
+
+def _uses_deepspeed() -> bool:
+    from accelerate.utils import is_deepspeed_available
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    return is_deepspeed_available() and deepspeed_config() is not None
+
+
+def _head_only_deepspeed_checkpoints() -> None:
+    """DeepSpeed writes the frozen backbone into every checkpoint unless told otherwise; transformers tells it so for
+    PEFT models only."""
+    if not _uses_deepspeed():
+        return
+    from deepspeed import DeepSpeedEngine
+
+    if getattr(DeepSpeedEngine.save_checkpoint, "fastmtp", False):
+        return
+    save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
+
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return save(self, *args, **{**kwargs, "exclude_frozen_parameters": True})
+
+    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return load(self, *args, **{**kwargs, "load_module_strict": False})
+
+    save_checkpoint.fastmtp = True  # type: ignore[attr-defined]
+    DeepSpeedEngine.save_checkpoint = save_checkpoint
+    DeepSpeedEngine.load_checkpoint = load_checkpoint

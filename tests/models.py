@@ -1,0 +1,36 @@
+"""Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
+
+import torch
+
+from swift_fastmtp.families import FAMILIES
+from swift_fastmtp.modeling import MiMoConfig, build_class
+
+
+def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, dtype=torch.float32):
+    """A MiMo with random weights, norms far from 1 so that a swapped or missing norm shows."""
+    torch.manual_seed(seed)
+    config = MiMoConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=dim,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        architectures=["MiMoForCausalLM"],
+    )
+    model = build_class(FAMILIES[0])(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.3, 2.0)
+        else:
+            torch.nn.init.normal_(parameter, std=0.25)
+    model.freeze_backbone()
+    return model.to(dtype).eval()
+
+
+def packed_positions(lengths):
+    """Position ids of documents packed into one row, [1, T]."""
+    return torch.cat([torch.arange(n) for n in lengths])[None]

@@ -1,0 +1,108 @@
+"""The method written out plainly, sharing nothing with the package: what the fast paths must equal.
+
+A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), the paper's
+rollout as a loop over steps, and a token-by-token draft with a KV cache as a server does it (SGLang
+`eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
+"""
+
+import math
+
+import torch
+
+
+class Head:
+    """Weights of one head, by names relative to it, and its sizes."""
+
+    def __init__(self, head, config):
+        self.w = {n: p.detach() for n, p in head.named_parameters()}
+        self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
+        self.dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.theta = config.rope_parameters["rope_theta"]
+
+    def rms(self, x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.w[name + ".weight"]
+
+    def linear(self, x, name):
+        y = x @ self.w[name + ".weight"].T
+        return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
+
+    def rope(self, x, positions):
+        """x [n, heads, dim], positions [n]."""
+        freq = 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=x.dtype) / self.dim)
+        angle = (positions.to(x.dtype)[:, None] * freq)[:, None, :].repeat(1, 1, 2)
+        a, b = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+
+    def fuse(self, hidden, embed):
+        return self.linear(
+            torch.cat([self.rms(hidden, "hidden_layernorm"), self.rms(embed, "token_layernorm")], -1), "input_proj"
+        )
+
+    def qkv(self, u, positions):
+        a = self.rms(u, "input_layernorm")
+        q = self.linear(a, "self_attn.q_proj").view(len(u), self.heads, self.dim)
+        k = self.linear(a, "self_attn.k_proj").view(len(u), self.kv, self.dim)
+        v = self.linear(a, "self_attn.v_proj").view(len(u), self.kv, self.dim)
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def attend(self, q, k, v, visible):
+        """One softmax per head; visible [n_queries, n_keys]."""
+        out = torch.empty_like(q)
+        for h in range(self.heads):
+            g = h * self.kv // self.heads
+            scores = (q[:, h] @ k[:, g].T / math.sqrt(self.dim)).masked_fill(~visible, float("-inf"))
+            out[:, h] = scores.softmax(-1) @ v[:, g]
+        return out
+
+    def tail(self, u, attended):
+        u = u + self.linear(attended.flatten(1), "self_attn.o_proj")
+        a = self.rms(u, "post_attention_layernorm")
+        gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
+        u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
+        return self.rms(u, "final_layernorm")
+
+
+def paper_rollout(head: Head, hidden, embeds, steps):
+    """Paper 2.1 on one document: hidden [T, D], embeds [T, D]. Step k has rows 0..T-k-1 (row i reads token i + k)."""
+    outputs = []
+    for k in range(1, steps + 1):
+        n = len(embeds) - k
+        if n <= 0:
+            break
+        positions = torch.arange(n)
+        u = head.fuse(hidden[:n], embeds[k : k + n])
+        q, key, value = head.qkv(u, positions)
+        hidden = head.tail(u, head.attend(q, key, value, torch.ones(n, n).tril().bool()))
+        outputs.append(hidden)
+    return outputs
+
+
+def draft_with_cache(
+    head: Head, hidden, embeds, base, steps, *, shift_positions=True, own_chain=True, mask_position_zero=True
+):
+    """The chain a server drafts from slot `base` of one document, fed the true tokens. Returns g^1..g^K at that slot.
+
+    The keyword switches take one ingredient away each, to show that the test would notice.
+    """
+
+    def zero_at_start(e, positions):
+        return e.masked_fill((positions == 0)[:, None], 0) if mask_position_zero else e
+
+    slots = torch.arange(base + 1)
+    u = head.fuse(hidden[: base + 1], zero_at_start(embeds[1 : base + 2], slots))
+    q, keys, values = head.qkv(u, slots)
+    everything = torch.ones(base + 1, base + 1).tril().bool()
+    current = head.tail(u, head.attend(q, keys, values, everything))[-1:]
+    outputs = [current]
+    for step in range(2, steps + 1):
+        position = torch.tensor([base + step - 1 if shift_positions else base])
+        u = head.fuse(current, zero_at_start(embeds[base + step : base + step + 1], position))
+        q, key, value = head.qkv(u, position)
+        if own_chain:
+            keys, values = torch.cat([keys, key]), torch.cat([values, value])
+            k_seen, v_seen = keys, values
+        else:
+            k_seen, v_seen = torch.cat([keys, key]), torch.cat([values, value])
+        current = head.tail(u, head.attend(q, k_seen, v_seen, torch.ones(1, len(k_seen)).bool()))
+        outputs.append(current)
+    return torch.cat(outputs)
