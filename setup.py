@@ -38,7 +38,8 @@ class EditableWheel(editable_wheel):
         return strategy
 
 
-train = ["ms-swift>=4.6,<4.7", "peft>=0.17", "accelerate>=1.10"]
+train = ["ms-swift>=4.6,<4.7", "peft>=0.17", "accelerate>=1.10", "tensorboard"]
+deepspeed = ["deepspeed>=0.16"]
 setup(
     name="swift_fastmtp",
     version="0.1.0",
@@ -48,13 +49,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
-    install_requires=["torch>=2.7", "transformers>=5.0", "safetensors>=0.5", "datasets>=3.0", "tqdm", "matplotlib"],
+    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py"]},  # a folder without __init__.py: a plugin file's
+    install_requires=["torch>=2.7", "transformers>=5.0", "safetensors>=0.5", "tqdm", "matplotlib"],
     extras_require={
         "train": train,
-        "deepspeed": ["deepspeed>=0.16"],
+        "deepspeed": deepspeed,
         "flash": ["flash-attn>=2.8"],
         "serve": ["sglang>=0.5.19"],
-        "dev": [*train, "tensorboard", "pytest>=8", "hypothesis>=6", "ruff==0.15.0", "mypy==1.19.0"],
+        "dev": [*train, *deepspeed, "setuptools>=77", "pytest>=8", "hypothesis>=6", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastmtp=swift_fastmtp.cli:main"]},
     cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},

@@ -87,14 +87,14 @@ def knob_names() -> list[str]:
 
 
 def _parse(name: str, value: Any, kind: type) -> Any:
-    # bool is an int in Python, but `true` is never a depth or a chunk size.
-    whole = kind is not int or isinstance(value, str) or (not isinstance(value, bool) and value == int(value))
     try:
-        if isinstance(value, bool) or not whole:
+        parsed = kind(value)
+        # True is an int in Python, and int(2.5) is 2; neither is what the user meant.
+        if isinstance(value, bool) or (not isinstance(value, str) and parsed != value):
             raise ValueError
-        return kind(value)
     except (TypeError, ValueError, OverflowError):
         raise FastMTPError(f"fastmtp_{name}: cannot read {value!r} as {kind.__name__}") from None
+    return parsed
 
 
 def _check(ok: bool, name: str, value: Any, want: str) -> None:

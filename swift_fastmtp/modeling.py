@@ -138,9 +138,9 @@ def _gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) 
     """Under ZeRO-3 parameters are partitioned; this makes them whole for the time of a `with`."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    return cast(AbstractContextManager[Any], GatheredParameters(parameters, modifier_rank=modifier_rank))
+    return cast(AbstractContextManager[Any], zero.GatheredParameters(parameters, modifier_rank=modifier_rank))
 
 
 @cache

@@ -1,6 +1,10 @@
 """Shared fixtures. Subprocesses run offline: no test needs a network."""
 
+import json
 import os
+import random
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +32,83 @@ def exact_norms(monkeypatch):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
     monkeypatch.setattr(Qwen2RMSNorm, "forward", forward)
+
+
+def write_rows(path, count, seed=0):
+    """Chat rows of very different lengths, in English, Chinese and code."""
+    rng = random.Random(seed)
+    words = ["one", "two", "three", "four", "计算", "机", "函数", "def", "return", "x", "=", "y", "+", "1", ";", "history", "of", "the", "cell", "是", "什么", "because"]
+
+    def text(n):
+        return " ".join(rng.choice(words) for _ in range(n))
+
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            messages = [
+                {"role": "user", "content": text(rng.randint(2, 12))},
+                {"role": "assistant", "content": text(rng.randint(4, 40))},
+            ]
+            file.write(json.dumps({"messages": messages, "finish_reason": "stop"}, ensure_ascii=False) + "\n")
+    return path
+
+
+def swift(*args, env=None, check=True, processes=1):
+    """Run the real `swift` command; returns the finished process with its output as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    if processes > 1:
+        environment.update(NPROC_PER_NODE=str(processes), MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
+    command = [str(Path(sys.executable).parent / "swift"), *map(str, args)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def sft_args(model, dataset, output_dir, **changes):
+    """Arguments of a short, deterministic CPU run; keyword `None` removes one."""
+    args = {
+        "model_type": "fastmtp",
+        "model": model,
+        "dataset": dataset,
+        "output_dir": output_dir,
+        "torch_dtype": "float32",
+        "fp16": "false",
+        "max_length": 256,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": "2e-3",
+        "max_steps": 6,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "dataloader_num_workers": 0,
+        "split_dataset_ratio": 0,
+        "add_version": "false",
+        "check_model": "false",
+        **changes,
+    }
+    return ["sft", *(str(x) for k, v in args.items() if v is not None for x in (f"--{k}", v))]
+
+
+def logged(output_dir, key="loss"):
+    """Values of one key in a run's logging.jsonl, in order."""
+    lines = (Path(output_dir) / "logging.jsonl").read_text().splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 48)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, rows):
+    """One plain `swift sft --model_type fastmtp` run that many tests look at: (output folder, its process)."""
+    out = tmp_path_factory.mktemp("sft") / "run"
+    extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau"}
+    return out, swift(*sft_args(TINY, rows, out, **extra))

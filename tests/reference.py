@@ -106,3 +106,39 @@ def draft_with_cache(
         current = head.tail(u, head.attend(q, k_seen, v_seen, torch.ones(1, len(k_seen)).bool()))
         outputs.append(current)
     return torch.cat(outputs)
+
+
+def speculative_greedy(model, prompt, steps, max_new_tokens, ends):
+    """Greedy speculative decoding from scratch in every round: (tokens, accepted drafts per round).
+
+    The draft runs on its own tokens here, not on the text's, as it does in a server.
+    """
+    head, embed = Head(model.head, model.config), model.model.embed_tokens
+
+    def target(ids):
+        hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+        return hidden, model.lm_head(hidden).argmax(-1).tolist()
+
+    ids = list(prompt)
+    _, best = target(ids)
+    ids.append(best[-1])  # the prefill's token
+    rounds = []
+    while ids[-1] not in ends and len(ids) - len(prompt) < max_new_tokens:
+        hidden, _ = target(ids[:-1])
+        base, drafts = len(ids) - 2, []
+        for k in range(1, steps + 1):
+            embeds = embed(torch.tensor(ids + drafts))
+            g = draft_with_cache(head, hidden, embeds, base, k)[-1]
+            drafts.append(int(model.lm_head(g).argmax()))
+        _, best = target(ids + drafts)
+        accepted = 0
+        while accepted < steps and drafts[accepted] == best[base + 1 + accepted]:
+            accepted += 1
+        new = drafts[:accepted] + [best[base + 1 + accepted]]
+        room = max_new_tokens - (len(ids) - len(prompt))
+        stop = next((i for i, t in enumerate(new) if t in ends), len(new) - 1)
+        new = new[: min(stop + 1, room)]
+        # Drafts past the end of the answer are not counted: an answer has nothing to match them with.
+        rounds.append(min(accepted, len(new)) if len(new) <= accepted else accepted)
+        ids += new
+    return ids[len(prompt) :], rounds

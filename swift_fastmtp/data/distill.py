@@ -38,8 +38,8 @@ def distill(
     if target.exists():
         raise FastMTPError(f"{target}: already exists; name another output or remove it")
     rows = read_rows(prompts)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     ends = end_token_ids(model, tokenizer)
     partial = target.with_name(target.name + ".partial")
     target.parent.mkdir(parents=True, exist_ok=True)

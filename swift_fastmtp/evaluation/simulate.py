@@ -67,8 +67,8 @@ def simulate(
         raise FastMTPError(f"{output_dir}/simulate.json: already exists; name another folder or remove it")
     started = time.time()
     rows = read_rows(dataset)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = load_model(model_dir, getattr(torch, dtype), device)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
     expected = head_shapes(model_dir)
     heads = {"base": read_head(model_dir, model.family, expected)}

@@ -41,4 +41,10 @@ class SelfDistillLoader(DatasetLoader):
             raise FastMTPError(f"--dataset {NAME}: name the file, as in {NAME}:distilled.jsonl")
         if not Path(path).is_file():
             raise FastMTPError(f"--dataset {NAME}:{path}: no such file")
-        return self._load_dataset_path(path, dataset_meta=dataset_meta)
+        dataset = self._load_dataset_path(path, dataset_meta=dataset_meta)
+        if not self.streaming and len(dataset) == 0:
+            raise FastMTPError(
+                f"--dataset {NAME}:{path}: no row is left; every answer was truncated (finish_reason 'length') or "
+                "empty: distill again with a larger --max_new_tokens"
+            )
+        return dataset

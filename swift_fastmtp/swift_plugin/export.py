@@ -12,9 +12,10 @@ logger = get_logger()
 
 def export_checkpoint(args: Any) -> None:
     """Full checkpoint from a checkpoint of any tuner type (`fastmtp`, `full`, `lora`)."""
-    if not args.adapters and args.ckpt_dir is None:
-        raise FastMTPError("swift export: name the trained checkpoint with --adapters")
+    if args.ckpt_dir is None:
+        raise FastMTPError("swift export: name the trained checkpoint with --adapters (tuner type full: --model)")
     if args.output_dir is None:
         raise FastMTPError("swift export: name the folder to write with --output_dir")
-    base = export_full(args.adapters[0] if args.adapters else args.ckpt_dir, args.output_dir, args.model_dir)
+    # With tuner type `full`, `--model` is the trained checkpoint, and the base is what its args.json names.
+    base = export_full(args.ckpt_dir, args.output_dir, args.model_dir if args.adapters else None)
     logger.info(f"exported {args.output_dir} (base {base})")

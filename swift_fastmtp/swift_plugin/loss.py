@@ -22,7 +22,6 @@ class FastMTPLoss(BaseLoss):
         # The trainer takes `labels` out of the inputs when it has a loss function. The model needs them: rows
         # without supervision are never projected to the vocabulary.
         trainer.compute_loss = partial(_compute_loss, trainer.compute_loss)
-        trainer.get_train_dataloader = partial(_get_train_dataloader, trainer, trainer.get_train_dataloader)
         for mode in ("train", "eval"):
             trainer.custom_metrics[mode]["mtp"] = FastMTPMetric(args.device)
         self.checked = False
@@ -48,16 +47,6 @@ def _compute_loss(original: Any, model: Any, inputs: dict[str, Any], *args: Any,
     if inputs.get("labels") is not None:
         inputs["mtp_labels"] = inputs["labels"]
     return original(model, inputs, *args, **kwargs)
-
-
-def _get_train_dataloader(trainer: Any, original: Any) -> Any:
-    dataset = trainer.train_dataset
-    if dataset is None or (hasattr(dataset, "__len__") and len(dataset) == 0):
-        raise FastMTPError(
-            "--dataset: no training row is left after filtering; rows longer than --max_length are dropped, and "
-            "fastmtp-self-distill drops truncated answers"
-        )
-    return original()
 
 
 def _check_trainable(model: Any) -> None:

@@ -39,6 +39,7 @@ def register() -> None:
         exist_ok=True,
     )
     _hook_arguments()
+    _hook_empty_dataset()
     _hook_export()
     _one_line_errors()
 
@@ -52,6 +53,25 @@ def _hook_arguments() -> None:
         prepare_arguments(self)
 
     BaseArguments._init_model_kwargs = _init_model_kwargs
+
+
+def _hook_empty_dataset() -> None:
+    """Rows that are too long are dropped silently; when none is left, say so instead of failing further on."""
+    from swift.pipelines.train.sft import SwiftSft
+
+    original = SwiftSft._post_process_datasets
+
+    def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
+        train = datasets[0]
+        if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
+            raise FastMTPError(
+                f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
+                "dropped: raise it, or choose --truncation_strategy"
+            )
+        processed: list[Any] = original(self, datasets)
+        return processed
+
+    SwiftSft._post_process_datasets = _post_process_datasets
 
 
 def _hook_export() -> None:

@@ -1,0 +1,100 @@
+"""Every command of README.md and docs/ is run: quickstart first, then each ```bash block, in order.
+
+Blocks marked ```console need a GPU, the real model or a server, and are not run. Set-up and test commands stand in
+.ci/run, which is how this test came to run.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from swift_fastmtp.config import FastMTPConfig
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICKSTART = "bash examples/quickstart.sh"
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+
+
+def bash(command, cwd, **env):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **env}
+    environment.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The files a user has after cloning."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("examples", "recipes"):
+        shutil.copytree(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(clone):
+    return bash(QUICKSTART, clone)
+
+
+def test_quickstart_makes_the_head_better(clone, quickstart):
+    assert "== 4/4" in quickstart and "tau K=3" in quickstart
+    before, after = json.loads((clone / "output/quickstart/simulate/simulate.json").read_text())["heads"]
+    assert after["tau_micro"][2] > before["tau_micro"][2] + 0.05
+    assert all(a > b for a, b in zip(after["marginal"][:3], before["marginal"][:3], strict=True))
+    assert (clone / "output/quickstart/export/model.safetensors").exists()
+
+
+def test_quickstart_started_again_repeats_nothing(clone, quickstart):
+    stamp = (clone / "output/quickstart/distilled.jsonl").stat().st_mtime_ns
+    trained = (clone / "output/quickstart/train/best/model.safetensors").stat().st_mtime_ns
+    bash(QUICKSTART, clone)
+    assert (clone / "output/quickstart/distilled.jsonl").stat().st_mtime_ns == stamp
+    assert (clone / "output/quickstart/train/best/model.safetensors").stat().st_mtime_ns == trained
+
+
+COMMANDS = [(page.name, block) for page in PAGES for block in blocks(page, "bash") if block.strip() != QUICKSTART]
+
+
+@pytest.mark.parametrize(("page", "block"), COMMANDS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(COMMANDS)])
+def test_command(page, block, clone, quickstart):
+    bash(block, clone)
+
+
+def test_readme_names_the_quickstart_and_ci_runs_the_readmes_commands():
+    readme, ci = (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / ".ci" / "run").read_text()
+    assert f"```bash\n{QUICKSTART}\n```" in readme
+    setup, test = blocks(ROOT / "README.md", "sh")
+    assert len(setup.splitlines()) == 2
+    for line in (*setup.splitlines(), *test.splitlines()):
+        assert line.replace("pip install", "pip install --quiet") in ci.splitlines()
+
+
+def test_knob_table_is_the_configs():
+    rows = re.findall(r"^\| `fastmtp_(\w+)` \| `(.*?)` \| (.*) \|$", (ROOT / "docs/training.md").read_text(), re.M)
+    assert rows == [(f.name, str(f.default), f.metadata["help"]) for f in fields(FastMTPConfig)]
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

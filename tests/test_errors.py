@@ -1,0 +1,166 @@
+"""Bad input through the real commands: one line that names the thing and the mend, a non-zero exit, nothing left."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, sft_args, swift, write_rows
+from safetensors.torch import load_file, save_file
+
+HEAD = "model.mtp_layers.0."
+
+
+def broken_model(tmp_path, change=None, **config):
+    """A copy of the tiny model with changed tensors (`change(tensors)`) or config keys."""
+    folder = tmp_path / "model"
+    shutil.copytree(TINY, folder)
+    if change:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    return folder
+
+
+def lose_mtp(tensors):
+    for name in [n for n in tensors if n.startswith(HEAD)]:
+        del tensors[name]
+
+
+def misshape(tensors):
+    tensors[HEAD + "input_proj.weight"] = tensors[HEAD + "input_proj.weight"][:, :-1].contiguous()
+
+
+def second_layer(tensors):
+    tensors["model.mtp_layers.1.input_proj.weight"] = tensors[HEAD + "input_proj.weight"].clone()
+
+
+def drop(tensors):
+    del tensors[HEAD + "final_layernorm.weight"]
+
+
+def nan(tensors):
+    tensors[HEAD + "mlp.up_proj.weight"][3, 3] = float("nan")
+
+
+def quantise(tensors):
+    tensors[HEAD + "mlp.up_proj.weight"] = tensors[HEAD + "mlp.up_proj.weight"].to(torch.int8)
+
+
+MODELS = {
+    "no MTP layer": ((lose_mtp, {}), "this checkpoint lost its MTP layer"),
+    "missing tensor": ((drop, {}), HEAD + "final_layernorm.weight is missing"),
+    "misshapen tensor": ((misshape, {}), HEAD + "input_proj.weight has shape [192, 383], config.json says [192, 384]"),
+    "second layer": ((second_layer, {}), "unexpected MTP tensor model.mtp_layers.1.input_proj.weight"),
+    "NaN": ((nan, {}), HEAD + "mlp.up_proj.weight holds NaN"),
+    "quantised head": ((quantise, {}), "a quantised MTP layer cannot be trained"),
+    "quantised model": ((None, {"quantization_config": {"quant_method": "fp8"}}), "quantization_config is set"),
+    "tied": ((None, {"tie_word_embeddings": True}), "tie_word_embeddings is true"),
+    "two layers": ((None, {"num_nextn_predict_layers": 2}), "num_nextn_predict_layers is 2"),
+    "unknown family": ((None, {"architectures": ["LlamaForCausalLM"]}), "has no known MTP layout"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_broken_models_in_process(case, tmp_path):
+    """Every kind, without the cost of a subprocess; the next test shows two of them through `swift`."""
+    from swift_fastmtp.errors import FastMTPError
+    from swift_fastmtp.modeling import load_model
+
+    (change, config), message = MODELS[case]
+    with pytest.raises(FastMTPError) as error:
+        load_model(broken_model(tmp_path, change, **config), torch.float32)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def assert_one_line(process, message):
+    assert process.returncode == 1
+    errors = [line for line in process.stderr.splitlines() if line.startswith("fastmtp: error: ")]
+    assert len(errors) == 1 and message in errors[0], process.stderr[-3000:]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("case", ["no MTP layer", "two layers"])
+def test_broken_models_through_swift(case, rows, tmp_path):
+    (change, config), message = MODELS[case]
+    model = broken_model(tmp_path, change, **config)
+    assert_one_line(swift(*sft_args(model, rows, tmp_path / "run"), check=False), message)
+
+
+ARGUMENTS = {
+    "unknown knob": ({"model_kwargs": '{"fastmtp_bta": 0.5}'}, "unknown knob 'fastmtp_bta'"),
+    "knob without prefix": ({"model_kwargs": '{"beta": 0.5}'}, "unknown knob 'beta'"),
+    "impossible knob": ({"model_kwargs": '{"fastmtp_beta": 2}'}, "fastmtp_beta: 2.0 is not possible"),
+    "packing": ({"packing": "true"}, "--packing needs an attention that keeps documents apart"),
+    "sequence parallel": ({"sequence_parallel_size": 2}, "--sequence_parallel_size 2 does not work"),
+    "liger": ({"use_liger_kernel": "true"}, "--use_liger_kernel True does not work"),
+    "tuner": ({"tuner_type": "adalora"}, "--tuner_type adalora is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_arguments_before_anything_is_loaded(case, rows, tmp_path):
+    changes, message = ARGUMENTS[case]
+    process = swift(*sft_args(TINY, rows, tmp_path / "run", **changes), check=False)
+    assert_one_line(process, message)
+    assert "Loading model" not in process.stdout + process.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_row_left(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    rows.write_text(rows.read_text().replace('"stop"', '"length"'))
+    process = swift(*sft_args(TINY, f"fastmtp-self-distill:{rows}", tmp_path / "run"), check=False)
+    assert_one_line(process, "no row is left; every answer was truncated")
+    kept = write_rows(tmp_path / "kept.jsonl", 6)
+    process = swift(*sft_args(TINY, kept, tmp_path / "run", max_length=8), check=False)
+    assert_one_line(process, "no training row is left; rows longer than --max_length 8 are dropped")
+
+
+def test_disk_full_during_save(rows, tmp_path):
+    """A file-size limit stands in for the full disk: the write of the head fails the same way, half-way."""
+    args = sft_args(TINY, rows, tmp_path / "run", max_steps=2)
+    code = (
+        "import resource, sys; from swift.pipelines import sft_main; sys.argv[0] = 'swift'\n"
+        "from swift_fastmtp import checkpoints; save = checkpoints.save_file\n"
+        "def limited(*a, **k):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); save(*a, **k)\n"
+        "checkpoints.save_file = limited; sft_main()"
+    )
+    assert resource.RLIMIT_FSIZE is not None
+    process = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True, check=False)
+    assert process.returncode == 1, process.stderr[-2000:]
+    assert "model.safetensors: cannot be written" in process.stderr and "free space" in process.stderr
+    assert not list((tmp_path / "run").rglob("model.safetensors"))
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def fastmtp(*args):
+    command = [str(Path(sys.executable).parent / "fastmtp"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["export", "--adapters", "missing", "--output_dir", "{tmp}/out"], "missing: no such checkpoint folder"),
+        (["export", "--adapters", TINY, "--output_dir", "{tmp}/out", "--model", TINY], "nothing was trained"),
+        (["simulate", "--model", "nowhere", "--dataset", "{rows}"], "nowhere/config.json: not found"),
+        (["simulate", "--model", TINY, "--dataset", "{tmp}/bad.jsonl"], "bad.jsonl:2: not JSON"),
+        (["distill", "--model", TINY, "--prompts", "{tmp}/bad.jsonl", "--output", "{tmp}/o"], "bad.jsonl:2: not JSON"),
+        (["distill", "--model", TINY, "--prompts", "{rows}", "--output", "{rows}"], "already exists"),
+    ],
+)
+def test_fastmtp_errors(args, message, rows, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    process = fastmtp(*(str(a).format(tmp=tmp_path, rows=rows) for a in args))
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1].startswith("fastmtp: error: ")
+    assert message in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,64 @@
+"""The package as users install it: a wheel with the autoload file, which costs other processes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+PROBE = (
+    "import site, sys; site.addsitedir(sys.argv[1]); import json\n"
+    "finders = [f.__name__ for f in sys.meta_path if getattr(f, '__module__', '').startswith('swift_fastmtp')]\n"
+    "print(json.dumps([finders, sorted(m for m in sys.modules if m.split('.')[0] in"
+    " ('swift', 'torch', 'transformers', 'swift_fastmtp'))]))"
+)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The wheel, installed into a folder of its own."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    source = folder / "source"
+    # A copy of what git knows, so that neither build folders here nor there disturb each other.
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        if name.startswith(("swift_fastmtp", "setup.py", "pyproject.toml", "README.md", "LICENSE")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*pip, "wheel", source, "--no-deps", "--no-build-isolation", "-w", folder], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return wheel, folder / "site"
+
+
+def probe(site, **env):
+    """What a bare Python process (no other site-packages) has loaded after reading that folder's .pth files."""
+    command = [sys.executable, "-I", "-S", "-c", PROBE, str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **env})
+    return done.stdout
+
+
+def test_wheel_carries_the_autoload_file_and_nothing_foreign(installed):
+    names = zipfile.ZipFile(installed[0]).namelist()
+    assert "swift_fastmtp_autoload.pth" in names
+    assert "swift_fastmtp/swift_plugin/plugin/fastmtp_plugin.py" in names
+    assert not [n for n in names if n.startswith(("tests", "examples"))]
+
+
+def test_autoload_waits_and_loads_nothing(installed):
+    finders, modules = json.loads(probe(installed[1]))
+    assert finders == ["_Finder"]
+    assert modules == ["swift_fastmtp", "swift_fastmtp.swift_plugin", "swift_fastmtp.swift_plugin.autoload"]
+
+
+def test_autoload_can_be_switched_off(installed):
+    assert json.loads(probe(installed[1], SWIFT_FASTMTP_AUTOLOAD="0"))[0] == []
+
+
+def test_importing_the_package_is_cheap():
+    code = "import swift_fastmtp, sys; sys.exit('torch' in sys.modules or 'swift' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,121 @@
+"""Generation, self-distillation and the simulator, on the trained tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from reference import speculative_greedy
+from transformers import AutoTokenizer
+
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.generate import end_token_ids, generate
+from swift_fastmtp.data.prompts import encode_prompt, read_rows
+from swift_fastmtp.evaluation.metrics import micro_tau, verify_rounds
+from swift_fastmtp.evaluation.simulate import simulate
+from swift_fastmtp.modeling import load_model
+
+PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture
+def few(tmp_path):
+    """Six prompts: two of each kind."""
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    chosen = [r for c in ("en", "zh", "code") for r in [r for r in rows if r["category"] == c][:2]]
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in chosen))
+    return path
+
+
+def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few):
+    """Teacher-forced matches walked as rounds = drafting on own tokens and verifying, round by round."""
+    model, tokenizer = tiny
+    model.fastmtp = FastMTPConfig(num_speculative_steps=4)
+    ends = end_token_ids(model, tokenizer)
+    checked = 0
+    for row in read_rows(few):
+        prompt = encode_prompt(tokenizer, row["messages"])
+        (answer,) = generate(model, tokenizer, [prompt], 24)
+        ids = torch.tensor([prompt + answer.token_ids])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        match = model(input_ids=ids, labels=labels).match[:, 0, len(prompt) - 1 : ids.shape[1] - 1]
+        for steps in (1, 3, 4):
+            with torch.no_grad():
+                tokens, rounds = speculative_greedy(model, prompt, steps, 24, ends)
+            assert tokens == answer.token_ids  # lossless
+            assert rounds == verify_rounds(match, steps)
+            checked += sum(rounds)
+    assert checked > 20  # drafts were really accepted
+
+
+def test_batched_generation_equals_one_by_one(tiny, few):
+    model, tokenizer = tiny
+    prompts = [encode_prompt(tokenizer, r["messages"]) for r in read_rows(few)]
+    assert generate(model, tokenizer, prompts, 16) == [generate(model, tokenizer, [p], 16)[0] for p in prompts]
+
+
+def test_simulate_writes_table_json_and_plot(few, tmp_path, capsys):
+    (result,) = simulate(str(TINY), [], str(few), output_dir=str(tmp_path / "out"), num_steps=3, max_new_tokens=24)
+    printed = capsys.readouterr().out
+    assert "tau K=3" in printed and "marginal" in printed and "conditional" in printed
+    record = json.loads((tmp_path / "out" / "simulate.json").read_text())
+    assert record["heads"][0]["tau_micro"] == result.tau_micro
+    assert {"command", "git_revision", "torch", "hardware"} <= set(record["provenance"])
+    assert (tmp_path / "out" / "simulate.png").read_bytes()[:4] == b"\x89PNG"
+    assert result.tau_micro == sorted(result.tau_micro) and result.tau_micro[0] > 1.2
+    rounds = [[k] * n for k, n in enumerate(result.histogram)]
+    assert micro_tau(rounds) == pytest.approx(result.tau_micro[-1])
+
+
+def test_given_answers_are_taken_as_they_are(few, tmp_path):
+    distill(str(TINY), str(few), str(tmp_path / "d.jsonl"), max_new_tokens=24, temperature=0)
+    given = simulate(str(TINY), [], str(tmp_path / "d.jsonl"), answers="given", max_new_tokens=24)
+    generated = simulate(str(TINY), [], str(few), max_new_tokens=24)
+    assert given[0].tau_micro == generated[0].tau_micro
+
+
+def test_distilled_rows(few, tmp_path, tiny):
+    _, tokenizer = tiny
+    out = tmp_path / "d.jsonl"
+    distill(str(TINY), str(few), str(out), max_new_tokens=24, batch_size=4)
+    rows = read_rows(out)
+    assert [r["id"] for r in rows] == [r["id"] for r in read_rows(few)]
+    for row in rows:
+        assert row["messages"][-1]["role"] == "assistant"
+        ended = row["token_ids"][-1] == tokenizer.eos_token_id
+        assert row["finish_reason"] == ("stop" if ended else "length")
+        assert ended or len(row["token_ids"]) == 24
+        assert tokenizer.decode(row["token_ids"][:-1] if ended else row["token_ids"]) == row["messages"][-1]["content"]
+
+
+def test_distill_killed_and_started_again_gives_the_same_file(few, tmp_path):
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    options = ["--max_new_tokens", "24", "--batch_size", "1"]
+    command = [str(Path(sys.executable).parent / "fastmtp"), "distill", "--model", str(TINY), "--prompts", str(few)]
+    subprocess.run([*command, "--output", str(whole), *options], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--output", str(parts), *options], stderr=subprocess.DEVNULL)
+    partial, deadline = parts.with_name("parts.jsonl.partial"), time.time() + 120
+    while not partial.exists() or partial.stat().st_size == 0:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with open(partial, "ab") as file:
+        file.write(b'{"half a row')
+    assert not parts.exists()
+    subprocess.run([*command, "--output", str(parts), *options], check=True, capture_output=True)
+    assert parts.read_bytes() == whole.read_bytes() and not partial.exists()
