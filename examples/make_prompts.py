@@ -19,11 +19,12 @@ gender roles; social class; a good friend; entrepreneurs; free will; the Supreme
 the cold war; unemployment; the family; stress; the scientific method; markets and prices; the Vietnam War; anxiety;
 the sun; immigration; ethics; groups and teams; Jupiter; the bill of rights; motivation; travel; food; movies; a dog;
 football; a good book; the weather""".replace("\n", " ")
-CHINESE = """北京; 数组; 操作系统; 二叉树; 深度学习; 神经网络; 数据库; 唐朝; 线程; 排序算法; 长江; 缓存; 上海; 图论; 动态规划;
-梯度下降; 足球; 电影; 音乐; 地铁; 故宫; 春节; 语言模型; 卷积; 锁; 消息队列; 索引; 网络协议; 贪心算法; 栈和队列; 香港;
-台湾; 大学; 历史; 文学; 天气; 酒店; 餐馆; 旅游; 健康; 睡眠; 焦虑; 家庭; 朋友; 学习方法; 工作压力; 组件; 状态; 函数; 变量;
-字符串; 递归; 概率; 矩阵; 线段树; 哈希表; 最短路; 微服务; 事务; 内存; 面试; 垃圾回收; 日本; 中国古代史; 飞机; 火车; 病毒;
-糖尿病; 感冒; 高血压; 咖啡; 书法; 地震; 恐龙; 太阳系; 经济; 城市; 军事; 铁路; 植物""".replace("\n", " ")
+CHINESE = """北京; 数组; 操作系统; 二叉树; 深度学习; 神经网络; 数据库; 唐朝; 线程; 排序算法; 长江; 缓存; 上海; 图论;
+动态规划; 梯度下降; 足球; 电影; 音乐; 地铁; 故宫; 春节; 语言模型; 卷积; 锁; 消息队列; 索引; 网络协议; 贪心算法;
+栈和队列; 香港; 台湾; 大学; 历史; 文学; 天气; 酒店; 餐馆; 旅游; 健康; 睡眠; 焦虑; 家庭; 朋友; 学习方法;
+工作压力; 组件; 状态; 函数; 变量; 字符串; 递归; 概率; 矩阵; 线段树; 哈希表; 最短路; 微服务; 事务; 内存; 面试;
+垃圾回收; 日本; 中国古代史; 飞机; 火车; 病毒; 糖尿病; 感冒; 高血压; 咖啡; 书法; 地震; 恐龙; 太阳系; 经济; 城市;
+军事; 铁路; 植物""".replace("\n", " ")
 CODE = """adds two numbers; reverses a string; checks if a number is prime; sorts a list; finds the largest element;
 counts the words in a text; computes the factorial of a number; merges two sorted lists; reads a file line by line;
 removes duplicates from a list; computes the greatest common divisor; checks if a string is a palindrome;

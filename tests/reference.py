@@ -134,7 +134,7 @@ def speculative_greedy(model, prompt, steps, max_new_tokens, ends):
         accepted = 0
         while accepted < steps and drafts[accepted] == best[base + 1 + accepted]:
             accepted += 1
-        new = drafts[:accepted] + [best[base + 1 + accepted]]
+        new = [*drafts[:accepted], best[base + 1 + accepted]]
         room = max_new_tokens - (len(ids) - len(prompt))
         stop = next((i for i, t in enumerate(new) if t in ends), len(new) - 1)
         new = new[: min(stop + 1, room)]

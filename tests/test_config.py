@@ -1,5 +1,7 @@
 """Knobs: parsed, validated, and named in the error."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from swift_fastmtp.errors import FastMTPError
 def test_step_weights_sum_to_one_and_decay_by_beta(steps, beta):
     weights = FastMTPConfig(num_speculative_steps=steps, beta=beta).step_weights
     assert sum(weights) == pytest.approx(1.0)
-    for a, b in zip(weights, weights[1:], strict=False):
+    for a, b in pairwise(weights):
         assert b == pytest.approx(a * beta)
 
 
