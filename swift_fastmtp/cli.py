@@ -33,8 +33,26 @@ def _export(args: argparse.Namespace) -> None:
     from .export.folders import export_draft, export_full
 
     write = export_draft if args.draft_only else export_full
-    base = write(args.adapters, args.output_dir, args.model)
+    base = write(args.adapters, args.output_dir, args.model, not args.no_remote_code)
     print(f"{args.output_dir}: {'draft-only folder' if args.draft_only else 'full checkpoint'}, base {base}")
+
+
+def _serve_args(args: argparse.Namespace) -> None:
+    from .export.serve_args import explain, serve_flags
+
+    print(explain(serve_flags(args.folder, args.engine, args.num_steps, args.token_map, args.model)))
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .export.doctor import examine
+
+    findings = examine(args.folder, args.model, args.token_map, args.tp_size)
+    for finding in findings:
+        print(finding)
+    errors = sum(f.level == "error" for f in findings)
+    print(f"{args.folder}: {errors} errors, {len(findings) - errors} warnings")
+    if errors:
+        sys.exit(1)
 
 
 def _simulate(args: argparse.Namespace) -> None:
@@ -48,6 +66,7 @@ def _simulate(args: argparse.Namespace) -> None:
         num_steps=args.num_steps,
         max_new_tokens=args.max_new_tokens,
         answers=args.answers,
+        token_maps=args.token_map,
         batch_size=args.batch_size,
         dtype=args.torch_dtype,
         device=args.device,
@@ -79,7 +98,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
     verb.add_argument("--model", help="base model folder; default: the one the checkpoint was trained for")
     verb.add_argument("--draft_only", action="store_true", help="only config, tokenizer and the MTP layer")
+    verb.add_argument("--no_remote_code", action="store_true", help="a config.json that needs no --trust-remote-code")
     verb.set_defaults(run=_export)
+
+    verb = verbs.add_parser("serve-args", help="the command that serves an exported folder, and why")
+    verb.add_argument("folder", help="full checkpoint or draft-only folder")
+    verb.add_argument("--engine", choices=("sglang", "vllm"), default="sglang")
+    verb.add_argument("--num_steps", type=int, help="drafts per step, K; default: what the head was trained for")
+    verb.add_argument("--token_map", help="file for SGLang's --speculative-token-map")
+    verb.add_argument("--model", help="target of a draft-only folder; default: its base model")
+    verb.set_defaults(run=_serve_args)
+
+    verb = verbs.add_parser("doctor", help="what would make acceptance collapse silently; exit status 1 on errors")
+    verb.add_argument("folder", help="full checkpoint, draft-only folder or training checkpoint")
+    verb.add_argument("--model", help="base model to compare with; default: the one the head was trained for")
+    verb.add_argument("--token_map", help="file meant for SGLang's --speculative-token-map")
+    verb.add_argument("--tp_size", type=int, default=1, help="planned tensor parallelism")
+    verb.set_defaults(run=_doctor)
 
     verb = verbs.add_parser("simulate", help="acceptance without a server: every depth and every K at once")
     verb.add_argument("--model", required=True, help="checkpoint folder; its own head is the first row")
@@ -89,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--num_steps", type=int, default=3, help="largest draft depth K")
     verb.add_argument("--max_new_tokens", type=int, default=1024, help="paper: 1024")
     verb.add_argument("--answers", choices=("generate", "given"), default="generate", help="greedy, or the dataset's")
+    verb.add_argument("--token_map", nargs="*", default=[], help="also measure with these SGLang token maps")
     verb.add_argument("--batch_size", type=int, default=16)
     verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     verb.add_argument("--device", default="cpu")

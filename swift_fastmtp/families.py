@@ -38,6 +38,8 @@ class Family:
     """`model_type` of config.json."""
     num_layers_key: str
     """config.json key that holds the number of MTP layers."""
+    plain_model_type: str | None
+    """A `model_type` of transformers itself under which engines load config.json without remote code."""
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -55,6 +57,7 @@ FAMILIES: tuple[Family, ...] = (
         mask_position_zero=True,
         config_model_type="mimo",
         num_layers_key="num_nextn_predict_layers",
+        plain_model_type="qwen2",
     ),
 )
 
@@ -71,19 +74,23 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def match_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
+    """The row whose architectures a checkpoint's config.json names. Raises `FastMTPError` if there is none."""
+    architectures = config.get("architectures") or []
+    for family in FAMILIES:
+        if any(a in family.architectures for a in architectures):
+            return family
+    known = ", ".join(a for f in FAMILIES for a in f.architectures)
+    raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
+
+
 def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
-    """The row for a checkpoint's config.json.
+    """The row for a checkpoint that we can train.
 
     Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
     one that FastMTP shares between all steps, or if it is quantised (the frozen head is read as plain weights).
     """
-    architectures = config.get("architectures") or []
-    for family in FAMILIES:
-        if any(a in family.architectures for a in architectures):
-            break
-    else:
-        known = ", ".join(a for f in FAMILIES for a in f.architectures)
-        raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
+    family = match_family(config, where)
     layers = config.get(family.num_layers_key, 1)
     if layers != 1:
         raise FastMTPError(

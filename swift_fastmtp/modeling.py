@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from .checkpoints import read_head
 from .config import FastMTPConfig
-from .families import FAMILIES, Family, find_family, read_config
+from .families import FAMILIES, Family, find_family, match_family, read_config
 from .head import MTPHead, import_class
 from .losses import step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
@@ -110,6 +110,24 @@ class FastMTPMixin:
             parent = super().forward  # type: ignore[misc]
             return parent(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         assert input_ids is not None
+        outputs, segments = self.draft_states(input_ids, attention_mask, position_ids, **kwargs)
+        targets, valid = step_targets(input_ids, segments, labels, len(outputs))
+        # Under ZeRO-3 this read gathers the partitioned matrix, until the end of this forward; backward needs none.
+        nll, match = step_losses(outputs, self.lm_head.weight, targets, valid, self.fastmtp.loss_chunk_size)
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            num_items = (labels[:, 1:] != -100).sum()
+        loss = weighted_loss(nll, self.fastmtp.step_weights, num_items)
+        return FastMTPOutput(loss=loss, nll=nll, match=match, valid=valid)
+
+    def draft_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """g^1..g^K, each [B, T, D], and the rows' segment ids [B, T]. The backbone runs without gradients."""
         with torch.no_grad():
             packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
             hidden = self.model(
@@ -118,19 +136,10 @@ class FastMTPMixin:
             embeds = self.model.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
-        K = self.fastmtp.num_speculative_steps
         segments = segment_ids(position_ids, attention_mask)
-        targets, valid = step_targets(input_ids, segments, labels, K)
-        outputs = rollout(
-            self.head, hidden, embeds, position_ids, segments, self.model.rotary_emb, K, self.fastmtp.rollout
-        )
-        # Under ZeRO-3 this read gathers the partitioned matrix, until the end of this forward; backward needs none.
-        nll, match = step_losses(outputs, self.lm_head.weight, targets, valid, self.fastmtp.loss_chunk_size)
-        num_items = kwargs.get("num_items_in_batch")
-        if num_items is None:
-            num_items = (labels[:, 1:] != -100).sum()
-        loss = weighted_loss(nll, self.fastmtp.step_weights, num_items)
-        return FastMTPOutput(loss=loss, nll=nll, match=match, valid=valid)
+        steps, mode = self.fastmtp.num_speculative_steps, self.fastmtp.rollout
+        outputs = rollout(self.head, hidden, embeds, position_ids, segments, self.model.rotary_emb, steps, mode)
+        return outputs, segments
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -159,7 +168,7 @@ def model_class(model_dir: str | Path) -> type:
 
 def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that the head of a checkpoint must have."""
-    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+    family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
     config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
         head = MTPHead(config, family)

@@ -108,7 +108,7 @@ def draft_with_cache(
     return torch.cat(outputs)
 
 
-def speculative_greedy(model, prompt, steps, max_new_tokens, ends):
+def speculative_greedy(model, prompt, steps, max_new_tokens, ends, token_map=None):
     """Greedy speculative decoding from scratch in every round: (tokens, accepted drafts per round).
 
     The draft runs on its own tokens here, not on the text's, as it does in a server.
@@ -129,16 +129,36 @@ def speculative_greedy(model, prompt, steps, max_new_tokens, ends):
         for k in range(1, steps + 1):
             embeds = embed(torch.tensor(ids + drafts))
             g = draft_with_cache(head, hidden, embeds, base, k)[-1]
-            drafts.append(int(model.lm_head(g).argmax()))
+            logits = model.lm_head(g)
+            drafts.append(int(logits.argmax() if token_map is None else token_map[logits[token_map].argmax()]))
         _, best = target(ids + drafts)
         accepted = 0
         while accepted < steps and drafts[accepted] == best[base + 1 + accepted]:
             accepted += 1
-        new = [*drafts[:accepted], best[base + 1 + accepted]]
-        room = max_new_tokens - (len(ids) - len(prompt))
-        stop = next((i for i, t in enumerate(new) if t in ends), len(new) - 1)
-        new = new[: min(stop + 1, room)]
-        # Drafts past the end of the answer are not counted: an answer has nothing to match them with.
-        rounds.append(min(accepted, len(new)) if len(new) <= accepted else accepted)
-        ids += new
+        rounds.append(accepted)  # SGLang counts drafts past the end of the answer too
+        for token in [*drafts[:accepted], best[base + 1 + accepted]]:
+            ids.append(token)
+            if token in ends or len(ids) - len(prompt) == max_new_tokens:
+                break
     return ids[len(prompt) :], rounds
+
+
+def verify_sampled(drafts, q, p, generator):
+    """Speculative sampling (Leviathan et al. 2023, Algorithm 1) for a batch of chains.
+
+    drafts [N, K] were drawn from q [N, K, V]; p [N, K + 1, V] is the target after each prefix. Returns (accepted [N],
+    next token [N]): accept draft k with probability min(1, p/q), else draw from the normalised max(p - q, 0).
+    """
+    N, K = drafts.shape
+    rows = torch.arange(N)
+    alive, accepted = torch.ones(N, dtype=torch.bool), torch.zeros(N, dtype=torch.long)
+    for k in range(K):
+        token = drafts[:, k]
+        ratio = p[rows, k, token] / q[rows, k, token]
+        alive &= torch.rand(N, generator=generator) < ratio
+        accepted += alive
+    last = p[rows, accepted]
+    rejected = accepted < K
+    residual = (last - q[rows, accepted.clamp(max=K - 1)]).clamp(min=0)
+    last = torch.where(rejected[:, None], residual, last)
+    return accepted, torch.multinomial(last / last.sum(-1, keepdim=True), 1, generator=generator).squeeze(1)

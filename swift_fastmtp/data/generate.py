@@ -28,12 +28,16 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop: bool = True,
 ) -> list[Answer]:
-    """One answer per prompt; temperature 0 is greedy. Sampling uses torch's global generator."""
+    """One answer per prompt; temperature 0 is greedy. Sampling uses torch's global generator.
+
+    Without `stop`, exactly `max_new_tokens` tokens, whatever they are.
+    """
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    ends = end_token_ids(model, tokenizer)
+    ends = end_token_ids(model, tokenizer) if stop else set()
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -41,12 +45,12 @@ def generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(ends) or [model.config.vocab_size],  # no such token; None would mean the model's own
         pad_token_id=tokenizer.pad_token_id,
         **sampling,
     )
     answers = []
     for row in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), None)
-        answers.append(Answer(row, "length") if stop is None else Answer(row[: stop + 1], "stop"))
+        end = next((i for i, token in enumerate(row) if token in ends), None)
+        answers.append(Answer(row, "length") if end is None else Answer(row[: end + 1], "stop"))
     return answers

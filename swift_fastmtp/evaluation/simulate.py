@@ -9,9 +9,11 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,11 +23,22 @@ from transformers import __version__ as transformers_version
 from .. import __version__
 from ..checkpoints import read_head, write_json
 from ..config import FastMTPConfig
-from ..data.generate import Answer, generate
+from ..data.generate import generate
 from ..data.prompts import encode_prompt, read_rows, without_answer
 from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
+from ..rollout import step_targets
 from .metrics import AcceptanceCounts, count_acceptance, macro_tau, micro_tau, verify_rounds
+
+
+class Text(NamedTuple):
+    """One conversation as token ids: prompt, answer, and up to K greedy tokens that would have followed."""
+
+    ids: list[int]
+    start: int
+    """Length of the prompt."""
+    end: int
+    """Length of prompt + answer. A server drafts past the end of an answer too, and counts what it would accept."""
 
 
 @dataclass
@@ -50,6 +63,7 @@ def simulate(
     num_steps: int = 3,
     max_new_tokens: int = 1024,
     answers: str = "generate",
+    token_maps: Sequence[str] = (),
     batch_size: int = 16,
     dtype: str = "float32",
     device: str = "cpu",
@@ -58,6 +72,7 @@ def simulate(
 
     Args:
         answers: `generate` (greedy, by the backbone) or `given` (the dataset's last assistant message).
+        token_maps: files for SGLang's `--speculative-token-map`; each gives every head one more row.
 
     Raises `FastMTPError` for bad rows, checkpoints or an existing `output_dir`.
     """
@@ -74,13 +89,18 @@ def simulate(
     heads = {"base": read_head(model_dir, model.family, expected)}
     for checkpoint in checkpoints:
         heads[str(checkpoint)] = read_head(checkpoint, model.family, expected)
-    texts = _texts(model, tokenizer, rows, max_new_tokens, answers, batch_size)
+    maps: dict[str | None, torch.Tensor | None] = {None: None}
+    maps.update({path: read_token_map(path, model.config.vocab_size) for path in token_maps})
+    texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size)
     results = []
     for name, tensors in heads.items():
         load_head(model, tensors)
-        results.append(_measure(model, name, texts, tokenizer.pad_token_id, batch_size))
+        for path, token_map in maps.items():
+            label = name if path is None else f"{name} + {Path(path).name}"
+            counts, rounds = draft_rounds(model, texts, tokenizer.pad_token_id, batch_size, token_map, label)
+            results.append(_result(label, counts, rounds))
     print(table(results))
-    tokens = sum(len(ids) - start for ids, start in texts)
+    tokens = sum(text.end - text.start for text in texts)
     print(f"{len(texts)} answers, {tokens} tokens; tau: tokens per verification step, K drafts each, greedy")
     if output_dir:
         from .plots import plot_acceptance
@@ -94,6 +114,7 @@ def simulate(
             "model": model_dir,
             "dataset": dataset,
             "answers": answers,
+            "token_maps": list(token_maps),
             "num_answers": len(texts),
             "num_tokens": tokens,
             "max_new_tokens": max_new_tokens,
@@ -104,10 +125,25 @@ def simulate(
     return results
 
 
-def _texts(
+def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
+    """A token map in SGLang's format: `torch.save` of a list of ids, or of a tensor. Raises `FastMTPError`."""
+    try:
+        ids = torch.as_tensor(torch.load(path, weights_only=True))
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise FastMTPError(f"{path}: not a token map, a torch file with a list of token ids ({error})") from None
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise FastMTPError(f"{path}: a token map is a flat list of token ids")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise FastMTPError(f"{path}: holds id {int(ids.max())}, the model has rows 0..{vocab_size - 1}")
+    if len(set(ids.tolist())) != len(ids):
+        raise FastMTPError(f"{path}: holds an id twice; make the ids unique")
+    return ids.long()
+
+
+def make_texts(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, answers: str, batch_size: int
-) -> list[tuple[list[int], int]]:
-    """(token ids of prompt + answer, prompt length) of every row whose answer can hold a draft."""
+) -> list[Text]:
+    """The texts to measure on, without answers so short that nothing is ever drafted."""
     prompts = [encode_prompt(tokenizer, without_answer(row["messages"])) for row in rows]
     texts = []
     if answers == "given":
@@ -115,55 +151,95 @@ def _texts(
             if row["messages"][-1]["role"] != "assistant":
                 raise FastMTPError(f"row {number}: has no assistant answer; drop --answers given, or distill first")
             ids = row.get("token_ids") or tokenizer.encode(row["messages"][-1]["content"], add_special_tokens=False)
-            texts.append((prompt + ids, len(prompt)))
+            texts.append(Text(prompt + ids, len(prompt), len(prompt) + len(ids)))
     else:
+        K = model.fastmtp.num_speculative_steps
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[int, Answer] = {}
+        found: dict[int, Text] = {}
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
             batch = order[start : start + batch_size]
             generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
-            found.update(zip(batch, generated, strict=True))
-        texts = [(prompt + found[i].token_ids, len(prompt)) for i, prompt in enumerate(prompts)]
-    kept = [(ids, start) for ids, start in texts if len(ids) - start > 1]
+            whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
+            beyond = generate(model, tokenizer, whole, K, stop=False)
+            for i, ids, more in zip(batch, whole, beyond, strict=True):
+                found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids))
+        texts = [found[i] for i in range(len(prompts))]
+    kept = [text for text in texts if text.end - text.start > 1]
     if not kept:
         raise FastMTPError("no answer is longer than one token, so nothing is ever drafted; use other prompts")
     return kept
 
 
 @torch.no_grad()
-def _measure(model: Any, name: str, texts: list[tuple[list[int], int]], pad: int, batch_size: int) -> HeadResult:
+def draft_rounds(
+    model: Any,
+    texts: list[Text],
+    pad: int,
+    batch_size: int,
+    token_map: torch.Tensor | None = None,
+    label: str = "head",
+) -> tuple[AcceptanceCounts, list[list[list[int]]]]:
+    """Acceptance of the loaded head on texts.
+
+    Args:
+        token_map: ids that the draft may choose from (SGLang's `--speculative-token-map`); None is all.
+
+    Returns the counts over all base rows of the answers, and `rounds[K' - 1][text]`: the verification rounds of a
+    greedy server with K' drafts per step, in the order of `texts`.
+    """
     K = model.fastmtp.num_speculative_steps
     totals = AcceptanceCounts(*(torch.zeros(K, dtype=torch.long) for _ in range(3)))
-    rounds: list[list[list[int]]] = [[] for _ in range(K)]
-    order = sorted(texts, key=lambda text: len(text[0]))
-    for first in tqdm(range(0, len(order), batch_size), desc=f"acceptance of {Path(name).name}", unit="batch"):
+    rounds: list[list[list[int]]] = [[[] for _ in texts] for _ in range(K)]
+    weight = model.lm_head.weight if token_map is None else model.lm_head.weight[token_map]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+    for first in tqdm(range(0, len(order), batch_size), desc=f"acceptance of {Path(label).name}", unit="batch"):
         batch = order[first : first + batch_size]
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch], device=model.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch], device=model.device)
-        labels = ids.clone()
-        base = torch.zeros_like(mask, dtype=torch.bool)
-        for row, (text, start) in enumerate(batch):
-            labels[row, :start] = -100
-            labels[row, len(text) :] = -100
-            base[row, start - 1 : len(text) - 1] = True
-        output = model(input_ids=ids, attention_mask=mask, labels=labels)
-        counts = count_acceptance(output.match, output.valid, base)
+        width = max(len(texts[i].ids) for i in batch)
+        ids = torch.full((len(batch), width), pad)
+        mask, labels, base = torch.zeros_like(ids), torch.full_like(ids, -100), torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            text = texts[i]
+            ids[row, : len(text.ids)] = torch.tensor(text.ids)
+            mask[row, : len(text.ids)] = 1
+            labels[row, text.start : text.end] = ids[row, text.start : text.end]
+            base[row, text.start - 1 : text.end - 1] = True
+        ids, mask, labels, base = (x.to(model.device) for x in (ids, mask, labels, base))
+        outputs, segments = model.draft_states(ids, mask)
+        targets, exists = step_targets(ids, segments, None, K)
+        exists &= base  # the only rows where a server starts a draft
+        match = torch.zeros_like(exists)
+        for k, g in enumerate(outputs):
+            drafts = _argmax(g[exists[k]], weight, model.fastmtp.loss_chunk_size)
+            drafts = drafts if token_map is None else token_map.to(drafts.device)[drafts]
+            match[k][exists[k]] = drafts == targets[k][exists[k]]
+        _, inside = step_targets(ids, segments, labels, K)
+        counts = count_acceptance(match & inside, inside, base)
         totals.eligible += counts.eligible.cpu()
         totals.reached += counts.reached.cpu()
         totals.accepted += counts.accepted.cpu()
-        for row, (text, start) in enumerate(batch):
-            match_KA = output.match[:, row, start - 1 : len(text) - 1].cpu()
+        for row, i in enumerate(batch):
+            match_KA = match[:, row, texts[i].start - 1 : texts[i].end - 1].cpu()
             for k in range(1, K + 1):
-                rounds[k - 1].append(verify_rounds(match_KA, k))
-    histogram = torch.bincount(torch.tensor([c for r in rounds[-1] for c in r]), minlength=K + 1).tolist()
+                rounds[k - 1][i] = verify_rounds(match_KA, k)
+    return totals, rounds
+
+
+def _argmax(rows: torch.Tensor, weight: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Index of the largest logit of every row, never more than a chunk of logits at once."""
+    if not len(rows):
+        return torch.zeros(0, dtype=torch.long, device=rows.device)
+    return torch.cat([(part @ weight.T).argmax(-1) for part in torch.split(rows.to(weight.dtype), chunk)])
+
+
+def _result(name: str, counts: AcceptanceCounts, rounds: list[list[list[int]]]) -> HeadResult:
+    histogram = torch.bincount(torch.tensor([c for r in rounds[-1] for c in r]), minlength=len(rounds) + 1)
     return HeadResult(
         name,
-        totals.marginal,
-        totals.conditional,
+        counts.marginal,
+        counts.conditional,
         [micro_tau(r) for r in rounds],
         [macro_tau(r) for r in rounds],
-        histogram,
+        histogram.tolist(),
     )
 
 

@@ -57,13 +57,16 @@ def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> d
     }
 
 
-def export_full(checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None) -> Path:
+def export_full(
+    checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None, remote_code: bool = True
+) -> Path:
     """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
 
     Args:
         checkpoint: from `swift sft`, tuner type `fastmtp`, `full` or `lora`.
         output_dir: must not exist; it appears whole or not at all.
         base_model: the model the head was trained for; default: what the checkpoint remembers.
+        remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`.
 
     Raises `FastMTPError` naming the file or tensor.
     """
@@ -80,22 +83,42 @@ def export_full(checkpoint: str | Path, output_dir: str | Path, base_model: str 
                 _overwrite(target, {n: t for n, t in tensors.items() if weights.file_of[n] == source})
             else:
                 link_or_copy(source, target)
+        _finish_config(out, family, remote_code)
         write_json(info, out / SETTINGS_FILE)
         _verify(out, family, tensors)
     return base
 
 
-def export_draft(checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None) -> Path:
+def export_draft(
+    checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None, remote_code: bool = True
+) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
     base, family, tensors, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in sorted(base.iterdir()):
             if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
                 shutil.copyfile(source, out / source.name)
+        _finish_config(out, family, remote_code)
         write_json(info, out / SETTINGS_FILE)
         save_tensors(tensors, out / WEIGHTS_FILE)
         _verify(out, family, tensors)
     return base
+
+
+def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
+    """Make config.json one that engines load; it stays byte for byte the base's where that already is.
+
+    transformers does not know `mimo`: either config.json names a configuration class (`auto_map`), which asks for
+    `--trust-remote-code`, or it calls itself by the plain type that class derives from.
+    """
+    config = read_config(folder)
+    if config.get("model_type") != family.config_model_type or (remote_code and config.get("auto_map")):
+        return
+    if family.plain_model_type is None:
+        raise FastMTPError(f"{folder}: {family.name} has no configuration without remote code; keep it")
+    config.pop("auto_map", None)
+    (folder / "config.json").unlink()  # it may be a hard link to the base's
+    write_json({**config, "model_type": family.plain_model_type}, folder / "config.json")
 
 
 def _collect(

@@ -1,0 +1,220 @@
+"""Finds, before anything is served, what makes acceptance silently collapse.
+
+An engine with a broken draft still gives correct text, only no speed-up: it loads what it finds, ignores tensors whose
+names it does not know, and keeps random values where some are missing (SGLang `mimo_mtp.py` `load_weights`). Every
+check here is a failure that users of the engines have met.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import SETTINGS_FILE, Weights, fingerprint
+from ..errors import FastMTPError
+from ..families import Family, match_family, read_config
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: `error` (do not serve this) or `warning` (likely not what you meant)."""
+
+    level: str
+    what: str
+    why: str
+    mend: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.what}\n    why:  {self.why}\n    mend: {self.mend}"
+
+
+def examine(
+    folder: str | Path, model: str | Path | None = None, token_map: str | Path | None = None, tp_size: int = 1
+) -> list[Finding]:
+    """All findings about a full checkpoint, a draft-only folder or a training checkpoint.
+
+    Args:
+        model: base model, to compare with; default: what `fastmtp.json` remembers, if it is there.
+        token_map: file meant for `--speculative-token-map`.
+        tp_size: tensor parallelism that is planned.
+
+    Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = match_family(config, folder / "config.json")
+    findings = list(_config(config, family))
+    try:
+        weights = Weights(folder)
+    except FastMTPError as error:
+        why = "an engine loads every tensor of every listed file; of two with one name, the last one wins"
+        return [*findings, Finding("error", str(error), why, "export again, or remove the stale file")]
+    findings += _tensors(folder, weights, config, family)
+    findings += _origin(folder, weights, family, model)
+    if token_map:
+        findings += _map(Path(token_map), folder, config, tp_size)
+    return findings
+
+
+def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
+    layers = config.get(family.num_layers_key)
+    if layers != 1:
+        yield Finding(
+            "error",
+            f"config.json: {family.num_layers_key} is {layers}",
+            "engines size the draft's KV cache by it; the head is one layer, applied to its own output",
+            f'set "{family.num_layers_key}": 1',
+        )
+    if config.get("model_type") == family.config_model_type and not config.get("auto_map") and family.plain_model_type:
+        yield Finding(
+            "error",
+            f"config.json: model_type {family.config_model_type} without auto_map",
+            "transformers does not know this model type, so the engine stops at start-up",
+            "restore auto_map and its .py file from the base model, or `fastmtp export --no_remote_code`",
+        )
+
+
+def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
+    from ..modeling import head_shapes  # builds the head on the meta device
+
+    expected = head_shapes(folder)
+    parent = family.prefix.rsplit(".", 1)[0]
+    block = parent.rsplit(".", 1)[-1]
+    found = set(weights.under(parent))
+    for name in sorted(set(expected) - found):
+        yield Finding(
+            "error",
+            f"{name} is missing",
+            "engines keep the random values of a parameter that no tensor fills, and draft garbage",
+            "export again; plain transformers drops MTP tensors when it saves",
+        )
+    for name in sorted(found - set(expected)):
+        yield Finding(
+            "error",
+            f"{name} is not a tensor of the one MTP layer",
+            "SGLang maps every layer index onto the same parameters: the last one loaded wins",
+            f"keep exactly the {len(expected)} tensors under {family.prefix}",
+        )
+    odd = re.compile(rf"(^|\.)({block}|mtp)\.")
+    for name in sorted(n for n in weights.file_of if odd.search(n) and not n.startswith(parent + ".")):
+        yield Finding(
+            "error",
+            f"{name} looks like an MTP tensor under another name",
+            f"engines read {family.prefix}.* and ignore the rest",
+            f"rename it to {family.prefix}.…",
+        )
+    for name in sorted(found & set(expected)):
+        yield from _values(name, weights, expected[name])
+    yield from _dtypes(weights, config, sorted(found & set(expected)))
+
+
+def _values(name: str, weights: Weights, shape: tuple[int, ...]) -> Iterator[Finding]:
+    if weights.shape(name) != shape:
+        what = f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
+        yield Finding("error", what, "the engine fails, or loads a part of it", "export again for this config")
+        return
+    tensor = weights.read(name)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        yield Finding(
+            "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
+        )
+    elif not bool(tensor.any()):
+        yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
+
+
+def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
+    quantised = config.get("quantization_config")
+    kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names}
+    if quantised:
+        listed = [*(quantised.get("ignore") or []), *(quantised.get("modules_to_not_convert") or [])]
+        if kinds <= {"bfloat16", "float16", "float32"} and not any("mtp" in str(m) for m in listed):
+            yield Finding(
+                "error",
+                "quantization_config does not leave out the MTP layer, whose tensors are not quantised",
+                "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
+                'add the MTP layer to "ignore" (compressed-tensors) or "modules_to_not_convert"',
+            )
+        return
+    backbone = config.get("dtype") or config.get("torch_dtype")
+    if "lm_head.weight" in weights.file_of and kinds and backbone and kinds != {backbone}:
+        yield Finding(
+            "warning",
+            f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
+            "engines convert while loading; a mixture is a sign of a hand-made checkpoint",
+            "`fastmtp export` casts to the model's dtype",
+        )
+
+
+def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | None) -> Iterator[Finding]:
+    path = folder / SETTINGS_FILE
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    base = Path(model or settings.get("base_model") or "/nonexistent")
+    trained_for = settings.get("base_fingerprint")
+    here = folder if "lm_head.weight" in weights.file_of else base
+    if trained_for and (here / "config.json").exists() and fingerprint(here, family) != trained_for:
+        yield Finding(
+            "error",
+            f"the head was trained for another backbone than {here}",
+            "a head follows the hidden states of the weights it saw; after merging or more training they differ",
+            "train the head for this backbone; a few hundred steps heal it",
+        )
+    if base.resolve() == folder.resolve() or not (base / "config.json").exists():
+        return
+    original = Weights(base)
+    names = [n for n in weights.under(family.prefix) if n in original.file_of]
+    same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
+    if names and len(same) == len(names):
+        yield Finding(
+            "warning",
+            f"the MTP layer equals the one of {base}",
+            "it is the untrained head: it drafts one token well and then collapses",
+            "export the checkpoint of a training run",
+        )
+
+
+def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iterator[Finding]:
+    from ..evaluation.simulate import read_token_map
+
+    try:
+        ids = set(read_token_map(path, config["vocab_size"]).tolist())
+    except FastMTPError as error:
+        why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
+        yield Finding("error", str(error), why, "make the map from this model's own tokenizer")
+        return
+    generation = folder / "generation_config.json"
+    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
+    ends = ends if ends is not None else config.get("eos_token_id")
+    missing = sorted({e for e in (ends if isinstance(ends, list) else [ends]) if e is not None} - ids)
+    if missing:
+        what = f"{path}: does not hold the end token {', '.join(map(str, missing))}"
+        yield Finding("warning", what, "the end of an answer is never drafted", "add it to the map")
+    tokenizer = folder / "tokenizer.json"
+    if tokenizer.exists():
+        from tokenizers import Tokenizer
+
+        size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
+        if max(ids) >= size:
+            yield Finding(
+                "error",
+                f"{path}: holds id {max(ids)}, the tokenizer ends at {size - 1}",
+                "the map was made with another tokenizer: its ids mean other tokens here",
+                "make the map from this model's own tokenizer",
+            )
+    if tp_size > 1:
+        yield Finding(
+            "error",
+            f"{path}: a static token map with tensor parallelism {tp_size}",
+            "global ids index a head that is sharded: the server crashes (sglang #4328)",
+            "serve with --tp-size 1, or without the map",
+        )
+    if config.get("tie_word_embeddings"):
+        yield Finding(
+            "error",
+            f"{path}: a token map for a model with tied embeddings",
+            "the draft keeps the whole head while the engine maps ids through the short table",
+            "serve without the map",
+        )

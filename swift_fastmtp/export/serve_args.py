@@ -1,0 +1,111 @@
+"""The command that serves an exported folder, with the reason for each flag.
+
+The flags are what the engines were read and tested to do (SGLang 0.5.19 to 0.5.23: `arg_groups/speculative_hook.py`,
+`eagle_worker_v2.py`); docs and serving tests take them from here.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints import SETTINGS_FILE, Weights
+from ..errors import FastMTPError
+from ..families import match_family, read_config
+
+_REMOTE = "config.json names a configuration class of its own (auto_map)"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Words of a command line and why they are there."""
+
+    words: tuple[str, ...]
+    why: str
+
+
+def serve_flags(
+    folder: str | Path,
+    engine: str = "sglang",
+    num_steps: int | None = None,
+    token_map: str | None = None,
+    model: str | None = None,
+) -> list[Flag]:
+    """Command line that serves `folder`, in order.
+
+    Args:
+        folder: a full checkpoint or a draft-only folder.
+        num_steps: drafts per verification, K; default: what the head was trained for.
+        token_map: SGLang's `--speculative-token-map` file.
+        model: the target of a draft-only folder; default: the base model it was trained for.
+
+    Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = match_family(config, folder / "config.json")
+    weights = Weights(folder)
+    if not weights.under(family.prefix):
+        raise FastMTPError(f"{folder}: holds no tensor under {family.prefix}; nothing to draft with")
+    full = "lm_head.weight" in weights.file_of
+    settings = _settings(folder)
+    steps = num_steps or settings.get("num_speculative_steps", 3)
+    target = folder if full else Path(model or settings.get("base_model", ""))
+    if not full and not model and not settings.get("base_model"):
+        raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
+    if engine == "vllm":
+        return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
+    flags = [
+        Flag(("python", "-m", "sglang.launch_server"), "stock SGLang"),
+        Flag(
+            ("--model-path", str(target)), "the exported checkpoint" if full else "the model the head was trained for"
+        ),
+    ]
+    if not full:
+        flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
+    if config.get("auto_map"):
+        flags.append(Flag(("--trust-remote-code",), _REMOTE))
+    flags += [
+        Flag(("--speculative-algorithm", "NEXTN"), "the MTP layer drafts; the same code path as EAGLE"),
+        Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
+        Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
+        Flag(("--speculative-num-draft-tokens", str(steps + 1)), "K drafts and the bonus token"),
+    ]
+    if token_map:
+        flags += [
+            Flag(("--speculative-token-map", token_map), "the draft's smaller vocabulary; the output does not change"),
+            Flag(("--tp-size", "1"), "a static map holds global ids, which a sharded head cannot take"),
+        ]
+    return flags
+
+
+def _vllm(remote_code: bool, target: Path, full: bool, steps: int, token_map: str | None) -> list[Flag]:
+    if not full:
+        raise FastMTPError("vLLM reads the MTP layer from the model itself: export a full checkpoint")
+    if token_map:
+        raise FastMTPError("vLLM has no token map for MTP; drop it")
+    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": steps})
+    return [
+        Flag(("vllm", "serve", str(target)), "the exported checkpoint"),
+        *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
+        Flag(("--speculative-config", speculative), "K drafts, the one layer applied K times"),
+    ]
+
+
+def command(flags: list[Flag]) -> list[str]:
+    """The words of a command line."""
+    return [word for flag in flags for word in flag.words]
+
+
+def explain(flags: list[Flag]) -> str:
+    """The command as a shell would take it, then a line per flag that says why."""
+    shell = " \\\n  ".join(shlex.join(flag.words) for flag in flags)
+    width = max(len(shlex.join(f.words)) for f in flags)
+    reasons = "\n".join(f"# {shlex.join(f.words):{width}}  {f.why}" for f in flags)
+    return f"{shell}\n\n{reasons}"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,101 @@
+"""A real SGLang HTTP server on a CPU, started and stopped by a test.
+
+Stock SGLang from the environment that `setup_engine.sh` makes; `stand_in/` on PYTHONPATH takes the place of the
+GPU-only packages. The server listens on 127.0.0.1 and ends with its own process group.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).parent
+START_SECONDS = 180
+# Versions of SGLang that the stand-in was tried with.
+TRIED = ("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
+UNTRIED = (
+    "SGLang {version} is not among the versions the CPU stand-in was tried with ({tried}). Run "
+    "`SGLANG_VERSION={version} pytest tests/serving`. If a server does not start, its log names the missing operation: "
+    "add it to tests/serving/stand_in/sgl_kernel after SGLang's call site. When all other tests pass, add the version "
+    "to TRIED in tests/serving/engine.py and to docs/serving-on-cpu.md."
+)
+
+# Small, deterministic, and fp32, so that acceptance can be compared number by number.
+CPU_FLAGS = [
+    *("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--mem-fraction-static", "0.3"),
+    *("--max-total-tokens", "8192", "--max-running-requests", "8", "--context-length", "1024"),
+    *("--random-seed", "0", "--log-level", "warning", "--skip-server-warmup"),
+]
+
+
+def engine_python() -> str:
+    """Python of the engine's environment, which is made on first use."""
+    done = subprocess.run(["bash", HERE / "setup_engine.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"setup_engine.sh failed:\n{done.stderr[-3000:]}"
+    return f"{done.stdout.strip()}/bin/python"
+
+
+def engine_version() -> str:
+    code = "from importlib.metadata import version; print(version('sglang'))"
+    return subprocess.run([engine_python(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+class Server:
+    """`with Server(command) as server:` where `command` is `python -m sglang.launch_server ...`."""
+
+    def __init__(self, command, log):
+        self.log = Path(log)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
+
+    def __enter__(self):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(HERE / "stand_in"),
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                    return self
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    raise AssertionError(f"{' '.join(self.command)}\n{self.tail()}") from None
+                time.sleep(0.2)
+
+    def __exit__(self, *_):
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, how)
+                self.process.wait(timeout=20)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+    def tail(self):
+        return self.log.read_text(errors="replace")[-6000:]
+
+    def generate(self, prompts, max_new_tokens, temperature=0.0):
+        """One answer per prompt (lists of token ids): SGLang's own records with `output_ids` and `meta_info`."""
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        body = json.dumps({"input_ids": prompts, "sampling_params": sampling}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/generate", data=body, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            return json.load(response)
