@@ -88,6 +88,7 @@ CASES = {
     "NaN": ((put(UP, with_nan), {}), f"{HEAD}{UP} holds NaN"),
     "zeros": ((put(UP, torch.zeros_like), {}), f"{HEAD}{UP} is all zeros"),
     "dtype": ((put(UP, lambda t: t.float()), {}), "MTP tensors are bfloat16, float32, the model is bfloat16"),
+    "quantised head": ((put(UP, lambda t: t.to(torch.int8)), {}), "the MTP layer is quantised (int8)"),
     "backbone": ((other_backbone, {}), "the head was trained for another backbone"),
     "layer count": ((None, {"num_nextn_predict_layers": 3}), "num_nextn_predict_layers is 3"),
     "no layer count": ((None, {"num_nextn_predict_layers": None}), "num_nextn_predict_layers is None"),
@@ -138,6 +139,14 @@ def test_maps(case, exports, tmp_path):
     torch.save(ids, tmp_path / "map.pt")
     findings = examine(exports / "full", token_map=tmp_path / "map.pt", **options)
     assert any(message in f.what for f in findings), [str(f) for f in findings]
+
+
+def test_draft_that_disagrees_with_its_target(exports, tmp_path):
+    folder = tmp_path / "draft"
+    shutil.copytree(exports / "draft", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}))
+    assert any("rope_scaling is" in f.what for f in examine(folder))
 
 
 def test_map_with_tied_embeddings(exports, tmp_path):

@@ -54,6 +54,15 @@ def test_plain_swift_sft_trains_and_logs(run):
     assert "template 'qwen' renders like the tokenizer's chat template" in process.stdout + process.stderr
 
 
+def test_nothing_but_model_and_dataset(rows, tmp_path):
+    """The shortest command, on a machine without a GPU; only the number of steps and the folder are added."""
+    args = ["--model_type", "fastmtp", "--model", TINY, "--dataset", rows, "--max_steps", "2"]
+    process = swift("sft", *args, "--output_dir", tmp_path)
+    assert "modelscope_hub" not in process.stdout + process.stderr  # no hub is asked about a local folder
+    (run,) = tmp_path.glob("v0-*")
+    assert logged(run) and (run / "checkpoint-2" / "model.safetensors").exists()
+
+
 def test_metrics_reach_tensorboard(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

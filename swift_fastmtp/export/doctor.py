@@ -18,6 +18,21 @@ from ..checkpoints import SETTINGS_FILE, Weights, fingerprint
 from ..errors import FastMTPError
 from ..families import Family, match_family, read_config
 
+_PLAIN = {"bfloat16", "float16", "float32"}
+# A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
+_SHARED_KEYS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -129,9 +144,16 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...]) -> Iterator[Fin
 def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
     quantised = config.get("quantization_config")
     kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names}
+    if kinds - _PLAIN:
+        yield Finding(
+            "warning",
+            f"the MTP layer is quantised ({', '.join(sorted(kinds - _PLAIN))})",
+            "drafts follow small differences in hidden states; a quantised layer is often never accepted",
+            "keep the MTP layer in the source precision",
+        )
     if quantised:
         listed = [*(quantised.get("ignore") or []), *(quantised.get("modules_to_not_convert") or [])]
-        if kinds <= {"bfloat16", "float16", "float32"} and not any("mtp" in str(m) for m in listed):
+        if kinds <= _PLAIN and not any("mtp" in str(m) for m in listed):
             yield Finding(
                 "error",
                 "quantization_config does not leave out the MTP layer, whose tensors are not quantised",
@@ -164,6 +186,15 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
         )
     if base.resolve() == folder.resolve() or not (base / "config.json").exists():
         return
+    here_config, base_config = read_config(folder), read_config(base)
+    for key in _SHARED_KEYS:
+        if here_config.get(key) != base_config.get(key):
+            yield Finding(
+                "error",
+                f"config.json: {key} is {here_config.get(key)}, in {base} it is {base_config.get(key)}",
+                "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
+                "use the base model's value in both",
+            )
     original = Weights(base)
     names = [n for n in weights.under(family.prefix) if n in original.file_of]
     same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]

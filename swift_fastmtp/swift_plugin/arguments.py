@@ -1,8 +1,12 @@
 """What `--model_type fastmtp` implies, and what it rules out, before any weight is loaded."""
 
+import os
 import re
 import sys
 from typing import Any
+
+from swift.utils import get_device_count
+from transformers.utils import is_torch_mps_available
 
 from ..config import ENV_PREFIX, FastMTPConfig, knob_names
 from ..errors import FastMTPError
@@ -45,6 +49,11 @@ def prepare_arguments(args: Any) -> None:
     if args.tuner_type == "full" and not frozen:
         args.freeze_parameters_ratio = 1.0
         args.trainable_parameters_regex = rf"^({_prefixes()})\."
+    if os.path.isdir(args.model or ""):
+        args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
+    if get_device_count() == 0 and not is_torch_mps_available():
+        # Without it ms-swift refuses bf16 on a machine without a GPU, and several processes train unsynchronised.
+        args.use_cpu = True
     # The backbone runs without gradients and the head is called K times: there is nothing to gain from
     # checkpointing, and under ZeRO-3 a checkpointed reused module gives wrong gradients.
     args.gradient_checkpointing = False
