@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
@@ -39,7 +40,7 @@ def register() -> None:
         exist_ok=True,
     )
     _hook_arguments()
-    _hook_empty_dataset()
+    _hook_sft()
     _hook_export()
     _one_line_errors()
 
@@ -55,11 +56,22 @@ def _hook_arguments() -> None:
     BaseArguments._init_model_kwargs = _init_model_kwargs
 
 
-def _hook_empty_dataset() -> None:
-    """Rows that are too long are dropped silently; when none is left, say so instead of failing further on."""
+def _hook_sft() -> None:
+    """Before training: say so when no row is left (too long ones are dropped silently). After it: let ranks end together.
+
+    ms-swift leaves the process group to the interpreter's exit, where gloo may abort a rank that is ready, and the
+    launcher then ends the one that is still saving.
+    """
     from swift.pipelines.train.sft import SwiftSft
 
-    original = SwiftSft._post_process_datasets
+    original, run_original = SwiftSft._post_process_datasets, SwiftSft.run
+
+    def run(self: Any) -> Any:
+        result = run_original(self)
+        if self.args.model_type == "fastmtp" and dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+        return result
 
     def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
         train = datasets[0]
@@ -71,7 +83,7 @@ def _hook_empty_dataset() -> None:
         processed: list[Any] = original(self, datasets)
         return processed
 
-    SwiftSft._post_process_datasets = _post_process_datasets
+    SwiftSft._post_process_datasets, SwiftSft.run = _post_process_datasets, run
 
 
 def _hook_export() -> None:
