@@ -57,7 +57,7 @@ def _hook_arguments() -> None:
 
 
 def _hook_sft() -> None:
-    """Before training: say so when no row is left (too long ones are dropped silently). After it: let ranks end together.
+    """Before training: say so when no row is left (too long ones are dropped silently). After it: ranks end together.
 
     ms-swift leaves the process group to the interpreter's exit, where gloo may abort a rank that is ready, and the
     launcher then ends the one that is still saving.
