@@ -141,6 +141,17 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} where there is no such file. Raises `FastMTPError` if it is broken."""
+    if not path.exists():
+        return {}
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
+    return value
+
+
 def write_json(value: Any, path: Path) -> None:
     """Write JSON that appears whole or not at all."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,7 +1,6 @@
 """Bad input through the real commands: one line that names the thing and the mend, a non-zero exit, nothing left."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -133,7 +132,6 @@ def test_disk_full_during_save(rows, tmp_path):
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); save(*a, **k)\n"
         "checkpoints.save_file = limited; sft_main()"
     )
-    assert resource.RLIMIT_FSIZE is not None
     process = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True, check=False)
     assert process.returncode == 1, process.stderr[-2000:]
     assert "model.safetensors: cannot be written" in process.stderr and "free space" in process.stderr

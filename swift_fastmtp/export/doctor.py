@@ -5,7 +5,6 @@ names it does not know, and keeps random values where some are missing (SGLang `
 check here is a failure that users of the engines have met.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, Weights, fingerprint
+from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json
 from ..errors import FastMTPError
 from ..families import Family, match_family, read_config
 
@@ -172,8 +171,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
 
 
 def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | None) -> Iterator[Finding]:
-    path = folder / SETTINGS_FILE
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = read_json(folder / SETTINGS_FILE)
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
     here = folder if "lm_head.weight" in weights.file_of else base
@@ -216,8 +214,7 @@ def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iter
         why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
         yield Finding("error", str(error), why, "make the map from this model's own tokenizer")
         return
-    generation = folder / "generation_config.json"
-    ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id") if generation.exists() else None
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
     ends = ends if ends is not None else config.get("eos_token_id")
     missing = sorted({e for e in (ends if isinstance(ends, list) else [ends]) if e is not None} - ids)
     if missing:

@@ -26,6 +26,7 @@ from ..checkpoints import (
     link_or_copy,
     new_folder,
     read_head,
+    read_json,
     save_tensors,
     write_json,
 )
@@ -128,8 +129,8 @@ def _collect(
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
-    known = _read_json(checkpoint / SETTINGS_FILE)
-    run = _read_json(checkpoint / "args.json")
+    known = read_json(checkpoint / SETTINGS_FILE)
+    run = read_json(checkpoint / "args.json")
     base = Path(base_model or known.get("base_model") or run.get("model") or "")
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
@@ -176,13 +177,3 @@ def _verify(folder: Path, family: Family, tensors: dict[str, torch.Tensor]) -> N
     for name, tensor in tensors.items():
         if not torch.equal(found[name], tensor):
             raise FastMTPError(f"{folder}: {name} reads back with other values; the disk may be faulty")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
-    return value

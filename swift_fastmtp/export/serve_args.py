@@ -8,9 +8,8 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..checkpoints import SETTINGS_FILE, Weights
+from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
 from ..families import match_family, read_config
 
@@ -49,7 +48,7 @@ def serve_flags(
     if not weights.under(family.prefix):
         raise FastMTPError(f"{folder}: holds no tensor under {family.prefix}; nothing to draft with")
     full = "lm_head.weight" in weights.file_of
-    settings = _settings(folder)
+    settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)
     target = folder if full else Path(model or settings.get("base_model", ""))
     if not full and not model and not settings.get("base_model"):
@@ -104,8 +103,3 @@ def explain(flags: list[Flag]) -> str:
     width = max(len(shlex.join(f.words)) for f in flags)
     reasons = "\n".join(f"# {shlex.join(f.words):{width}}  {f.why}" for f in flags)
     return f"{shell}\n\n{reasons}"
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
