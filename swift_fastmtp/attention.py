@@ -8,14 +8,24 @@ projections, norms, RoPE and grouped heads are transformers' own, and only "who 
   both. This is what a server computes: the draft's KV cache holds step-1 entries for committed tokens, and a
   draft chain adds its own (SGLang `eagle_worker_v2.py`; EAGLE-3 calls it training-time test).
 
-In both, rows see only their own document (`segment_ids`).
+In both, rows see only their own document. All of it is a flash kernel over the shared keys, which returns its
+log-sum-exp, and a merge with the few chain keys; no [T, T] tensor exists:
+
+    l = logsumexp(l_1, s_2 .. s_k);   o = o_1 e^(l_1 - l) + sum_m e^(s_m - l) v_m
+
+The backward is exact without a differentiable log-sum-exp: a flash backward computes P = e^(s - l) and
+dS = P (dP - rowsum(do o)) from what it is given, so called with the merged o and l it returns the gradients of the
+shared part of the merged softmax (the fact that ring attention rests on, Liu et al. 2023).
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AttentionInterface
+
+from .flash import Documents, flash, flash_backward, per_kv_head, per_query_head
 
 NAME = "fastmtp_rollout"
 
@@ -26,93 +36,130 @@ class RolloutState:
 
     Attributes:
         rollout: `exact` or `paper`.
-        visible_BTT: bool [B, 1, T, T], true where row i may see row j; None means plain causal.
-        keys, values: [B, H_kv, T, d] of each step so far (`exact` only).
+        documents: who may see whom.
+        rows: flat indices into [B * T] of the N rows that steps ≥ 2 of `exact` compute; None is all.
+        keys, values: of each step so far (`exact` only): [B, H_kv, T, d] of step 1, [1, H_kv, N, d] of later ones.
     """
 
     rollout: str
-    visible_BTT: torch.Tensor | None
-    keys: list[torch.Tensor] = field(default_factory=list)
-    values: list[torch.Tensor] = field(default_factory=list)
-
-
-def visibility(segment_ids_BT: torch.Tensor) -> torch.Tensor | None:
-    """Causal and same-document mask [B, 1, T, T], or None where plain causal attention is the same.
-
-    It is the same when every row holds one document with padding (-1) at its end only: no real row can see that
-    padding, and what padding rows see does not matter.
-    """
-    real = segment_ids_BT >= 0
-    one_document = (segment_ids_BT == segment_ids_BT[:, :1]) | ~real
-    padding_last = real[:, :1].all() & (real[:, 1:] <= real[:, :-1]).all()
-    if bool(one_document.all() & padding_last):
-        return None
-    T = segment_ids_BT.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segment_ids_BT.device).tril()
-    return (segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :]) & causal
+    documents: Documents
+    rows: Tensor | None = None
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
 
 def rollout_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float,
     rollout: RolloutState,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: q [B, H, T, d], k and v [B, H_kv, T, d] → [B, T, H, d]."""
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: q [B, H, T, d], k and v [B, H_kv, T, d] → [B, T, H, d].
+
+    From step 2 of `exact` on, the batch is [1, N]: the chosen rows, flat.
+    """
+    # Under autocast RoPE may leave queries and keys in float32; kernels want one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    rows = None
     if rollout.rollout == "exact":
         rollout.keys.append(key)
         rollout.values.append(value)
-    if len(rollout.keys) > 1:
-        out = chain_attention(query, rollout.keys, rollout.values, rollout.visible_BTT, scaling)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=rollout.visible_BTT,
-            is_causal=rollout.visible_BTT is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        key, value = rollout.keys[0], rollout.values[0]
+        rows = rollout.rows if len(rollout.keys) > 1 else None
+    chain_keys, chain_values = (torch.stack(x[1:]) if len(x) > 1 else None for x in (rollout.keys, rollout.values))
+    out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+        query, key, value, chain_keys, chain_values, rows, rollout.documents, scaling
+    )
     return out.transpose(1, 2), None
 
 
-def chain_attention(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    visible_BTT: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Step k ≥ 2 of the exact rollout: one softmax over the step-1 context and the row's own chain.
-
-    Args:
-        query: [B, H, T, d] of step k.
-        keys, values: k tensors [B, H_kv, T, d], one per step; the last is this step's own.
-        visible_BTT: see `RolloutState`.
-
-    Returns [B, H, T, d].
-    """
-    groups = query.shape[1] // keys[0].shape[1]
-    keys = [k.repeat_interleave(groups, dim=1) for k in keys]
-    values = [v.repeat_interleave(groups, dim=1) for v in values]
-    T = query.shape[2]
-    if visible_BTT is None:
-        visible_BTT = torch.ones(T, T, dtype=torch.bool, device=query.device).tril()
-    context = (query @ keys[0].transpose(-1, -2)).masked_fill(~visible_BTT, float("-inf"))
-    chain = torch.stack([(query * k).sum(-1) for k in keys[1:]], dim=-1)
-    scores = torch.cat([context, chain], dim=-1) * scaling
-    # float32 only for half precision: float64 tests must not be rounded.
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    out = weights[..., :T] @ values[0]
-    for m, v in enumerate(values[1:]):
-        out = out + weights[..., T + m, None] * v
-    return out
-
-
 AttentionInterface.register(NAME, rollout_attention)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax over the causal context and the row's own chain, in one.
+
+    query [B, H, T, d], or [1, H, N, d] of the rows `rows`; key and value [B, H_kv, T, d]; chain_keys and chain_values
+    [M, B, H_kv, T, d] (or [M, 1, H_kv, N, d]) or None. Returns the shape of the query.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        chain_keys: Tensor | None,
+        chain_values: Tensor | None,
+        rows: Tensor | None,
+        documents: Documents,
+        scale: float,
+    ) -> Tensor:
+        out, lse = flash(_scatter(query, key, rows), key, value, documents, scale)
+        out, lse = _gather(out, rows), _gather(lse, rows)
+        if chain_keys is not None and chain_values is not None:
+            scores = _chain_scores(query, chain_keys, scale)
+            total = torch.logaddexp(lse, scores.logsumexp(0))
+            merged = out * (lse - total).exp()[..., None].to(out.dtype)
+            weights = (scores - total).exp().to(out.dtype)
+            for weight, v in zip(weights, chain_values, strict=True):
+                merged += weight[..., None] * per_query_head(v, query)
+            out, lse = merged, total
+        ctx.save_for_backward(query, key, value, chain_keys, chain_values, rows, out, lse)
+        ctx.documents, ctx.scale = documents, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        query, key, value, chain_keys, chain_values, rows, out, lse = ctx.saved_tensors
+        g, q, o, z = (_scatter(x, key, rows) for x in (grad, query, out, lse))
+        dq, dk, dv = flash_backward(g, q, key, value, o, z, ctx.documents, ctx.scale)
+        dq = _gather(dq, rows)
+        if chain_keys is None:
+            return dq, dk, dv, None, None, None, None, None
+        weights = (_chain_scores(query, chain_keys, ctx.scale) - lse).exp()
+        delta = _rowsum(grad, out)
+        d_keys, d_values = torch.empty_like(chain_keys), torch.empty_like(chain_values)
+        for m, weight in enumerate(weights):
+            k, v = (per_query_head(x[m], query) for x in (chain_keys, chain_values))
+            d_values[m] = per_kv_head(weight[..., None].to(grad.dtype) * grad, chain_values[m])
+            d_scores = (weight * (_rowsum(grad, v) - delta) * ctx.scale)[..., None].to(query.dtype)
+            dq = dq + d_scores * k
+            d_keys[m] = per_kv_head(d_scores * query, chain_keys[m])
+        return dq, dk, dv, d_keys, d_values, None, None, None
+
+
+def _scatter(x: Tensor, like: Tensor, rows: Tensor | None) -> Tensor:
+    """[1, H, N, ...] of chosen rows → [B, H, T, ...] with zeros elsewhere.
+
+    A zero query with a zero gradient adds nothing to any gradient, so the kernels need not know of rows.
+    """
+    if rows is None:
+        return x
+    (B, _, T, _), H = like.shape, x.shape[1]
+    full = x.new_zeros(B * T, H, *x.shape[3:])
+    full[rows] = x[0].transpose(0, 1)
+    return full.unflatten(0, (B, T)).transpose(1, 2)
+
+
+def _gather(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The inverse of `_scatter`."""
+    if rows is None:
+        return x
+    return x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
+
+
+def _chain_scores(query: Tensor, chain_keys: Tensor, scale: float) -> Tensor:
+    """[M, B, H, T], at least float32."""
+    return torch.stack([_rowsum(query, per_query_head(k, query)) for k in chain_keys]) * scale
+
+
+def _rowsum(a: Tensor, b: Tensor) -> Tensor:
+    """sum over the last dimension of a * b, accumulated in at least float32."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) * b.to(wide)).sum(-1)

@@ -15,7 +15,8 @@ from .errors import FastMTPError
 
 ENV_PREFIX = "FASTMTP_"
 ROLLOUTS = ("exact", "paper")
-LOSSES = ("ce",)
+LOSSES = ("ce", "kl", "topk_kl", "lk", "tv", "e2e")
+INPUTS = ("text", "draft")
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,45 @@ class FastMTPConfig:
             "`paper` is what the paper's code trains."
         },
     )
+    inputs: str = field(
+        default="text",
+        metadata={
+            "help": "What steps 2..K read: `text`, the training text's token, or `draft`, the head's own argmax "
+            "(on-policy; K-1 more projections)."
+        },
+    )
     loss: str = field(
         default="ce",
-        metadata={"help": "Loss of each step; `ce` is cross-entropy against the next token (paper Eq. 1)."},
+        metadata={
+            "help": "Loss of each step: `ce` against the text's token (paper Eq. 1), or against the frozen model's own "
+            "distribution: `kl`, `topk_kl`, `tv` (1 - acceptance), `lk` (KL turning into TV), `e2e` (all K at once)."
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Sampling temperature at which the soft losses compare head and model."},
+    )
+    top_k: int = field(
+        default=20,
+        metadata={"help": "`topk_kl`: tokens of the model's distribution that are kept (the paper samples with 20)."},
+    )
+    lk_eta: float = field(
+        default=3.0,
+        metadata={"help": "`lk`: how fast KL gives way to TV, weight exp(-eta x acceptance) (arXiv 2602.23881: 3)."},
+    )
+    token_map: str = field(
+        default="",
+        metadata={
+            "help": "Token map file to train inside (SGLang's `--speculative-token-map`): logits, labels and rates are "
+            "those of a draft that is served with it."
+        },
     )
     loss_chunk_size: int = field(
-        default=1024,
-        metadata={"help": "Supervised rows whose logits exist at once; memory of the loss is this x vocabulary."},
+        default=0,
+        metadata={
+            "help": "Supervised rows whose logits exist at once; 0 takes what fills 64 MiB (CPU) or 512 MiB (GPU), "
+            "of which there are two, with a soft loss three."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -51,11 +84,17 @@ class FastMTPConfig:
         _check(0.0 < self.beta <= 1.0, "beta", self.beta, "in (0, 1]")
         _check(self.rollout in ROLLOUTS, "rollout", self.rollout, f"one of {', '.join(ROLLOUTS)}")
         _check(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
-        _check(self.loss_chunk_size >= 1, "loss_chunk_size", self.loss_chunk_size, "at least 1")
+        _check(self.inputs in INPUTS, "inputs", self.inputs, f"one of {', '.join(INPUTS)}")
+        _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
+        _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
+        _check(self.loss_chunk_size >= 0, "loss_chunk_size", self.loss_chunk_size, "at least 0")
 
     @property
     def step_weights(self) -> list[float]:
-        """alpha_1..alpha_K of paper Eq. 2; they sum to 1."""
+        """alpha_1..alpha_K of paper Eq. 2; they sum to 1. `e2e` weighs its steps itself: all 1/K."""
+        if self.loss == "e2e":
+            return [1 / self.num_speculative_steps] * self.num_speculative_steps
         powers = [self.beta**k for k in range(self.num_speculative_steps)]
         return [p / sum(powers) for p in powers]
 

@@ -31,8 +31,6 @@ class MTPHead(nn.Module):
         family: the checkpoint's row in `families.py`.
     """
 
-    _block: Any
-
     def __init__(self, config: Any, family: Family) -> None:
         super().__init__()
         block_config = copy.deepcopy(config)
@@ -44,13 +42,12 @@ class MTPHead(nn.Module):
         self.add_module(family.hidden_norm, norm_type(width, eps=eps))
         self.add_module(family.token_norm, norm_type(width, eps=eps))
         self.add_module(family.proj, nn.Linear(2 * width, width, bias=False))
+        # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
+        # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
+        # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
         for name, child in block.named_children():
             self.add_module(name, child)
         self.add_module(family.final_norm, norm_type(width, eps=eps))
-        # The block itself stays out of the module tree: its children are registered above, under the
-        # checkpoint's names. That also keeps it out of reach of gradient checkpointing, which with a module that
-        # is called K times raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
-        object.__setattr__(self, "_block", block)
 
     def fuse(self, hidden_BTD: torch.Tensor, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Block input u from the previous hidden state and the embedding of the next token, [B, T, D]."""
@@ -66,12 +63,24 @@ class MTPHead(nn.Module):
         embeds_BTD: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         state: "attention.RolloutState",
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One draft step for every row. Returns g [B, T, D], after the final norm.
 
-        `state` carries the keys and values of the steps before and gains this step's.
+        `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
+        [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
         """
+        children = dict(self.named_children())
         u = self.fuse(hidden_BTD, embeds_BTD)
-        u = self._block(u, position_embeddings=position_embeddings, rollout=state)
+        attended, _ = children["self_attn"](
+            hidden_states=children["input_layernorm"](u),
+            position_embeddings=position_embeddings,
+            attention_mask=None,
+            rollout=state,
+        )
+        u = u + attended
+        if rows is not None:
+            u = u.flatten(0, 1)[rows][None]
+        u = u + children["mlp"](children["post_attention_layernorm"](u))
         out: torch.Tensor = self.get_submodule(self.family.final_norm)(u)
         return out

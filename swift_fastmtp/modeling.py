@@ -22,8 +22,9 @@ from .checkpoints import read_head
 from .config import FastMTPConfig
 from .families import FAMILIES, Family, find_family, match_family, read_config
 from .head import MTPHead, import_class
-from .losses import step_losses, weighted_loss
+from .losses import drafts, step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
+from .vocab.maps import DraftVocabulary, read_token_map
 
 
 class MiMoConfig(Qwen2Config):
@@ -38,16 +39,22 @@ AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
 
 @dataclass
 class FastMTPOutput(ModelOutput):
-    """What a training or evaluation step needs; `nll`, `match`, `valid` are [K, B, T], see `losses.StepLosses`.
+    """What a training or evaluation step needs; the per-row fields are [K, B, T], see `losses.StepLosses`.
 
-    `logits` stays None: the frozen model's own next-token logits are never computed.
+    `logits` stays None: the frozen model's own next-token logits are never computed for its own sake.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    nll: torch.Tensor | None = None
+    step_loss: torch.Tensor | None = None
     match: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    """The target exists and is supervised."""
+    trained: torch.Tensor | None = None
+    """... and the token map reaches it: neither it nor a token before it in the chain is outside the map."""
+    overlap: torch.Tensor | None = None
+    full_match: torch.Tensor | None = None
+    """`match` of a draft without the token map; in evaluation with a map only."""
 
 
 class FastMTPMixin:
@@ -61,6 +68,7 @@ class FastMTPMixin:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.fastmtp = FastMTPConfig()
+        self._mapped: DraftVocabulary | None = None
         holder, layers, _ = self.family.prefix.rsplit(".", 2)  # model . mtp_layers . 0
         parent = cast(nn.Module, self).get_submodule(holder)
         parent.add_module(layers, nn.ModuleList([MTPHead(config, self.family)]))
@@ -110,36 +118,106 @@ class FastMTPMixin:
             parent = super().forward  # type: ignore[misc]
             return parent(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         assert input_ids is not None
-        outputs, segments = self.draft_states(input_ids, attention_mask, position_ids, **kwargs)
-        targets, valid = step_targets(input_ids, segments, labels, len(outputs))
-        # Under ZeRO-3 this read gathers the partitioned matrix, until the end of this forward; backward needs none.
-        nll, match = step_losses(outputs, self.lm_head.weight, targets, valid, self.fastmtp.loss_chunk_size)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+        segments = segment_ids(position_ids, attention_mask)
+        targets, valid = step_targets(input_ids, segments, labels, self.fastmtp.num_speculative_steps)
+        rows = valid.any(0).flatten().nonzero().squeeze(1)
+        if not len(rows):
+            rows = rows.new_zeros(1)  # a batch without a target must still take part in a distributed backward
+        hidden = self.backbone_states(input_ids, attention_mask, position_ids, **kwargs)
+        outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
+        found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid.flatten(1)[:, rows], rows)
+        for name, value in found.items():
+            dense = value.new_zeros(valid.flatten(1).shape)
+            found[name] = dense.index_copy(1, rows, value).view_as(valid)
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
-        loss = weighted_loss(nll, self.fastmtp.step_weights, num_items)
-        return FastMTPOutput(loss=loss, nll=nll, match=match, valid=valid)
+        loss = weighted_loss(found["step_loss"], self.fastmtp.step_weights, num_items)
+        return FastMTPOutput(loss=loss, valid=valid, **found)
 
-    def draft_states(
+    @torch.no_grad()
+    def backbone_states(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """g^1..g^K, each [B, T, D], and the rows' segment ids [B, T]. The backbone runs without gradients."""
+    ) -> torch.Tensor:
+        """h [B, T, D]: the frozen backbone's hidden state after its final norm."""
+        packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
+        )
+        return cast(torch.Tensor, out.last_hidden_state)
+
+    def draft_states(
+        self,
+        hidden_BTD: torch.Tensor,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        segment_ids_BT: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """g^1..g^K [K, N, D] of the rows asked for, flat indices into [B * T]; None is all."""
         with torch.no_grad():
-            packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
-            hidden = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
-            ).last_hidden_state
-            embeds = self.model.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
-        segments = segment_ids(position_ids, attention_mask)
-        steps, mode = self.fastmtp.num_speculative_steps, self.fastmtp.rollout
-        outputs = rollout(self.head, hidden, embeds, position_ids, segments, self.model.rotary_emb, steps, mode)
-        return outputs, segments
+            embeds = self.model.embed_tokens(input_ids_BT)
+        return rollout(
+            self.head,
+            hidden_BTD,
+            embeds,
+            position_ids_BT,
+            segment_ids_BT,
+            self.model.rotary_emb,
+            self.fastmtp.num_speculative_steps,
+            self.fastmtp.rollout,
+            rows,
+            self._own_embeds if self.fastmtp.inputs == "draft" else None,
+        )
+
+    @property
+    def draft_vocabulary(self) -> DraftVocabulary:
+        """The frozen output matrix, or its part in the token map.
+
+        Under ZeRO-3 the read of `lm_head.weight` gathers the partitioned matrix until the end of this forward; backward
+        needs none. The map's part is copied once.
+        """
+        if not self.fastmtp.token_map:
+            return DraftVocabulary(self.lm_head.weight)
+        if self._mapped is None or self._mapped.weight.device != self.lm_head.weight.device:
+            weight = self.lm_head.weight.detach()
+            self._mapped = DraftVocabulary(weight, read_token_map(self.fastmtp.token_map, weight.shape[0]))
+        return self._mapped
+
+    @torch.no_grad()
+    def _own_embeds(self, outputs_ND: torch.Tensor) -> torch.Tensor:
+        vocabulary = self.draft_vocabulary
+        best = drafts(outputs_ND, vocabulary.weight, self.fastmtp)
+        return cast(torch.Tensor, self.model.embed_tokens(vocabulary.decode(best)))
+
+    def _step_results(
+        self,
+        outputs_KND: torch.Tensor,
+        hidden_BTD: torch.Tensor,
+        targets_KN: torch.Tensor,
+        valid_KN: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The per-row fields of `FastMTPOutput`, [K, N]."""
+        vocabulary, config = self.draft_vocabulary, self.fastmtp
+        labels = vocabulary.encode(targets_KN)
+        # A token outside the map is a sure rejection: nothing to learn there, and a server never drafts further.
+        trained = valid_KN & ((labels >= 0) | ~valid_KN).cumprod(0).bool()
+        hidden = hidden_BTD.flatten(0, 1)
+        losses = step_losses(outputs_KND, vocabulary.weight, labels.clamp(min=0), trained, config, hidden, rows)
+        found = {"step_loss": losses.loss, "match": losses.match, "trained": trained}
+        if losses.overlap is not None:
+            found["overlap"] = losses.overlap
+        if vocabulary.ids is not None and not cast(nn.Module, self).training:
+            best = drafts(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
+            found["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
+        return found
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:

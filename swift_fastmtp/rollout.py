@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 import torch
 
-from .attention import RolloutState, visibility
+from .attention import RolloutState
+from .flash import Documents
 from .head import MTPHead
 
 RotaryEmbedding = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+OwnEmbeds = Callable[[torch.Tensor], torch.Tensor]
 
 
 def segment_ids(position_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -70,8 +72,10 @@ def rollout(
     rotary_emb: RotaryEmbedding,
     num_steps: int,
     mode: str,
-) -> list[torch.Tensor]:
-    """g^1..g^K, each [B, T, D].
+    rows: torch.Tensor | None = None,
+    own_embeds: OwnEmbeds | None = None,
+) -> torch.Tensor:
+    """g^1..g^K of the rows asked for, [K, N, D].
 
     Args:
         hidden_BTD: h, the backbone's hidden state after its final norm.
@@ -81,15 +85,32 @@ def rollout(
         rotary_emb: the backbone's, `(x, position_ids) → (cos, sin)`.
         num_steps: K.
         mode: `exact` or `paper`.
+        rows: flat indices into [B * T]; None is all B * T. In `exact` no other row is computed past the keys and
+            values of step 1, because no other row sees more of it; `paper` needs them all.
+        own_embeds: g^{k-1} of the rows → embeddings of the head's own drafts, which step k then reads instead of
+            embed(x_{i+k}) (on-policy inputs). In `paper` the rows not asked for keep reading the text.
     """
-    state = RolloutState(mode, visibility(segment_ids_BT))
     exact = mode == "exact"
-    hidden, outputs = hidden_BTD, []
+    flat = rows if exact else None
+    state = RolloutState(mode, Documents(segment_ids_BT), flat)
+    hidden = hidden_BTD
+    outputs: list[torch.Tensor] = []
     for k in range(1, num_steps + 1):
         positions = position_ids_BT + (k - 1) if exact else position_ids_BT
         embeds = shift_left(embeds_BTD, k)
+        if k > 1 and flat is not None:
+            positions, embeds = positions.flatten()[flat][None], embeds.flatten(0, 1)[flat][None]
+        if k > 1 and own_embeds is not None:
+            own = own_embeds(outputs[-1])
+            inside = exact or rows is None
+            embeds = own.view_as(embeds) if inside else _replace(embeds, rows, own)
         if exact and head.family.mask_position_zero:
             embeds = embeds.masked_fill((positions == 0)[..., None], 0)
-        hidden = head(hidden, embeds, rotary_emb(hidden_BTD, positions), state)
-        outputs.append(hidden)
-    return outputs
+        hidden = head(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
+        chosen = hidden.flatten(0, 1)
+        outputs.append(chosen if exact or rows is None else chosen[rows])
+    return torch.stack(outputs)
+
+
+def _replace(embeds_BTD: torch.Tensor, rows: torch.Tensor | None, own_ND: torch.Tensor) -> torch.Tensor:
+    return embeds_BTD.flatten(0, 1).index_put((rows,), own_ND).view_as(embeds_BTD)

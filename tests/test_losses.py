@@ -1,83 +1,161 @@
-"""The chunked cross-entropy equals the plain one, gradients included, and never holds more than a chunk of logits."""
+"""Every loss equals its formula in float64, gradients included, and never holds more than a chunk of logits."""
 
 import pytest
 import torch
-from torch.nn import functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_fastmtp.losses import step_losses, weighted_loss
+from swift_fastmtp.config import LOSSES, FastMTPConfig
+from swift_fastmtp.losses import SOFT_LOSSES, drafts, step_losses, weighted_loss
 
 
-def plain(outputs, weight, targets, valid):
-    """All logits at once."""
-    logits = torch.stack(outputs) @ weight.T
-    nll = F.cross_entropy(logits.movedim(-1, 1), targets, reduction="none") * valid
-    return nll, (logits.argmax(-1) == targets) & valid
+def plain(outputs_KND, weight, targets_KN, valid_KN, config, hidden, rows):
+    """The formulas of the module's docstring on all logits at once, by autograd."""
+    K, N = targets_KN.shape
+    losses, overlaps = [], []
+    for k in range(K):
+        logits = outputs_KND[k] @ weight.T
+        if config.loss == "ce":
+            log_q = logits.log_softmax(-1)
+            losses.append(-log_q[torch.arange(N), targets_KN[k]])
+            continue
+        teacher = hidden[(rows + k + 1).clamp(max=len(hidden) - 1)] @ weight.T / config.temperature
+        p, log_q = teacher.softmax(-1), (logits / config.temperature).log_softmax(-1)
+        if config.loss == "topk_kl":
+            p = p * (p >= p.topk(min(config.top_k, p.shape[-1])).values[:, -1:])
+            p = p / p.sum(-1, keepdim=True)
+        kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
+        overlap = torch.minimum(p, log_q.exp()).sum(-1)
+        overlaps.append(overlap)
+        w = (-config.lk_eta * overlap.detach()).exp()
+        tv = 1 - overlap
+        losses.append({"kl": kl, "topk_kl": kl, "tv": tv, "lk": w * kl + (1 - w) * tv, "e2e": tv}[config.loss])
+    loss = torch.stack(losses)
+    if config.loss == "e2e":
+        loss = 1 - torch.where(valid_KN, 1 - loss, torch.ones_like(loss)).cumprod(0)
+    match = (outputs_KND @ weight.T).argmax(-1) == targets_KN
+    return loss * valid_KN, match & valid_KN, torch.stack(overlaps) * valid_KN if overlaps else None
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 3, 2), (3, 2, 13, 7, 31), (5, 1, 47, 16, 123)])
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_equals_plain_cross_entropy_in_float64(shape, chunk):
-    steps, batch, length, width, vocab = shape
-    weight = torch.randn(vocab, width, dtype=torch.float64)
-    targets = torch.randint(0, vocab, (steps, batch, length))
-    valid = torch.rand(steps, batch, length) < 0.6
-    one = [torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True) for _ in range(steps)]
-    two = [g.detach().clone().requires_grad_() for g in one]
-    nll, match = step_losses(one, weight, targets, valid, chunk)
-    want_nll, want_match = plain(two, weight, targets, valid)
-    torch.testing.assert_close(nll, want_nll, atol=1e-12, rtol=1e-12)
-    assert torch.equal(match, want_match)
-    upstream = torch.randn_like(nll)
-    (nll * upstream).sum().backward()
-    (want_nll * upstream).sum().backward()
-    for a, b in zip(one, two, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-12)
+def case(K, N, R, D, V, seed, dtype=torch.float64):
+    """Random outputs, weight, targets, validity, hidden states and rows; a row's teachers lie inside `hidden`."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(R, generator=g)[:N].sort().values
+    valid = (torch.rand(K, N, generator=g) < 0.7) & (rows + torch.arange(1, K + 1)[:, None] < R)
+    return (
+        torch.randn(K, N, D, generator=g, dtype=dtype),
+        torch.randn(V, D, generator=g, dtype=dtype) * 0.7,
+        torch.randint(0, V, (K, N), generator=g),
+        valid,
+        torch.randn(R, D, generator=g, dtype=dtype),
+        rows,
+    )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_tolerance_in_training_dtypes(dtype, tolerance):
-    weight = torch.randn(201, 24) * 0.3
-    g = torch.randn(1, 33, 24)
-    targets, valid = torch.randint(0, 201, (1, 1, 33)), torch.ones(1, 1, 33, dtype=torch.bool)
-    exact = g.clone().requires_grad_()
-    plain([exact], weight, targets, valid)[0].sum().backward()
-    fast = g.clone().to(dtype).requires_grad_()
-    nll, _ = step_losses([fast], weight.to(dtype), targets, valid, 8)
-    nll.sum().backward()
-    assert nll.dtype == torch.float32
-    assert (fast.grad.float() - exact.grad).abs().max() <= tolerance
+def both(case, config):
+    """(loss, match, overlap, gradient of a random weighting of the losses) of the fast and of the plain form."""
+    outputs, weight, targets, valid, hidden, rows = case
+    upstream = torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = []
+    for function in (step_losses, plain):
+        g = outputs.clone().requires_grad_()
+        loss, match, overlap = function(g, weight, targets, valid, config, hidden, rows)
+        (loss * upstream).sum().backward()
+        found.append((loss.detach(), match, overlap, g.grad))
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    loss=st.sampled_from(LOSSES),
+    K=st.integers(1, 4),
+    N=st.integers(1, 23),
+    gap=st.integers(0, 9),
+    D=st.integers(1, 9),
+    V=st.integers(2, 40),
+    chunk=st.sampled_from([1, 3, 1000]),
+    temperature=st.sampled_from([1.0, 0.6, 1.7]),
+    top_k=st.sampled_from([1, 3, 50]),
+    seed=st.integers(0, 999),
+)
+def test_equals_the_formula_in_float64(loss, K, N, gap, D, V, chunk, temperature, top_k, seed):
+    config = FastMTPConfig(
+        num_speculative_steps=K, loss=loss, loss_chunk_size=chunk, temperature=temperature, top_k=top_k
+    )
+    fast, want = both(case(K, N, N + gap, D, V, seed), config)
+    assert torch.equal(fast[1], want[1])
+    for a, b in zip(fast, want, strict=True):
+        if b is not None and b.dtype != torch.bool:
+            torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_tolerance_in_training_dtypes(loss, dtype, tolerance):
+    """Error of the gradient relative to its largest entry; float64 on the same rounded inputs is the reference."""
+    exact = case(3, 33, 40, 24, 201, 0)
+    config = FastMTPConfig(loss=loss, loss_chunk_size=8)
+    low = tuple(x.to(dtype) if x.is_floating_point() else x for x in exact)
+    rounded = tuple(x.double() if x.is_floating_point() else x for x in low)
+    fast, want = both(low, config)[0], both(rounded, config)[1]
+    assert fast[0].dtype == torch.float32
+    assert float((fast[3].double() - want[3]).abs().max() / want[3].abs().max()) <= tolerance
+
+
+def test_overlap_is_the_acceptance_of_speculative_sampling():
+    """Draw from q, accept with min(1, p/q): the accepted share is the reported overlap."""
+    outputs, weight, targets, valid, hidden, rows = case(1, 1, 2, 6, 12, 4)
+    overlap = step_losses(outputs, weight, targets, valid | True, FastMTPConfig(loss="kl"), hidden, rows).overlap
+    q, p = (outputs[0] @ weight.T).softmax(-1)[0], (hidden[rows + 1] @ weight.T).softmax(-1)[0]
+    drawn = torch.multinomial(q, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    accepted = (torch.rand(len(drawn), generator=torch.Generator().manual_seed(1)) < p[drawn] / q[drawn]).double()
+    assert float(overlap) == pytest.approx(float(accepted.mean()), abs=0.005)
 
 
 class LargestTensor(TorchDispatchMode):
-    """Rows of the largest [rows, vocab] tensor that any operation returned."""
+    """Rows of the largest [rows, vocab] tensor that any operation returned, and rows projected in all."""
 
     def __init__(self, vocab):
         super().__init__()
-        self.vocab, self.rows = vocab, 0
+        self.vocab, self.rows, self.projected = vocab, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor) and out.ndim == 2 and out.shape[-1] == self.vocab:
             self.rows = max(self.rows, out.shape[0])
+            self.projected += out.shape[0] if func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out) else 0
         return out
 
 
-def test_logits_never_exceed_one_chunk():
-    outputs = [torch.randn(2, 50, 8, requires_grad=True) for _ in range(3)]
-    targets, valid = torch.randint(0, 97, (3, 2, 50)), torch.ones(3, 2, 50, dtype=torch.bool)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_never_exceed_a_chunk_and_ignored_rows_are_never_projected(loss):
+    outputs, weight, targets, valid, hidden, rows = case(3, 80, 100, 8, 97, 0, torch.float32)
+    outputs.requires_grad_()
     with LargestTensor(97) as largest:
-        step_losses(outputs, torch.randn(97, 8), targets, valid, 16)[0].sum().backward()
-    assert largest.rows == 16
+        step_losses(
+            outputs, weight, targets, valid, FastMTPConfig(loss=loss, loss_chunk_size=16), hidden, rows
+        ).loss.sum().backward()
+    assert 12 <= largest.rows <= 16  # equal parts of at most a chunk
+    step, row = valid.nonzero(as_tuple=True)
+    teachers = len((rows[row] + step + 1).unique()) if loss in SOFT_LOSSES else 0
+    assert largest.projected == int(valid.sum()) + teachers  # each row once, each teacher once for all steps
 
 
 def test_no_supervised_row_gives_zero_and_a_gradient():
     """A batch without a single target must still take part in a distributed backward pass."""
     g = torch.randn(1, 6, 8, requires_grad=True)
-    none = torch.zeros(1, 1, 6, dtype=torch.bool)
-    nll, match = step_losses([g], torch.randn(11, 8), torch.zeros(1, 1, 6, dtype=torch.long), none, 4)
-    weighted_loss(nll, [1.0], 0).backward()
-    assert float(nll.detach().sum()) == 0 and not match.any() and float(g.grad.abs().sum()) == 0
+    none = torch.zeros(1, 6, dtype=torch.bool)
+    loss, match, _ = step_losses(g, torch.randn(11, 8), torch.zeros(1, 6, dtype=torch.long), none, FastMTPConfig())
+    weighted_loss(loss[:, None], [1.0], 0).backward()
+    assert float(loss.detach().sum()) == 0 and not match.any() and float(g.grad.abs().sum()) == 0
+
+
+def test_drafts_are_the_argmax():
+    rows, weight = torch.randn(21, 5), torch.randn(13, 5)
+    config = FastMTPConfig(loss_chunk_size=4)
+    assert torch.equal(drafts(rows, weight, config), (rows @ weight.T).argmax(-1))
+    assert drafts(rows[:0], weight, config).tolist() == []
 
 
 def test_weights_follow_the_papers_equation_2():
@@ -86,3 +164,15 @@ def test_weights_follow_the_papers_equation_2():
     assert float(weighted_loss(nll, weights, 4)) == pytest.approx(1.0)
     nll[1:] = 0
     assert float(weighted_loss(nll, weights, 4)) == pytest.approx(0.5102, abs=1e-4)
+
+
+def test_end_to_end_loss_counts_the_drafts_that_are_not_accepted():
+    """Bebop's objective: the mean over k of 1 - a_1 .. a_k, that is 1 - (tau - 1) / K of sampled drafts."""
+    outputs, weight, targets, _, hidden, rows = case(3, 10, 14, 6, 12, 2)
+    valid = torch.ones(3, 10, dtype=torch.bool)
+    config = FastMTPConfig(loss="e2e")
+    rows = torch.arange(10)
+    loss, _, overlap = step_losses(outputs, weight, targets, valid, config, hidden, rows)
+    tau = 1 + overlap.cumprod(0).sum(0)
+    want = (1 - (tau - 1) / 3).sum() / 10
+    assert float(weighted_loss(loss[:, None], config.step_weights, 10)) == pytest.approx(float(want))

@@ -28,11 +28,10 @@ def rope(model, dtype):
     return embed
 
 
-def run(model, hidden, embeds, lengths, steps, mode):
+def run(model, hidden, embeds, lengths, steps, mode, **options):
     positions = packed_positions(lengths)
-    return rollout(
-        model.head, hidden, embeds, positions, segment_ids(positions), rope(model, hidden.dtype), steps, mode
-    )
+    rotary = rope(model, hidden.dtype)
+    return rollout(model.head, hidden, embeds, positions, segment_ids(positions), rotary, steps, mode, **options)
 
 
 def case(lengths, heads, seed):
@@ -49,7 +48,7 @@ def worst_error(model, hidden, embeds, lengths, steps, outputs, **switches):
         for base in range(n - 1):
             depth = min(steps, n - 1 - base)
             want = draft_with_cache(head, h, e, base, depth, **switches)
-            got = torch.stack([outputs[k][0, start + base] for k in range(depth)])
+            got = torch.stack([outputs[k, start + base] for k in range(depth)])
             worst = max(worst, float((got - want).abs().max()))
         start += n
     return worst
@@ -82,7 +81,7 @@ def test_paper_equals_the_papers_equations(exact_norms, lengths, heads, steps, s
             Head(model.head, model.config), hidden[0, start : start + n], embeds[0, start : start + n], steps
         )
         for k, g in enumerate(want):
-            assert (outputs[k][0, start : start + len(g)] - g).abs().max() <= 1e-9
+            assert (outputs[k, start : start + len(g)] - g).abs().max() <= 1e-9
         start += n
 
 
@@ -140,13 +139,13 @@ def test_padding_and_packing_change_nothing(mode):
     start = 0
     for document, one in zip(documents, alone, strict=True):
         part = slice(start, start + len(document))
-        torch.testing.assert_close(packed.nll[:, 0, part], one.nll[:, 0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(packed.step_loss[:, 0, part], one.step_loss[:, 0], atol=2e-5, rtol=1e-4)
         assert torch.equal(packed.valid[:, 0, part], one.valid[:, 0])
         start += len(document)
         right = torch.nn.functional.pad(document, (0, 5))[None]
         mask = (torch.arange(right.shape[1]) < len(document)).long()[None]
         out = model(input_ids=right, attention_mask=mask, labels=right.masked_fill(mask == 0, -100))
-        torch.testing.assert_close(out.nll[:, 0, : len(document)], one.nll[:, 0], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(out.step_loss[:, 0, : len(document)], one.step_loss[:, 0], atol=2e-5, rtol=1e-4)
         assert not out.valid[:, 0, len(document) :].any()
 
 

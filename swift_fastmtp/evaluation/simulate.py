@@ -12,7 +12,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,10 @@ from ..config import FastMTPConfig
 from ..data.generate import generate
 from ..data.prompts import encode_prompt, read_rows, without_answer
 from ..errors import FastMTPError
+from ..losses import drafts
 from ..modeling import head_shapes, load_head, load_model
-from ..rollout import step_targets
+from ..rollout import segment_ids, step_targets
+from ..vocab.maps import DraftVocabulary, read_token_map
 from .metrics import AcceptanceCounts, count_acceptance, macro_tau, micro_tau, verify_rounds
 
 
@@ -125,21 +126,6 @@ def simulate(
     return results
 
 
-def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
-    """A token map in SGLang's format: `torch.save` of a list of ids, or of a tensor. Raises `FastMTPError`."""
-    try:
-        ids = torch.as_tensor(torch.load(path, weights_only=True))
-    except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise FastMTPError(f"{path}: not a token map, a torch file with a list of token ids ({error})") from None
-    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
-        raise FastMTPError(f"{path}: a token map is a flat list of token ids")
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
-        raise FastMTPError(f"{path}: holds id {int(ids.max())}, the model has rows 0..{vocab_size - 1}")
-    if len(set(ids.tolist())) != len(ids):
-        raise FastMTPError(f"{path}: holds an id twice; make the ids unique")
-    return ids.long()
-
-
 def make_texts(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, answers: str, batch_size: int
 ) -> list[Text]:
@@ -190,7 +176,7 @@ def draft_rounds(
     K = model.fastmtp.num_speculative_steps
     totals = AcceptanceCounts(*(torch.zeros(K, dtype=torch.long) for _ in range(3)))
     rounds: list[list[list[int]]] = [[[] for _ in texts] for _ in range(K)]
-    weight = model.lm_head.weight if token_map is None else model.lm_head.weight[token_map]
+    vocabulary = DraftVocabulary(model.lm_head.weight, token_map)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     for first in tqdm(range(0, len(order), batch_size), desc=f"acceptance of {Path(label).name}", unit="batch"):
         batch = order[first : first + batch_size]
@@ -204,14 +190,16 @@ def draft_rounds(
             labels[row, text.start : text.end] = ids[row, text.start : text.end]
             base[row, text.start - 1 : text.end - 1] = True
         ids, mask, labels, base = (x.to(model.device) for x in (ids, mask, labels, base))
-        outputs, segments = model.draft_states(ids, mask)
+        positions = torch.arange(width, device=ids.device)[None].expand_as(ids)
+        segments = segment_ids(positions, mask)
         targets, exists = step_targets(ids, segments, None, K)
         exists &= base  # the only rows where a server starts a draft
+        rows = exists.any(0).flatten().nonzero().squeeze(1)
+        outputs = model.draft_states(model.backbone_states(ids, mask), ids, positions, segments, rows)
         match = torch.zeros_like(exists)
-        for k, g in enumerate(outputs):
-            drafts = _argmax(g[exists[k]], weight, model.fastmtp.loss_chunk_size)
-            drafts = drafts if token_map is None else token_map.to(drafts.device)[drafts]
-            match[k][exists[k]] = drafts == targets[k][exists[k]]
+        for k, wanted in enumerate(exists.flatten(1)[:, rows]):
+            best = vocabulary.decode(drafts(outputs[k][wanted], vocabulary.weight, model.fastmtp))
+            match[k][exists[k]] = best == targets[k][exists[k]]
         _, inside = step_targets(ids, segments, labels, K)
         counts = count_acceptance(match & inside, inside, base)
         totals.eligible += counts.eligible.cpu()
@@ -222,13 +210,6 @@ def draft_rounds(
             for k in range(1, K + 1):
                 rounds[k - 1][i] = verify_rounds(match_KA, k)
     return totals, rounds
-
-
-def _argmax(rows: torch.Tensor, weight: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Index of the largest logit of every row, never more than a chunk of logits at once."""
-    if not len(rows):
-        return torch.zeros(0, dtype=torch.long, device=rows.device)
-    return torch.cat([(part @ weight.T).argmax(-1) for part in torch.split(rows.to(weight.dtype), chunk)])
 
 
 def _result(name: str, counts: AcceptanceCounts, rounds: list[list[list[int]]]) -> HeadResult:

@@ -206,7 +206,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
 
 
 def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iterator[Finding]:
-    from ..evaluation.simulate import read_token_map
+    from ..vocab.maps import read_token_map
 
     try:
         ids = set(read_token_map(path, config["vocab_size"]).tolist())

@@ -1,5 +1,6 @@
 """Loss type `fastmtp`: hands the labels to the model, weights its steps, and logs acceptance."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..rollout import shift_left
 
 
 class FastMTPLoss(BaseLoss):
-    """sum_k alpha_k CE_k over the supervised tokens of the global batch (paper Eq. 1)."""
+    """sum_k alpha_k loss_k over the supervised tokens of the global batch (paper Eq. 1)."""
 
     def __init__(self, args: Any, trainer: Any) -> None:
         super().__init__(args, trainer)
@@ -33,14 +34,13 @@ class FastMTPLoss(BaseLoss):
         if not self.checked:
             _check_trainable(model)
             self.checked = True
-        if outputs.get("nll") is None:
+        if outputs.get("step_loss") is None:
             raise FastMTPError("--loss_type fastmtp needs --model_type fastmtp: this model returned no MTP steps")
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != -100).sum()
-        counts = count_acceptance(outputs.match, outputs.valid, shift_left(labels, 1, fill=-100) != -100)
         mode = "train" if self.trainer.model.training else "eval"
-        self.trainer.custom_metrics[mode]["mtp"].update(counts, outputs.nll.detach(), outputs.valid)
-        return weighted_loss(outputs.nll, model.fastmtp.step_weights, num_items_in_batch)
+        self.trainer.custom_metrics[mode]["mtp"].update(outputs, shift_left(labels, 1, fill=-100) != -100)
+        return weighted_loss(outputs.step_loss, model.fastmtp.step_weights, num_items_in_batch)
 
 
 def _compute_loss(original: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -64,39 +64,50 @@ def _check_trainable(model: Any) -> None:
 
 
 class FastMTPMetric(Metric):
-    """Per-depth loss (unweighted, nats), marginal and conditional acceptance, and tau, over rows of all ranks."""
+    """Per depth: loss (unweighted), marginal and conditional acceptance, overlap with the model; and tau.
+
+    With a token map the rates are those of a draft served with it, and in evaluation `full_*` are those without.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self.sums: torch.Tensor | None
+        self.sums: dict[str, torch.Tensor] | None
         self.add_state("sums", default_factory=lambda: None)
 
-    def update(self, counts: AcceptanceCounts, nll_KBT: torch.Tensor, valid_KBT: torch.Tensor) -> None:
-        rows = (counts.eligible, counts.reached, counts.accepted, nll_KBT.sum(dim=(1, 2)), valid_KBT.sum(dim=(1, 2)))
-        sums = torch.stack([r.double() for r in rows])
-        self.sums = sums if self.sums is None else self.sums + sums
+    def update(self, outputs: Any, base_BT: torch.Tensor) -> None:
+        """Add a batch: a `FastMTPOutput`, and its rows whose next token belongs to an answer."""
+        sums = {"loss": outputs.step_loss.detach().flatten(1).sum(1), "trained": outputs.trained.flatten(1).sum(1)}
+        if outputs.get("overlap") is not None:
+            sums["overlap"] = outputs.overlap.flatten(1).sum(1)
+        for prefix, match in (("", outputs.match), ("full_", outputs.get("full_match"))):
+            if match is not None:
+                counts = count_acceptance(match, outputs.valid, base_BT)
+                sums.update({f"{prefix}{f.name}": getattr(counts, f.name) for f in fields(counts)})
+        sums = {name: value.double() for name, value in sums.items()}
+        self.sums = sums if self.sums is None else {name: self.sums[name] + value for name, value in sums.items()}
 
     def compute(self) -> dict[str, float]:
         sums = self.sums
         if dist.is_initialized():
             # A rank may have seen no batch; it still takes part.
-            shapes: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(shapes, None if sums is None else tuple(sums.shape))
-            shape = next((s for s in shapes if s is not None), None)
-            if shape is None:
-                return {}
-            sums = torch.zeros(shape, dtype=torch.float64) if sums is None else sums
-            sums = sums.to(self.device)
-            dist.all_reduce(sums)
+            ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, None if sums is None else {n: x.cpu() for n, x in sums.items()})
+            seen = [rank for rank in ranks if rank is not None]
+            sums = {name: torch.stack([rank[name] for rank in seen]).sum(0) for name in seen[0]} if seen else None
         if sums is None:
             return {}
-        eligible, reached, accepted, nll, valid = sums.cpu()
-        counts = AcceptanceCounts(eligible, reached, accepted)
-        logs = {}
-        for k, (marginal, conditional) in enumerate(zip(counts.marginal, counts.conditional, strict=True), start=1):
-            logs[f"loss_{k}"] = float(nll[k - 1] / valid[k - 1].clamp(min=1))
-            logs[f"acc_{k}"] = marginal
-            logs[f"cond_acc_{k}"] = conditional
-        logs["tau"] = counts.tau
+        sums = {name: value.cpu() for name, value in sums.items()}
+        logs: dict[str, float] = {}
+        for name in ("loss", "overlap"):
+            if name in sums:
+                means = (sums[name] / sums["trained"].clamp(min=1)).tolist()
+                logs.update({f"{name}_{k}": mean for k, mean in enumerate(means, start=1)})
+        for prefix in ("", "full_"):
+            if f"{prefix}eligible" in sums:
+                counts = AcceptanceCounts(**{f.name: sums[prefix + f.name] for f in fields(AcceptanceCounts)})
+                for k, (marginal, conditional) in enumerate(zip(counts.marginal, counts.conditional, strict=True), 1):
+                    logs[f"{prefix}acc_{k}"] = marginal
+                    logs[f"{prefix}cond_acc_{k}"] = conditional
+                logs[f"{prefix}tau"] = counts.tau
         return logs

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer
 from swift_fastmtp.checkpoints import read_head
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts, read_token_map
+from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.vocab.maps import read_token_map
 
 TOKENS = 40
 MAX_STEPS = 5

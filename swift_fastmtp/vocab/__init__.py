@@ -1,0 +1,1 @@
+"""The draft's vocabulary: token maps."""

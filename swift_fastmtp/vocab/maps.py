@@ -1,0 +1,50 @@
+"""Token maps: the ids that a draft may choose from (SGLang's `--speculative-token-map`)."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+
+from ..errors import FastMTPError
+
+
+def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
+    """A token map in SGLang's format: `torch.save` of a list of ids, or of a tensor.
+
+    Returns int64 ids [M]. Raises `FastMTPError` if it is something else, empty, or does not fit `vocab_size` rows.
+    """
+    try:
+        ids = torch.as_tensor(torch.load(path, weights_only=True))
+    except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise FastMTPError(f"{path}: not a token map, a torch file with a list of token ids ({error})") from None
+    if ids.ndim != 1 or not len(ids) or ids.is_floating_point():
+        raise FastMTPError(f"{path}: a token map is a flat list of token ids")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise FastMTPError(f"{path}: holds id {int(ids.max())}, the model has rows 0..{vocab_size - 1}")
+    if len(set(ids.tolist())) != len(ids):
+        raise FastMTPError(f"{path}: holds an id twice; make the ids unique")
+    return ids.long()
+
+
+class DraftVocabulary:
+    """The output matrix restricted to a token map, and the way between full and draft ids.
+
+    Args:
+        weight_VD: the frozen output matrix.
+        ids_M: the map; None is the full vocabulary, without a copy.
+    """
+
+    def __init__(self, weight_VD: torch.Tensor, ids_M: torch.Tensor | None = None) -> None:
+        self.ids = None if ids_M is None else ids_M.to(weight_VD.device)
+        self.weight = weight_VD if self.ids is None else weight_VD[self.ids]
+        if self.ids is not None:
+            self.draft_ids = torch.full((weight_VD.shape[0],), -1, device=weight_VD.device)
+            self.draft_ids[self.ids] = torch.arange(len(self.ids), device=weight_VD.device)
+
+    def encode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Full ids → rows of `weight`; -1 where the map does not hold the token."""
+        return tokens if self.ids is None else self.draft_ids[tokens]
+
+    def decode(self, draft_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of `weight` → full ids."""
+        return draft_ids if self.ids is None else self.ids[draft_ids]
