@@ -22,6 +22,7 @@ from .checkpoints import read_head
 from .config import FastMTPConfig
 from .families import FAMILIES, Family, find_family, match_family, read_config
 from .head import MTPHead, import_class
+from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
 from .vocab.maps import DraftVocabulary, read_token_map
@@ -68,6 +69,7 @@ class FastMTPMixin:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.fastmtp = FastMTPConfig()
+        self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
         holder, layers, _ = self.family.prefix.rsplit(".", 2)  # model . mtp_layers . 0
         parent = cast(nn.Module, self).get_submodule(holder)
@@ -125,7 +127,7 @@ class FastMTPMixin:
         rows = valid.any(0).flatten().nonzero().squeeze(1)
         if not len(rows):
             rows = rows.new_zeros(1)  # a batch without a target must still take part in a distributed backward
-        hidden = self.backbone_states(input_ids, attention_mask, position_ids, **kwargs)
+        hidden = self.backbone_states(input_ids, attention_mask, position_ids, segments, **kwargs)
         outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
         found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid.flatten(1)[:, rows], rows)
         for name, value in found.items():
@@ -141,16 +143,31 @@ class FastMTPMixin:
     def backbone_states(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """h [B, T, D]: the frozen backbone's hidden state after its final norm."""
+        """h [B, T, D]: the frozen backbone's hidden state after its final norm, or `hidden_cache`'s copy of it.
+
+        `segments` [B, T] are the documents (`rollout.segment_ids`); rows outside any are 0 when
+        they come from the cache.
+        """
+        spans = documents_of(segments) if self.hidden_cache else []
+        documents = [input_ids[b, start:end] for b, start, end in spans]
+        found = self.hidden_cache.get(documents) if self.hidden_cache else None
+        if self.hidden_cache and found is not None:
+            hidden = torch.zeros(*input_ids.shape, self.hidden_cache.width, dtype=self.hidden_cache.dtype)
+            for (b, start, end), states in zip(spans, found, strict=True):
+                hidden[b, start:end] = states
+            return hidden.to(input_ids.device, non_blocking=True)
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
-        out = self.model(
+        hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
-        )
-        return cast(torch.Tensor, out.last_hidden_state)
+        ).last_hidden_state
+        if self.hidden_cache:
+            self.hidden_cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
+        return hidden
 
     def draft_states(
         self,

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from ..config import FastMTPConfig
 from ..data.generate import generate
 from ..data.prompts import encode_prompt, read_rows, without_answer
 from ..errors import FastMTPError
-from ..losses import drafts
+from ..losses import chunk_size, drafts
 from ..modeling import head_shapes, load_head, load_model
 from ..rollout import segment_ids, step_targets
 from ..vocab.maps import DraftVocabulary, read_token_map
@@ -127,7 +127,13 @@ def simulate(
 
 
 def make_texts(
-    model: Any, tokenizer: Any, rows: list[dict[str, Any]], max_new_tokens: int, answers: str, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    max_new_tokens: int,
+    answers: str,
+    batch_size: int,
+    temperature: float = 0.0,
 ) -> list[Text]:
     """The texts to measure on, without answers so short that nothing is ever drafted."""
     prompts = [encode_prompt(tokenizer, without_answer(row["messages"])) for row in rows]
@@ -144,9 +150,9 @@ def make_texts(
         found: dict[int, Text] = {}
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
             batch = order[start : start + batch_size]
-            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
+            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, temperature)
             whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
-            beyond = generate(model, tokenizer, whole, K, stop=False)
+            beyond = generate(model, tokenizer, whole, K, temperature, stop=False)
             for i, ids, more in zip(batch, whole, beyond, strict=True):
                 found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids))
         texts = [found[i] for i in range(len(prompts))]
@@ -177,13 +183,91 @@ def draft_rounds(
     totals = AcceptanceCounts(*(torch.zeros(K, dtype=torch.long) for _ in range(3)))
     rounds: list[list[list[int]]] = [[[] for _ in texts] for _ in range(K)]
     vocabulary = DraftVocabulary(model.lm_head.weight, token_map)
+    for batch in _batches(model, texts, pad, batch_size, label):
+        match = torch.zeros_like(batch.exists)
+        for k, wanted in enumerate(batch.wanted):
+            best = vocabulary.decode(drafts(batch.outputs[k][wanted], vocabulary.weight, model.fastmtp))
+            match[k][batch.exists[k]] = best == batch.targets[k][batch.exists[k]]
+        counts = count_acceptance(match & batch.inside, batch.inside, batch.base)
+        totals.eligible += counts.eligible.cpu()
+        totals.reached += counts.reached.cpu()
+        totals.accepted += counts.accepted.cpu()
+        for row, i in enumerate(batch.places):
+            match_KA = match[:, row, texts[i].start - 1 : texts[i].end - 1].cpu()
+            for k in range(1, K + 1):
+                rounds[k - 1][i] = verify_rounds(match_KA, k)
+    return totals, rounds
+
+
+@torch.no_grad()
+def sampled_acceptance(
+    model: Any, texts: list[Text], pad: int, batch_size: int, temperature: float, label: str = "head"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Acceptance where drafts are sampled too, at the temperature at which the texts were (speculative sampling).
+
+    Text token x, drawn from p, came from an accepted draft with probability min(1, q(x) / p(x)), so the mean over the
+    text of the product of those over depths 1..k is P(the first k drafts are accepted), unbiased (Leviathan et al.
+    2023, Theorem 3.5: for k = 1 its mean is sum min(p, q)).
+
+    Returns, per text and depth, the sum of those products and the number of base rows, both [texts, K].
+    """
+    K, weight = model.fastmtp.num_speculative_steps, model.lm_head.weight
+    sums, eligible = (torch.zeros(len(texts), K, dtype=torch.float64) for _ in range(2))
+    chunk = chunk_size(weight, model.fastmtp)
+
+    def log_probs(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        parts = zip(states.split(chunk), tokens.split(chunk), strict=True)
+        found = [((s @ weight.T).float() / temperature).log_softmax(-1).gather(1, t[:, None])[:, 0] for s, t in parts]
+        return torch.cat(found)
+
+    for batch in _batches(model, texts, pad, batch_size, label):
+        accepted = torch.zeros(batch.exists.shape, dtype=torch.float64, device=batch.exists.device)
+        hidden = batch.hidden.flatten(0, 1)
+        for k, wanted in enumerate(batch.wanted):
+            tokens = batch.targets[k][batch.exists[k]]
+            if len(tokens):
+                log_q = log_probs(batch.outputs[k][wanted], tokens)
+                log_p = log_probs(hidden[batch.rows[wanted] + k + 1], tokens)
+                accepted[k][batch.exists[k]] = (log_q - log_p).clamp(max=0).exp().double()
+        chain = (batch.inside & batch.base).cumprod(0)
+        sums[batch.places] = (accepted.cumprod(0) * chain).sum(2).T.cpu()
+        eligible[batch.places] = chain.sum(2).T.double().cpu()
+    return sums, eligible
+
+
+class _Batch(NamedTuple):
+    """A teacher-forced pass over some texts."""
+
+    places: list[int]
+    """Which of the texts, per batch row."""
+    targets: torch.Tensor
+    exists: torch.Tensor
+    """[K, B, T]: base rows whose target of depth k exists, past the end of the answer too."""
+    inside: torch.Tensor
+    """[K, B, T]: ... and lies in the answer."""
+    base: torch.Tensor
+    """[B, T]: the rows where a server starts a draft."""
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    """[N]: the base rows, flat."""
+    outputs: torch.Tensor
+    """[K, N, D]: g^1..g^K of them."""
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """[K, N]: `exists` of the base rows."""
+        return self.exists.flatten(1)[:, self.rows]
+
+
+def _batches(model: Any, texts: list[Text], pad: int, batch_size: int, label: str) -> Iterator[_Batch]:
+    K = model.fastmtp.num_speculative_steps
     order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
     for first in tqdm(range(0, len(order), batch_size), desc=f"acceptance of {Path(label).name}", unit="batch"):
-        batch = order[first : first + batch_size]
-        width = max(len(texts[i].ids) for i in batch)
-        ids = torch.full((len(batch), width), pad)
+        places = order[first : first + batch_size]
+        width = max(len(texts[i].ids) for i in places)
+        ids = torch.full((len(places), width), pad)
         mask, labels, base = torch.zeros_like(ids), torch.full_like(ids, -100), torch.zeros_like(ids, dtype=torch.bool)
-        for row, i in enumerate(batch):
+        for row, i in enumerate(places):
             text = texts[i]
             ids[row, : len(text.ids)] = torch.tensor(text.ids)
             mask[row, : len(text.ids)] = 1
@@ -193,23 +277,12 @@ def draft_rounds(
         positions = torch.arange(width, device=ids.device)[None].expand_as(ids)
         segments = segment_ids(positions, mask)
         targets, exists = step_targets(ids, segments, None, K)
-        exists &= base  # the only rows where a server starts a draft
-        rows = exists.any(0).flatten().nonzero().squeeze(1)
-        outputs = model.draft_states(model.backbone_states(ids, mask), ids, positions, segments, rows)
-        match = torch.zeros_like(exists)
-        for k, wanted in enumerate(exists.flatten(1)[:, rows]):
-            best = vocabulary.decode(drafts(outputs[k][wanted], vocabulary.weight, model.fastmtp))
-            match[k][exists[k]] = best == targets[k][exists[k]]
         _, inside = step_targets(ids, segments, labels, K)
-        counts = count_acceptance(match & inside, inside, base)
-        totals.eligible += counts.eligible.cpu()
-        totals.reached += counts.reached.cpu()
-        totals.accepted += counts.accepted.cpu()
-        for row, i in enumerate(batch):
-            match_KA = match[:, row, texts[i].start - 1 : texts[i].end - 1].cpu()
-            for k in range(1, K + 1):
-                rounds[k - 1][i] = verify_rounds(match_KA, k)
-    return totals, rounds
+        exists &= base
+        rows = exists.any(0).flatten().nonzero().squeeze(1)
+        hidden = model.backbone_states(ids, mask, positions, segments)
+        outputs = model.draft_states(hidden, ids, positions, segments, rows)
+        yield _Batch(places, targets, exists, inside, base, hidden, rows, outputs)
 
 
 def _result(name: str, counts: AcceptanceCounts, rounds: list[list[list[int]]]) -> HeadResult:

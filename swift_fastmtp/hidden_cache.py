@@ -1,0 +1,168 @@
+"""The frozen backbone's hidden states on disk, so that later epochs need no backbone.
+
+The backbone never changes during training, so its last hidden states of a document are the same in every epoch. The
+first epoch writes them here as it computes them; later ones read them back through a memory map, in the backbone's own
+dtype, bit for bit. A document is found by a hash of its token ids, which covers data, template and tokenizer; the
+folder belongs to one backbone and one attention implementation, or is refused.
+
+    cache.json          what the folder belongs to
+    states-R.bin        hidden states of rank R, appended
+    index-R.bin         one record per document, appended after its states: a killed run loses at most one document
+
+Ranks read each other's files and write their own.
+"""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoints import read_json, write_json
+from .errors import FastMTPError
+
+_RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
+_INFO = "cache.json"
+
+
+class HiddenCache:
+    """Hidden states of documents, by content.
+
+    Args:
+        folder: made if it does not exist.
+        key: what the states depend on besides the tokens; another key in the folder is an error.
+        width: D.
+        dtype: of the states.
+        max_bytes: for all files of the folder; documents beyond that are computed every time.
+        rank: of this process, which writes `states-<rank>.bin`.
+
+    Raises `FastMTPError` if the folder belongs to another model or another run is writing it.
+    """
+
+    def __init__(
+        self, folder: str | Path, key: dict[str, Any], width: int, dtype: torch.dtype, max_bytes: int, rank: int = 0
+    ) -> None:
+        self.folder, self.width, self.dtype, self.max_bytes = Path(folder), width, dtype, max_bytes
+        self._open_folder({"schema": "swift_fastmtp.hidden_cache/1", **key, "width": width, "dtype": str(dtype)})
+        self.row_bytes = width * torch.empty((), dtype=dtype).element_size()
+        self._maps: dict[Path, np.memmap[Any, Any]] = {}
+        self._places: dict[bytes, tuple[Path, int, int]] = {}
+        self._read: dict[Path, int] = {}
+        self._states, self._index = self._open_own(rank)
+        self._refresh()
+        self.full = False
+
+    def _open_folder(self, info: dict[str, Any]) -> None:
+        path = self.folder / _INFO
+        if not path.exists():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(info, path)
+            except OSError as error:
+                raise FastMTPError(f"{self.folder}: cannot hold a hidden-state cache ({error})") from None
+            return
+        found = read_json(path)
+        for name in info:
+            if found.get(name) != info[name]:
+                raise FastMTPError(
+                    f"{self.folder}: holds hidden states of another model ({name} is {found.get(name)!r}, this run has "
+                    f"{info[name]!r}); name another folder as fastmtp_hidden_cache, or delete this one"
+                )
+
+    def _open_own(self, rank: int) -> tuple[Any, Any]:
+        """Files of this rank, cut to the last whole document."""
+        states = open(self.folder / f"states-{rank}.bin", "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(states, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FastMTPError(
+                f"{self.folder}: another run is writing this cache; wait for it, or name another folder"
+            ) from None
+        index = open(self.folder / f"index-{rank}.bin", "ab")  # noqa: SIM115
+        index.truncate(index.tell() // _RECORD.itemsize * _RECORD.itemsize)
+        index.seek(0, os.SEEK_END)
+        records = np.fromfile(index.name, _RECORD)
+        # A record whose states did not reach the disk (a power cut, not a kill) ends the file before it.
+        whole = int((records["start"] + records["rows"] <= states.tell() // self.row_bytes).cumprod().sum())
+        index.truncate(whole * _RECORD.itemsize)
+        index.seek(0, os.SEEK_END)
+        states.truncate(int((records["start"] + records["rows"])[:whole].max(initial=0)) * self.row_bytes)
+        states.seek(0, os.SEEK_END)
+        return states, index
+
+    def _refresh(self) -> bool:
+        """Read what any rank has added since the last look. Returns whether there was something."""
+        new = False
+        for path in sorted(self.folder.glob("index-*.bin")):
+            seen, size = self._read.get(path, 0), path.stat().st_size // _RECORD.itemsize
+            if size <= seen:
+                continue
+            states = path.with_name(path.name.replace("index", "states"))
+            for record in np.fromfile(path, _RECORD, count=size - seen, offset=seen * _RECORD.itemsize):
+                # numpy drops trailing zero bytes of fixed-width strings
+                digest = bytes(record["digest"]).ljust(16, b"\0")
+                self._places[digest] = (states, int(record["start"]), int(record["rows"]))
+            self._read[path], new = size, True
+        return new
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the states of all ranks."""
+        return sum(path.stat().st_size for path in self.folder.glob("states-*.bin"))
+
+    def get(self, documents: list[torch.Tensor]) -> list[torch.Tensor] | None:
+        """States [T, D] of every document (token ids [T]), on the CPU, or None if any is missing."""
+        digests = [_digest(ids) for ids in documents]
+        if any(d not in self._places for d in digests) and (
+            not self._refresh() or any(d not in self._places for d in digests)
+        ):
+            return None
+        return [self._load(*self._places[d]) for d in digests]
+
+    def _load(self, path: Path, start: int, rows: int) -> torch.Tensor:
+        data = self._maps.get(path)
+        first, last = start * self.row_bytes, (start + rows) * self.row_bytes
+        if data is None or last > len(data):
+            data = self._maps[path] = np.memmap(path, np.uint8, mode="r")
+        return torch.from_numpy(np.array(data[first:last])).view(self.dtype).view(rows, self.width)
+
+    def put(self, documents: list[torch.Tensor], states: list[torch.Tensor]) -> None:
+        """Append documents (token ids [T]) with their states [T, D], but none that is here or exceeds the limit."""
+        if self.full:
+            return
+        for ids, rows in zip(documents, states, strict=True):
+            digest = _digest(ids)
+            if digest in self._places:
+                continue
+            if self.num_bytes + len(rows) * self.row_bytes > self.max_bytes:
+                self.full = True
+                return
+            data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+            start = self._states.tell() // self.row_bytes
+            try:
+                self._states.write(data.data)
+                self._states.flush()
+                self._index.write(np.array([(digest, start, len(rows))], _RECORD).tobytes())
+                self._index.flush()
+            except OSError as error:
+                raise FastMTPError(f"{self.folder}: cannot be written ({error}); free space and start again") from None
+
+
+def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(batch row, start, end) of every document of a batch; padding is none."""
+    found = []
+    for b, segments in enumerate(segment_ids_BT.cpu()):
+        ids, counts = torch.unique_consecutive(segments, return_counts=True)
+        start = 0
+        for segment, count in zip(ids.tolist(), counts.tolist(), strict=True):
+            if segment >= 0:
+                found.append((b, start, start + count))
+            start += count
+    return found
+
+
+def _digest(ids: torch.Tensor) -> bytes:
+    return hashlib.blake2b(ids.cpu().numpy().astype("<i8").tobytes(), digest_size=16).digest()
