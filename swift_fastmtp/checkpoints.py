@@ -101,7 +101,7 @@ def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int,
                 f"{folder}: {name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
             )
         tensors[name] = weights.read(name)
-        if not tensors[name].is_floating_point():
+        if not tensors[name].is_floating_point() or tensors[name].element_size() < 2:
             raise FastMTPError(
                 f"{folder}: {name} is stored as {tensors[name].dtype}; a quantised MTP layer cannot be trained, "
                 "start from the unquantised checkpoint"

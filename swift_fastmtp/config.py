@@ -71,6 +71,16 @@ class FastMTPConfig:
             "those of a draft that is served with it."
         },
     )
+    hidden_cache: str = field(
+        default="",
+        metadata={"help": "Folder for the backbone's hidden states: epochs after the first read them, and skip it."},
+    )
+    hidden_cache_gb: float = field(
+        default=0.0,
+        metadata={
+            "help": "Your consent to the size of `hidden_cache`, in GB (10^9 bytes); a run that needs more stops."
+        },
+    )
     loss_chunk_size: int = field(
         default=0,
         metadata={
@@ -88,6 +98,7 @@ class FastMTPConfig:
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
         _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
+        _check(0.0 <= self.hidden_cache_gb < float("inf"), "hidden_cache_gb", self.hidden_cache_gb, "at least 0")
         _check(self.loss_chunk_size >= 0, "loss_chunk_size", self.loss_chunk_size, "at least 0")
 
     @property

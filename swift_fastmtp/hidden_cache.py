@@ -15,6 +15,7 @@ Ranks read each other's files and write their own.
 import fcntl
 import hashlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,7 @@ class HiddenCache:
                 continue
             if self.num_bytes + len(rows) * self.row_bytes > self.max_bytes:
                 self.full = True
+                warnings.warn(f"{self.folder}: full; further documents are computed in every epoch", stacklevel=2)
                 return
             data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
             start = self._states.tell() // self.row_bytes

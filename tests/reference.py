@@ -62,6 +62,23 @@ class Head:
         return self.rms(u, "final_layernorm")
 
 
+def merged_attention(query, keys, values, chain_keys, chain_values, visible, scale):
+    """One softmax over [T + M] scores: the visible step-1 keys and the row's own M chain keys.
+
+    query [B, H, T, d], keys and values [B, H_kv, T, d], chain [M, B, H_kv, T, d], visible [B, 1, T, T].
+    """
+    groups, T = query.shape[1] // keys.shape[1], query.shape[2]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    chain_keys, chain_values = (x.repeat_interleave(groups, 2) for x in (chain_keys, chain_values))
+    context = (query @ keys.transpose(-1, -2)).masked_fill(~visible, float("-inf"))
+    chain = (query * chain_keys).sum(-1).permute(1, 2, 3, 0)
+    weights = (torch.cat([context, chain], -1) * scale).softmax(-1)
+    out = weights[..., :T] @ values
+    for m, v in enumerate(chain_values):
+        out = out + weights[..., T + m, None] * v
+    return out
+
+
 def paper_rollout(head: Head, hidden, embeds, steps):
     """Paper 2.1 on one document: hidden [T, D], embeds [T, D]. Step k has rows 0..T-k-1 (row i reads token i + k)."""
     outputs = []

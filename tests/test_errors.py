@@ -99,6 +99,7 @@ ARGUMENTS = {
     "packing": ({"packing": "true"}, "--packing needs an attention that keeps documents apart"),
     "sequence parallel": ({"sequence_parallel_size": 2}, "--sequence_parallel_size 2 does not work"),
     "liger": ({"use_liger_kernel": "true"}, "--use_liger_kernel True does not work"),
+    "unknown loss": ({"model_kwargs": '{"fastmtp_loss": "mse"}'}, "it must be one of ce, kl, topk_kl, lk, tv, e2e"),
     "tuner": ({"tuner_type": "adalora"}, "--tuner_type adalora is not supported"),
 }
 
@@ -137,6 +138,67 @@ def test_disk_full_during_save(rows, tmp_path):
     assert "model.safetensors: cannot be written" in process.stderr and "free space" in process.stderr
     assert not list((tmp_path / "run").rglob("model.safetensors"))
     assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def test_out_of_memory(rows, tmp_path):
+    """An address-space limit stands in for the full memory: the buffers of the loss cannot be allocated."""
+    args = sft_args(TINY, rows, tmp_path / "run", max_steps=2, per_device_train_batch_size=48)
+    code = (
+        "import resource, sys; from swift.pipelines import sft_main; sys.argv[0] = 'swift'\n"
+        "from swift_fastmtp import modeling; losses = modeling.step_losses\n"
+        "def limited(*a):\n"
+        "    pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "    unlimited = resource.getrlimit(resource.RLIMIT_AS)\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + 2**20, unlimited[1]))\n"
+        "    try: return losses(*a)\n"
+        "    finally: resource.setrlimit(resource.RLIMIT_AS, unlimited)\n"
+        "modeling.step_losses = limited; sft_main()"
+    )
+    process = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True, check=False)
+    assert_one_line(process, "lower --per_device_train_batch_size (now 48), --max_length (now 256)")
+
+
+CACHE = {
+    "without consent": (
+        {},
+        {},
+        "3000 tokens take 0.002 GB; allow that with fastmtp_hidden_cache_gb 0.0024",
+    ),
+    "no room": ({"hidden_cache_gb": 1e9}, {"lengths": [10**12]}, "GB free"),
+}
+
+
+@pytest.mark.parametrize("case", CACHE)
+def test_hidden_cache_is_not_written_without_consent_and_room(case, tmp_path):
+    from types import SimpleNamespace
+
+    from datasets import Dataset
+
+    from swift_fastmtp.config import FastMTPConfig
+    from swift_fastmtp.errors import FastMTPError
+    from swift_fastmtp.modeling import load_model
+    from swift_fastmtp.swift_plugin.cache import attach_hidden_cache
+
+    knobs, columns, message = CACHE[case]
+    model = load_model(TINY, torch.float32)
+    model.model_dir, model.fastmtp = str(TINY), FastMTPConfig(hidden_cache=str(tmp_path / "cache"), **knobs)
+    args = SimpleNamespace(max_steps=-1, num_train_epochs=3)
+    data = Dataset.from_dict({"lengths": [1000, 2000], **columns})
+    with pytest.raises(FastMTPError) as error:
+        attach_hidden_cache(args, model, [data, None])
+    assert message in str(error.value)
+    assert not (tmp_path / "cache").exists()
+    # One epoch reads every row once: nothing to cache.
+    args.num_train_epochs = 1
+    attach_hidden_cache(args, model, [data, None])
+    assert model.hidden_cache is None
+
+
+def test_token_map_of_another_model_through_swift(rows, tmp_path):
+    torch.save([5, 9, 151_000], tmp_path / "map.pt")
+    knobs = json.dumps({"fastmtp_token_map": str(tmp_path / "map.pt")})
+    process = swift(*sft_args(TINY, rows, tmp_path / "run", model_kwargs=knobs), check=False)
+    assert_one_line(process, "map.pt: holds id 151000, the model has rows 0..6143")
 
 
 def fastmtp(*args):

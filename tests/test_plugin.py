@@ -216,3 +216,32 @@ def test_self_distill_dataset_drops_truncated_answers(rows, tmp_path):
     mixed.write_text("\n".join([*lines[:8], *(x.replace('"stop"', '"length"') for x in lines[8:20])]) + "\n")
     done = swift(*sft_args(TINY, f"fastmtp-self-distill:{mixed}", tmp_path / "run", max_steps=2))
     assert "origin length: 20, filtered dataset length: 8" in done.stdout + done.stderr
+
+
+def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
+    """The other ways to train, at once: rates of the map while training, with and without it in evaluation."""
+    torch.save(list(range(3000)), tmp_path / "map.pt")
+    knobs = {"loss": "lk", "inputs": "draft", "temperature": 0.6, "token_map": str(tmp_path / "map.pt")}
+    kwargs = json.dumps({f"fastmtp_{name}": value for name, value in knobs.items()})
+    args = sft_args(TINY, rows, tmp_path / "run", model_kwargs=kwargs, val_dataset=f"{rows}#8", eval_steps=6)
+    swift(*args)
+    log = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
+    assert log[5]["mtp_overlap_1"] > log[0]["mtp_overlap_1"] and "mtp_full_tau" not in log[0]
+    evaluation = next(row for row in log if "eval_loss" in row)
+    assert evaluation["eval_mtp_full_acc_1"] >= evaluation["eval_mtp_acc_1"] > 0
+    settings = json.loads((tmp_path / "run" / "checkpoint-6" / "fastmtp.json").read_text())
+    assert {name: settings[name] for name in knobs} == knobs
+
+
+def test_hidden_cache_gives_the_same_run_without_the_backbone(rows, tmp_path):
+    """Two epochs with and without it: the same losses; started again, not one hidden state is computed or written."""
+    changes = {"max_steps": 24, "save_steps": 24, "val_dataset": f"{rows}#8", "eval_steps": 12}
+    swift(*sft_args(TINY, rows, tmp_path / "plain", **changes))
+    knobs = json.dumps({"fastmtp_hidden_cache": str(tmp_path / "cache"), "fastmtp_hidden_cache_gb": 1})
+    sizes = []
+    for name in ("first", "again"):
+        swift(*sft_args(TINY, rows, tmp_path / name, model_kwargs=knobs, **changes))
+        for key in ("loss", "eval_loss"):
+            assert logged(tmp_path / name, key) == pytest.approx(logged(tmp_path / "plain", key), rel=1e-4)
+        sizes.append((tmp_path / "cache" / "states-0.bin").stat().st_size)
+    assert sizes[0] == sizes[1] > 0

@@ -14,6 +14,7 @@ from ..checkpoints import read_head
 from ..config import FastMTPConfig
 from ..families import find_family, read_config
 from ..modeling import head_shapes, model_class
+from ..vocab.maps import read_token_map
 
 logger = get_logger()
 
@@ -28,6 +29,9 @@ class FastMTPLoader(ModelLoader):
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         cls: Any = model_class(model_dir)
         read_head(model_dir, cls.family, head_shapes(model_dir))
+        settings = FastMTPConfig.from_env()
+        if settings.token_map:
+            read_token_map(settings.token_map, config.vocab_size)
         self.auto_model_cls = cls
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
@@ -35,7 +39,7 @@ class FastMTPLoader(ModelLoader):
 
             deepspeed.init_distributed(dist_backend=None if _has_gpu() else "gloo")
         model = super().get_model(model_dir, config, processor, model_kwargs)
-        model.fastmtp = FastMTPConfig.from_env()
+        model.fastmtp = settings
         return model
 
 

@@ -4,6 +4,7 @@ import sys
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
@@ -13,6 +14,7 @@ from swift.tuner_plugin import tuners_map
 
 from ..errors import FastMTPError
 from .arguments import prepare_arguments
+from .cache import attach_hidden_cache
 from .dataset import SelfDistillLoader, SelfDistillPreprocessor
 from .export import export_checkpoint
 from .loss import FastMTPLoss
@@ -57,7 +59,8 @@ def _hook_arguments() -> None:
 
 
 def _hook_sft() -> None:
-    """Before training: say so when no row is left (too long ones are dropped silently). After it: ranks end together.
+    """Before training: say so when no row is left (too long ones are dropped silently), open the hidden-state cache.
+    After it: ranks end together.
 
     ms-swift leaves the process group to the interpreter's exit, where gloo may abort a rank that is ready, and the
     launcher then ends the one that is still saving.
@@ -67,7 +70,12 @@ def _hook_sft() -> None:
     original, run_original = SwiftSft._post_process_datasets, SwiftSft.run
 
     def run(self: Any) -> Any:
-        result = run_original(self)
+        try:
+            result = run_original(self)
+        except RuntimeError as error:
+            if self.args.model_type == "fastmtp" and _out_of_memory(error):
+                raise FastMTPError(_less_memory(self.args, error)) from error
+            raise
         if self.args.model_type == "fastmtp" and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -80,10 +88,24 @@ def _hook_sft() -> None:
                 f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
                 "dropped: raise it, or choose --truncation_strategy"
             )
+        if self.args.model_type == "fastmtp":
+            attach_hidden_cache(self.args, self.model, datasets)
         processed: list[Any] = original(self, datasets)
         return processed
 
     SwiftSft._post_process_datasets, SwiftSft.run = _post_process_datasets, run
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _less_memory(args: Any, error: RuntimeError) -> str:
+    return (
+        f"out of memory ({str(error).splitlines()[0]}); lower --per_device_train_batch_size (now "
+        f"{args.per_device_train_batch_size}), --max_length (now {args.max_length}) or fastmtp_loss_chunk_size, or "
+        "train inside a fastmtp_token_map"
+    )
 
 
 def _hook_export() -> None:

@@ -1,0 +1,138 @@
+"""The cache gives back what the backbone computed, survives kills, and belongs to one model."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from models import packed_positions, random_mimo
+
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.hidden_cache import HiddenCache
+
+KEY = {"backbone": "abc"}
+
+
+def open_cache(folder, rank=0, *, key=KEY, width=8, dtype=torch.float32, max_bytes=10**6):
+    return HiddenCache(folder, key, width, dtype, max_bytes, rank)
+
+
+def documents(*lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 999, (n,), generator=g) for n in lengths], [
+        torch.randn(n, 8, generator=g) for n in lengths
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_states_come_back_bit_for_bit_in_a_later_process(tmp_path, dtype):
+    ids, states = documents(5, 1, 12)
+    states = [s.to(dtype) for s in states]
+    cache = open_cache(tmp_path, dtype=dtype)
+    assert cache.get(ids) is None
+    cache.put(ids, states)
+    del cache
+    found = open_cache(tmp_path, dtype=dtype).get([ids[2], ids[0]])
+    assert torch.equal(found[0], states[2]) and torch.equal(found[1], states[0])
+
+
+def test_ranks_read_each_other(tmp_path):
+    one, two = open_cache(tmp_path, 0), open_cache(tmp_path, 1)
+    ids, states = documents(4, 6)
+    one.put(ids[:1], states[:1])
+    two.put(ids[1:], states[1:])
+    for cache in (one, two):
+        assert all(torch.equal(a, b) for a, b in zip(cache.get(ids), states, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("index-0.bin", 1), ("index-0.bin", 31), ("states-0.bin", 1), ("states-0.bin", 40)]
+)
+def test_a_torn_tail_is_cut_off(tmp_path, name, lost):
+    """Whatever a kill or a power cut left of the last document, the ones before it stay, and writing goes on."""
+    ids, states = documents(3, 4, 5)
+    cache = open_cache(tmp_path)
+    cache.put(ids[:2], states[:2])
+    del cache
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-lost])
+    cache = open_cache(tmp_path)
+    assert torch.equal(cache.get(ids[:1])[0], states[0]) and cache.get(ids[1:2]) is None
+    cache.put(ids[1:], states[1:])
+    assert all(torch.equal(a, b) for a, b in zip(cache.get(ids), states, strict=True))
+
+
+def test_nothing_beyond_the_limit_is_written(tmp_path):
+    ids, states = documents(4, 4, 4)
+    cache = open_cache(tmp_path, max_bytes=2 * 4 * 8 * 4)
+    with pytest.warns(UserWarning, match="full"):
+        cache.put(ids, states)
+    assert cache.num_bytes == 2 * 4 * 8 * 4 and cache.get(ids[:2]) is not None and cache.get(ids[2:]) is None
+
+
+@pytest.mark.parametrize("change", [{"key": {"backbone": "other"}}, {"dtype": torch.bfloat16}, {"width": 16}])
+def test_a_folder_of_another_model_is_refused(tmp_path, change):
+    open_cache(tmp_path)
+    with pytest.raises(FastMTPError, match="hidden states of another model"):
+        open_cache(tmp_path, **change)
+
+
+def test_two_runs_do_not_write_one_file(tmp_path):
+    cache = open_cache(tmp_path)
+    with pytest.raises(FastMTPError, match="another run is writing"):
+        open_cache(tmp_path)
+    del cache
+    open_cache(tmp_path)
+
+
+def test_killed_at_any_moment(tmp_path):
+    """kill -9 while writing, several times: what is found afterwards is right, and no document is there twice."""
+    script = (
+        "import sys, torch; sys.path.insert(0, 'tests'); from test_hidden_cache import open_cache, documents\n"
+        "cache = open_cache(sys.argv[1], max_bytes=10**9); print('go', flush=True)\n"
+        "for seed in range(4000):\n    cache.put(*documents(50, seed=seed))\n"
+    )
+    for pause in (0.02, 0.1, 0.05):
+        child = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(pause)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    cache = open_cache(tmp_path, max_bytes=10**9)
+    count = 0
+    for seed in range(4000):
+        ids, states = documents(50, seed=seed)
+        found = cache.get(ids)
+        if found is not None:
+            assert torch.equal(found[0], states[0])
+            count += 1
+    assert count > 3 and cache.num_bytes == count * 50 * 8 * 4
+
+
+def test_the_backbone_runs_in_the_first_epoch_only(tmp_path):
+    """Losses with the cache equal those without it, padded and packed, and the second epoch computes no backbone."""
+    model = random_mimo(2)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    docs = [torch.randint(0, 97, (n,)) for n in (9, 14, 5)]
+    padded = torch.stack([torch.nn.functional.pad(d, (0, 14 - len(d))) for d in docs])
+    mask = torch.stack([torch.arange(14) < len(d) for d in docs]).long()
+    labels = padded.masked_fill(mask == 0, -100)
+    plain = model(input_ids=padded, attention_mask=mask, labels=labels)
+    model.hidden_cache = open_cache(tmp_path, width=32)
+    first = model(input_ids=padded, attention_mask=mask, labels=labels)
+    assert len(calls) == 2
+    second = model(input_ids=padded, attention_mask=mask, labels=labels)
+    # Packed documents are found one by one, whatever they were packed or padded with before.
+    order = [2, 0, 1]
+    packed = model(
+        input_ids=torch.cat([docs[i] for i in order])[None],
+        position_ids=packed_positions([len(docs[i]) for i in order]),
+        labels=torch.cat([torch.cat([torch.tensor([-100]), docs[i][1:]]) for i in order])[None],
+    )
+    assert len(calls) == 2
+    assert torch.equal(plain.step_loss, first.step_loss)
+    torch.testing.assert_close(plain.step_loss, second.step_loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(plain.loss, packed.loss, atol=1e-5, rtol=1e-5)
