@@ -18,7 +18,7 @@ from conftest import ROOT
 
 from swift_fastmtp.config import FastMTPConfig
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"
 
 
@@ -91,7 +91,7 @@ def test_readme_names_the_quickstart_and_ci_runs_the_readmes_commands():
 
 def test_knob_table_is_the_configs():
     rows = re.findall(r"^\| `fastmtp_(\w+)` \| `(.*?)` \| (.*) \|$", (ROOT / "docs/training.md").read_text(), re.M)
-    assert rows == [(f.name, str(f.default), f.metadata["help"]) for f in fields(FastMTPConfig)]
+    assert rows == [(f.name, str(f.default) or '""', f.metadata["help"]) for f in fields(FastMTPConfig)]
 
 
 def test_links_lead_somewhere():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import swift_fastmtp
 from swift_fastmtp.checkpoints import Weights
+from swift_fastmtp.export.serve_args import command, serve_flags
 
 PLUGIN = Path(swift_fastmtp.__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py"
 HEAD = "model.mtp_layers.0."
@@ -231,6 +232,8 @@ def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
     assert evaluation["eval_mtp_full_acc_1"] >= evaluation["eval_mtp_acc_1"] > 0
     settings = json.loads((tmp_path / "run" / "checkpoint-6" / "fastmtp.json").read_text())
     assert {name: settings[name] for name in knobs} == knobs
+    serve = command(serve_flags(tmp_path / "run" / "checkpoint-6", model=str(TINY)))
+    assert serve[serve.index("--speculative-token-map") + 1] == knobs["token_map"]  # served as it was trained
 
 
 def test_hidden_cache_gives_the_same_run_without_the_backbone(rows, tmp_path):

@@ -50,9 +50,10 @@ _TOKENIZER_FILES = (
 
 def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> dict[str, Any]:
     """Content of `fastmtp.json`: how a head was trained and which backbone it belongs to."""
+    here = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size")  # of the machine that trained, not of the head
     return {
         "swift_fastmtp": __version__,
-        **config.to_dict(),
+        **{name: value for name, value in config.to_dict().items() if name not in here},
         "base_model": base_model,
         "base_fingerprint": base_fingerprint,
     }

@@ -36,7 +36,7 @@ def serve_flags(
     Args:
         folder: a full checkpoint or a draft-only folder.
         num_steps: drafts per verification, K; default: what the head was trained for.
-        token_map: SGLang's `--speculative-token-map` file.
+        token_map: SGLang's `--speculative-token-map` file; default: the one the head was trained inside.
         model: the target of a draft-only folder; default: the base model it was trained for.
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
@@ -55,6 +55,7 @@ def serve_flags(
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
+    token_map = token_map or settings.get("token_map")
     flags = [
         Flag(("python", "-m", "sglang.launch_server"), "stock SGLang"),
         Flag(

@@ -1,0 +1,96 @@
+"""The benchmarks run, and what ours is measured against computes the same gradients."""
+
+import importlib.util
+import json
+import sys
+
+import torch
+from conftest import ROOT
+from models import random_mimo
+
+from swift_fastmtp.config import FastMTPConfig
+
+
+def load(name):
+    path = ROOT / "benchmarks" / name
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def test_the_reference_step_has_the_gradients_of_the_paper_rollout():
+    step = load("training/reference_step.py")
+    ids = torch.randint(0, 97, (2, 21))
+    labels = ids.masked_fill(torch.arange(21) < 5, -100)
+    model = random_mimo(0)
+    model.train()
+    model.fastmtp = FastMTPConfig(rollout="paper")
+    ours = model(input_ids=ids, labels=labels).loss
+    want = torch.autograd.grad(ours, list(model.head_parameters().values()))
+    step.prepare(model)
+    assert model.model.layers[0].gradient_checkpointing and model.model.layers[0].training
+    runs = []
+    model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
+    loss = step.reference_loss(model, ids, labels)
+    loss.backward()
+    assert len(runs) == 2  # computed again for a backward pass through the frozen layers
+    torch.testing.assert_close(loss, ours, atol=1e-5, rtol=1e-5)
+    for gradient, parameter in zip(want, model.head_parameters().values(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_training_benchmark(monkeypatch, tmp_path, capsys):
+    step = load("training/step.py")
+    monkeypatch.setattr(step, "SHAPES", {"small": {**step.SHAPES["small"], "hidden_size": 32, "intermediate_size": 48}})
+    monkeypatch.setattr(step, "VOCAB", {"small": 300})
+    monkeypatch.setattr(step, "MAP", {"small": 50})
+    output = tmp_path / "step"
+    options = ["--layers", "1", "--length", "24", "--repeats", "1", "--no_memory", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["step.py", *options])
+    step.main()
+    seconds = json.loads(output.with_suffix(".json").read_text())["seconds"]
+    assert set(step.OURS) | {"reference", "floor"} <= set(seconds) and all(s > 0 for s in seconds.values())
+    assert "| reference |" in output.with_suffix(".md").read_text()
+
+
+def test_ablation(monkeypatch, tmp_path):
+    """Two losses, one seed, two training steps: every stage of the real thing, and its report."""
+    run, report = load("ablation/run.py"), load("ablation/report.py")
+    settings = {
+        "SPLIT": {"train": 8, "dev": 2, "test": 3}, "ANSWER": 60, "STEPS": 2, "RATES": (1e-3, 2e-3), "SEEDS": (0, 1),
+        "LOSSES": ("ce", "lk"), "ROLLOUTS": {"exact": {"rollout": "exact"}},
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(run, name, value)
+    with open(tmp_path / "data.jsonl", "w") as file:
+        for lang, words in (
+            ("en", "the old house by the river"),
+            ("zh", "北京的历史和文化"),
+            ("code", "def f(x): return x"),
+        ):
+            for i in range(13):
+                row = {"messages": [{"role": "user", "content": f"{words} {i}"}], "response": f"{words} " * (8 + i % 3)}
+                row |= {
+                    "category": "code" if lang == "code" else "general",
+                    "language": "en" if lang == "code" else lang,
+                }
+                file.write(json.dumps(row) + "\n")
+    monkeypatch.setattr(
+        sys, "argv", ["run", "--data", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "out")]
+    )
+    run.main()
+    runs = sorted(p.stem for p in (tmp_path / "out" / "runs").glob("*.json"))
+    assert len(runs) == 2 * 2 * 2 + 1
+    output = tmp_path / "losses"
+    monkeypatch.setattr(sys, "argv", ["report", "--output_dir", str(tmp_path / "out"), "--output", str(output)])
+    report.main()
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    assert len(rows) == 5 and output.with_suffix(".png").stat().st_size > 10_000
+    for row in rows:
+        value, low, high = row["greedy"]
+        assert 1 <= low <= value <= high <= 4 and row["marginal"] == sorted(row["marginal"], reverse=True)
