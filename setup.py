@@ -56,7 +56,7 @@ setup(
         "deepspeed": deepspeed,
         "flash": ["flash-attn>=2.8"],
         "serve": ["sglang>=0.5.19"],
-        "dev": [*train, *deepspeed, "setuptools>=77", "pytest>=8", "hypothesis>=6", "ruff", "mypy"],
+        "dev": [*train, *deepspeed, "setuptools>=77", "pytest>=8", "hypothesis>=6", "ruff", "mypy", "triton; platform_system == 'Linux'"],
     },
     entry_points={"console_scripts": ["fastmtp=swift_fastmtp.cli:main"]},
     cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},

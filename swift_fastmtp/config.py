@@ -15,7 +15,9 @@ from .errors import FastMTPError
 
 ENV_PREFIX = "FASTMTP_"
 ROLLOUTS = ("exact", "paper")
-LOSSES = ("ce", "kl", "topk_kl", "lk", "tv", "e2e")
+# Against the frozen model's own distribution, not the text's token.
+SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
+LOSSES = ("ce", *SOFT_LOSSES)
 INPUTS = ("text", "draft")
 
 

@@ -1,5 +1,7 @@
 """Shared fixtures. Subprocesses run offline: no test needs a network."""
 
+import importlib
+import importlib.util
 import json
 import os
 import random
@@ -10,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Triton's own functions are made for its interpreter or for a GPU when it is first imported; ours later.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton")
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "examples" / "tiny-mimo"

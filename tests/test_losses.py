@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_fastmtp.config import LOSSES, FastMTPConfig
-from swift_fastmtp.losses import SOFT_LOSSES, drafts, step_losses, weighted_loss
+from swift_fastmtp.config import LOSSES, SOFT_LOSSES, FastMTPConfig
+from swift_fastmtp.losses import drafts, step_losses, weighted_loss
 
 
 def plain(outputs_KND, weight, targets_KN, valid_KN, config, hidden, rows):

@@ -25,7 +25,8 @@ from ..config import FastMTPConfig
 from ..data.generate import generate
 from ..data.prompts import encode_prompt, read_rows, without_answer
 from ..errors import FastMTPError
-from ..losses import chunk_size, drafts
+from ..frozen_head import chunk_size
+from ..losses import drafts
 from ..modeling import head_shapes, load_head, load_model
 from ..rollout import segment_ids, step_targets
 from ..vocab.maps import DraftVocabulary, read_token_map

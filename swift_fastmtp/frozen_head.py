@@ -1,0 +1,209 @@
+"""Loss and hidden-state gradient of rows through the frozen output matrix, a chunk of logits at a time.
+
+The matrix is frozen, so the only gradient that must survive a chunk is the one of its hidden states: the chunk's
+logits give loss, argmax and that gradient at once, and are dropped. `losses` has the formulas.
+"""
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import SOFT_LOSSES, FastMTPConfig
+
+
+def chunk_size(weight_VD: Tensor, config: FastMTPConfig) -> int:
+    """`loss_chunk_size`, or where that is 0 the rows whose fp32 logits fill 64 MiB (CPU) or 512 MiB (others)."""
+    room = 2**26 if weight_VD.device.type == "cpu" else 2**29
+    return config.loss_chunk_size or max(1, room // (4 * len(weight_VD)))
+
+
+def project(rows: Tensor, weight: Tensor) -> Tensor:
+    return rows.to(weight.dtype) @ weight.T
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """(outputs [K, N, D], ...) → (loss, match, overlap), each [K, N]; gradient for the outputs only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        outputs: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        config: FastMTPConfig,
+        hidden: Tensor | None,
+        rows: Tensor | None,
+    ) -> Any:
+        K, N, D = outputs.shape
+        flat, grad = outputs.reshape(K * N, D), None
+        if ctx.needs_input_grad[0]:
+            grad = torch.zeros_like(flat)
+        head = _head_type(weight)(weight, outputs.dtype, K * N, config)
+        loss, overlap = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
+        match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
+        for part, teacher in head.chunks(valid, hidden, rows):
+            target = targets.flatten()[part, None]
+            loss[part], overlap[part], best, d_logits = head.row_losses(flat[part], target, teacher)
+            match[part] = best == target[:, 0]
+            if grad is not None:
+                grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(match, overlap)
+        return loss.view(K, N), match.view(K, N), overlap.view(K, N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        out = grad.view(*grad_loss.shape, -1) * grad_loss[..., None]
+        return out.to(grad.dtype), None, None, None, None, None, None
+
+
+class Teacher(NamedTuple):
+    """p of a chunk of rows: dense probabilities [C, V], or those of its top_k tokens [C, k] and their ids."""
+
+    probs: Tensor
+    ids: Tensor | None
+    entropy: Tensor
+    """-sum p log p, [C, 1]."""
+    log_z: Tensor | None = None
+    """[C, 1], where `probs` holds logits instead (the GPU's kernels)."""
+
+    def take(self, rows: Tensor) -> "Teacher":
+        return Teacher(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+
+
+class FrozenHead:
+    """The output matrix and the buffers of a chunk: [chunk, V] of logits and of probabilities, and the teacher's.
+
+    Everything happens in them, in place: on a CPU, fresh memory of this size costs more than the arithmetic.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
+        self.allocate(weight, dtype, rows, config)
+        self.logits, self.probs, *rest = (
+            torch.empty(self.chunk, len(weight), dtype=self.wide, device=weight.device)
+            for _ in range(2 + self.dense_teacher)
+        )
+        self.teacher_probs = rest[0] if rest else None
+
+    def allocate(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
+        """The sizes: chunks of `rows` rows of outputs of `dtype`."""
+        self.weight, self.config = weight, config
+        self.chunk = min(rows, chunk_size(weight, config))
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.dense_teacher = config.loss in SOFT_LOSSES and config.loss != "topk_kl"
+        self.temperature = config.temperature if config.loss in SOFT_LOSSES else 1.0
+
+    def chunks(self, valid: Tensor, hidden: Tensor | None, rows: Tensor | None) -> Any:
+        """Yields (flat indices into [K * N] of at most `chunk` valid rows, their teacher)."""
+        if hidden is None or rows is None:
+            for part in even(valid.flatten().nonzero().squeeze(1), self.chunk):
+                yield part, None
+            return
+        N = valid.shape[1]
+        step, row = valid.nonzero(as_tuple=True)
+        positions, place = (rows[row] + step + 1).unique(return_inverse=True)
+        row_at = rows.new_full((len(valid), len(positions)), -1)
+        row_at[step, place] = row
+        for here in even(torch.arange(len(positions), device=rows.device), self.chunk):
+            teacher = self.teacher(hidden[positions[here]])
+            for k, at in enumerate(row_at[:, here]):
+                has = at >= 0
+                if bool(has.all()):
+                    yield k * N + at, teacher
+                elif bool(has.any()):
+                    yield k * N + at[has], teacher.take(has)
+
+    def project(self, rows: Tensor) -> Tensor:
+        """Logits [C, V] divided by the temperature, in `self.logits`."""
+        z = self.logits[: len(rows)]
+        if self.weight.dtype == self.wide:
+            torch.mm(rows.to(self.wide), self.weight.T, out=z)
+        else:
+            z.copy_(project(rows, self.weight))
+        return z if self.temperature == 1 else z.div_(self.temperature)
+
+    def teacher(self, rows: Tensor) -> Teacher:
+        z, ids = self.project(rows), None
+        if self.teacher_probs is None:
+            z, ids = z.topk(min(self.config.top_k, z.shape[-1]))
+            probs = z.softmax(-1)
+        else:
+            probs = torch.softmax(z, -1, out=self.teacher_probs[: len(rows)])
+        return Teacher(probs, ids, _log_z(z, probs, z.argmax(-1, keepdim=True)) - _rowdot(probs, z))
+
+    def row_losses(
+        self, rows: Tensor, target: Tensor, teacher: Teacher | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss [C], overlap [C], argmax [C] and d loss / d logits [C, V] of rows [C, D]; target is [C, 1]."""
+        z = self.project(rows)
+        best = z.argmax(-1, keepdim=True)
+        q = torch.softmax(z, -1, out=self.probs[: len(rows)])
+        log_z = _log_z(z, q, best)
+        config = self.config
+        if teacher is None or teacher.ids is not None:
+            ids = target if teacher is None or teacher.ids is None else teacher.ids
+            return sparse_teacher_loss(q, z.gather(1, ids), log_z, best, ids, teacher, self.temperature)
+        p = teacher.probs
+        kl = log_z - _rowdot(p, z) - teacher.entropy
+        d = torch.sub(q, p, out=z)
+        overlap = 1 - d.norm(p=1, dim=-1, keepdim=True) / 2  # sum min(p, q) = 1 - |p - q| / 2
+        loss, grad = kl, d
+        if config.loss != "kl":
+            # d TV / d logits = q (mass - [q < p]), mass = the part of q that lies below p
+            below = torch.lt(d, 0, out=z)
+            mass = _rowdot(q, below)
+            loss, grad = 1 - overlap, below.neg_().add_(mass).mul_(q)
+        if config.loss == "lk":
+            w = (-config.lk_eta * overlap).exp()
+            loss = w * kl + (1 - w) * loss
+            grad = grad.mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
+        if self.temperature != 1:
+            grad = grad.div_(self.temperature)
+        return loss.squeeze(1), overlap.squeeze(1), best.squeeze(1), grad
+
+
+def sparse_teacher_loss(
+    q: Tensor, chosen: Tensor, log_z: Tensor, best: Tensor, ids: Tensor, teacher: Teacher | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`row_losses` of q [C, V] against a teacher on few ids [C, k]: a label (None), or the top_k of a distribution.
+
+    `chosen` are the logits at `ids` over the temperature; q is overwritten with the gradient.
+    """
+    if teacher is None:
+        loss, p = log_z - chosen, torch.ones_like(chosen)
+    else:
+        p = teacher.probs
+        loss = log_z - _rowdot(p, chosen) - teacher.entropy
+    overlap = torch.minimum(p, (chosen - log_z).exp()).sum(-1, keepdim=True)
+    grad = q.scatter_add_(1, ids, -p.to(q.dtype))
+    if temperature != 1:
+        grad = grad.div_(temperature)
+    return loss.squeeze(1), overlap.squeeze(1), best.squeeze(1), grad
+
+
+def _head_type(weight: Tensor) -> type[FrozenHead]:
+    """Triton's kernels on a GPU, where Triton is installed; plain PyTorch elsewhere."""
+    if weight.is_cuda and find_spec("triton"):
+        from .frozen_head_triton import FusedHead
+
+        return FusedHead
+    return FrozenHead
+
+
+def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """Parts of at most `chunk` rows and of equal size: a short last one would read all of the matrix for little."""
+    return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
+
+
+def _log_z(z: Tensor, probs: Tensor, best: Tensor) -> Tensor:
+    """log sum exp of the logits z, [C, 1], from their softmax: log q = z - log_z at any entry; the largest is exact."""
+    return z.gather(1, best) - probs.gather(1, best).log()
+
+
+def _rowdot(a: Tensor, b: Tensor) -> Tensor:
+    """sum over the last dimension of a * b, [C, 1], without the product in memory."""
+    return (a[:, None] @ b[:, :, None]).squeeze(2)

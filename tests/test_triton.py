@@ -1,0 +1,63 @@
+"""The GPU's kernels give the plain form's numbers, under Triton's interpreter; where there is a GPU, on it."""
+
+import importlib
+
+import pytest
+import torch
+from test_losses import case
+
+from swift_fastmtp import frozen_head
+from swift_fastmtp.config import LOSSES, FastMTPConfig
+from swift_fastmtp.losses import step_losses
+
+pytest.importorskip("triton", reason="pip install swift_fastmtp[dev]")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The kernels' module, compiled for what this machine has, with blocks small enough to loop."""
+    if DEVICE == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    module = importlib.reload(importlib.import_module("swift_fastmtp.frozen_head_triton"))
+    monkeypatch.setattr(module, "_BLOCK", 16)
+    return module.FusedHead
+
+
+def results(monkeypatch, head, inputs, config):
+    outputs, weight, targets, valid, hidden, rows = (x.to(DEVICE) for x in inputs)
+    monkeypatch.setattr(frozen_head, "_head_type", lambda _: head)
+    g = outputs.clone().requires_grad_()
+    loss, match, overlap = step_losses(g, weight, targets, valid, config, hidden, rows)
+    loss.sum().backward()
+    return loss.detach(), match, overlap, g.grad
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("vocab", "chunk"), [(2, 3), (16, 1000), (45, 4)])
+def test_equals_the_plain_form_in_float32(monkeypatch, fused, loss, temperature, vocab, chunk):
+    config = FastMTPConfig(loss=loss, temperature=temperature, top_k=5, loss_chunk_size=chunk)
+    inputs = case(3, 9, 13, 6, vocab, 0, torch.float32)
+    want = results(monkeypatch, frozen_head.FrozenHead, inputs, config)
+    got = results(monkeypatch, fused, inputs, config)
+    assert torch.equal(got[1], want[1])
+    for a, b in zip((got[0], got[3]), (want[0], want[3]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    if want[2] is not None:
+        torch.testing.assert_close(got[2], want[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_half_precision_logits_are_rounded_as_in_the_plain_form(monkeypatch, fused, loss):
+    """bf16 logits, bf16 gradient: both forms round them once; sums are float32 in both."""
+    config = FastMTPConfig(loss=loss, top_k=5)
+    inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in case(3, 9, 13, 6, 45, 0))
+    want = results(monkeypatch, frozen_head.FrozenHead, inputs, config)
+    got = results(monkeypatch, fused, inputs, config)
+    torch.testing.assert_close(got[0], want[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(got[3].float(), want[3].float(), atol=2e-2, rtol=2e-2)
+
+
+def test_only_gpu_tensors_take_the_kernels():
+    assert frozen_head._head_type(torch.empty(2, 2)) is frozen_head.FrozenHead
