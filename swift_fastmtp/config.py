@@ -48,10 +48,11 @@ class FastMTPConfig:
         },
     )
     loss: str = field(
-        default="ce",
+        default="kl",
         metadata={
-            "help": "Loss of each step: `ce` against the text's token (paper Eq. 1), or against the frozen model's own "
-            "distribution: `kl`, `topk_kl`, `tv` (1 - acceptance), `lk` (KL turning into TV), `e2e` (all K at once)."
+            "help": "Loss of each step, against the frozen model's own distribution: `kl`, `topk_kl`, `tv` (1 - "
+            "acceptance), `lk` (KL turning into TV), `e2e` (all K at once); or `ce`, against the text's token (paper "
+            "Eq. 1)."
         },
     )
     temperature: float = field(

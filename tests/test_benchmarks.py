@@ -29,7 +29,7 @@ def test_the_reference_step_has_the_gradients_of_the_paper_rollout():
     labels = ids.masked_fill(torch.arange(21) < 5, -100)
     model = random_mimo(0)
     model.train()
-    model.fastmtp = FastMTPConfig(rollout="paper")
+    model.fastmtp = FastMTPConfig(rollout="paper", loss="ce")
     ours = model(input_ids=ids, labels=labels).loss
     want = torch.autograd.grad(ours, list(model.head_parameters().values()))
     step.prepare(model)

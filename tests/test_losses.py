@@ -146,7 +146,9 @@ def test_no_supervised_row_gives_zero_and_a_gradient():
     """A batch without a single target must still take part in a distributed backward pass."""
     g = torch.randn(1, 6, 8, requires_grad=True)
     none = torch.zeros(1, 6, dtype=torch.bool)
-    loss, match, _ = step_losses(g, torch.randn(11, 8), torch.zeros(1, 6, dtype=torch.long), none, FastMTPConfig())
+    loss, match, _ = step_losses(
+        g, torch.randn(11, 8), torch.zeros(1, 6, dtype=torch.long), none, FastMTPConfig(loss="ce")
+    )
     weighted_loss(loss[:, None], [1.0], 0).backward()
     assert float(loss.detach().sum()) == 0 and not match.any() and float(g.grad.abs().sum()) == 0
 

@@ -105,7 +105,7 @@ def paper_loss(model, documents, steps, beta):
 @pytest.mark.parametrize("packed", [False, True])
 def test_paper_loss_through_the_whole_model_in_fp32(packed):
     model = random_mimo(3)
-    model.fastmtp = FastMTPConfig(rollout="paper", beta=0.6)
+    model.fastmtp = FastMTPConfig(rollout="paper", loss="ce", beta=0.6)
     documents = [torch.randint(0, 97, (n,)) for n in (11, 4, 2, 17)]
     want = paper_loss(model, documents, 3, 0.6)
     if packed:

@@ -15,9 +15,10 @@ from reference import speculative_greedy
 from transformers import AutoTokenizer
 
 from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
-from swift_fastmtp.data.prompts import encode_prompt, read_rows
+from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.evaluation.metrics import micro_tau
 from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts, simulate
 from swift_fastmtp.modeling import load_model

@@ -54,7 +54,7 @@ def test_rows_outside_the_map_are_rejections_and_end_the_chain(token_map):
                 assert bool(out.trained[k - 1, b, i]) == alive
                 seen[alive] += 1
                 if not alive:
-                    assert float(out.step_loss[k - 1, b, i]) == 0 and not bool(out.match[k - 1, b, i])
+                    assert float(out.step_loss[k - 1, b, i].detach()) == 0 and not bool(out.match[k - 1, b, i])
     assert min(seen.values()) > 20
 
 

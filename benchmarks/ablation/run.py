@@ -25,8 +25,9 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from swift_fastmtp.checkpoints import read_head, save_tensors, write_json
 from swift_fastmtp.config import LOSSES, FastMTPConfig
+from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.prompts import encode_prompt, read_rows
+from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.evaluation.metrics import micro_tau
 from swift_fastmtp.evaluation.simulate import Text, draft_rounds, make_texts, sampled_acceptance
 from swift_fastmtp.hidden_cache import HiddenCache

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer
 
 from ..errors import FastMTPError
 from ..modeling import load_model
+from .conversation import encode_prompt, without_answer
 from .generate import end_token_ids, generate
-from .prompts import encode_prompt, read_rows, without_answer
+from .rows import read_rows
 
 
 def distill(

@@ -22,8 +22,9 @@ from transformers import __version__ as transformers_version
 from .. import __version__
 from ..checkpoints import read_head, write_json
 from ..config import FastMTPConfig
+from ..data.conversation import encode_prompt, without_answer
 from ..data.generate import generate
-from ..data.prompts import encode_prompt, read_rows, without_answer
+from ..data.rows import read_rows
 from ..errors import FastMTPError
 from ..frozen_head import chunk_size
 from ..losses import drafts

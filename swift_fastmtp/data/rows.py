@@ -1,0 +1,209 @@
+"""Rows of prompts and answers, read from files one at a time, and written so that a file is whole or not there.
+
+A row is a JSON object with `messages`, as in ms-swift. A bad one is named by file and line, and stops the run or is
+counted and left out, as the user chose; nothing is dropped silently.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from ..errors import FastMTPError
+
+Row = dict[str, Any]
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_ROW_BYTES = 32 * 2**20
+"""A longer line is a broken file, not a conversation; it is never held in memory."""
+EXAMPLES = 5
+
+
+class BadRows:
+    """What to do with a bad row: `stop` raises; `skip` counts it, by what is wrong, and keeps a few places."""
+
+    def __init__(self, policy: str = "stop") -> None:
+        if policy not in ("stop", "skip"):
+            raise FastMTPError(f"--on_bad_row: {policy!r} is neither `stop` nor `skip`")
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = {}
+        self._ids: dict[int, str] = {}
+
+    def add(self, where: str, what: str, detail: str = "") -> None:
+        """Row `where` cannot be used: `what` kind of fault, `detail` of this row. Raises if that is to stop the run."""
+        if self.policy == "stop":
+            raise FastMTPError(f"{where}: {what}{f' ({detail})' if detail else ''}; mend it, or --on_bad_row skip")
+        self.counts[what] += 1
+        places = self.places.setdefault(what, [])
+        if len(places) < EXAMPLES:
+            places.append(f"{where}{f' ({detail})' if detail else ''}")
+
+    def new_id(self, row: Row, where: str) -> bool:
+        """Whether the row's `id`, if it has one, is the first of its kind."""
+        if row.get("id") is None:
+            return True
+        key = int.from_bytes(hashlib.blake2b(repr(row["id"]).encode(), digest_size=8).digest(), "big")
+        first = self._ids.setdefault(key, where)
+        if first != where:
+            self.add(where, "duplicate id", f"{row['id']!r}, first at {first}")
+            return False
+        return True
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def report(self) -> dict[str, Any]:
+        """Counts and places, for a report file."""
+        return {what: {"count": n, "rows": self.places[what]} for what, n in self.counts.most_common()}
+
+
+def iter_rows(path: str | Path, bad: BadRows | None = None, unique_ids: bool = False) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) for each row of a JSONL (plain, .gz, .xz) or Parquet file; a bare `prompt` or `query` becomes
+    one user message, an alpaca-like `response` or `output` is not touched.
+
+    Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
+    """
+    bad = bad or BadRows()
+    path = Path(path)
+    for where, value in _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad):
+        what, detail = _complaint(value)
+        if what:
+            bad.add(where, what, detail)
+        elif not unique_ids or bad.new_id(value, where):
+            yield where, value
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """All rows of a file. Raises `FastMTPError` naming file and line of the first bad row, or if there is no row."""
+    rows = [row for _, row in iter_rows(path)]
+    if not rows:
+        raise FastMTPError(f"{path}: holds no rows")
+    return rows
+
+
+@contextmanager
+def write_rows(path: str | Path) -> Iterator[IO[str]]:
+    """A text file for rows (`dump_row`) that appears, complete, when the `with` ends well.
+
+    Raises `FastMTPError` if it exists already or cannot be written.
+    """
+    path = Path(path)
+    refuse_existing(path)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(staged, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except OSError as error:
+        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def dump_row(row: Row) -> str:
+    """One line of JSON, with its line end."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def refuse_existing(path: str | Path) -> None:
+    """Raises `FastMTPError` if an output is already there: nothing is overwritten."""
+    if Path(path).exists():
+        raise FastMTPError(f"{path}: already exists; name another output or remove it")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, for manifests."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError as error:
+        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+
+
+def _json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(MAX_ROW_BYTES):
+                number += 1
+                where = f"{path}:{number}"
+                if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+                    while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
+                        pass
+                    bad.add(where, f"longer than {MAX_ROW_BYTES // 2**20} MiB")
+                elif line.strip():
+                    try:
+                        yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    except UnicodeDecodeError as error:
+                        bad.add(where, "not UTF-8", str(error))
+                    except (ValueError, RecursionError) as error:
+                        bad.add(where, "not JSON", str(error))
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise FastMTPError(f"{path}: cannot be read after line {number} ({error})") from None
+
+
+def _open(path: Path) -> BinaryIO:
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+    file: BinaryIO = opener(path, "rb")
+    return file
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", _without_nulls(row)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow pads structs with nulls for fields that a row never had."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def _complaint(row: Any) -> tuple[str, str]:
+    """What is wrong with a row ("" if nothing) and in which way. Adds `messages` where there is a bare `prompt`."""
+    if not isinstance(row, dict):
+        return "a row must be a JSON object", ""
+    text = row.get("prompt", row.get("query"))
+    if not row.get("messages") and isinstance(text, str):
+        row["messages"] = [{"role": "user", "content": text}]
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "needs `messages`, or `prompt`", ""
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            return f"a message needs a `role` ({', '.join(ROLES)})", f"message {number}"
+        content = message.get("content")
+        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
+            message["content"] = content = ""
+        if not isinstance(content, str):
+            return "a message needs a `content` string", f"message {number}"
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            return "half a surrogate pair, which is no text", f"message {number}, {error}"
+    return "", ""
