@@ -50,7 +50,16 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
     package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py"]},  # a folder without __init__.py: a plugin file's
-    install_requires=["torch>=2.7", "transformers>=5.0", "safetensors>=0.5", "tqdm", "matplotlib"],
+    install_requires=[
+        "torch>=2.7",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "tqdm",
+        "matplotlib",
+        "openai>=2",
+        "tenacity>=9",
+        "pyarrow",
+    ],
     extras_require={
         "train": train,
         "deepspeed": deepspeed,

@@ -1,9 +1,12 @@
 """The `fastmtp` verbs. Each only parses its arguments and calls the function that does the work."""
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from .errors import FastMTPError
@@ -20,12 +23,22 @@ def _distill(args: argparse.Namespace) -> None:
         args.model,
         args.prompts,
         args.output,
+        base_urls=args.base_url,
+        served_model_name=args.served_model_name,
+        api_key=args.api_key or os.environ.get("OPENAI_API_KEY"),
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+        retry_seconds=args.retry_seconds,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        chat_template_kwargs=args.chat_template_kwargs,
+        num_answers=args.num_answers,
         seed=args.seed,
+        shard=args.shard,
+        on_bad_row=args.on_bad_row,
     )
 
 
@@ -73,6 +86,13 @@ def _simulate(args: argparse.Namespace) -> None:
     )
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -82,15 +102,27 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=_plugin_path)
 
     verb = verbs.add_parser("distill", help="answers to your prompts, from the model itself")
-    verb.add_argument("--model", required=True, help="checkpoint folder")
-    verb.add_argument("--prompts", required=True, help="JSONL with `messages` (or `prompt`)")
+    verb.add_argument("--model", required=True, help="checkpoint folder; with --base_url only its tokenizer is read")
+    verb.add_argument("--prompts", required=True, nargs="+", help="JSONL (.gz, .xz) or Parquet; `messages` or `prompt`")
     verb.add_argument("--output", required=True, help="JSONL to write; an unfinished one is continued")
-    verb.add_argument("--batch_size", type=int, default=32)
+    verb.add_argument(
+        "--base_url", nargs="+", help="servers of the model (SGLang, vLLM, swift deploy); default: in process"
+    )
+    verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
+    verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
+    verb.add_argument("--concurrency", type=int, default=128, help="conversations at a time, on servers")
+    verb.add_argument("--timeout", type=float, default=600, help="seconds for one answer, on servers")
+    verb.add_argument("--retry_seconds", type=float, default=600, help="how long to wait for a server that is gone")
+    verb.add_argument("--batch_size", type=int, default=32, help="conversations at a time, in process")
     verb.add_argument("--max_new_tokens", type=int, default=4096, help="paper: 4096")
     verb.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6; 0 is greedy")
     verb.add_argument("--top_k", type=int, default=20, help="paper: 20")
     verb.add_argument("--top_p", type=float, default=0.95, help="paper: 0.95")
+    verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
+    verb.add_argument("--num_answers", type=int, default=1, help="answers to every prompt, each with its own seed")
     verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--shard", default="0/1", help="i/n: this worker's share of one job")
+    verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_distill)
 
     verb = verbs.add_parser("export", help="a checkpoint that SGLang and vLLM serve")
@@ -139,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.run(args)
     except FastMTPError as error:
         sys.exit(f"fastmtp: error: {error}")
+    except KeyboardInterrupt:
+        print("fastmtp: interrupted; long jobs go on when started again", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,6 @@
-"""Generation, self-distillation and the simulator, on the trained tiny model."""
+"""Generation and the simulator, on the trained tiny model."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -87,36 +81,3 @@ def test_given_answers_are_taken_as_they_are(few, tmp_path):
     assert given.marginal == generated.marginal and given.conditional == generated.conditional
     # What would have followed a given answer is not known, so drafts past its end never count.
     assert all(a <= b for a, b in zip(given.tau_micro, generated.tau_micro, strict=True))
-
-
-def test_distilled_rows(few, tmp_path, tiny):
-    _, tokenizer = tiny
-    out = tmp_path / "d.jsonl"
-    distill(str(TINY), str(few), str(out), max_new_tokens=24, batch_size=4)
-    rows = read_rows(out)
-    assert [r["id"] for r in rows] == [r["id"] for r in read_rows(few)]
-    for row in rows:
-        assert row["messages"][-1]["role"] == "assistant"
-        ended = row["token_ids"][-1] == tokenizer.eos_token_id
-        assert row["finish_reason"] == ("stop" if ended else "length")
-        assert ended or len(row["token_ids"]) == 24
-        assert tokenizer.decode(row["token_ids"][:-1] if ended else row["token_ids"]) == row["messages"][-1]["content"]
-
-
-def test_distill_killed_and_started_again_gives_the_same_file(few, tmp_path):
-    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    options = ["--max_new_tokens", "24", "--batch_size", "1"]
-    command = [str(Path(sys.executable).parent / "fastmtp"), "distill", "--model", str(TINY), "--prompts", str(few)]
-    subprocess.run([*command, "--output", str(whole), *options], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "--output", str(parts), *options], stderr=subprocess.DEVNULL)
-    partial, deadline = parts.with_name("parts.jsonl.partial"), time.time() + 120
-    while not partial.exists() or partial.stat().st_size == 0:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    with open(partial, "ab") as file:
-        file.write(b'{"half a row')
-    assert not parts.exists()
-    subprocess.run([*command, "--output", str(parts), *options], check=True, capture_output=True)
-    assert parts.read_bytes() == whole.read_bytes() and not partial.exists()

@@ -114,7 +114,7 @@ class Bench:
                 prompts = self.out / "train_prompts.jsonl"
                 prompts.write_text("".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows))
                 distill(str(MODEL), str(prompts), str(path), max_new_tokens=ANSWER)
-            answers = [row["token_ids"] for row in read_rows(path)]
+            answers = [row["messages"][-1]["token_ids"] for row in read_rows(path)]
         else:
             end = self.tokenizer.eos_token_id
             answers = [[*self.tokenizer.encode(r["response"], add_special_tokens=False), end] for r in rows]

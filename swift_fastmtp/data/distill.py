@@ -1,91 +1,315 @@
 """Self-distillation (paper 2.4): the model's own answers to your prompts, as training rows.
 
-Each row keeps what ms-swift's inference drops: why the answer ended and its exact token ids. A killed run started
-again goes on after the last finished batch and ends with the same file: batches are fixed and seeded by number.
+Each row keeps what ms-swift's inference drops: why the answer ended, its exact token ids, reasoning and tool calls.
+Conversations of several turns are answered turn by turn on the model's own history. Every answer has its own seed and
+is on disk when it is finished (`jobs.py`), so that a job may be killed, started again and shared.
 """
 
-import json
-import os
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from .. import __version__
+from ..checkpoints import write_json
 from ..errors import FastMTPError
 from ..modeling import load_model
-from .conversation import encode_prompt, without_answer
+from .client import RefusedError, Sampling, Servers
+from .conversation import Conversation, Reply, encode_prompt
 from .generate import end_token_ids, generate
-from .rows import read_rows
+from .jobs import Job, Key, Part
+from .rows import BadRows, Row, file_hash, iter_rows
 
 
 def distill(
     model_dir: str,
-    prompts: str,
+    prompts: str | list[str],
     output: str,
     *,
+    base_urls: list[str] | None = None,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    concurrency: int = 128,
+    timeout: float = 600.0,
+    retry_seconds: float = 600.0,
     batch_size: int = 32,
     max_new_tokens: int = 4096,
     temperature: float = 0.6,
     top_k: int = 20,
     top_p: float = 0.95,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    num_answers: int = 1,
     seed: int = 0,
-) -> None:
-    """Write `output` (JSONL): per prompt `messages` ending with the answer, `finish_reason`, `token_ids`.
+    shard: str = "0/1",
+    on_bad_row: str = "stop",
+) -> bool:
+    """Write `output` (JSONL): prompts with the model's answers in `messages`, each with `token_ids`, `finish_reason`.
 
-    Raises `FastMTPError` if `output` exists, a prompt row is bad, or the model's layout is unknown.
+    `base_urls`: servers of the model; without, it runs in this process, in batches of `batch_size`. `shard` "i/n": this
+    worker's share of one job. Returns whether the output is complete; it is not while other shards are missing.
+
+    Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the server's chat
+    template is not the model folder's, or no server answers.
     """
-    target = Path(output)
-    if target.exists():
-        raise FastMTPError(f"{target}: already exists; name another output or remove it")
-    rows = read_rows(prompts)
-    model = load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    ends = end_token_ids(model, tokenizer)
-    partial = target.with_name(target.name + ".partial")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    done = _finished_batches(partial, batch_size)
-    with open(partial, "a", encoding="utf-8") as file, tqdm(total=len(rows), initial=min(done * batch_size, len(rows)),
-                                                            unit="row", desc="distill") as bar:  # fmt: skip
-        tokens = 0
-        for start in range(done * batch_size, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            conversations = [without_answer(row["messages"]) for row in batch]
-            torch.manual_seed(seed + start)
+    files = [prompts] if isinstance(prompts, str) else prompts
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
+    number, of = _shard(shard)
+    source = Source(files, on_bad_row)
+    if not source.count:
+        raise FastMTPError(f"{', '.join(files)}: holds no rows")
+    settings: dict[str, Any] = {
+        "prompts": [file_hash(f) for f in files],
+        **{
+            k: getattr(sampling, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "chat_template_kwargs")
+        },
+        "num_answers": num_answers,
+        "seed": seed,
+        "on_bad_row": on_bad_row,
+        **({} if base_urls else {"batch_size": batch_size}),
+    }
+    tokenizer = _tokenizer(model_dir)
+    job = Job(output, settings)
+    done = job.finished()
+    keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
+    work = Worker(source, sampling, tokenizer, num_answers, seed)
+    with job.part(number, of) as part, _bar(len(keys), sum(key in done for key in keys)) as bar:
+        work.part, work.bar = part, bar
+        if base_urls:
+            servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
+            asyncio.run(work.from_servers(servers, [key for key in keys if key not in done], concurrency))
+        else:
+            work.in_process(model_dir, keys, set(done), batch_size)
+    refused = job.merge(source.count * num_answers)
+    if refused is None:
+        missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
+        print(f"shard {shard} is finished; {missing} answers of other shards are missing in {job.folder}")
+        return Path(output).exists()
+    _report(output, settings, source, refused)
+    return True
+
+
+class Source:
+    """Rows of the prompt files, checked once before anything is generated, then read again as they are needed."""
+
+    def __init__(self, files: list[str], on_bad_row: str) -> None:
+        self.files = files
+        self.on_bad_row = on_bad_row
+        self.bad = BadRows(on_bad_row)
+        self.count = sum(1 for _ in self._rows(self.bad))
+
+    def _rows(self, bad: BadRows) -> Iterator[tuple[str, Row]]:
+        for file in self.files:
+            for where, row in iter_rows(file, bad, unique_ids=True):
+                if Conversation(row["messages"]).answerable:
+                    yield where, row
+                else:
+                    bad.add(where, "no user message for the assistant to answer")
+
+    def rows(self, numbers: list[int]) -> Iterator[tuple[int, str, Row]]:
+        """The rows with these numbers (ascending), and where they stand."""
+        wanted = iter(numbers)
+        number = next(wanted, None)
+        for i, (where, row) in enumerate(self._rows(BadRows(self.on_bad_row))):
+            if i == number:
+                yield i, where, row
+                number = next(wanted, None)
+
+
+class Worker:
+    """Answers the conversations of one shard."""
+
+    part: Part
+    bar: Any
+
+    def __init__(self, source: Source, sampling: Sampling, tokenizer: Any, num_answers: int, seed: int) -> None:
+        self.source = source
+        self.sampling = sampling
+        self.tokenizer = tokenizer
+        self.num_answers = num_answers
+        self.seed = seed
+        self.tokens = 0
+        self.unchecked = False
+
+    def conversations(self, keys: list[Key]) -> Iterator[tuple[Key, str, Row]]:
+        samples: dict[int, list[int]] = {}
+        for number, sample in keys:
+            samples.setdefault(number, []).append(sample)
+        for number, where, row in self.source.rows(list(samples)):
+            for answer in samples[number]:
+                yield (number, answer), where, row
+
+    def finish(self, done: list[tuple[Key, Row, Conversation]]) -> None:
+        """Write finished conversations and say so."""
+        records = []
+        for key, row, conversation in done:
+            kept = {k: v for k, v in row.items() if k not in ("messages", "prompt", "query", "response")}
+            if self.sampling.chat_template_kwargs:
+                kept["chat_template_kwargs"] = self.sampling.chat_template_kwargs
+            if self.num_answers > 1:
+                kept["sample"] = key[1]
+            if conversation.ended_early:
+                kept["ended_early"] = True
+            kept |= {"messages": conversation.messages, "finish_reason": conversation.finish_reason}
+            records.append({"key": key, "row": kept})
+            self.tokens += sum(len(m.get("token_ids") or ()) for m in conversation.messages)
+        self.part.write(records)
+        speed = self.tokens / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
+        self.bar.update(len(records))
+
+    def in_process(self, model_dir: str, keys: list[Key], done: set[Key], batch_size: int) -> None:
+        """Batches are fixed and seeded by number: a batch that was cut off is generated again, the same."""
+        batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+        todo = {i for i, batch in enumerate(batches) if not done.issuperset(batch)}
+        if not todo:
+            return
+        model = load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+        stream = self.conversations([key for i in sorted(todo) for key in batches[i]])
+        for i in sorted(todo):
+            batch = list(islice(stream, len(batches[i])))
+            torch.manual_seed(self.seed + i * batch_size)
+            talks = self._talk(model, [row for _, _, row in batch])
+            finished = zip((key for key, _, _ in batch), (row for _, _, row in batch), talks, strict=True)
+            self.finish([item for item in finished if item[0] not in done])
+
+    def _talk(self, model: Any, rows: list[Row]) -> list[Conversation]:
+        sampling = self.sampling
+        ends = end_token_ids(model, self.tokenizer)
+        talks = [Conversation(row["messages"]) for row in rows]
+        while waiting := [(row, talk) for row, talk in zip(rows, talks, strict=True) if talk.waiting]:
             answers = generate(
                 model,
-                tokenizer,
-                [encode_prompt(tokenizer, c) for c in conversations],
-                max_new_tokens,
-                temperature,
-                top_k,
-                top_p,
+                self.tokenizer,
+                [self.encode(row, talk) for row, talk in waiting],
+                sampling.max_new_tokens,
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
             )
-            for row, conversation, answer in zip(batch, conversations, answers, strict=True):
+            for (_, talk), answer in zip(waiting, answers, strict=True):
                 ids = answer.token_ids[:-1] if answer.token_ids[-1] in ends else answer.token_ids
-                message = {"role": "assistant", "content": tokenizer.decode(ids)}
-                kept = {k: v for k, v in row.items() if k not in ("messages", "prompt", "query", "response")}
-                record = {
-                    **kept,
-                    "messages": [*conversation, message],
-                    "finish_reason": answer.finish_reason,
-                    "token_ids": answer.token_ids,
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                tokens += len(answer.token_ids)
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
-    os.replace(partial, target)
+                talk.add(Reply(self.tokenizer.decode(ids), answer.finish_reason, answer.token_ids))
+        return talks
+
+    async def from_servers(self, servers: Servers, keys: list[Key], concurrency: int) -> None:
+        """`concurrency` conversations at a time; the first failure of the job cancels the others."""
+        if not keys:
+            return
+        stream = self.conversations(keys)
+        try:
+            await servers.find_model()
+            workers = {
+                asyncio.create_task(self._answer_all(servers, stream)) for _ in range(min(concurrency, len(keys)))
+            }
+            try:
+                for task in asyncio.as_completed(workers):
+                    await task
+            finally:
+                for task in workers:
+                    task.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        finally:
+            await servers.close()
+
+    async def _answer_all(self, servers: Servers, stream: Iterator[tuple[Key, str, Row]]) -> None:
+        for key, where, row in stream:
+            talk = Conversation(row["messages"])
+            turn = 0
+            try:
+                while talk.waiting:
+                    reply, prompt = await servers.reply(talk.messages, row.get("tools"), self._seed(key, turn))
+                    self._check_prompt(prompt, row, talk, where)
+                    talk.add(reply)
+                    turn += 1
+            except RefusedError as error:
+                if self.source.on_bad_row == "stop":
+                    raise FastMTPError(f"{where}: the server refuses it ({error}); --on_bad_row skip goes on") from None
+                self.part.write([{"key": key, "refused": f"{where}: {error}"}])
+                self.bar.update(1)
+            else:
+                self.finish([(key, row, talk)])
+
+    def _seed(self, key: Key, turn: int) -> int:
+        """A seed for every answer, the same whoever asks for it and when."""
+        text = f"{self.seed} {key[0]} {key[1]} {turn}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
+
+    def encode(self, row: Row, talk: Conversation) -> list[int]:
+        return encode_prompt(self.tokenizer, talk.messages, row.get("tools"), self.sampling.chat_template_kwargs)
+
+    def _check_prompt(self, seen: list[int] | int | None, row: Row, talk: Conversation, where: str) -> None:
+        """The head is trained on the chat template of the model's folder: the server must have used it, to a token."""
+        if seen is None:
+            if not self.unchecked:
+                self.bar.write("the server tells neither token ids nor their number: its chat template is not checked")
+            self.unchecked = True
+            return
+        ours = self.encode(row, talk)
+        if seen == (ours if isinstance(seen, list) else len(ours)):
+            return
+        if isinstance(seen, int):
+            what = f"{seen} tokens, {len(ours)} with the chat template of --model"
+        else:
+            same = [a == b for a, b in zip(seen, ours, strict=False)]
+            at = same.index(False) if False in same else len(same)
+            near = slice(max(at - 4, 0), at + 8)
+            there, here = (self.tokenizer.decode(ids[near]) for ids in (seen, ours))
+            what = f"token {at} differs: {there!r}, and with the chat template of --model {here!r}"
+        raise FastMTPError(
+            f"{where}: the server saw another prompt than the head would be trained on ({what}); serve the model with "
+            "the chat template of its own folder (no --chat-template, no default system prompt)"
+        )
 
 
-def _finished_batches(partial: Path, batch_size: int) -> int:
-    """Whole batches in an unfinished output; what a kill left of the next one is cut off."""
-    if not partial.exists():
-        return 0
-    lines = partial.read_bytes().split(b"\n")[:-1]
-    batches = len(lines) // batch_size
-    kept = b"".join(line + b"\n" for line in lines[: batches * batch_size])
-    os.truncate(partial, len(kept))
-    return batches
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        number, of = map(int, text.split("/"))
+        if 0 <= number < of:
+            return number, of
+    except ValueError:
+        pass
+    raise FastMTPError(f"--shard {text}: must be i/n with 0 <= i < n, as 0/4, 1/4, 2/4, 3/4")
+
+
+def _tokenizer(model_dir: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({str(error).splitlines()[0]})") from None
+
+
+def _bar(total: int, initial: int) -> Any:
+    return tqdm(total=total, initial=initial, unit="row", desc="distill", smoothing=0.05)
+
+
+def _report(output: str, settings: dict[str, Any], source: Source, refused: list[Row]) -> None:
+    """Counts of what came out and what did not, beside the output."""
+    reasons: Counter[str] = Counter()
+    rows = tokens = early = 0
+    for _, row in iter_rows(output):
+        rows += 1
+        reasons[row["finish_reason"]] += 1
+        early += row.get("ended_early", False)
+        tokens += sum(len(m.get("token_ids") or ()) for m in row["messages"])
+    report = {
+        "version": __version__,
+        "settings": settings,
+        "rows": rows,
+        "answer_tokens": tokens,
+        "finish_reasons": dict(reasons.most_common()),
+        "conversations_ended_early": early,
+        "bad_rows": source.bad.report(),
+        "refused_rows": {"count": len(refused), "rows": [r["refused"] for r in refused]},
+    }
+    write_json(report, Path(f"{output}.report.json"))
+    left_out = source.bad.total + len(refused)
+    print(f"{output}: {rows} rows, {tokens} answer tokens; " + ", ".join(f"{n} {r}" for r, n in reasons.most_common()))
+    if left_out:
+        print(f"{left_out} prompt rows left out; why and which: {output}.report.json")

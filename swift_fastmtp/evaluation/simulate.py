@@ -144,7 +144,8 @@ def make_texts(
         for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
             if row["messages"][-1]["role"] != "assistant":
                 raise FastMTPError(f"row {number}: has no assistant answer; drop --answers given, or distill first")
-            ids = row.get("token_ids") or tokenizer.encode(row["messages"][-1]["content"], add_special_tokens=False)
+            answer = row["messages"][-1]
+            ids = answer.get("token_ids") or tokenizer.encode(answer["content"], add_special_tokens=False)
             texts.append(Text(prompt + ids, len(prompt), len(prompt) + len(ids)))
     else:
         K = model.fastmtp.num_speculative_steps

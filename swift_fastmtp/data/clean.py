@@ -1,0 +1,213 @@
+"""`fastmtp clean`: rows that are worth training on, and a report of every row that was not (paper, Appendix A).
+
+The files are read twice. The first pass decides: cheap filters first, duplicates last, so that a row which is removed
+never removes another. The second writes the kept rows, in their order and unchanged.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import __version__
+from ..checkpoints import write_json
+from ..errors import FastMTPError
+from .filters import (
+    Decontaminate,
+    Language,
+    Length,
+    Reasoning,
+    Refusals,
+    Repetition,
+    SpecialTokens,
+    TokenCounter,
+    Truncated,
+)
+from .near_duplicates import ExactDuplicates, NearDuplicates
+from .rows import EXAMPLES, BadRows, Row, dump_row, file_hash, iter_rows, refuse_existing, write_rows
+
+ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate)
+"""In the order in which they are asked."""
+FILTERS = (*(f.name for f in ROW_FILTERS), "exact_duplicates", "near_duplicates")
+DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "refusals")
+MAX_WHY = 200
+
+Why = tuple[str, str]
+"""The filter that removes a row, and why."""
+
+
+@dataclass
+class Removed:
+    """What one filter removed."""
+
+    rows: int = 0
+    tokens: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, where: str, why: str, tokens: int) -> None:
+        self.rows += 1
+        self.tokens += tokens
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(f"{where}: {why}")
+
+
+def clean(
+    inputs: list[str],
+    output: str,
+    *,
+    removed: str | None = None,
+    filters: Sequence[str] | None = None,
+    skip_filters: Sequence[str] = (),
+    model: str | None = None,
+    duplicates_of: str = "row",
+    similarity: float = 0.7,
+    ngram: int = 5,
+    on_bad_row: str = "stop",
+    **parameters: Any,
+) -> None:
+    """Write `output` (JSONL): the rows of `inputs` that pass, and `<output>.report.json`: what did not, and why.
+
+    `removed`: a JSONL for the rows that were removed, with `removed_by` and `why`. `filters`: these only;
+    `skip_filters`: the default ones without these. `model`: a folder whose tokenizer counts tokens where a message has
+    no `token_ids`. `duplicates_of` ("row" or "prompt"), `similarity` and `ngram`: see `NearDuplicates`. `parameters`:
+    the fields of `ROW_FILTERS`, by name.
+
+    Raises `FastMTPError` if an output exists, an input cannot be read or changes meanwhile, a row is bad (unless
+    `on_bad_row` is "skip"), a filter or parameter is not known, or no row is left.
+    """
+    chosen = _choose(filters, skip_filters)
+    if duplicates_of not in ("row", "prompt"):
+        raise FastMTPError(f"--duplicates_of {duplicates_of}: must be `row` or `prompt`")
+    if not 0 < similarity <= 1 or ngram < 1:
+        raise FastMTPError("--similarity must be above 0 and at most 1, --ngram at least 1")
+    outputs = [output, f"{output}.report.json", *([removed] if removed else [])]
+    if len({Path(p).resolve() for p in [*inputs, *outputs]}) < len(inputs) + len(outputs):
+        raise FastMTPError("--inputs, --output and --removed must all be different files")
+    refuse_existing(output)
+    if removed:
+        refuse_existing(removed)
+    tokens = TokenCounter(model)
+    judges, values = _row_filters(chosen, tokens, parameters)
+    hashes = [file_hash(path) for path in inputs]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+
+    bad = BadRows(on_bad_row)
+    exact = ExactDuplicates(duplicates_of) if "exact_duplicates" in chosen else None
+    near = (
+        NearDuplicates(duplicates_of, similarity, ngram, Path(output).parent) if "near_duplicates" in chosen else None
+    )
+    verdicts: list[Why | None] = []
+    candidates: list[tuple[int, str]] = []  # what `near` holds: number and place of each row
+    read_tokens = 0
+    for where, row in tqdm(_rows(inputs, bad), unit="row", desc="read and filter"):
+        read_tokens += sum(tokens(row))
+        why = _judge(judges, row)
+        if why is None and exact and (text := exact(row, where)):
+            why = "exact_duplicates", text
+        if why is None and near:
+            near.add(row)
+            candidates.append((len(verdicts), where))
+        verdicts.append(why)
+    token_sources = dict(tokens.how.most_common())
+    if not verdicts:
+        raise FastMTPError(f"{', '.join(inputs)}: holds no rows")
+    for copy, first, alike in near.clusters() if near else ():
+        (number, _), (_, where) = candidates[copy], candidates[first]
+        verdicts[number] = "near_duplicates", f"{alike:.2f} similar to {where}"
+
+    counts = {name: Removed() for name in FILTERS if name in chosen}
+    with ExitStack() as files:
+        # Closed last, the output appears last: what is there without it is of a run that was cut off.
+        kept_file = files.enter_context(write_rows(output))
+        removed_file = files.enter_context(write_rows(removed)) if removed else None
+        # A file that has grown or shrunk is found by its hash, below.
+        again = zip(verdicts, _rows(inputs, BadRows(on_bad_row)), strict=False)
+        for verdict, (where, row) in tqdm(again, unit="row", desc="write", total=len(verdicts)):
+            if verdict is None:
+                kept_file.write(dump_row(row))
+                continue
+            name, text = verdict
+            counts[name].add(where, text, sum(tokens(row)))
+            if removed_file:
+                removed_file.write(dump_row({**row, "removed_by": name, "why": text}))
+        if hashes != [file_hash(path) for path in inputs]:
+            raise FastMTPError(f"{', '.join(inputs)}: changed while it was read; start again when it is complete")
+        kept = len(verdicts) - sum(r.rows for r in counts.values())
+        kept_tokens = read_tokens - sum(r.tokens for r in counts.values())
+        report = {
+            "version": __version__,
+            "inputs": [{"file": path, "sha256": digest} for path, digest in zip(inputs, hashes, strict=True)],
+            "settings": {
+                "filters": list(counts),
+                "duplicates_of": duplicates_of,
+                "similarity": similarity,
+                "ngram": ngram,
+                "model": model,
+                "on_bad_row": on_bad_row,
+                **values,
+            },
+            "rows": {"read": len(verdicts), "kept": kept, "bad": bad.total},
+            "tokens": {"read": read_tokens, "kept": kept_tokens},
+            "messages_whose_tokens_come_from": token_sources,
+            "removed": {name: vars(r) for name, r in counts.items()},
+            "bad_rows": bad.report(),
+        }
+        write_json(report, Path(f"{output}.report.json"))
+        if not kept:
+            raise FastMTPError(f"{output}: no row is left; why: {output}.report.json")
+    print(_table(counts, len(verdicts), read_tokens, kept, kept_tokens))
+    estimated = "; tokens are estimated, --model counts them" if "estimate" in token_sources else ""
+    print(f"{output}: {kept} rows, {bad.total} bad rows left out; examples: {output}.report.json{estimated}")
+
+
+def _choose(filters: Sequence[str] | None, skip_filters: Sequence[str]) -> set[str]:
+    for name in (*(filters or ()), *skip_filters):
+        if name not in FILTERS:
+            raise FastMTPError(f"no filter is called {name!r}; there are {', '.join(FILTERS)}")
+    return set(DEFAULT_FILTERS if filters is None else filters) - set(skip_filters)
+
+
+def _row_filters(
+    chosen: set[str], tokens: TokenCounter, parameters: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The chosen filters that look at one row, and the values of their parameters."""
+    unknown = set(parameters) - {f.name for kind in ROW_FILTERS for f in _parameters(kind)}
+    if unknown:
+        raise FastMTPError(f"--{sorted(unknown)[0]}: no filter has such a parameter")
+    judges: list[Any] = []
+    values: dict[str, Any] = {}
+    for kind in ROW_FILTERS:
+        if kind.name not in chosen:
+            continue
+        own = {f.name: parameters[f.name] for f in _parameters(kind) if f.name in parameters}
+        judge: Any = Length(tokens, **own) if kind is Length else kind(**own)
+        judges.append(judge)
+        values |= {f.name: getattr(judge, f.name) for f in _parameters(kind)}
+    return judges, values
+
+
+def _parameters(kind: Any) -> list[Any]:
+    return [f for f in fields(kind) if "help" in f.metadata]
+
+
+def _rows(inputs: list[str], bad: BadRows) -> Iterator[tuple[str, Row]]:
+    for path in inputs:
+        yield from iter_rows(path, bad, unique_ids=True)
+
+
+def _judge(judges: list[Any], row: Row) -> Why | None:
+    for judge in judges:
+        if why := judge(row):
+            return judge.name, why if len(why) <= MAX_WHY else why[: MAX_WHY - 3] + "..."
+    return None
+
+
+def _table(counts: dict[str, Removed], rows: int, tokens: int, kept: int, kept_tokens: int) -> str:
+    lines = [("", "rows", "%", "tokens", "%"), ("read", str(rows), "", str(tokens), "")]
+    for name, r in [*counts.items(), ("kept", Removed(kept, kept_tokens))]:
+        shares = f"{100 * r.rows / rows:.2f}", f"{100 * r.tokens / max(tokens, 1):.2f}"
+        lines.append((name, str(r.rows), shares[0], str(r.tokens), shares[1]))
+    return "\n".join(f"{a:18}{b:>10}{c:>8}{d:>13}{e:>8}" for a, b, c, d, e in lines)

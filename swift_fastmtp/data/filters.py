@@ -1,0 +1,358 @@
+"""The filters of `fastmtp clean` that look at one row: each says why a row is to be removed, or None.
+
+A filter is a dataclass; its fields are its parameters, and options of the command. The thresholds are set so that
+answers written by people pass; Gopher's (Rae et al., arXiv 2112.11446, table A1) are for web pages and would remove
+good code.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..errors import FastMTPError
+from .conversation import COMPLETE
+from .language import language
+from .near_duplicates import prompt_and_answer, said
+from .rows import Row
+from .shingles import CJK, Hashes, runs, units
+
+CountTokens = Callable[[Row], list[int]]
+"""Tokens of each message of a row."""
+
+
+@dataclass
+class Truncated:
+    """Rows whose answer was cut off (`finish_reason` neither stop nor tool_calls), or that do not end with an answer.
+
+    Source: the paper's "truncated reasoning" (Appendix A).
+    """
+
+    name: ClassVar[str] = "truncated"
+
+    def __call__(self, row: Row) -> str | None:
+        last = row["messages"][-1]
+        if last["role"] != "assistant":
+            return f"ends with a message of the {last['role']}, not with an answer"
+        if not last["content"].strip() and not last.get("tool_calls"):
+            return "the answer is empty"
+        for holder in (row, *row["messages"]):
+            reason = holder.get("finish_reason")
+            if reason is not None and reason not in COMPLETE:
+                return f"finish_reason is {reason}"
+        return None
+
+
+@dataclass
+class Reasoning:
+    """Answers whose reasoning does not end, begins twice, or ends in nothing.
+
+    A lone `</think>` is right: the templates of several reasoning models open the block in the prompt.
+    """
+
+    name: ClassVar[str] = "reasoning"
+
+    def __call__(self, row: Row) -> str | None:
+        for message in row["messages"]:
+            if message["role"] != "assistant":
+                continue
+            content, parsed = message["content"], str(message.get("reasoning_content") or "")
+            opened, closed = content.count("<think>"), content.count("</think>")
+            if "<think>" in parsed or "</think>" in parsed:
+                return "<think> or </think> inside reasoning_content"
+            if opened > 1 or closed > 1 or (parsed and opened + closed):
+                return "reasoning twice"
+            if opened and not closed:
+                return "<think> without </think>"
+            if opened and content.index("<think>") > content.index("</think>"):
+                return "</think> before <think>"
+            if closed and not content.split("</think>")[1].strip() and not message.get("tool_calls"):
+                return "nothing after </think>"
+        return None
+
+
+@dataclass
+class SpecialTokens:
+    """Messages with the text of a chat special token, U+FFFD (bytes that were no text) or control characters.
+
+    As text they become the real token when the row is tokenised, and end a turn where nobody ended it.
+    """
+
+    name: ClassVar[str] = "special_tokens"
+    _BAD: ClassVar[re.Pattern[str]] = re.compile(
+        r"<\|[a-zA-Z][a-zA-Z0-9_]*\|>|<｜[^｜<>\n]{1,40}｜>|[\x00-\x08\x0e-\x1f\x7f-\x9f\ufffd]"
+    )
+
+    def __call__(self, row: Row) -> str | None:
+        for message in row["messages"]:
+            if found := self._BAD.search(said(message)):
+                return f"{found[0]!a} in a message of the {message['role']}"
+        return None
+
+
+@dataclass
+class Length:
+    """Answers and rows that are too short or too long, in tokens.
+
+    Defaults: an answer shorter than K + 1 = 4 tokens has no position with all K targets; the paper generates at most
+    4096 tokens; MiMo's context has 32768.
+    """
+
+    count: CountTokens
+    min_answer_tokens: int = field(default=4, metadata={"help": "of the last answer"})
+    max_answer_tokens: int = field(default=4096, metadata={"help": "of any answer; paper: 4096"})
+    max_row_tokens: int = field(default=32768, metadata={"help": "of all messages together"})
+    name: ClassVar[str] = "length"
+
+    def __call__(self, row: Row) -> str | None:
+        counts = self.count(row)
+        answers = [n for n, m in zip(counts, row["messages"], strict=True) if m["role"] == "assistant"]
+        if answers and answers[-1] < self.min_answer_tokens:
+            return f"an answer of {answers[-1]} tokens"
+        if answers and max(answers) > self.max_answer_tokens:
+            return f"an answer of {max(answers)} tokens"
+        return f"{sum(counts)} tokens" if sum(counts) > self.max_row_tokens else None
+
+
+@dataclass
+class Repetition:
+    """Answers that repeat themselves: duplicate lines, duplicate 10-grams, or an end that loops.
+
+    Lines and 10-grams are Gopher's measures, with wider limits. The loop, a unit of any length that the answer ends
+    with at least `_LOOPS` times, is what small models fall into.
+    """
+
+    max_duplicate_lines: float = field(default=0.5, metadata={"help": "share of its lines; Gopher: 0.3"})
+    max_duplicate_ngrams: float = field(default=0.5, metadata={"help": "share of its words in them; Gopher: 0.1"})
+    min_loop_characters: int = field(default=60, metadata={"help": "an end that loops for less is no loop"})
+    name: ClassVar[str] = "repetition"
+    _NGRAM: ClassVar[int] = 10
+    _MIN_LINES: ClassVar[int] = 6
+    _MIN_UNITS: ClassVar[int] = 50
+
+    def __call__(self, row: Row) -> str | None:
+        for message in row["messages"]:
+            if message["role"] == "assistant" and (why := self._why(said(message))):
+                return why
+        return None
+
+    def _why(self, text: str) -> str | None:
+        if unit := looping_end(text, self.min_loop_characters):
+            return f"ends with {unit!r} again and again"
+        lines = [line for line in map(str.strip, text.splitlines()) if any(map(str.isalnum, line))]
+        share = 1 - len(set(lines)) / len(lines) if len(lines) >= self._MIN_LINES else 0.0
+        if share > self.max_duplicate_lines:
+            return f"{share:.0%} of the lines are duplicates, as {Counter(lines).most_common(1)[0][0]!r}"
+        words = units(text)
+        share = duplicate_share(runs(words, self._NGRAM), self._NGRAM) if len(words) >= self._MIN_UNITS else 0.0
+        return f"{share:.0%} of the words are in 10-grams said before" if share > self.max_duplicate_ngrams else None
+
+
+_LOOPS = 5
+
+
+def looping_end(text: str, min_characters: int) -> str:
+    """The unit that the end of a text repeats at least five times over at least `min_characters`, or "".
+
+    Linear: backwards from the end, the distance to the last occurrence of the last L characters is the period of a
+    loop if there is one with a period up to L / 2 (Fine and Wilf's theorem); L doubles.
+    """
+    back = text.rstrip()[::-1]
+    length = 2
+    while length < len(back):
+        period = back.find(back[:length], 1)
+        if 0 < period <= length:
+            times = max(_LOOPS, -(-min_characters // period))
+            unit = back[:period]
+            if back.startswith(unit * times) and any(map(str.isalnum, unit)):
+                return unit[::-1]
+        length *= 2
+    return ""
+
+
+def duplicate_share(hashes: Hashes, n: int) -> float:
+    """Share of a text's units that lie in an n-gram which stood earlier in the text (Gopher's duplicate n-gram
+    fraction, by units instead of characters). `hashes`: its n-grams, in order."""
+    _, first = np.unique(hashes, return_index=True)
+    again = np.ones(len(hashes), np.int64)
+    again[first] = 0
+    covered = np.convolve(again, np.ones(n, np.int64)) > 0
+    return float(covered.mean())
+
+
+@dataclass
+class Language:
+    """Answers in another language than their question, where both are long and clear enough to say so.
+
+    Code and formulas do not count, and a question that speaks of languages or translation is not judged. A row's own
+    `language` is believed if the answer agrees with it.
+    """
+
+    name: ClassVar[str] = "language"
+    _ABOUT_LANGUAGES: ClassVar[re.Pattern[str]] = re.compile(
+        r"translat|traduc|tradui|übersetz|翻[译譯]|[译譯][成为為]"
+        r"|\b(?:english|chinese|mandarin|cantonese|french|german|spanish|japanese|korean|russian|italian|portuguese|latin"
+        r"|arabic|hindi|polish|dutch|turkish|vietnamese|thai|indonesian)\b"
+        r"|[英中汉漢法德俄日韩韓][文语語]|双语|雙語|西班牙|葡萄牙|意大利|阿拉伯|拉丁",
+        re.I,
+    )
+
+    def __call__(self, row: Row) -> str | None:
+        asked, answer = prompt_and_answer(row)
+        spoken = language(answer)
+        if spoken is None or _base(row.get("language")) == spoken:
+            return None
+        expected = language(asked)
+        if expected in (None, spoken) or self._ABOUT_LANGUAGES.search(asked):
+            return None
+        return f"asked in {expected}, answered in {spoken}"
+
+
+def _base(code: Any) -> str:
+    """`zh-Hant` is `zh`."""
+    return re.split("[-_]", code.lower())[0] if isinstance(code, str) else ""
+
+
+@dataclass
+class Refusals:
+    """Answers that begin by refusing, in English or Chinese. Off by default: they are what the model says."""
+
+    name: ClassVar[str] = "refusals"
+    _REFUSAL: ClassVar[re.Pattern[str]] = re.compile(
+        r"(?:i['’]?m|i am) (?:really |very |so )?(?:sorry|afraid)[^.!\n]{0,60}?"
+        r"\b(?:can(?:no|['’])?t|unable|not able|won['’]t)"
+        r"|^\W*(?:sorry[^a-z]{0,3})?i (?:can(?:no|['’])?t|am unable to|won['’]t) "
+        r"(?:help|assist|provide|fulfil|comply|answer|do that)"
+        r"|as an? (?:ai|artificial intelligence|large language model|language model)\b"
+        r"|(?:抱歉|对不起|對不起|很遗憾)[^。！\n]{0,20}?(?:不能|无法|無法|不便|没办法)"
+        r"|^\W*我(?:不能|无法|無法)(?:帮助|协助|提供|满足|回答|处理)|作为一?[个個名款]?(?:人工智能|AI|大?语言模型)",
+        re.I,
+    )
+
+    def __call__(self, row: Row) -> str | None:
+        for message in row["messages"]:
+            if message["role"] == "assistant":
+                begin = message["content"].split("</think>")[-1].strip()[:200]
+                if found := self._REFUSAL.search(begin):
+                    return f"refuses: {found[0]!r}"
+        return None
+
+
+@dataclass
+class Decontaminate:
+    """Rows whose prompt shares a 13-gram with an evaluation task, or is equal to a task shorter than that.
+
+    Words, or characters of Chinese, after lower-casing (GPT-3, arXiv 2005.14165, appendix C). 13-grams that more than
+    ten tasks of a file share are its template ("put your final answer within ..."), and do not count.
+    """
+
+    decontaminate: list[str] = field(default_factory=lambda: list(bundled_tasks()), metadata={"help": "task files"})
+    name: ClassVar[str] = "decontaminate"
+    _NGRAM: ClassVar[int] = 13
+    _TEMPLATE: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        self._file_of: dict[int, str] = {}
+        for path in self.decontaminate:
+            tasks = [set(runs(units(text), self._NGRAM).tolist()) for text in _task_texts(path)]
+            shared = Counter(h for task in tasks for h in task)
+            for h, number in shared.items():
+                if number <= self._TEMPLATE:
+                    self._file_of.setdefault(h, path)
+
+    def __call__(self, row: Row) -> str | None:
+        if not self._file_of:
+            return None
+        for message in row["messages"]:
+            if message["role"] != "assistant":
+                words = units(message["content"])
+                for at, h in enumerate(runs(words, self._NGRAM).tolist()):
+                    if h in self._file_of:
+                        return f"in {self._file_of[h]}: {' '.join(words[at : at + self._NGRAM])!r}"
+        return None
+
+
+def bundled_tasks() -> list[str]:
+    """The evaluation task files of this package."""
+    return sorted(map(str, (Path(__file__).parents[1] / "evaluation" / "tasks").glob("*.jsonl")))
+
+
+def _task_texts(path: str) -> list[str]:
+    """What is asked in each task of a JSONL file with `messages`, `prompt` or `turns`."""
+    texts: list[str] = []
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for line in file:
+                number += 1
+                if not line.strip():
+                    continue
+                task = json.loads(line)
+                asked = [m["content"] for m in task.get("messages", []) if m["role"] == "user"]
+                asked += [*task.get("turns", []), *([task["prompt"]] if "prompt" in task else [])]
+                if not asked or not all(isinstance(text, str) for text in asked):
+                    raise KeyError
+                texts += asked
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastMTPError(f"--decontaminate {path}: cannot be read ({error})") from None
+    except ValueError as error:
+        raise FastMTPError(f"--decontaminate {path}:{number}: not JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise FastMTPError(
+            f"--decontaminate {path}:{number}: a task needs `messages`, `prompt` or `turns` (a list of strings)"
+        ) from None
+    if not texts:
+        raise FastMTPError(f"--decontaminate {path}: holds no tasks")
+    return texts
+
+
+class TokenCounter:
+    """Tokens of each message: its own `token_ids`, else by the tokenizer of a model folder, else an estimate."""
+
+    def __init__(self, model: str | None = None) -> None:
+        self._tokenizer = _tokenizer(model) if model else None
+        self._row: Row | None = None
+        self._counts: list[int] = []
+        self.how: Counter[str] = Counter()
+
+    def __call__(self, row: Row) -> list[int]:
+        if row is not self._row:
+            self._row, self._counts = row, [self._count(m) for m in row["messages"]]
+        return self._counts
+
+    def _count(self, message: dict[str, Any]) -> int:
+        ids = message.get("token_ids")
+        if isinstance(ids, list):
+            self.how["token_ids"] += 1
+            return len(ids)
+        text = said(message)
+        self.how["tokenizer" if self._tokenizer else "estimate"] += 1
+        if self._tokenizer:
+            return len(self._tokenizer.encode(text, add_special_tokens=False))
+        return estimate_tokens(text)
+
+
+_CJK = re.compile(f"[{CJK}]")
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of a text for Qwen2's tokenizer (MiMo's), about: CJK characters / 1.3 + other characters / 3.8.
+
+    Within a third for prose and code; formulas, whose digits are tokens, have up to twice as many.
+    """
+    cjk = len(_CJK.findall(text))
+    return -int(-(cjk / 1.3 + (len(text) - cjk) / 3.8) // 1)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"--model {model}: holds no tokenizer ({str(error).splitlines()[0]})") from None

@@ -1,0 +1,171 @@
+"""A long job's answers on disk while it runs: nothing finished is lost or done twice, and several workers can share it.
+
+Beside the output stands a folder `<output>.parts` with `job.json`, the settings that every worker must share, and one
+file per shard, appended to in the order in which answers come. A key, (row, sample), is written once. When all keys are
+there, whoever notices merges them, in order, into the output. Machines without a common folder copy their parts into
+one.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from ..checkpoints import read_json, write_json
+from ..errors import FastMTPError
+from .rows import Row, dump_row, refuse_existing, write_rows
+
+Key = tuple[int, int]
+"""(number of the row among the good ones, number of the answer to it)"""
+
+SYNC_SECONDS = 5.0
+"""How much of finished work a power cut may cost; a killed process loses none."""
+
+
+class Place(NamedTuple):
+    """Where the record of a key stands."""
+
+    part: Path
+    offset: int
+
+
+class Job:
+    """The parts folder of one output.
+
+    Raises `FastMTPError` if the output exists or the folder belongs to a job with other settings.
+    """
+
+    def __init__(self, output: str | Path, settings: dict[str, Any]) -> None:
+        self.output = Path(output)
+        self.folder = self.output.with_name(self.output.name + ".parts")
+        refuse_existing(self.output)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FastMTPError(f"{self.folder}: cannot be made ({error})") from None
+        self._agree(settings)
+
+    def _agree(self, settings: dict[str, Any]) -> None:
+        path = self.folder / "job.json"
+        settings = json.loads(json.dumps(settings))
+        with self._lock():
+            found = read_json(path)
+            if not found:
+                write_json(settings, path)
+        for key in found and sorted(found.keys() | settings.keys()):
+            if found.get(key) != settings.get(key):
+                raise FastMTPError(
+                    f"{path}: this job was started with {key} {found.get(key)!r}, not {settings.get(key)!r}; go on "
+                    f"with the same settings, name another output, or remove {self.folder}"
+                )
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.folder / "lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def finished(self) -> dict[Key, Place]:
+        """Every key whose record is whole on disk, in any worker's part."""
+        found: dict[Key, Place] = {}
+        for part in sorted(self.folder.glob("shard-*.jsonl")):
+            with open(part, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    if line.endswith(b"\n"):  # else it is being written, or a kill cut it off
+                        found.setdefault(_key(line, f"{part}:{number}"), Place(part, offset))
+                    offset += len(line)
+        return found
+
+    @contextmanager
+    def part(self, shard: int, shards: int) -> Iterator["Part"]:
+        """This worker's part, open for appending. Raises `FastMTPError` if another process has it."""
+        path = self.folder / f"shard-{shard}of{shards}.jsonl"
+        with open(path, "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FastMTPError(
+                    f"{path}: another process works on this shard; give each its own --shard i/n"
+                ) from None
+            _cut_torn_line(file)
+            part = Part(file)
+            try:
+                yield part
+            finally:
+                part.sync()
+
+    def merge(self, keys: int) -> list[Row] | None:
+        """Write the output in order of keys and remove the folder, if all of 0..`keys` - 1 answers are there.
+
+        Returns records without a row (refused ones), or None if answers are still missing.
+        """
+        with self._lock():
+            found = self.finished()
+            if self.output.exists() or len(found) < keys:
+                return None
+            refused = []
+            files: dict[Path, IO[bytes]] = {}
+            with write_rows(self.output) as out:
+                for key in sorted(found):
+                    place = found[key]
+                    file = files.get(place.part) or files.setdefault(place.part, open(place.part, "rb"))  # noqa: SIM115
+                    file.seek(place.offset)
+                    record = json.loads(file.readline())
+                    if "row" in record:
+                        out.write(dump_row(record["row"]))
+                    else:
+                        refused.append(record)
+            for file in files.values():
+                file.close()
+        shutil.rmtree(self.folder)
+        return refused
+
+
+class Part:
+    """One worker's file of finished records."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._synced = time.monotonic()
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        """Append records, each with its `key`. A kill from now on loses none of them."""
+        self._file.write("".join(dump_row(record) for record in records).encode())
+        self._file.flush()
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+
+def _key(line: bytes, where: str) -> Key:
+    try:
+        row, sample = json.loads(line)["key"]
+        return int(row), int(sample)
+    except (ValueError, KeyError, TypeError) as error:
+        raise FastMTPError(f"{where}: not a record of this job ({error}); delete the line and start again") from None
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """What a kill left of a line at the end of the part is removed."""
+    end = file.seek(0, os.SEEK_END)
+    keep = end
+    while keep:
+        start = max(0, keep - 2**16)
+        file.seek(start)
+        newline = file.read(keep - start).rfind(b"\n")
+        keep = start + newline + 1 if newline >= 0 else start
+        if newline >= 0:
+            break
+    if keep < end:
+        os.truncate(file.fileno(), keep)
+    file.seek(0, os.SEEK_END)

@@ -1,0 +1,46 @@
+"""The language a text is written in, for the filter that finds answers in another language than their question.
+
+Chinese is told by its script; other languages by py3langid, which needs no network. Code and formulas are
+English to any identifier, so they are taken out first.
+"""
+
+import re
+from functools import cache
+from typing import Any
+
+MIN_LETTERS = 60
+"""Fewer letters (Chinese characters count three) say too little."""
+MIN_CONFIDENCE = 0.9
+_LOOKED_AT = 800
+_NO_PROSE = re.compile(
+    r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|<think>|</think>|https?://\S+"
+    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\\\w+|^(?: {4}|\t).*$",
+    re.S | re.M,
+)
+_CODE_LINE = re.compile(r"[{};]\s*$|^\s*(?:#include|import |from \w+ import|def |class |return\b|//|@)", re.M)
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+_KANA = re.compile(r"[\u3040-\u30ff]")
+
+
+def language(text: str) -> str | None:
+    """ISO 639-1 code of the language of a text's prose (`zh` for every Chinese), or None if there is too little of it
+    or it is not clear."""
+    lines = _NO_PROSE.sub(" ", text).splitlines()
+    prose = " ".join(line for line in lines if not _CODE_LINE.search(line))[:_LOOKED_AT]
+    han, kana = len(_HAN.findall(prose)), len(_KANA.findall(prose))
+    letters = sum(map(str.isalpha, prose)) + 2 * (han + kana)
+    if letters < MIN_LETTERS:
+        return None
+    if 3 * (han + kana) >= 0.5 * letters:
+        return "ja" if kana > 0.1 * (han + kana) else "zh"
+    if 3 * han > 0.1 * letters:
+        return None  # a mixture
+    found, confidence = _identifier().classify(prose)
+    return found if confidence >= MIN_CONFIDENCE else None
+
+
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

@@ -1,0 +1,286 @@
+"""Conversations answered turn by turn; jobs that survive kills and are shared; bad rows; what is trained."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import ROOT, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from swift_fastmtp.data.conversation import Conversation, Reply, encode_prompt, training_conversations
+from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.jobs import Job
+from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.swift_plugin.register import register
+
+ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
+REASONS = st.sampled_from(["stop", "stop", "stop", "length", "tool_calls"])
+
+
+def call(name, number):
+    return {"id": f"call-{number}", "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+
+@given(st.lists(ROLES, min_size=1, max_size=10), st.lists(st.tuples(REASONS, st.booleans()), min_size=10, max_size=10))
+def test_conversations_keep_the_source_and_speak_for_themselves(roles, replies):
+    source = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+    talk = Conversation(source)
+    spoken = 0
+    for reason, calls in replies:
+        if not talk.waiting:
+            break
+        assert talk.messages == [] or talk.messages[-1]["role"] != "assistant"
+        talk.add(Reply(f"own {spoken}", reason, [spoken], tool_calls=[call("f", spoken)] if calls else None))
+        spoken += 1
+    others = [m["content"] for m in talk.messages if m["role"] != "assistant"]
+    assert others == [m["content"] for m in source if m["role"] != "assistant"][: len(others)]
+    own = [m["content"] for m in talk.messages if m["role"] == "assistant"]
+    assert own == [f"own {i}" for i in range(spoken)]
+    if not talk.waiting:
+        assert talk.messages[-1]["role"] == "assistant" and talk.finish_reason == talk.messages[-1]["finish_reason"]
+        if not talk.ended_early:
+            assert others == [m["content"] for m in source if m["role"] != "assistant"]
+
+
+def test_results_of_tools_follow_only_the_calls_they_answer():
+    source = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call("weather", "source")]},
+        {"role": "tool", "content": "rain", "tool_call_id": "call-source"},
+        {"role": "assistant", "content": "It rains."},
+    ]
+    talk = Conversation(source)
+    talk.add(Reply("", "tool_calls", tool_calls=[call("weather", "own")]))
+    assert talk.messages[-1] == {"role": "tool", "content": "rain", "tool_call_id": "call-own"} and talk.waiting
+    talk.add(Reply("Rain.", "stop"))
+    assert not talk.waiting and not talk.ended_early
+
+    for reply in (Reply("No idea.", "stop"), Reply("", "tool_calls", tool_calls=[call("stocks", "own")])):
+        talk = Conversation(source)
+        talk.add(reply)
+        assert not talk.waiting and talk.ended_early and talk.messages[-1]["role"] == "assistant"
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Twelve prompts, some with a second turn."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [json.loads(x) for x in (ROOT / "examples/prompts/train.jsonl").read_text().splitlines()[:12]]
+    for i, row in enumerate(rows):
+        if i % 3 == 0:
+            row["messages"] += [{"role": "assistant", "content": "…"}, {"role": "user", "content": "Why?"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def own_answers(prompts, output, **changes):
+    return distill(str(TINY), str(prompts), str(output), **{"max_new_tokens": 12, "batch_size": 4, **changes})
+
+
+def test_rows_keep_tokens_and_why_the_answer_ended(prompts, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    own_answers(prompts, tmp_path / "o.jsonl", max_new_tokens=24)
+    rows = read_rows(tmp_path / "o.jsonl")
+    assert [r["id"] for r in rows] == [r["id"] for r in read_rows(prompts)]
+    assert {r["finish_reason"] for r in rows} == {"stop", "length"}
+    for row in rows:
+        for answer in (m for m in row["messages"] if m["role"] == "assistant"):
+            ids = answer["token_ids"]
+            ended = ids[-1] == tokenizer.eos_token_id
+            assert answer["finish_reason"] == ("stop" if ended else "length") and (ended or len(ids) == 24)
+            assert tokenizer.decode(ids[:-1] if ended else ids) == answer["content"]
+
+
+def test_each_turn_answers_the_models_own_history(prompts, tmp_path):
+    """Greedy, unbatched: the second turn is what the model says behind its own first one."""
+    greedy = {"temperature": 0, "batch_size": 1, "max_new_tokens": 60}
+    assert own_answers(prompts, tmp_path / "o.jsonl", **greedy)
+    turns = [row["messages"] for row in read_rows(tmp_path / "o.jsonl") if len(row["messages"]) == 4]
+    assert turns and all("…" not in m["content"] for messages in turns for m in messages)
+    again = tmp_path / "again.jsonl"
+    again.write_text("".join(json.dumps({"messages": messages[:3]}) + "\n" for messages in turns))
+    own_answers(again, tmp_path / "o2.jsonl", **greedy)
+    assert [row["messages"] for row in read_rows(tmp_path / "o2.jsonl")] == turns
+
+
+def test_shards_together_are_one_job(prompts, tmp_path, capsys):
+    """Several answers per prompt, three workers; whoever ends last writes the output, in the prompts' order."""
+    job = {"num_answers": 2, "temperature": 0, "batch_size": 1}
+    own_answers(prompts, tmp_path / "whole.jsonl", **job)
+    done = [own_answers(prompts, tmp_path / "shared.jsonl", shard=f"{i}/3", **job) for i in (2, 0, 1)]
+    assert done == [False, False, True] and "answers of other shards are missing" in capsys.readouterr().out
+    assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert [r["sample"] for r in read_rows(tmp_path / "shared.jsonl")] == [0, 1] * 12
+    assert not (tmp_path / "shared.jsonl.parts").exists()
+
+
+def test_kill_9_many_times_gives_the_same_file(prompts, tmp_path):
+    """Sampled, so that a batch generated again must draw the same tokens again."""
+    own_answers(prompts, tmp_path / "quiet.jsonl", num_answers=3, max_new_tokens=40)
+    output = tmp_path / "killed.jsonl"
+    code = "import sys; from swift_fastmtp.data.distill import distill; "
+    code += f"distill({str(TINY)!r}, {str(prompts)!r}, {str(output)!r}, max_new_tokens=40, batch_size=4, num_answers=3)"
+    for wait in (0.0, 0.15, 0.4):
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        part = tmp_path / "killed.jsonl.parts" / "shard-0of1.jsonl"
+        size = part.stat().st_size if part.exists() else 0
+        while process.poll() is None and not (part.exists() and part.stat().st_size > size):
+            time.sleep(0.01)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if output.exists():
+            break
+        with open(part, "ab") as file:  # a kill in the middle of a line
+            file.write(b'{"key": [11, 2], "row": {"mess')
+    if not output.exists():
+        own_answers(prompts, output, num_answers=3, max_new_tokens=40)
+    assert output.read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
+
+
+def test_a_job_is_not_mixed_with_another(prompts, tmp_path):
+    output = tmp_path / "o.jsonl"
+    own_answers(prompts, output, shard="0/2")
+    with pytest.raises(FastMTPError, match=r"started with temperature 0.6, not 0.7"):
+        own_answers(prompts, output, shard="1/2", temperature=0.7)
+    job = Job(output, json.loads((tmp_path / "o.jsonl.parts" / "job.json").read_text()))
+    with job.part(1, 2), pytest.raises(FastMTPError, match=r"another process works on this shard"):
+        own_answers(prompts, output, shard="1/2")
+    with pytest.raises(FastMTPError, match=r"--shard 2/2: must be i/n"):
+        own_answers(prompts, output, shard="2/2")
+
+
+BAD = {
+    "corrupt": (b'{"messages": [', "not JSON"),
+    "encoding": ('{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
+    "field": (b'{"text": "no messages"}', "needs `messages`"),
+    "role": (b'{"messages": [{"role": "bot", "content": "x"}]}', "needs a `role`"),
+    "content": (b'{"messages": [{"role": "user", "content": 7}]}', "needs a `content`"),
+    "surrogate": (b'{"prompt": "\\ud800"}', "surrogate"),
+    "list": (b"[1, 2]", "must be a JSON object"),
+    "duplicate": (b'{"id": "one", "prompt": "x"}', "duplicate id"),
+    "long": (b'{"prompt": "' + b"x" * 100_000_000 + b'"}', "longer than 32 MiB"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_stops_or_is_counted(name, tmp_path):
+    line, what = BAD[name]
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"id": "one", "prompt": "a"}\n\n' + line + b'\n{"id": "two", "prompt": "b"}')
+    with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*--on_bad_row skip"):
+        list(iter_rows(path, unique_ids=True))
+    bad = BadRows("skip")
+    assert [row["id"] for _, row in iter_rows(path, bad, unique_ids=True)] == ["one", "two"]
+    ((kind, found),) = bad.report().items()
+    assert what.strip("`") in kind.replace("`", "") or what in kind
+    assert found["count"] == 1 and "p.jsonl:3" in found["rows"][0]
+
+
+def test_skipped_rows_are_in_the_report(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\nnot json\n{"messages": [{"role": "assistant", "content": "hello"}]}\n')
+    own_answers(path, tmp_path / "o.jsonl", on_bad_row="skip")
+    report = json.loads((tmp_path / "o.jsonl.report.json").read_text())
+    assert report["rows"] == 1
+    assert {what: bad["count"] for what, bad in report["bad_rows"].items()} == {
+        "not JSON": 1,
+        "no user message for the assistant to answer": 1,
+    }
+
+
+def test_other_file_formats_hold_the_same_rows(prompts, tmp_path):
+    rows = read_rows(prompts)
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(prompts.read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    for name in ("p.jsonl.gz", "p.parquet"):
+        assert read_rows(tmp_path / name) == rows
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(prompts.read_bytes())[:-20])
+    with pytest.raises(FastMTPError, match=r"cut.jsonl.gz: cannot be read"):
+        read_rows(tmp_path / "cut.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def template():
+    register()
+    from swift.model import get_processor
+    from swift.template import get_template
+
+    template = get_template(get_processor(str(TINY), model_type="fastmtp"))
+    template.set_mode("train")
+    return template
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 6000), min_size=1, max_size=6), min_size=1, max_size=3))
+def test_training_sees_exactly_the_generated_tokens(template, turns):
+    """Any ids, also ones that no text encodes to: prompts by the chat template, answers as they are, masked around."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    end = tokenizer.eos_token_id
+    messages, want, labels = [], [], []
+    for i, ids in enumerate(turns):
+        messages.append({"role": "user", "content": f"question {i}"})
+        seen = encode_prompt(tokenizer, messages) if i == 0 else tokenizer.encode(
+            f"\n<|im_start|>user\nquestion {i}<|im_end|>\n<|im_start|>assistant\n"
+        )  # fmt: skip
+        answer = [*ids, end]
+        messages.append({"role": "assistant", "content": "text", "token_ids": answer, "finish_reason": "stop"})
+        want += [*seen, *answer]
+        labels += [-100] * len(seen) + answer
+    (conversation,) = training_conversations(messages, "stop")
+    encoded = template.encode({"messages": conversation})
+    assert encoded["input_ids"] == want and encoded["labels"] == labels
+
+
+def test_a_cut_off_turn_is_not_trained_on():
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "finish_reason": "stop"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "finish_reason": "length"},
+    ]
+    (kept,) = training_conversations(talk, "length")
+    assert [m["content"] for m in kept] == ["a", "b"]
+    assert training_conversations(talk[:2], "length") == []
+    assert training_conversations([{"role": "user", "content": "a"}]) == []
+
+
+def test_reasoning_is_trained_turn_by_turn():
+    """Chat templates drop earlier reasoning: each turn was generated behind another history."""
+    talk = []
+    for i in range(2):
+        talk.append({"role": "user", "content": f"q{i}"})
+        talk.append({"role": "assistant", "content": f"a{i}", "reasoning_content": f"r{i}", "token_ids": [i, 99]})
+    first, second = training_conversations(talk, "stop")
+    assert first == [{"role": "user", "content": "q0"}, {"role": "assistant", "content": [0, 99]}]
+    history = {"role": "assistant", "content": "<think>\nr0\n</think>\n\na0", "loss": False}
+    assert second == [first[0], history, {"role": "user", "content": "q1"}, {"role": "assistant", "content": [1, 99]}]
+
+
+def test_parts_survive_any_cut(tmp_path):
+    """Wherever a kill cuts the file, whole records stay and a new one follows them."""
+    records = [{"key": [i, 0], "row": {"messages": [{"role": "user", "content": "é" * i}]}} for i in range(3)]
+    for cut in range(0, 200, 7):
+        job = Job(tmp_path / f"{cut}.jsonl", {"seed": 0})
+        with job.part(0, 1) as part:
+            part.write(records)
+        path = job.folder / "shard-0of1.jsonl"
+        whole = path.read_bytes()
+        os.truncate(path, min(cut, len(whole)))
+        kept = whole[: min(cut, len(whole))].count(b"\n")
+        assert set(job.finished()) == {(i, 0) for i in range(kept)}
+        with job.part(0, 1) as part:
+            part.write(records[kept:])
+        assert path.read_bytes() == whole
+        assert job.merge(3) == [] and len(read_rows(Path(job.output))) == 3
