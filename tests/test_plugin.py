@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, logged, sft_args, swift
+from conftest import ROOT, TINY, logged, sft_args, swift
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 import swift_fastmtp
 from swift_fastmtp.checkpoints import Weights
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.export.serve_args import command, serve_flags
+from swift_fastmtp.modeling import load_model
 
 PLUGIN = Path(swift_fastmtp.__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py"
 HEAD = "model.mtp_layers.0."
@@ -216,7 +222,58 @@ def test_self_distill_dataset_drops_truncated_answers(rows, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([*lines[:8], *(x.replace('"stop"', '"length"') for x in lines[8:20])]) + "\n")
     done = swift(*sft_args(TINY, f"fastmtp-self-distill:{mixed}", tmp_path / "run", max_steps=2))
-    assert "origin length: 20, filtered dataset length: 8" in done.stdout + done.stderr
+    assert "12 of 20 rows left out, without a finished answer" in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """What `fastmtp distill` writes, with a row of two turns with reasoning, which becomes two conversations; and what
+    training on exactly these tokens must log: their number and the loss of step 1."""
+    path = tmp_path_factory.mktemp("distilled") / "distilled.jsonl"
+    distill(str(TINY), str(ROOT / "examples/prompts/eval.jsonl"), str(path), max_new_tokens=40)
+    ids = [400, 401, 6082]
+    turn = {"role": "assistant", "content": "12", "reasoning_content": "3 by 4", "token_ids": ids}
+    talk = [{"role": "user", "content": "3 x 4?"}, turn, {"role": "user", "content": "Really?"}, turn]
+    with open(path, "a") as file:
+        file.write(json.dumps({"messages": talk, "finish_reason": "stop"}) + "\n")
+    model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    model.fastmtp = FastMTPConfig()
+    pairs = [
+        (r["messages"][:1], r["messages"][1]["token_ids"]) for r in read_rows(path) if r["finish_reason"] == "stop"
+    ]
+    history = {"role": "assistant", "content": "<think>\n3 by 4\n</think>\n\n12"}
+    pairs.append(([talk[0], history, talk[2]], ids))
+    loss = tokens = 0
+    for messages, answer in pairs:
+        prompt = encode_prompt(tokenizer, messages)
+        with torch.no_grad():
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            output = model(input_ids=torch.tensor([prompt + answer]), mtp_labels=labels)
+        loss += output.step_loss[0].sum().item()
+        tokens += output.trained[0].sum().item()
+    return path, len(pairs), loss / tokens
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"dataset_num_proc": 2, "dataloader_num_workers": 2},
+        {"streaming": "true", "dataloader_num_workers": 1},
+        {"cached": True},
+    ],
+    ids=lambda way: "-".join(way),
+)
+def test_distilled_rows_train_however_they_are_loaded(way, distilled, tmp_path):
+    """By many workers, streamed, from a cached dataset: exactly the generated tokens are trained on."""
+    path, conversations, loss = distilled
+    name = f"fastmtp-self-distill:{path}"
+    if "cached" in way:
+        options = ["--split_dataset_ratio", "0", "--output_dir", tmp_path / "cache", "--to_cached_dataset", "true"]
+        swift("export", "--model", TINY, "--model_type", "fastmtp", "--dataset", name, *options)
+        name, way = None, {"cached_dataset": tmp_path / "cache" / "train"}
+    one_batch = {"per_device_train_batch_size": conversations, "max_steps": 1, "save_steps": 1, "max_length": 512}
+    swift(*sft_args(TINY, name, tmp_path / "run", **{**one_batch, **way}))
+    assert logged(tmp_path / "run", "mtp_loss_1") == [pytest.approx(loss, rel=1e-4)]
 
 
 def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):

@@ -12,30 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Json, List, Value
+from datasets import Dataset, Features, IterableDataset, Json, List
 from modelscope.hub.utils.utils import get_cache_dir
 from swift.dataset.loader import DatasetLoader
-from swift.dataset.preprocessor import RowPreprocessor
-from swift.utils import safe_ddp_context
+from swift.utils import get_logger, safe_ddp_context
 
+from .. import __version__
 from ..data.conversation import training_conversations
 from ..data.rows import iter_rows
 from ..errors import FastMTPError
 
 NAME = "fastmtp-self-distill"
-# Messages and tools differ from row to row in their keys; as plain JSON, Arrow cannot pad or refuse them.
-FEATURES = Features(
-    {"messages": List(Json()), "tools": List(Json()), "chat_template_kwargs": Json(), "finish_reason": Value("string")}
-)
+# A message's content is text or ids, and tools differ from row to row: as plain JSON, Arrow neither pads nor refuses.
+FEATURES = Features({"messages": List(Json()), "tools": List(Json()), "chat_template_kwargs": Json()})
 
-
-class SelfDistillPreprocessor(RowPreprocessor):
-    """From a row, the conversations to train on: none, one, or one for each turn."""
-
-    def preprocess(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        conversations = training_conversations(row.get("messages") or [], row.get("finish_reason"))
-        kept = {k: row[k] for k in ("tools", "chat_template_kwargs") if row.get(k)}
-        return [{"messages": conversation, **kept} for conversation in conversations]
+logger = get_logger()
 
 
 class SelfDistillLoader(DatasetLoader):
@@ -48,21 +39,14 @@ class SelfDistillLoader(DatasetLoader):
         if not Path(path).is_file():
             raise FastMTPError(f"--dataset {NAME}:{path}: no such file")
         stamp = Path(path).stat()
-        source = {"path": str(Path(path).resolve()), "version": (stamp.st_size, stamp.st_mtime_ns)}
+        key = f"{__version__} {stamp.st_size} {stamp.st_mtime_ns}"
+        source = {"path": str(Path(path).resolve()), "cache_key": key}
         if self.streaming:
-            dataset = IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
-        else:
-            with safe_ddp_context(None, True):
-                cache = str(Path(get_cache_dir()) / "datasets")
-                dataset = Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source, cache_dir=cache)
-        dataset = dataset_meta.preprocess_func(
-            dataset,
-            num_proc=self.num_proc,
-            load_from_cache_file=self.load_from_cache_file,
-            strict=self.strict,
-            enable_auto_mapping=False,
-        )
-        if not self.streaming and len(dataset) == 0:
+            return IterableDataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source)
+        with safe_ddp_context(None, True):
+            cache = str(Path(get_cache_dir()) / "datasets")
+            dataset = Dataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source, cache_dir=cache)
+        if len(dataset) == 0:
             raise FastMTPError(
                 f"--dataset {NAME}:{path}: no row is left; every answer was truncated (finish_reason 'length') or "
                 "empty: distill again with a larger --max_new_tokens"
@@ -70,7 +54,22 @@ class SelfDistillLoader(DatasetLoader):
         return dataset
 
 
-def _rows(path: str, version: tuple[int, int]) -> Iterator[dict[str, Any]]:
-    """`version` is only there to be part of the cache's key."""
+def _conversations(path: str, cache_key: str) -> Iterator[dict[str, Any]]:
+    """`cache_key` is there for datasets, which makes the name of its cache of the arguments."""
+    rows = unfinished = 0
     for _, row in iter_rows(path):
-        yield {k: row.get(k) for k in FEATURES}
+        conversations = training_conversations(row["messages"], row.get("finish_reason"))
+        rows += 1
+        unfinished += not conversations
+        for conversation in conversations:
+            yield {"messages": conversation, **{k: row.get(k) for k in ("tools", "chat_template_kwargs")}}
+    logger.info(f"{path}: {unfinished} of {rows} rows left out, without a finished answer")
+
+
+def with_features(dataset: Any) -> Any:
+    """A streamed dataset whose columns have types again: ms-swift's mapping drops them and would then guess from rows
+    that one column holds one type, but a content is text or ids."""
+    if not isinstance(dataset, IterableDataset) or dataset.features is not None:
+        return dataset
+    first = next(iter(dataset), {})
+    return dataset.cast(Features({name: FEATURES.get(name, Json()) for name in first})) if first else dataset

@@ -15,7 +15,7 @@ from swift.tuner_plugin import tuners_map
 from ..errors import FastMTPError
 from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
-from .dataset import SelfDistillLoader, SelfDistillPreprocessor
+from .dataset import NAME, SelfDistillLoader, with_features
 from .export import export_checkpoint
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta
@@ -35,12 +35,7 @@ def register() -> None:
     register_model(meta, exist_ok=True)
     loss_map["fastmtp"] = FastMTPLoss
     tuners_map["fastmtp"] = FastMTPTuner
-    register_dataset(
-        DatasetMeta(
-            dataset_name="fastmtp-self-distill", loader=SelfDistillLoader, preprocess_func=SelfDistillPreprocessor()
-        ),
-        exist_ok=True,
-    )
+    register_dataset(DatasetMeta(dataset_name=NAME, loader=SelfDistillLoader), exist_ok=True)
     _hook_arguments()
     _hook_sft()
     _hook_export()
@@ -89,6 +84,7 @@ def _hook_sft() -> None:
                 "dropped: raise it, or choose --truncation_strategy"
             )
         if self.args.model_type == "fastmtp":
+            datasets = [with_features(dataset) for dataset in datasets]
             attach_hidden_cache(self.args, self.model, datasets)
         processed: list[Any] = original(self, datasets)
         return processed
