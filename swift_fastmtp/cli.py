@@ -21,7 +21,7 @@ def _distill(args: argparse.Namespace) -> None:
 
     distill(
         args.model,
-        args.prompts,
+        [_prompt_file(name, number, args.output) for number, name in enumerate(args.prompts)],
         args.output,
         base_urls=args.base_url,
         served_model_name=args.served_model_name,
@@ -40,6 +40,39 @@ def _distill(args: argparse.Namespace) -> None:
         shard=args.shard,
         on_bad_row=args.on_bad_row,
     )
+
+
+def _prompt_file(name: str, number: int, output: str) -> str:
+    """A file as it is; a dataset of a hub is saved once, beside the answers."""
+    from .data.jobs import parts_folder
+    from .data.rows import refuse_existing, save_hub_dataset
+
+    hub, _, dataset = name.partition(":")
+    if hub not in ("hf", "swift"):
+        return name
+    refuse_existing(output)
+    path = parts_folder(output) / f"prompts-{number}.jsonl"
+    if not path.exists():
+        if hub == "swift":
+            from .swift_plugin.dataset import save_dataset as save
+        else:
+            save = save_hub_dataset
+        save(dataset, path)
+    return str(path)
+
+
+def _clean(args: argparse.Namespace) -> None:
+    from .data.clean import clean
+
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "verb") and v is not None}
+    clean(**options)
+
+
+def _mix(args: argparse.Namespace) -> None:
+    from .data.mix import mix
+
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "verb")}
+    mix(**options)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -93,6 +126,12 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def _tokens(text: str) -> int:
+    from .data.mix import parse_tokens
+
+    return parse_tokens(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -103,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("distill", help="answers to your prompts, from the model itself")
     verb.add_argument("--model", required=True, help="checkpoint folder; with --base_url only its tokenizer is read")
-    verb.add_argument("--prompts", required=True, nargs="+", help="JSONL (.gz, .xz) or Parquet; `messages` or `prompt`")
+    verb.add_argument("--prompts", required=True, nargs="+", help="JSONL (.gz, .xz), Parquet, hf:NAME, swift:NAME")
     verb.add_argument("--output", required=True, help="JSONL to write; an unfinished one is continued")
     verb.add_argument(
         "--base_url", nargs="+", help="servers of the model (SGLang, vLLM, swift deploy); default: in process"
@@ -124,6 +163,44 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--shard", default="0/1", help="i/n: this worker's share of one job")
     verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_distill)
+
+    verb = verbs.add_parser("clean", help="the rows worth training on, and why the others are not")
+    verb.add_argument("--inputs", nargs="+", required=True, help="JSONL (.gz, .xz) or Parquet")
+    verb.add_argument("--output", required=True, help="JSONL to write, with a report beside it")
+    verb.add_argument("--removed", help="JSONL to write of the rows that were removed, and why")
+    verb.add_argument("--filters", nargs="+", metavar="NAME", help="only these; default: all but refusals")
+    verb.add_argument("--skip_filters", nargs="+", metavar="NAME", help="all but these")
+    verb.add_argument(
+        "--model", help="folder of the tokenizer that counts where there are no token_ids; default: estimate"
+    )
+    verb.add_argument("--min_answer_tokens", type=int, help="of the last answer; default 4")
+    verb.add_argument("--max_answer_tokens", type=int, help="of any answer; default and paper: 4096")
+    verb.add_argument("--max_row_tokens", type=int, help="of all messages together; default 32768")
+    verb.add_argument("--max_duplicate_lines", type=float, help="share of an answer's lines; default 0.5")
+    verb.add_argument("--max_duplicate_ngrams", type=float, help="share of an answer's words in them; default 0.5")
+    verb.add_argument("--min_loop_characters", type=int, help="an end that loops for less is no loop; default 60")
+    verb.add_argument("--decontaminate", nargs="+", metavar="FILE", help="evaluation tasks; default: the bundled ones")
+    verb.add_argument("--duplicates_of", choices=("row", "prompt"), help="what has to be alike; default: row")
+    verb.add_argument("--similarity", type=float, help="Jaccard similarity of near-duplicates; default 0.6")
+    verb.add_argument("--ngram", type=int, help="words (Chinese: characters) that are compared together; default 3")
+    verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
+    verb.set_defaults(run=_clean)
+
+    verb = verbs.add_parser("mix", help="training and validation rows with a share of the tokens for each group")
+    verb.add_argument("--inputs", nargs="+", required=True, help="JSONL (.gz, .xz), Parquet; or group=FILE")
+    verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
+    verb.add_argument("--shares", nargs="+", metavar="GROUP=SHARE", help="default: --config's, or the paper's")
+    verb.add_argument("--config", help="YAML with shares and the rules of the groups, as recipes/data/paper_mix.yaml")
+    verb.add_argument("--tokens", type=_tokens, help="training tokens, as 200M; default: as many as the shares allow")
+    verb.add_argument("--count", choices=("answers", "all"), default="answers", help="which tokens")
+    verb.add_argument("--max_repeat", type=int, default=1, help="how often a row may be in train.jsonl")
+    verb.add_argument("--val_ratio", type=float, default=0.005, help="fraction of the prompts that is held out")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument(
+        "--model", help="folder of the tokenizer that counts where there are no token_ids; default: estimate"
+    )
+    verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
+    verb.set_defaults(run=_mix)
 
     verb = verbs.add_parser("export", help="a checkpoint that SGLang and vLLM serve")
     verb.add_argument("--adapters", required=True, help="checkpoint of swift sft (tuner type fastmtp, full or lora)")

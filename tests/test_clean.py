@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -229,7 +228,7 @@ TASK_ZH = "小明有三十二个苹果，给了小红一半以后又买了十五
     "tasks",
     [
         [{"turns": [TASK_EN, "Why?"]}, {"turns": [TASK_ZH]}],
-        [{"prompt": TASK_EN}, {"prompt": TASK_ZH}, {"prompt": "why"}],
+        [{"prompt": TASK_EN}, {"prompt": TASK_ZH}, {"prompt": "why"}, {"prompt": " "}],
         [{"messages": [{"role": "user", "content": TASK_EN}, {"role": "assistant", "content": EN}]},
          {"turns": [TASK_ZH, "Why"]}],
     ],
@@ -252,8 +251,10 @@ def test_a_template_of_many_tasks_does_not_count(tmp_path):
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{TASK_EN} Number {n}. {template}"}) + "\n" for n in range(10)))
     assert filters.Decontaminate([str(path)])(row(EN, f"{ZH} {template}"))
-    path.write_text("".join(json.dumps({"prompt": f"Task {n}. {template}"}) + "\n" for n in range(11)))
-    assert filters.Decontaminate([str(path)])(row(EN, f"{ZH} {template}")) is None
+    path.write_text("".join(json.dumps({"prompt": f"{TASK_EN[n:]} {n} {template}"}) + "\n" for n in range(0, 99, 9)))
+    judge = filters.Decontaminate([str(path)])
+    assert judge(row(EN, f"{ZH} {template}")) is None and judge(row(EN, f"{ZH} all two on 3 {template}")) is None
+    assert judge(row(EN, TASK_EN[:80]))
 
 
 def test_bundled_tasks_are_the_default():
@@ -336,6 +337,25 @@ def test_a_removed_row_never_removes_a_good_one(tmp_path):
     assert run(tmp_path, write(tmp_path / "rows.jsonl", rows))[0] == rows[1:]
 
 
+def test_several_answers_to_one_prompt(tmp_path):
+    """As `fastmtp distill --num_answers 3` writes them: one id, another sample; only a copy goes."""
+    rows = [row(answer, "What is photosynthesis?", id=1, sample=i) for i, answer in enumerate((EN, CODE, EN))]
+    source = write(tmp_path / "rows.jsonl", rows)
+    assert run(tmp_path / "out", source)[0] == rows[:2]
+    with pytest.raises(FastMTPError, match=r"rows.jsonl:2: duplicate id \(1, first at .*:1\)"):
+        run(tmp_path / "twice", write(source, rows[:1] * 2))
+
+
+def test_what_is_no_text_where_text_belongs(tmp_path):
+    """Fields that only some servers write are not checked by the reader."""
+    odd = [row(f"{EN} {i}", str(i), finish_reason="stop") for i in range(4)]
+    odd[0]["messages"][1] |= {"reasoning_content": 3, "token_ids": "x", "tool_calls": {"a": 1}}
+    odd[1] |= {"language": 5, "tools": {"a": [1]}}
+    odd[2]["finish_reason"] = {"type": "stop"}
+    _, removed, report = run(tmp_path, write(tmp_path / "rows.jsonl", odd))
+    assert report["rows"]["read"] == 4 and removed[0]["why"] == "finish_reason is {'type': 'stop'}"
+
+
 def test_prompts_before_they_are_answered(tmp_path):
     """docs/clean.md: only the filters that need no answer."""
     source = tmp_path / "prompts.jsonl"
@@ -415,7 +435,7 @@ def test_outputs_are_never_overwritten(tmp_path):
 
 def test_killed_and_started_again(tmp_path):
     """kill -9 at three moments of the run, the last while rows are written: no output, then the same bytes."""
-    rows = [row(f"{EN} {i} {i * 7919 % 1000}", f"{i * 104729 % 99991} {ZH}") for i in range(4000)]
+    rows = [row(f"{EN} {i} {i * 7919 % 1000}", f"{i * 104729 % 99991} {ZH}") for i in range(3000)]
     source = write(tmp_path / "rows.jsonl", rows + rows[:50])
     run(tmp_path / "whole", source, skip_filters=["language"])
     names = ["out.jsonl", "removed.jsonl", "out.jsonl.report.json"]
@@ -423,31 +443,31 @@ def test_killed_and_started_again(tmp_path):
     folder = tmp_path / "killed"
     code = f"""from swift_fastmtp.data.clean import clean
 clean([{str(source)!r}], {str(folder / names[0])!r}, removed={str(folder / names[1])!r}, skip_filters=["language"])"""
-    for moment in ("started", "reading", "writing"):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, env={**os.environ})
-        if moment != "started":
-            wait_for(process, b"write" if moment == "writing" else b"read and filter")
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert not [name for name in names if (folder / name).exists()]
+    for moment in (b"", b"read and filter", b"write"):
+        returncode = 0
+        while returncode == 0:  # on a busy machine it may be done before the signal comes
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+            process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
+            seen = b""
+            while moment not in seen and (more := process.stderr.read1()):
+                seen += more
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            returncode = process.returncode
+        assert returncode == -signal.SIGKILL and moment in seen
+        assert not (folder / names[0]).exists()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert [(folder / name).read_bytes() for name in names] == want
 
 
-def wait_for(process, what):
-    """Until the progress bar on stderr shows it."""
-    seen = b""
-    while what not in seen:
-        seen += process.stderr.read1()
-        assert process.poll() is None
-
-
 def test_the_command_has_every_parameter():
+    import inspect
+
     from swift_fastmtp.cli import _parser
     from swift_fastmtp.data.clean import ROW_FILTERS, _parameters
 
-    names = [f.name for kind in ROW_FILTERS for f in _parameters(kind)]
-    options = [x for n in names if n != "decontaminate" for x in (f"--{n}", "1")]
-    args = vars(_parser().parse_args(["clean", "--inputs", "a", "--output", "b", *options, "--decontaminate", "c"]))
-    assert set(names) | {"inputs", "output", "run", "verb"} == set(args)
+    args = vars(_parser().parse_args(["clean", "--inputs", "a", "--output", "b"]))
+    names = {f.name for kind in ROW_FILTERS for f in _parameters(kind)} | set(inspect.signature(clean).parameters)
+    assert names - {"parameters"} == set(args) - {"run", "verb"}
     assert len(set(FILTERS)) == len(FILTERS)

@@ -211,6 +211,23 @@ def test_other_file_formats_hold_the_same_rows(prompts, tmp_path):
         read_rows(tmp_path / "cut.jsonl.gz")
 
 
+def test_datasets_of_hubs_are_prompts(prompts, tmp_path):
+    """A folder in the hub's layout, and ms-swift's own syntax with a sample of a file; through the command."""
+    (tmp_path / "hub").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(read_rows(prompts)), tmp_path / "hub" / "train.parquet")
+    command = [str(Path(sys.executable).parent / "fastmtp"), "distill", "--model", str(TINY), "--max_new_tokens", "4"]
+    sources = [f"hf:{tmp_path / 'hub'}", f"swift:{prompts}#5"]
+    subprocess.run([*command, "--prompts", *sources, "--output", str(tmp_path / "o.jsonl")], check=True)
+    rows = read_rows(tmp_path / "o.jsonl")
+    assert [r["id"] for r in rows[:12]] == [r["id"] for r in read_rows(prompts)] and len(rows) == 17
+    failed = subprocess.run(
+        [*command, "--prompts", "hf:no/such", "--output", str(tmp_path / "o2.jsonl")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("fastmtp: error: hf:no/such: cannot be loaded")
+
+
 @pytest.fixture(scope="module")
 def template():
     register()

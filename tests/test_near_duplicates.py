@@ -176,3 +176,30 @@ def test_hashes_are_the_same_in_every_process():
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
         assert done.stdout.strip() == str(runs(units("the same 中文 everywhere"), 3).tolist())
+
+
+def test_the_same_signatures_on_datatrove(tmp_path):
+    """examples/dedup_with_datatrove.py, where datatrove is installed: nothing is lost, and the copies are removed."""
+    pytest.importorskip("datatrove", reason="datatrove is not installed")
+    rows = [r for r in corpus(1) if min(map(len, prompt_and_answer(r))) > 40]
+    (tmp_path / "in").mkdir()
+    for name, part in (("a", rows), ("b", rows[:30])):
+        lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in part)
+        (tmp_path / "in" / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    command = [
+        sys.executable,
+        "examples/dedup_with_datatrove.py",
+        "--input",
+        tmp_path / "in",
+        "--output",
+        tmp_path / "out",
+    ]
+    subprocess.run([*command, "--tasks", "2", "--workers", "1"], check=True, capture_output=True, cwd=ROOT)
+
+    def read(name):
+        return [json.loads(x) for f in sorted((tmp_path / "out" / name).iterdir()) for x in f.open(encoding="utf-8")]
+
+    kept, removed = read("kept"), read("removed")
+    assert sorted(map(json.dumps, kept + removed)) == sorted(map(json.dumps, rows + rows[:30]))
+    assert not [r for r in rows[:30] if kept.count(r) > 1]
+    assert len(kept) <= len(rows) - 0.7 * len(plain_clusters(rows, similarity=0.9, ngram=3))

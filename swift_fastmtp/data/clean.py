@@ -63,8 +63,8 @@ def clean(
     skip_filters: Sequence[str] = (),
     model: str | None = None,
     duplicates_of: str = "row",
-    similarity: float = 0.7,
-    ngram: int = 5,
+    similarity: float = 0.6,
+    ngram: int = 3,
     on_bad_row: str = "stop",
     **parameters: Any,
 ) -> None:
@@ -92,31 +92,19 @@ def clean(
     tokens = TokenCounter(model)
     judges, values = _row_filters(chosen, tokens, parameters)
     hashes = [file_hash(path) for path in inputs]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
 
     bad = BadRows(on_bad_row)
     exact = ExactDuplicates(duplicates_of) if "exact_duplicates" in chosen else None
-    near = (
-        NearDuplicates(duplicates_of, similarity, ngram, Path(output).parent) if "near_duplicates" in chosen else None
-    )
-    verdicts: list[Why | None] = []
-    candidates: list[tuple[int, str]] = []  # what `near` holds: number and place of each row
-    read_tokens = 0
-    for where, row in tqdm(_rows(inputs, bad), unit="row", desc="read and filter"):
-        read_tokens += sum(tokens(row))
-        why = _judge(judges, row)
-        if why is None and exact and (text := exact(row, where)):
-            why = "exact_duplicates", text
-        if why is None and near:
-            near.add(row)
-            candidates.append((len(verdicts), where))
-        verdicts.append(why)
-    token_sources = dict(tokens.how.most_common())
+    try:
+        folder = Path(output).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        near = NearDuplicates(duplicates_of, similarity, ngram, folder) if "near_duplicates" in chosen else None
+        verdicts, read_tokens = _decide(_rows(inputs, bad), tokens, judges, exact, near)
+    except OSError as error:
+        raise FastMTPError(f"{output}: cannot be written ({error}); free space and start again") from None
     if not verdicts:
         raise FastMTPError(f"{', '.join(inputs)}: holds no rows")
-    for copy, first, alike in near.clusters() if near else ():
-        (number, _), (_, where) = candidates[copy], candidates[first]
-        verdicts[number] = "near_duplicates", f"{alike:.2f} similar to {where}"
+    token_sources = dict(tokens.how.most_common())
 
     counts = {name: Removed() for name in FILTERS if name in chosen}
     with ExitStack() as files:
@@ -196,6 +184,32 @@ def _parameters(kind: Any) -> list[Any]:
 def _rows(inputs: list[str], bad: BadRows) -> Iterator[tuple[str, Row]]:
     for path in inputs:
         yield from iter_rows(path, bad, unique_ids=True)
+
+
+def _decide(
+    rows: Iterator[tuple[str, Row]],
+    tokens: TokenCounter,
+    judges: list[Any],
+    exact: ExactDuplicates | None,
+    near: NearDuplicates | None,
+) -> tuple[list[Why | None], int]:
+    """For each row, why it is removed; and the tokens of all."""
+    verdicts: list[Why | None] = []
+    candidates: list[tuple[int, str]] = []  # what `near` holds: number and place of each row
+    count = 0
+    for where, row in tqdm(rows, unit="row", desc="read and filter"):
+        count += sum(tokens(row))
+        why = _judge(judges, row)
+        if why is None and exact and (text := exact(row, where)):
+            why = "exact_duplicates", text
+        if why is None and near:
+            near.add(row)
+            candidates.append((len(verdicts), where))
+        verdicts.append(why)
+    for copy, first, alike in near.clusters() if near else ():
+        (number, _), (_, where) = candidates[copy], candidates[first]
+        verdicts[number] = "near_duplicates", f"{alike:.2f} similar to {where}"
+    return verdicts, count
 
 
 def _judge(judges: list[Any], row: Row) -> Why | None:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import FastMTPError
+
 Message = dict[str, Any]
 
 COMPLETE = ("stop", "tool_calls")
@@ -96,6 +98,18 @@ def without_answer(messages: list[Message]) -> list[Message]:
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
     return messages[:end]
+
+
+def load_tokenizer(model_dir: str) -> Any:
+    """The tokenizer of a model folder. Raises `FastMTPError` if there is none."""
+    from transformers import AutoTokenizer
+
+    from .. import modeling  # noqa: F401 (makes `mimo` known to transformers)
+
+    try:
+        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def encode_prompt(

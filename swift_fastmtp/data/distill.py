@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from .. import __version__
 from ..checkpoints import write_json
 from ..errors import FastMTPError
 from ..modeling import load_model
 from .client import RefusedError, Sampling, Servers
-from .conversation import Conversation, Reply, encode_prompt
+from .conversation import Conversation, Reply, encode_prompt, load_tokenizer
 from .generate import end_token_ids, generate
 from .jobs import Job, Key, Part
 from .rows import BadRows, Row, file_hash, iter_rows
@@ -74,7 +73,7 @@ def distill(
         "on_bad_row": on_bad_row,
         **({} if base_urls else {"batch_size": batch_size}),
     }
-    tokenizer = _tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir)
     job = Job(output, settings)
     done = job.finished()
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
@@ -276,13 +275,6 @@ def _shard(text: str) -> tuple[int, int]:
     except ValueError:
         pass
     raise FastMTPError(f"--shard {text}: must be i/n with 0 <= i < n, as 0/4, 1/4, 2/4, 3/4")
-
-
-def _tokenizer(model_dir: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({str(error).splitlines()[0]})") from None
 
 
 def _bar(total: int, initial: int) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
-from .conversation import COMPLETE
+from .conversation import COMPLETE, load_tokenizer
 from .language import language
 from .near_duplicates import prompt_and_answer, said
 from .rows import Row
@@ -248,7 +248,8 @@ class Decontaminate:
     """Rows whose prompt shares a 13-gram with an evaluation task, or is equal to a task shorter than that.
 
     Words, or characters of Chinese, after lower-casing (GPT-3, arXiv 2005.14165, appendix C). 13-grams that more than
-    ten tasks of a file share are its template ("put your final answer within ..."), and do not count.
+    ten tasks of a file share are its template ("put your final answer within ..."); what is mostly template does not
+    count.
     """
 
     decontaminate: list[str] = field(default_factory=lambda: list(bundled_tasks()), metadata={"help": "task files"})
@@ -259,11 +260,14 @@ class Decontaminate:
     def __post_init__(self) -> None:
         self._file_of: dict[int, str] = {}
         for path in self.decontaminate:
-            tasks = [set(runs(units(text), self._NGRAM).tolist()) for text in _task_texts(path)]
-            shared = Counter(h for task in tasks for h in task)
-            for h, number in shared.items():
-                if number <= self._TEMPLATE:
-                    self._file_of.setdefault(h, path)
+            tasks = [runs(units(text), self._NGRAM) for text in _task_texts(path) if text.strip()]
+            number = Counter(h for task in tasks for h in set(task.tolist()))
+            for task in tasks:
+                template = np.array([number[h] > self._TEMPLATE for h in task.tolist()], np.int64)
+                covered = np.convolve(template, np.ones(self._NGRAM, np.int64)) > 0
+                # Also what begins or ends in the template: more than half of its units are.
+                of_template = np.convolve(covered, np.ones(self._NGRAM, np.int64), "valid") > self._NGRAM // 2
+                self._file_of.update(dict.fromkeys(task[~of_template].tolist(), path))
 
     def __call__(self, row: Row) -> str | None:
         if not self._file_of:
@@ -315,7 +319,7 @@ class TokenCounter:
     """Tokens of each message: its own `token_ids`, else by the tokenizer of a model folder, else an estimate."""
 
     def __init__(self, model: str | None = None) -> None:
-        self._tokenizer = _tokenizer(model) if model else None
+        self._tokenizer = load_tokenizer(model) if model else None
         self._row: Row | None = None
         self._counts: list[int] = []
         self.how: Counter[str] = Counter()
@@ -347,12 +351,3 @@ def estimate_tokens(text: str) -> int:
     """
     cjk = len(_CJK.findall(text))
     return -int(-(cjk / 1.3 + (len(text) - cjk) / 3.8) // 1)
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"--model {model}: holds no tokenizer ({str(error).splitlines()[0]})") from None

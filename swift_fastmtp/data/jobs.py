@@ -34,6 +34,11 @@ class Place(NamedTuple):
     offset: int
 
 
+def parts_folder(output: str | Path) -> Path:
+    """Where a job's unfinished work is."""
+    return Path(f"{output}.parts")
+
+
 class Job:
     """The parts folder of one output.
 
@@ -42,7 +47,7 @@ class Job:
 
     def __init__(self, output: str | Path, settings: dict[str, Any]) -> None:
         self.output = Path(output)
-        self.folder = self.output.with_name(self.output.name + ".parts")
+        self.folder = parts_folder(output)
         refuse_existing(self.output)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

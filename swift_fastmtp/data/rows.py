@@ -46,10 +46,11 @@ class BadRows:
             places.append(f"{where}{f' ({detail})' if detail else ''}")
 
     def new_id(self, row: Row, where: str) -> bool:
-        """Whether the row's `id`, if it has one, is the first of its kind."""
+        """Whether the row's `id`, with its `sample` where a prompt has several answers, is the first of its kind."""
         if row.get("id") is None:
             return True
-        key = int.from_bytes(hashlib.blake2b(repr(row["id"]).encode(), digest_size=8).digest(), "big")
+        name = repr((row["id"], row.get("sample")))
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
         first = self._ids.setdefault(key, where)
         if first != where:
             self.add(where, "duplicate id", f"{row['id']!r}, first at {first}")
@@ -109,6 +110,23 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
         raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
     finally:
         staged.unlink(missing_ok=True)
+
+
+def save_hub_dataset(name: str, path: Path) -> None:
+    """Write the rows of a dataset on Hugging Face's hub, `name[:subset]`, split `train`, or of a local folder of one.
+
+    Raises `FastMTPError` if it cannot be loaded.
+    """
+    import datasets
+
+    name, _, subset = name.partition(":")
+    try:
+        rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
+        with write_rows(path) as file:
+            for row in rows:
+                file.write(dump_row(_without_nulls(row)))
+    except Exception as error:  # whatever a network and somebody's files may do
+        raise FastMTPError(f"hf:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
 
 
 def dump_row(row: Row) -> str:

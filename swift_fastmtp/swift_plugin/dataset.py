@@ -19,7 +19,7 @@ from swift.utils import get_logger, safe_ddp_context
 
 from .. import __version__
 from ..data.conversation import training_conversations
-from ..data.rows import iter_rows
+from ..data.rows import dump_row, iter_rows, write_rows
 from ..errors import FastMTPError
 
 NAME = "fastmtp-self-distill"
@@ -66,10 +66,26 @@ def _conversations(path: str, cache_key: str) -> Iterator[dict[str, Any]]:
     logger.info(f"{path}: {unfinished} of {rows} rows left out, without a finished answer")
 
 
+def save_dataset(name: str, path: Path) -> None:
+    """Write the rows of a dataset in ms-swift's syntax (`id[:subset][#count]`, or a file) with `messages`.
+
+    Raises `FastMTPError` if ms-swift cannot load it.
+    """
+    from swift.dataset import load_dataset
+
+    try:
+        dataset, _ = load_dataset([name], split_dataset_ratio=0.0)
+        with write_rows(path) as file:
+            for row in dataset:
+                file.write(dump_row({k: v for k, v in row.items() if v is not None}))
+    except Exception as error:  # whatever a network and somebody's files may do
+        raise FastMTPError(f"swift:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+
+
 def with_features(dataset: Any) -> Any:
     """A streamed dataset whose columns have types again: ms-swift's mapping drops them and would then guess from rows
     that one column holds one type, but a content is text or ids."""
     if not isinstance(dataset, IterableDataset) or dataset.features is not None:
         return dataset
-    first = next(iter(dataset), {})
+    first: dict[str, Any] = next(iter(dataset), {})
     return dataset.cast(Features({name: FEATURES.get(name, Json()) for name in first})) if first else dataset

@@ -24,7 +24,7 @@ class Proxy:
         class Handler(_Handler):
             owner = proxy
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_port
 
@@ -42,6 +42,11 @@ class Proxy:
             name = self.random.choice(FAULTS) if bad else "none"
             self.met[name] += 1
         return name
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A killed client hangs up; that is what the drill is about."""
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,0 +1,148 @@
+"""What a mix holds, before and after: tables by group, source and language, and the lengths of its rows."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .mix import Index
+
+Ints = NDArray[np.int64]
+_COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
+
+
+def make_report(
+    index: "Index", shares: dict[str, float], count: str, total: int, repeats_N: Ints, val_N: Ints
+) -> dict[str, Any]:
+    """Rows and tokens (answers' and all) of input, training and validation, by group, source and language, and how
+    many training rows of each group have 2**b to 2**(b+1) - 1 counted tokens.
+
+    `repeats_N`: how often each row is in the training set; `val_N`: 1 where it is in the validation set. `share` is of
+    the tokens that `count` names.
+    """
+    answer_N, all_N = np.array(index.answer_tokens_N), np.array(index.all_tokens_N)
+    counted_N = answer_N if count == "answers" else all_N
+    sets = {"input": np.ones_like(repeats_N), "train": repeats_N, "val": val_N}
+
+    def part(member_N: NDArray[np.bool_]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, times_N in sets.items():
+            here_N = times_N * member_N
+            found[name] = {
+                "rows": int(here_N.sum()),
+                "answer_tokens": int((here_N * answer_N).sum()),
+                "all_tokens": int((here_N * all_N).sum()),
+                "share": float((here_N * counted_N).sum() / max((times_N * counted_N).sum(), 1)),
+            }
+        used = int((repeats_N * member_N > 0).sum())
+        found["train"] |= {
+            "different_rows": used,
+            "mean_repeats": found["train"]["rows"] / max(used, 1),
+            "max_repeats": int((repeats_N * member_N).max()),
+        }
+        return found
+
+    report: dict[str, Any] = {
+        "count": count,
+        "tokens_aimed_at": total,
+        "all": part(np.ones(len(repeats_N), dtype=bool)),
+    }
+    for key, names, number_N in (
+        ("groups", index.groups, index.group_N),
+        ("sources", index.sources, index.source_N),
+        ("languages", index.languages, index.language_N),
+    ):
+        numbers = np.array(number_N)
+        report[key] = {name: part(numbers == i) for name, i in sorted(names.numbers.items())}
+    for name, entry in report["groups"].items():
+        entry["target_share"] = shares.get(name, 0.0)
+    bin_N = np.floor(np.log2(counted_N)).astype(np.int64)
+    group_N = np.array(index.group_N)
+    report["lengths"] = {
+        name: np.bincount(bin_N, repeats_N * (group_N == i), minlength=int(bin_N.max()) + 1).astype(int).tolist()
+        for name, i in sorted(index.groups.numbers.items())
+    }
+    return report
+
+
+HEADER = ("", "rows in", "tokens in", "share in", "target", "rows", "tokens", "share", "repeats", "val rows")
+
+
+def _lines(report: dict[str, Any], key: str) -> list[tuple[str, ...]]:
+    tokens = "answer_tokens" if report["count"] == "answers" else "all_tokens"
+    lines: list[tuple[str, ...]] = []
+    for name, entry in [*report[key].items(), ("all", report["all"])]:
+        before, train, val = entry["input"], entry["train"], entry["val"]
+        target = f"{100 * entry['target_share']:.2f}%" if "target_share" in entry else ""
+        was = (f"{before['rows']}", f"{before[tokens]}", f"{100 * before['share']:.2f}%", target)
+        now = (f"{train['rows']}", f"{train[tokens]}", f"{100 * train['share']:.2f}%", f"{train['mean_repeats']:.2f}")
+        lines.append((name, *was, *now, f"{val['rows']}"))
+    return lines
+
+
+def table(report: dict[str, Any], key: str) -> str:
+    """For the terminal."""
+    lines = [HEADER, *_lines(report, key)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
+    what = "answers" if report["count"] == "answers" else "all messages"
+    how = ", ".join(f"{how} ({n} messages)" for how, n in report["messages_whose_tokens_come_from"].items())
+    everything = report["all"]
+    text = [
+        "# Mix\n",
+        f"Shares are of the tokens of {what}; tokens by {how}. Aimed at {report['tokens_aimed_at']} training tokens.\n",
+        "| set | rows | answer tokens | all tokens |\n|---|---:|---:|---:|",
+        *(
+            f"| {name} | {n['rows']} | {n['answer_tokens']} | {n['all_tokens']} |"
+            for name, n in ((name, everything[name]) for name in ("input", "train", "val"))
+        ),
+        f"\n{report['held_out_rows']} rows were held out of training by their prompt.\n",
+    ]
+    for key in ("groups", "sources", "languages"):
+        text += [f"## By {key[:-1]}\n", f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
+        text += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in _lines(report, key)]
+        text.append("")
+    bins = range(len(next(iter(report["lengths"].values()))))
+    text += ["## Training rows by length\n", f"| tokens | {' | '.join(report['lengths'])} |"]
+    text.append("|---|" + "---:|" * len(report["lengths"]))
+    for b in bins:
+        text.append(f"| {2**b} to {2 ** (b + 1) - 1} | {' | '.join(str(n[b]) for n in report['lengths'].values())} |")
+    text.append("\n## Bad rows, left out\n")
+    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in report["bad_rows"].items()] or ["None."]
+    return "\n".join(text) + "\n"
+
+
+def plot_lengths(report: dict[str, Any], path: Path) -> None:
+    """Training rows by length, one line per group."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.8), constrained_layout=True, facecolor="white")
+    filled = [b for rows in report["lengths"].values() for b, n in enumerate(rows) if n]
+    bins = range(min(filled), max(filled) + 1)
+    shown = [(name, rows) for name, rows in report["lengths"].items() if sum(rows)]
+    for i, (name, rows) in enumerate(shown):
+        percent = [100 * rows[b] / sum(rows) for b in bins]
+        label = f"{name} ({sum(rows):,} rows)"
+        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=_COLOURS[i % 6], label=label, linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    what = "answer tokens" if report["count"] == "answers" else "tokens"
+    axes.set(xlabel=f"{what} of a row", ylabel="rows of the group (%)", title="Lengths of the training rows")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
