@@ -1,8 +1,9 @@
-"""Near-duplicates on a cluster: the signatures of `fastmtp clean`, on the engine of datatrove (pip install "datatrove[io,processing]").
+"""Near-duplicates on a cluster: the signatures of `fastmtp clean`, on the engine of datatrove.
 
+    pip install "datatrove[io,processing]"
     python examples/dedup_with_datatrove.py --input cleaned/ --output deduplicated/ --tasks 64 --workers 16
 
-Use it where one machine is outgrown; below some ten million rows `fastmtp clean` is simpler and compares pairs exactly.
+Use it where one machine is outgrown; where it is not, `fastmtp clean` is simpler and compares pairs exactly.
 `--input` is a folder of JSONL files of rows, which the tasks share; `--output` gets one file per task. On Slurm or Ray,
 put `SlurmPipelineExecutor` or `RayPipelineExecutor` in the place of `LocalPipelineExecutor`: the stages stay the same.
 """

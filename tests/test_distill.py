@@ -168,6 +168,7 @@ BAD = {
     "role": (b'{"messages": [{"role": "bot", "content": "x"}]}', "needs a `role`"),
     "content": (b'{"messages": [{"role": "user", "content": 7}]}', "needs a `content`"),
     "surrogate": (b'{"prompt": "\\ud800"}', "surrogate"),
+    "reasoning": (b'{"prompt": "x", "reasoning_content": "\\udc00"}', "surrogate"),
     "list": (b"[1, 2]", "must be a JSON object"),
     "duplicate": (b'{"id": "one", "prompt": "x"}', "duplicate id"),
     "long": (b'{"prompt": "' + b"x" * 100_000_000 + b'"}', "longer than 32 MiB"),

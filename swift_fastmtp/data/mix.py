@@ -220,11 +220,7 @@ def _read(
                     bad.add(where, "has no answer to count" if count == "answers" else "has no text to count",
                             "--count all counts prompts" if count == "answers" else "")  # fmt: skip
                     continue
-                try:
-                    line = dump_row(row).encode()
-                except UnicodeEncodeError as error:
-                    bad.add(where, "half a surrogate pair, which is no text", str(error))
-                    continue
+                line = dump_row(row).encode()
                 language = language_of(row)
                 source = row.get("source")
                 index.group_N.append(index.groups(assigned or groups.group(row, language)))
