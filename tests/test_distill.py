@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, free_port
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -210,6 +210,25 @@ def test_other_file_formats_hold_the_same_rows(prompts, tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(prompts.read_bytes())[:-20])
     with pytest.raises(FastMTPError, match=r"cut.jsonl.gz: cannot be read"):
         read_rows(tmp_path / "cut.jsonl.gz")
+
+
+def test_swift_deploy_gives_the_same_rows(prompts, tmp_path):
+    """ms-swift's own server, waited for while it starts: text, token ids and finish reasons as in this process."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "swift"), "deploy", "--model", str(TINY), "--model_type", "fastmtp"]
+    command += ["--infer_backend", "transformers", "--torch_dtype", "float32", "--port", str(port)]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        greedy = {"temperature": 0, "max_new_tokens": 24}
+        distill(
+            str(TINY), str(prompts), str(tmp_path / "there.jsonl"), base_urls=[f"http://127.0.0.1:{port}"], **greedy
+        )
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    own_answers(prompts, tmp_path / "here.jsonl", batch_size=1, **greedy)
+    assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
 def test_datasets_of_hubs_are_prompts(prompts, tmp_path):

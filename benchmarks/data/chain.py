@@ -54,13 +54,8 @@ def main():
     choose(args.data, out)
     commands = [command for arm in ARMS for command in prepare(arm, args.base_url, out)]
     commands += [command for arm, seed in product(ARMS, SEEDS) for command in train(arm, seed, out)]
-    record = {
-        "rounds": measure(out),
-        "commands": commands,
-        "steps": rows_of_steps(out),
-        "provenance": provenance(started),
-    }
-    record["tau"] = intervals(record["rounds"])
+    tau, steps = intervals(measure(out)), rows_of_steps(out)
+    record = {"tau": tau, "steps": steps, "commands": commands, "provenance": provenance(started)}
     write_json(record, Path(args.results) / "data_chain.json")
     text = table(record)
     (Path(args.results) / "data_chain.md").write_text(text, encoding="utf-8")
@@ -123,7 +118,7 @@ def run(command, result):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         subprocess.run(command, shell=True, check=True, env={**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"})
         write_json({"seconds": time.monotonic() - started}, result.with_name(f"{result.name}.time"))
-    return re.sub(r"\S*/(?=examples/|recipes/)", "", command).replace(str(result.parent), "chain")
+    return re.sub(r"\S*/(?=examples/|recipes/)", "", command)
 
 
 def measure(out):
@@ -190,10 +185,10 @@ def table(record):
     lines = [
         "# The data chain on real prompts",
         "",
-        f"{sum(GROUPS.values())} real prompts, answered by the tiny model through a real SGLang server, cleaned,",
-        f"mixed, trained on for {STEPS} steps; beside it the same prompts with their original answers. Tested on",
-        f"{sum(TEST.values())} other prompts, greedy, K = 3, {len(SEEDS)} seeds pooled, 95 % bootstrap intervals over",
-        "answers. Made by `benchmarks/data/chain.py`.",
+        f"{sum(GROUPS.values())} real prompts, answered by the tiny model through a real SGLang server, cleaned, mixed to "
+        f"{TOKENS} answer tokens, trained on for {STEPS} steps; beside it the same prompts with their original answers. "
+        f"Tested on {sum(TEST.values())} other prompts, greedy, K = 3, {len(SEEDS)} seeds pooled, 95 % bootstrap intervals "
+        "over answers. Made by `benchmarks/data/chain.py`.",
         "",
         "| τ | as shipped | original answers | own answers | own − original |",
         "|---|---:|---:|---:|---:|",
