@@ -187,8 +187,8 @@ def table(record):
         "",
         f"{sum(GROUPS.values())} real prompts, answered by the tiny model through a real SGLang server, cleaned, mixed "
         f"to {TOKENS} answer tokens, trained on for {STEPS} steps; beside it the same prompts with their original "
-        f"answers. Tested on {sum(TEST.values())} other prompts, greedy, K = 3, {len(SEEDS)} seeds pooled, 95 % bootstrap "
-        "intervals over answers. Made by `benchmarks/data/chain.py`.",
+        f"answers. Tested on {sum(TEST.values())} other prompts, greedy, K = 3, {len(SEEDS)} seeds pooled, 95 % "
+        "bootstrap intervals over answers. Made by `benchmarks/data/chain.py`.",
         "",
         "| τ | as shipped | original answers | own answers | own − original |",
         "|---|---:|---:|---:|---:|",
