@@ -157,6 +157,8 @@ def test_a_job_is_not_mixed_with_another(prompts, tmp_path):
     job = Job(output, json.loads((tmp_path / "o.jsonl.parts" / "job.json").read_text()))
     with job.part(1, 2), pytest.raises(FastMTPError, match=r"another process works on this shard"):
         own_answers(prompts, output, shard="1/2")
+    with pytest.raises(FastMTPError, match=r"--num_answers 0: must be above 0"):
+        own_answers(prompts, output, num_answers=0)
     with pytest.raises(FastMTPError, match=r"--shard 2/2: must be i/n"):
         own_answers(prompts, output, shard="2/2")
 

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import write_json
+from ..checkpoints import fingerprint, write_json
 from ..errors import FastMTPError
 from ..modeling import load_model
 from .client import RefusedError, Sampling, Servers
 from .conversation import Conversation, Reply, encode_prompt, load_tokenizer
 from .generate import end_token_ids, generate
 from .jobs import Job, Key, Part
-from .rows import BadRows, Row, file_hash, iter_rows
+from .rows import BadRows, Row, file_hash, iter_rows, refuse_existing
 
 
 def distill(
@@ -57,34 +58,41 @@ def distill(
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the server's chat
     template is not the model folder's, or no server answers.
     """
-    files = [prompts] if isinstance(prompts, str) else prompts
+    refuse_existing(output)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
     number, of = _shard(shard)
+    positive = {"max_new_tokens": max_new_tokens, "num_answers": num_answers, "concurrency": concurrency}
+    for name, value in {**positive, "batch_size": batch_size, "timeout": timeout}.items():
+        if value <= 0:
+            raise FastMTPError(f"--{name} {value}: must be above 0")
+    files = [prompts] if isinstance(prompts, str) else prompts
     source = Source(files, on_bad_row)
     if not source.count:
         raise FastMTPError(f"{', '.join(files)}: holds no rows")
+    tokenizer = load_tokenizer(model_dir)
+    model = None if base_urls else load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     settings: dict[str, Any] = {
         "prompts": [file_hash(f) for f in files],
-        **{
-            k: getattr(sampling, k) for k in ("max_new_tokens", "temperature", "top_k", "top_p", "chat_template_kwargs")
-        },
+        **asdict(sampling),
         "num_answers": num_answers,
         "seed": seed,
         "on_bad_row": on_bad_row,
-        **({} if base_urls else {"batch_size": batch_size}),
     }
-    tokenizer = load_tokenizer(model_dir)
+    if model is not None:
+        settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family)}
     job = Job(output, settings)
-    done = job.finished()
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
-    work = Worker(source, sampling, tokenizer, num_answers, seed)
-    with job.part(number, of) as part, _bar(len(keys), sum(key in done for key in keys)) as bar:
-        work.part, work.bar = part, bar
-        if base_urls:
-            servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
-            asyncio.run(work.from_servers(servers, [key for key in keys if key not in done], concurrency))
-        else:
-            work.in_process(model_dir, keys, set(done), batch_size)
+    worker = Worker(source, sampling, tokenizer, num_answers, seed)
+    with job.part(number, of) as part:
+        done = job.finished()
+        left = [key for key in keys if key not in done]
+        with tqdm(total=len(keys), initial=len(keys) - len(left), unit="row", desc="distill", smoothing=0.05) as bar:
+            worker.part, worker.bar = part, bar
+            if base_urls:
+                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
+                asyncio.run(worker.from_servers(servers, left, concurrency))
+            else:
+                worker.in_process(model, keys, set(left), batch_size)
     refused = job.merge(source.count * num_answers)
     if refused is None:
         missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
@@ -163,20 +171,18 @@ class Worker:
         self.bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
         self.bar.update(len(records))
 
-    def in_process(self, model_dir: str, keys: list[Key], done: set[Key], batch_size: int) -> None:
+    def in_process(self, model: Any, keys: list[Key], left: set[Key], batch_size: int) -> None:
         """Batches are fixed and seeded by number: a batch that was cut off is generated again, the same."""
-        batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-        todo = {i for i, batch in enumerate(batches) if not done.issuperset(batch)}
-        if not todo:
-            return
-        model = load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-        stream = self.conversations([key for i in sorted(todo) for key in batches[i]])
-        for i in sorted(todo):
-            batch = list(islice(stream, len(batches[i])))
-            torch.manual_seed(self.seed + i * batch_size)
-            talks = self._talk(model, [row for _, _, row in batch])
-            finished = zip((key for key, _, _ in batch), (row for _, _, row in batch), talks, strict=True)
-            self.finish([item for item in finished if item[0] not in done])
+        starts = [
+            start for start in range(0, len(keys), batch_size) if not left.isdisjoint(keys[start : start + batch_size])
+        ]
+        batches = [keys[start : start + batch_size] for start in starts]
+        stream = self.conversations([key for batch in batches for key in batch])
+        for start, batch in zip(starts, batches, strict=True):
+            rows = [row for _, _, row in islice(stream, len(batch))]
+            torch.manual_seed(self.seed + start)
+            talks = self._talk(model, rows)
+            self.finish([item for item in zip(batch, rows, talks, strict=True) if item[0] in left])
 
     def _talk(self, model: Any, rows: list[Row]) -> list[Conversation]:
         sampling = self.sampling
@@ -275,10 +281,6 @@ def _shard(text: str) -> tuple[int, int]:
     except ValueError:
         pass
     raise FastMTPError(f"--shard {text}: must be i/n with 0 <= i < n, as 0/4, 1/4, 2/4, 3/4")
-
-
-def _bar(total: int, initial: int) -> Any:
-    return tqdm(total=total, initial=initial, unit="row", desc="distill", smoothing=0.05)
 
 
 def _report(output: str, settings: dict[str, Any], source: Source, refused: list[Row]) -> None:

@@ -117,14 +117,13 @@ def mix(
         held_N = held_out(
             np.array(index.prompt_N, dtype=np.uint64), group_N, np.array(index.language_N, dtype=np.int64), val_ratio
         )
-        # Hash order is the random order; the group only matters for equal rows that were assigned to two groups.
-        order_N = np.lexsort((group_N, row_N))
+        order_N = np.argsort(row_N, kind="stable")  # a random order; only equal rows have equal hashes
         pools = {name: order_N[((group_N == g) & ~held_N)[order_N]] for name, g in index.groups.numbers.items()}
         repeats_N, total = _select(pools, counted_N, groups.shares, tokens, max_repeat)
         val = order_N[held_N[order_N] & np.isin(group_N, _with_share(index, groups))[order_N]]
         val = val[np.unique(row_N[val], return_index=True)[1]]
 
-        _write(folder / "train.jsonl", spool, index, _shuffled(repeats_N, row_N, group_N))
+        _write(folder / "train.jsonl", spool, index, _shuffled(repeats_N, row_N))
         if val_ratio:
             _write(folder / "val.jsonl", spool, index, val)
         spool.unlink()
@@ -148,6 +147,7 @@ def mix(
         report |= {
             "messages_whose_tokens_come_from": dict(counter.how.most_common()),
             "held_out_rows": int(held_N.sum()),
+            "identical_rows": len(row_N) - len(np.unique(row_N)),
             "bad_rows": bad.report(),
         }
         write_json({**report, "settings": settings}, folder / "report.json")
@@ -179,7 +179,10 @@ def mix(
 def parse_tokens(text: str) -> int:
     """A number of tokens: 200000, 300K, 200M, 1.5B. Raises `ValueError` otherwise."""
     factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
-    return round(float(text[:-1]) * factor) if factor > 1 else int(text)
+    number = float(text[:-1]) * factor if factor > 1 else int(text)
+    if not number < 2**63:  # infinite and NaN, too
+        raise ValueError
+    return round(number)
 
 
 def _assigned(inputs: Sequence[str], groups: Groups) -> list[tuple[str, str | None]]:
@@ -302,6 +305,11 @@ def _select(
     for name, share in wanted.items():
         pool = pools[name]
         repeats_N[pool] = take(tokens_N[pool], share * total)
+        if not repeats_N[pool].any():
+            raise FastMTPError(
+                f"group {name!r}: its share of {total} tokens, {share * total:.4g}, is not half a row; raise --tokens, or, "
+                "if that is all the inputs allow, add rows or raise --max_repeat"
+            )
     return repeats_N, total
 
 
@@ -316,7 +324,7 @@ def take(tokens_N: Ints, target: float) -> Ints:
     return repeats_N
 
 
-def _shuffled(repeats_N: Ints, row_N: Hashes, group_N: Ints) -> Ints:
+def _shuffled(repeats_N: Ints, row_N: Hashes) -> Ints:
     """Row numbers, each as often as it is taken, in an order that depends on the rows' hashes only."""
     rows_M = np.repeat(np.arange(len(repeats_N)), repeats_N)
     first_M = np.repeat(np.cumsum(repeats_N) - repeats_N, repeats_N)
@@ -326,7 +334,7 @@ def _shuffled(repeats_N: Ints, row_N: Hashes, group_N: Ints) -> Ints:
     mixed_M = (mixed_M ^ (mixed_M >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed_M = (mixed_M ^ (mixed_M >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed_M ^= mixed_M >> np.uint64(31)
-    return rows_M[np.lexsort((group_N[rows_M], mixed_M))]
+    return rows_M[np.argsort(mixed_M, kind="stable")]
 
 
 def _write(path: Path, spool: Path, index: Index, rows_M: Ints) -> None:

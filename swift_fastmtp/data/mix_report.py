@@ -26,36 +26,44 @@ def make_report(
     counted_N = answer_N if count == "answers" else all_N
     sets = {"input": np.ones_like(repeats_N), "train": repeats_N, "val": val_N}
 
-    def part(member_N: NDArray[np.bool_]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, times_N in sets.items():
-            here_N = times_N * member_N
-            found[name] = {
-                "rows": int(here_N.sum()),
-                "answer_tokens": int((here_N * answer_N).sum()),
-                "all_tokens": int((here_N * all_N).sum()),
-                "share": float((here_N * counted_N).sum() / max((times_N * counted_N).sum(), 1)),
-            }
-        used = int((repeats_N * member_N > 0).sum())
-        found["train"] |= {
-            "different_rows": used,
-            "mean_repeats": found["train"]["rows"] / max(used, 1),
-            "max_repeats": int((repeats_N * member_N).max()),
+    def parts(names: dict[str, int], part_N: Ints) -> dict[str, Any]:
+        """One entry per name; in one go, because every row may have a source of its own."""
+
+        def sums(value_N: Ints) -> list[int]:
+            # bincount adds in float64, exact below 2**53.
+            return np.bincount(part_N, value_N, minlength=len(names)).astype(np.int64).tolist()
+
+        columns = {
+            name: (sums(times_N), sums(times_N * answer_N), sums(times_N * all_N), sums(times_N * counted_N))
+            for name, times_N in sets.items()
         }
+        used = sums(repeats_N > 0)
+        most = np.zeros(len(names), dtype=np.int64)
+        np.maximum.at(most, part_N, repeats_N)
+        found: dict[str, Any] = {}
+        for part, i in sorted(names.items()):
+            found[part] = {
+                name: {"rows": rows[i], "answer_tokens": answer[i], "all_tokens": every[i],
+                       "share": counted[i] / max(sum_of[name], 1)}
+                for name, (rows, answer, every, counted) in columns.items()
+            }  # fmt: skip
+            rows = found[part]["train"]["rows"]
+            found[part]["train"] |= {
+                "different_rows": used[i],
+                "mean_repeats": rows / max(used[i], 1),
+                "max_repeats": int(most[i]),
+            }
         return found
 
+    sum_of = {name: int((times_N * counted_N).sum()) for name, times_N in sets.items()}
     report: dict[str, Any] = {
         "count": count,
         "tokens_aimed_at": total,
-        "all": part(np.ones(len(repeats_N), dtype=bool)),
+        "all": parts({"all": 0}, np.zeros(len(repeats_N), dtype=np.int64))["all"],
+        "groups": parts(index.groups.numbers, np.array(index.group_N)),
+        "sources": parts(index.sources.numbers, np.array(index.source_N)),
+        "languages": parts(index.languages.numbers, np.array(index.language_N)),
     }
-    for key, names, number_N in (
-        ("groups", index.groups, index.group_N),
-        ("sources", index.sources, index.source_N),
-        ("languages", index.languages, index.language_N),
-    ):
-        numbers = np.array(number_N)
-        report[key] = {name: part(numbers == i) for name, i in sorted(names.numbers.items())}
     for name, entry in report["groups"].items():
         entry["target_share"] = shares.get(name, 0.0)
     bin_N = np.floor(np.log2(counted_N)).astype(np.int64)
