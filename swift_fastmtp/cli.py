@@ -126,7 +126,7 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _tokens(text: str) -> int:
+def tokens(text: str) -> int:
     from .data.mix import parse_tokens
 
     return parse_tokens(text)
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
     verb.add_argument("--shares", nargs="+", metavar="GROUP=SHARE", help="default: --config's, or the paper's")
     verb.add_argument("--config", help="YAML with shares and the rules of the groups, as recipes/data/paper_mix.yaml")
-    verb.add_argument("--tokens", type=_tokens, help="training tokens, as 200M; default: as many as the shares allow")
+    verb.add_argument("--tokens", type=tokens, help="training tokens, as 200M; default: as many as the shares allow")
     verb.add_argument("--count", choices=("answers", "all"), default="answers", help="which tokens")
     verb.add_argument("--max_repeat", type=int, default=1, help="how often a row may be in train.jsonl")
     verb.add_argument("--val_ratio", type=float, default=0.005, help="fraction of the prompts that is held out")

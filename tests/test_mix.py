@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import yaml
 from conftest import ROOT, TINY
@@ -149,6 +150,7 @@ def test_rows_without_answers_or_text_are_bad(tmp_path):
         ({"shares": ["general=x"]}, r"--shares general=x: must be name=number"),
         ({"shares": ["general=0.5", "poetry=0.5"]}, r"'poetry' has a share of 0.5 but no training rows"),
         ({"tokens": 10**9}, r"group 'zh' has \d+ tokens.*raise --max_repeat to \d+, lower --tokens to \d+, or change"),
+        ({"tokens": 7}, r"its share of 7 tokens, [\d.]+, is not half a row; raise --tokens"),
         ({"max_repeat": 0}, r"--max_repeat 0: must be at least 1"),
         ({"val_ratio": 0.9}, r"--val_ratio 0.9: must be from 0 to 0.5"),
         ({"inputs": ["math=missing.jsonl"]}, r"missing.jsonl: cannot be read"),
@@ -175,6 +177,56 @@ def test_errors_name_the_option_and_the_mend(changes, message, tmp_path):
 @pytest.mark.parametrize(("text", "number"), [("200M", 200_000_000), ("1.5B", 1_500_000_000), ("3k", 3000), ("17", 17)])
 def test_budgets_are_numbers_with_a_unit(text, number):
     assert parse_tokens(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "infM", "nanB", "lots", "1.5", "1e400B"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(ValueError):
+        parse_tokens(text)
+
+
+def test_parquet_gives_the_same_bytes_as_jsonl(tmp_path):
+    rows = rows_of(PLENTY)
+    path = write(tmp_path / "a.jsonl", rows)
+    packed = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), packed)
+    mix([path], str(tmp_path / "1"), val_ratio=0.05)
+    mix([str(packed)], str(tmp_path / "2"), val_ratio=0.05)
+    for file in ("train.jsonl", "val.jsonl"):
+        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+
+
+def test_prompts_can_be_mixed_before_they_are_answered(tmp_path):
+    inputs = [str(ROOT / "examples" / "prompts" / f"{name}.jsonl") for name in ("train", "eval")]
+    shares = ["general=0.5", "zh=0.3", "code=0.2"]
+    mix(inputs, str(tmp_path / "out"), shares=shares, count="all", max_repeat=2, val_ratio=0.05)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    trained = {group: round(entry["train"]["share"], 2) for group, entry in report["groups"].items()}
+    assert trained == {"general": 0.5, "zh": 0.3, "code": 0.2}
+    assert set(report["sources"]) == {"train.jsonl", "eval.jsonl"}
+
+
+def test_the_report_adds_up_whatever_the_number_of_sources(tmp_path):
+    """Against plain sums over the files that were written."""
+    rows = rows_of({g: 10 * n for g, n in PLENTY.items()})
+    for row in rows[1000:]:
+        row["source"] = f"https://example.org/{row['id']}"
+    out = tmp_path / "out"
+    mix([write(tmp_path / "a.jsonl", [*rows, *rows[:5]])], str(out), max_repeat=3, val_ratio=0.05)
+    report = json.loads((out / "report.json").read_text())
+    others = f"({len({row['source'] for row in rows}) - 100} other sources)"
+    assert report["identical_rows"] == 5 and len(report["sources"]) == 101 and others in report["sources"]
+    for name in ("train", "val"):
+        written = read_rows(out / f"{name}.jsonl")
+        total = sum(len(row["messages"][-1]["token_ids"]) for row in written)
+        for group, entry in report["groups"].items():
+            of_group = [row for row in written if (row["category"], row["language"]) == CATEGORIES[group]]
+            tokens = sum(len(row["messages"][-1]["token_ids"]) for row in of_group)
+            assert (entry[name]["rows"], entry[name]["answer_tokens"]) == (len(of_group), tokens)
+            assert entry[name]["all_tokens"] == tokens + len(of_group)
+            assert entry[name]["share"] == pytest.approx(tokens / total)
+        times = Counter(s if (s := row["source"]) in report["sources"] else others for row in written)
+        assert {s: e[name]["rows"] for s, e in report["sources"].items() if e[name]["rows"]} == times
 
 
 def test_kill_9_leaves_nothing_half_written(tmp_path):

@@ -169,7 +169,9 @@ def mix(
         }
         write_json(manifest, folder / "manifest.json")
     print(table(report, "groups"))
-    estimated = "; tokens are estimated, --model counts them" if "estimate" in counter.how else ""
+    estimated = ""
+    if guesses := counter.how["estimate"]:  # often the prompts only: distilled answers have token_ids
+        estimated = f"; tokens of {guesses} of {counter.how.total()} messages are estimated, --model counts them"
     print(
         f"{output_dir}: {int(repeats_N.sum())} training rows, {len(val)} validation rows, "
         f"{bad.total} bad rows left out; more: report.md{estimated}"
@@ -307,8 +309,8 @@ def _select(
         repeats_N[pool] = take(tokens_N[pool], share * total)
         if not repeats_N[pool].any():
             raise FastMTPError(
-                f"group {name!r}: its share of {total} tokens, {share * total:.4g}, is not half a row; raise --tokens, or, "
-                "if that is all the inputs allow, add rows or raise --max_repeat"
+                f"group {name!r}: its share of {total} tokens, {share * total:.4g}, is not half a row; raise --tokens, "
+                "or, if the inputs allow no more, add rows or raise --max_repeat"
             )
     return repeats_N, total
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .mix import Index
 
 Ints = NDArray[np.int64]
+MAX_SOURCES = 100
+"""In the report; the others are one line."""
 _COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
 
 
@@ -25,9 +27,10 @@ def make_report(
     answer_N, all_N = np.array(index.answer_tokens_N), np.array(index.all_tokens_N)
     counted_N = answer_N if count == "answers" else all_N
     sets = {"input": np.ones_like(repeats_N), "train": repeats_N, "val": val_N}
+    sum_of = {name: int((times_N * counted_N).sum()) for name, times_N in sets.items()}
 
     def parts(names: dict[str, int], part_N: Ints) -> dict[str, Any]:
-        """One entry per name; in one go, because every row may have a source of its own."""
+        """One entry per name."""
 
         def sums(value_N: Ints) -> list[int]:
             # bincount adds in float64, exact below 2**53.
@@ -37,7 +40,7 @@ def make_report(
             name: (sums(times_N), sums(times_N * answer_N), sums(times_N * all_N), sums(times_N * counted_N))
             for name, times_N in sets.items()
         }
-        used = sums(repeats_N > 0)
+        used = sums(np.minimum(repeats_N, 1))
         most = np.zeros(len(names), dtype=np.int64)
         np.maximum.at(most, part_N, repeats_N)
         found: dict[str, Any] = {}
@@ -55,13 +58,12 @@ def make_report(
             }
         return found
 
-    sum_of = {name: int((times_N * counted_N).sum()) for name, times_N in sets.items()}
     report: dict[str, Any] = {
         "count": count,
         "tokens_aimed_at": total,
         "all": parts({"all": 0}, np.zeros(len(repeats_N), dtype=np.int64))["all"],
         "groups": parts(index.groups.numbers, np.array(index.group_N)),
-        "sources": parts(index.sources.numbers, np.array(index.source_N)),
+        "sources": parts(*_largest(index.sources.numbers, np.array(index.source_N))),
         "languages": parts(index.languages.numbers, np.array(index.language_N)),
     }
     for name, entry in report["groups"].items():
@@ -76,6 +78,18 @@ def make_report(
 
 
 HEADER = ("", "rows in", "tokens in", "share in", "target", "rows", "tokens", "share", "repeats", "val rows")
+
+
+def _largest(names: dict[str, int], part_N: Ints) -> tuple[dict[str, int], Ints]:
+    """Names and numbers with all but the names of most rows put together: every row may have a source of its own."""
+    if len(names) <= MAX_SOURCES:
+        return names, part_N
+    rows = np.bincount(part_N)
+    kept = sorted(names, key=lambda name: (-rows[names[name]], name))[:MAX_SOURCES]
+    number = np.full(len(names), MAX_SOURCES)
+    number[[names[name] for name in kept]] = np.arange(MAX_SOURCES)
+    others = f"({len(names) - MAX_SOURCES} other sources)"
+    return {name: i for i, name in enumerate([*kept, others])}, number[part_N]
 
 
 def _lines(report: dict[str, Any], key: str) -> list[tuple[str, ...]]:
@@ -113,11 +127,15 @@ def markdown(report: dict[str, Any]) -> str:
             f"| {name} | {n['rows']} | {n['answer_tokens']} | {n['all_tokens']} |"
             for name, n in ((name, everything[name]) for name in ("input", "train", "val"))
         ),
-        f"\n{report['held_out_rows']} rows were held out of training by their prompt.\n",
+        f"\n{report['held_out_rows']} rows were held out of training by their prompt. "
+        f"{report['identical_rows']} rows of the input are copies of others; each copy counts as a row.\n",
     ]
     for key in ("groups", "sources", "languages"):
         text += [f"## By {key[:-1]}\n", f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
-        text += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in _lines(report, key)]
+        text += [
+            f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |"
+            for line in _lines(report, key)
+        ]
         text.append("")
     bins = range(len(next(iter(report["lengths"].values()))))
     text += ["## Training rows by length\n", f"| tokens | {' | '.join(report['lengths'])} |"]
