@@ -1,6 +1,6 @@
 """Self-distillation from a real SGLang server: the same rows as without faults, whatever breaks and however often.
 
-`PYTHONPATH=tests python tests/serving/test_distill.py 40` runs the drill with 40 kills instead of the test's few.
+`PYTHONPATH=tests python tests/serving/test_fault_drill.py 40` runs the drill with 40 kills instead of the test's few.
 """
 
 import json
