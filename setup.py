@@ -79,6 +79,9 @@ setup(
             "triton; platform_system == 'Linux'",
         ],
     },
-    entry_points={"console_scripts": ["fastmtp=swift_fastmtp.cli:main"]},
+    entry_points={
+        "console_scripts": ["fastmtp=swift_fastmtp.cli:main"],
+        "sglang.srt.plugins": ["swift_fastmtp=swift_fastmtp.serving.sglang_plugin:register"],
+    },
     cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
 )

@@ -47,8 +47,9 @@ def engine_version() -> str:
 class Server:
     """`with Server(command) as server:` where `command` is `python -m sglang.launch_server ...`."""
 
-    def __init__(self, command, log):
+    def __init__(self, command, log, environment=None):
         self.log = Path(log)
+        self.environment = environment or {}
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
@@ -57,7 +58,10 @@ class Server:
     def __enter__(self):
         environment = {
             **os.environ,
-            "PYTHONPATH": str(HERE / "stand_in"),
+            **self.environment,
+            "PYTHONPATH": os.pathsep.join(
+                [str(HERE / "stand_in"), *filter(None, [self.environment.get("PYTHONPATH")])]
+            ),
             "SGLANG_USE_CPU_ENGINE": "1",
             "TORCHDYNAMO_DISABLE": "1",
             "OMP_NUM_THREADS": "1",
@@ -90,10 +94,14 @@ class Server:
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]
 
-    def generate(self, prompts, max_new_tokens, temperature=0.0):
-        """One answer per prompt (lists of token ids): SGLang's own records with `output_ids` and `meta_info`."""
-        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-        body = json.dumps({"input_ids": prompts, "sampling_params": sampling}).encode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, **fields):
+        """One answer per prompt (lists of token ids): SGLang's own records with `output_ids` and `meta_info`.
+
+        `max_new_tokens` may be a list, one number per prompt; `fields` are other fields of the request.
+        """
+        lengths = max_new_tokens if isinstance(max_new_tokens, list) else [max_new_tokens] * len(prompts)
+        sampling = [{"temperature": temperature, "max_new_tokens": n} for n in lengths]
+        body = json.dumps({"input_ids": prompts, "sampling_params": sampling, **fields}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/generate", data=body, headers={"Content-Type": "application/json"}
         )

@@ -1,0 +1,1 @@
+"""Serving: what runs inside the engine that serves the drafts."""

@@ -1,0 +1,95 @@
+"""The language of a prompt or an answer, from its token ids: which token map a request drafts with.
+
+A server sees every request and every answer growing, so this has to cost microseconds: each id has a script class,
+looked up once per tokenizer, and a language is a share of classes. Text that is nothing clearly has no name; it drafts
+with the whole vocabulary.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+CLASSES = ("neutral", "latin", "han", "kana", "hangul", "cyrillic", "arabic", "code")
+_NEUTRAL, _LATIN, _HAN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _CODE = range(len(CLASSES))
+# Asked in this order; a token with one such character has the class.
+_SCRIPTS = (
+    (_KANA, re.compile(r"[\u3040-\u30ff]")),
+    (_HANGUL, re.compile(r"[\uac00-\ud7af\u1100-\u11ff]")),
+    (_HAN, re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")),
+    (_CYRILLIC, re.compile(r"[\u0400-\u04ff]")),
+    (_ARABIC, re.compile(r"[\u0600-\u06ff]")),
+)
+# What prose hardly has: brackets of blocks, operators, names with underscores, indentation.
+_CODE_TOKEN = re.compile(r"[{}\[\]=<>_\\;|&#]|\(\)|\)\.|::|->|//|```|^(?: {3,}|\t+|\s*\n[ \t]+)$")
+_LATIN_TOKEN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+
+MIN_TOKENS = 4
+"""Fewer tokens with a class say nothing."""
+_ROLE_TOKENS = 2
+LOOKED_AT = 512
+"""Tokens at the end of a text that are looked at."""
+SHARES = {"code": 0.2, "ja": 0.15, "ko": 0.3, "zh": 0.5, "ru": 0.5, "ar": 0.5, "en": 0.85}
+
+
+class TokenLanguages:
+    """The script classes of a tokenizer's ids.
+
+    `en` is Latin script: other languages in it need a map of their own name, and the caller to tell them apart.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        ids = range(len(tokenizer))
+        self.special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        texts = tokenizer.batch_decode([[i] for i in ids])
+        classes = [_NEUTRAL if i in self.special else _class(t) for i, t in zip(ids, texts, strict=True)]
+        self.classes = np.array(classes, np.uint8)
+
+    def of_prompt(self, ids: Sequence[int]) -> str | None:
+        """The language of what was said last: a chat template's system prompt and roles, mostly English, do not count.
+
+        That is the last part between two special tokens which has more than a role's name.
+        """
+        end = len(ids)
+        while end > 0:
+            start = end
+            while start > 0 and ids[start - 1] not in self.special:
+                start -= 1
+            if end - start >= MIN_TOKENS + _ROLE_TOKENS:
+                return self(ids[start:end])
+            end = start - 1
+        return self(ids)
+
+    def __call__(self, ids: Sequence[int]) -> str | None:
+        """`zh`, `en`, `code`, .. or None if the text is short, mixed or of another script."""
+        found = np.asarray(ids[-LOOKED_AT:], dtype=np.int64)
+        counts = np.bincount(self.classes[found[found < len(self.classes)]], minlength=len(CLASSES))
+        said = int(counts[1:].sum())
+        if said < MIN_TOKENS:
+            return None
+        share = counts / said
+        asian = share[_HAN] + share[_KANA]
+        if share[_CODE] >= SHARES["code"] and asian < SHARES["code"]:
+            return "code"
+        if share[_KANA] >= SHARES["ja"]:
+            return "ja"
+        for name, found_share in (
+            ("ko", share[_HANGUL]),
+            ("zh", share[_HAN]),
+            ("ru", share[_CYRILLIC]),
+            ("ar", share[_ARABIC]),
+            ("en", share[_LATIN]),
+        ):
+            if found_share >= SHARES[name]:
+                return name
+        return None
+
+
+def _class(text: str) -> int:
+    for number, pattern in _SCRIPTS:
+        if pattern.search(text):
+            return number
+    if _CODE_TOKEN.search(text):
+        return _CODE
+    return _LATIN if _LATIN_TOKEN.search(text) else _NEUTRAL

@@ -1,0 +1,149 @@
+"""A real SGLang server in which every request drafts with its language's token map: batches of all languages at once.
+
+Each request's acceptance counts equal those of a server with that one static map (which is what the simulator counts),
+its text is the text without speculation, and what joins, ends or is aborted beside it changes nothing.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import urllib.request
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from engine import Server
+from transformers import AutoTokenizer
+
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts
+from swift_fastmtp.export.serve_args import command, serve_flags
+from swift_fastmtp.modeling import load_model
+from swift_fastmtp.vocab.languages import TokenLanguages
+from swift_fastmtp.vocab.maps import read_token_map
+
+TOKENS = 16  # so few that no answer's language is looked at again
+END = 6082
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("routed")
+
+
+@pytest.fixture(scope="module")
+def installed(work):
+    """The package as a user installs it, with its entry point, for the engine's environment."""
+    target = work / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(ROOT)], check=True, capture_output=True)
+    return target
+
+
+@pytest.fixture(scope="module")
+def maps(work):
+    """Three maps that have little in common, so that no two languages can be mistaken for each other."""
+    ids = {"en": range(0, 6144, 2), "zh": range(1, 6144, 2), "code": range(3072)}
+    for name, chosen in ids.items():
+        torch.save(sorted({*chosen, END}), work / f"{name}.pt")
+    (work / "maps.json").write_text(json.dumps({name: f"{name}.pt" for name in ids}))
+    return work / "maps.json"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Greedy texts of 21 prompts, seven of each kind; the model and what tells their languages."""
+    rows = [json.loads(line) for line in (ROOT / "examples/prompts/eval.jsonl").read_text().splitlines()]
+    chosen = [r for c in ("en", "zh", "code") for r in [r for r in rows if r["category"] == c][:6]]
+    # A language that has no map: the whole vocabulary.
+    chosen += [
+        {"messages": [{"role": "user", "content": text}]} for text in ("Почему это важно? Расскажи подробно.", "1 2")
+    ]
+    chosen += [{"messages": [{"role": "user", "content": "def f(x_1):\n    return {'a': [x_1 == 2]}\n"}]}]
+    model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    model.fastmtp = FastMTPConfig()
+    return make_texts(model, tokenizer, chosen, TOKENS, "generate", 8), model, tokenizer
+
+
+def server(installed, maps, log, *flags):
+    start = [*command(serve_flags(TINY, num_steps=3)), *flags]
+    return Server(start, log, {"PYTHONPATH": str(installed), "SWIFT_FASTMTP_MAPS": str(maps)})
+
+
+@pytest.fixture(scope="module")
+def running(installed, maps, work):
+    with server(installed, maps, work / "server.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(texts, maps):
+    """Per text: its language, itself, and the drafts that the simulator accepts with that language's static map."""
+    found, model, tokenizer = texts
+    identify = TokenLanguages(tokenizer)
+    languages = [identify.of_prompt(t.ids[: t.start]) for t in found]
+    assert {"en", "zh", "code"} <= set(languages) and set(languages) - {"en", "zh", "code"}
+    rounds = {}
+    for name in set(languages):
+        path = maps.parent / f"{name}.pt"
+        ids = read_token_map(path, model.config.vocab_size) if path.exists() else None
+        _, counts = draft_rounds(model, found, tokenizer.pad_token_id, 8, ids)
+        rounds[name] = counts[-1]
+    return [(language, t, rounds[language][i]) for i, (language, t) in enumerate(zip(languages, found, strict=True))]
+
+
+def assert_as_expected(records, expected):
+    for record, (_, text, want) in zip(records, expected, strict=True):
+        assert record["output_ids"] == text.ids[text.start : text.end]
+        assert record["meta_info"]["spec_verify_ct"] == len(want)
+        assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
+
+
+def test_every_request_drafts_in_its_own_language(running, expected):
+    """All at once, in mixed batches."""
+    assert_as_expected(running.generate([t.ids[: t.start] for _, t, _ in expected], TOKENS), expected)
+    different = sum(want != other for (_, _, want), (_, _, other) in pairwise(expected))
+    assert different > 5
+
+
+def test_what_joins_ends_or_is_aborted_disturbs_nobody(running, expected):
+    """Long requests run beside them all the time; one of them is aborted; others end after one or two tokens."""
+    beside = [t.ids[: t.start] for _, t, _ in expected[::4]]
+    running.generate([beside[0]], 8)  # its prompt is cached: it joins in the middle of others
+    threads = [
+        threading.Thread(target=running.generate, args=([prompt], length), kwargs={"rid": [f"beside-{i}"]})
+        for i, (prompt, length) in enumerate(zip(beside, (200, 1, 200, 2, 200, 3), strict=False))
+    ]
+    for thread in threads:
+        thread.start()
+    abort = urllib.request.Request(
+        f"http://127.0.0.1:{running.port}/abort_request",
+        data=json.dumps({"rid": "beside-0"}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(abort, timeout=30).close()
+    for _ in range(2):
+        assert_as_expected(running.generate([t.ids[: t.start] for _, t, _ in expected], TOKENS), expected)
+    for thread in threads:
+        thread.join()
+
+
+REFUSED = {
+    "not json": ("{", (), "maps.json: cannot be read as JSON"),
+    "no such map": ('{"zh": "missing.pt"}', (), "zh: .*missing.pt: no such file"),
+    "another model's": ('{"zh": "large.pt"}', (), "large.pt: holds id 151000, the model has rows 0..6143"),
+    "a static map as well": ('{"zh": "zh.pt"}', ("--speculative-token-map", "zh.pt"), "leave one of the two out"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_stops_the_start_with_one_line(name, installed, maps, tmp_path):
+    content, flags, message = REFUSED[name]
+    torch.save([5, 151_000], tmp_path / "large.pt")
+    torch.save([5, 6], tmp_path / "zh.pt")
+    (tmp_path / "maps.json").write_text(content)
+    flags = [str(tmp_path / f) if f.endswith(".pt") else f for f in flags]
+    with pytest.raises(AssertionError, match=rf"(?s)fastmtp: error: [^\n]*{message}"):
+        server(installed, tmp_path / "maps.json", tmp_path / "log", *flags).__enter__()
