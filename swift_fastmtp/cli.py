@@ -64,15 +64,19 @@ def _prompt_file(name: str, number: int, output: str) -> str:
 def _clean(args: argparse.Namespace) -> None:
     from .data.clean import clean
 
-    options = {k: v for k, v in vars(args).items() if k not in ("run", "verb") and v is not None}
-    clean(**options)
+    clean(**{k: v for k, v in vars(args).items() if k not in ("run", "verb") and v is not None})
 
 
 def _mix(args: argparse.Namespace) -> None:
     from .data.mix import mix
 
-    options = {k: v for k, v in vars(args).items() if k not in ("run", "verb")}
-    mix(**options)
+    mix(**{k: v for k, v in vars(args).items() if k not in ("run", "verb")})
+
+
+def _vocab(args: argparse.Namespace) -> None:
+    from .vocab.build import vocab
+
+    vocab(**{k: v for k, v in vars(args).items() if k not in ("run", "verb")})
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -201,6 +205,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_mix)
+
+    verb = verbs.add_parser("vocab", help="token maps, the ids that a draft may choose from, and what they cover")
+    verb.add_argument("--inputs", nargs="+", required=True, help="JSONL (.gz, .xz) or Parquet of rows with answers")
+    verb.add_argument("--model", required=True, help="folder with config.json and the tokenizer")
+    verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
+    verb.add_argument("--sizes", nargs="+", type=int, help="ids in each map; default: 8192 16384 32768 65536")
+    verb.add_argument("--coverage", type=float, help="instead of sizes: share of held-out tokens, as 0.99")
+    verb.add_argument("--by", choices=("language", "group", "category"), default="language", help="what has maps")
+    verb.add_argument("--count", choices=("answers", "all"), default="answers", help="which tokens")
+    verb.add_argument("--held_out", type=float, default=0.05, help="fraction of prompts that coverage is measured on")
+    verb.add_argument("--jobs", type=int, default=1, help="processes that count")
+    verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
+    verb.set_defaults(run=_vocab)
 
     verb = verbs.add_parser("export", help="a checkpoint that SGLang and vLLM serve")
     verb.add_argument("--adapters", required=True, help="checkpoint of swift sft (tuner type fastmtp, full or lora)")

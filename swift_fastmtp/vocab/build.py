@@ -1,0 +1,288 @@
+"""`fastmtp vocab`: token maps, each the ids that a draft may choose from, by language or domain (paper 2.2, FR-Spec).
+
+A map is a prefix of a ranking, so larger maps of a name hold the smaller ones. Ids are stored in ascending order:
+between equal logits the draft then takes the token that the full matrix would take, and `d2t` is that of EAGLE3
+checkpoints.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import __version__
+from ..checkpoints import new_folder, read_json, save_tensors, write_json
+from ..data.jobs import parts_folder
+from ..data.mix_groups import Groups
+from ..errors import FastMTPError
+from .counts import UNKNOWN, Counts, CountSettings, count_files
+from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
+from .maps import read_token_map
+from .must_keep import Vocabulary, read_vocabulary
+
+Ints = NDArray[np.int64]
+
+SIZES = (8192, 16384, 32768, 65536)
+ROUND = 64
+"""Sizes that are computed are multiples of it, for the sake of matrix kernels."""
+MIN_SHARE = 0.01
+"""A language or group with a smaller share of the counted tokens gets no map of its own."""
+MIXED = "mixed"
+SCHEMA = "swift_fastmtp.token_map/1"
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """One map."""
+
+    name: str
+    ids: Ints
+    """[size], ascending."""
+    filled: int
+    """How many of them were never counted for this name, and are not in every map."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What maps are made for: a language, a group, or all of them mixed."""
+
+    name: str
+    cells: tuple[str, ...]
+    """Its own."""
+    order: Ints
+    """[all ids that exist], the ranking; maps are its prefixes."""
+    counted_V: NDArray[Any]
+    """What it is ranked by."""
+
+    def map(self, size: int, vocabulary: Vocabulary) -> TokenMap:
+        ids = self.order[:size]
+        kept = set(vocabulary.must_keep)
+        filled = sum(int(i) not in kept for i in ids[self.counted_V[ids] == 0])
+        return TokenMap(self.name, np.sort(ids), filled)
+
+
+def vocab(
+    inputs: Sequence[str],
+    model: str,
+    output_dir: str,
+    *,
+    sizes: Sequence[int] | None = None,
+    coverage: float | None = None,
+    by: str = "language",
+    count: str = "answers",
+    held_out: float = 0.05,
+    jobs: int = 1,
+    on_bad_row: str = "stop",
+) -> None:
+    """Write token maps with their sidecars, counts.safetensors and coverage.{json,md,png} to a new folder.
+
+    Args:
+        inputs: JSONL (.gz, .xz) or Parquet files of rows with answers.
+        model: folder with config.json and the tokenizer.
+        sizes: ids in each map; default: those of `SIZES` that fit the vocabulary.
+        coverage: instead of sizes, the share of the held-out tokens that each map is to hold.
+        by: what maps are made for: `language` (code is one), `group` (of `fastmtp mix`) or `category`.
+        count: tokens of the assistant's messages (`answers`) or of `all`.
+        held_out: fraction of the prompts whose rows are not counted; coverage is measured on them.
+        jobs: processes that count.
+
+    Raises `FastMTPError` if the folder exists, an input or the tokenizer cannot be read, a row is bad (unless
+    `on_bad_row` is "skip"), or an option is impossible.
+    """
+    if by not in ("language", "group", "category"):
+        raise FastMTPError(f"--by {by}: must be `language`, `group` or `category`")
+    if count not in ("answers", "all"):
+        raise FastMTPError(f"--count {count}: must be `answers` or `all`")
+    if on_bad_row not in ("stop", "skip"):
+        raise FastMTPError(f"--on_bad_row {on_bad_row}: must be `stop` or `skip`")
+    if not 0 < held_out <= 0.5:
+        raise FastMTPError(
+            f"--held_out {held_out}: must be above 0 and at most 0.5; coverage is measured on these rows"
+        )
+    if jobs < 1:
+        raise FastMTPError(f"--jobs {jobs}: must be at least 1")
+    if sizes is not None and coverage is not None:
+        raise FastMTPError("--sizes and --coverage: give one of them")
+    if coverage is not None and not 0 < coverage <= 1:
+        raise FastMTPError(f"--coverage {coverage}: must be above 0 and at most 1, as in 0.99")
+    if Path(output_dir).exists():
+        raise FastMTPError(f"{output_dir}: already exists; name another output folder or remove this one")
+    vocabulary = read_vocabulary(model)
+    sizes = _check_sizes(sizes, vocabulary) if coverage is None else None
+    settings = CountSettings(count, by == "category", held_out, on_bad_row)
+    unfinished = parts_folder(Path(output_dir))
+    counts, hashes = count_files(inputs, settings, vocabulary, unfinished, jobs)
+    parts = make_parts(counts, by, vocabulary)
+    sizes_of = {
+        part.name: sizes
+        if sizes is not None
+        else [_size_for(coverage or 0, part, parts, counts, len(vocabulary.must_keep))]
+        for part in parts
+    }
+    maps = [part.map(size, vocabulary) for part in parts for size in sizes_of[part.name]]
+    own = {part.name: list(part.cells) for part in parts}
+    report = coverage_report(maps, own, counts)
+    about = {
+        "schema": SCHEMA,
+        "swift_fastmtp": __version__,
+        "by": by,
+        "count": count,
+        "held_out": held_out,
+        "coverage_aimed_at": coverage,
+        "tokenizer_sha256": vocabulary.tokenizer_sha256,
+        "tokenizer_size": vocabulary.size,
+        "vocab_size": vocabulary.rows,
+        "must_keep": len(vocabulary.must_keep),
+        "corpus": [{"file": path, "sha256": digest} for path, digest in zip(inputs, hashes, strict=True)],
+        "messages_whose_tokens_come_from": dict(counts.how.most_common()),
+    }
+    with new_folder(output_dir) as folder:
+        for token_map, entry in zip(maps, report["maps"], strict=True):
+            write_map(token_map, vocabulary, folder, {**about, **entry})
+        counts.save(folder / "counts.safetensors")
+        write_json({**about, "bad_rows": counts.bad, **report}, folder / "coverage.json")
+        (folder / "coverage.md").write_text(markdown(report, {**about, "bad_rows": counts.bad}), encoding="utf-8")
+        plot_coverage(
+            [(part.name, part.cells, part.order) for part in parts], counts, sizes_of, folder / "coverage.png"
+        )
+    shutil.rmtree(unfinished, ignore_errors=True)
+    print(coverage_table(report))
+    for line in outside_lines(report):
+        print(line)
+    bad = sum(found["count"] for found in counts.bad.values())
+    print(f"{output_dir}: {len(maps)} maps, {bad} bad rows left out; more: coverage.md")
+
+
+def _check_sizes(sizes: Sequence[int] | None, vocabulary: Vocabulary) -> list[int]:
+    kept = len(vocabulary.must_keep)
+    if sizes is None:
+        sizes = [size for size in SIZES if kept <= size < vocabulary.size]
+        if not sizes:
+            raise FastMTPError(f"--sizes: the model has {vocabulary.size} tokens; say how many a map is to hold")
+    for size in sizes:
+        if size > vocabulary.size:
+            raise FastMTPError(f"--sizes {size}: the model has {vocabulary.size} tokens; name a smaller size")
+        if size < kept:
+            raise FastMTPError(f"--sizes {size}: every map holds {kept} special and basic tokens; name a larger size")
+    return sorted(set(sizes))
+
+
+def make_parts(counts: Counts, by: str, vocabulary: Vocabulary) -> list[Part]:
+    """The names that get maps, and how each ranks the ids.
+
+    First what every map holds, then by the name's own counts, then by all counts, then lower ids first, which are the
+    merges that the tokenizer learnt first. `mixed` goes by the mean of the other names' shares, so that each weighs the
+    same whatever there is of it.
+    """
+    cells: dict[str, list[str]] = {}
+    for cell in sorted(counts.counted):
+        cells.setdefault(part_of(cell, by), []).append(cell)
+    total_V = np.sum([counts.counted[cell] for cell in sorted(counts.counted)], axis=0)
+    counted = {name: np.sum([counts.counted[cell] for cell in of], axis=0) for name, of in cells.items()}
+    if not total_V.any():
+        raise FastMTPError("--held_out: every row is held out, none is left to count; lower it or add rows")
+    large = [name for name in counted if counted[name].sum() >= MIN_SHARE * total_V.sum()]
+    names = [name for name in large if name != UNKNOWN] or large
+    parts = [
+        Part(name, tuple(cells[name]), _ranking(counted[name], total_V, vocabulary), counted[name]) for name in names
+    ]
+    if len(parts) > 1:
+        mean_V = np.mean([counted[name] / counted[name].sum() for name in names], axis=0)
+        own = tuple(cell for part in parts for cell in part.cells)
+        parts.append(Part(MIXED, own, _ranking(mean_V, total_V, vocabulary), mean_V))
+    return parts
+
+
+def part_of(cell: str, by: str) -> str:
+    """The name whose maps a cell is counted for."""
+    language, domain = cell.split("/")
+    if by == "category":
+        name = domain
+    elif by == "group":
+        name = Groups().group({"category": domain}, language)
+    else:
+        name = "code" if domain == "code" else language
+    return f"{name}_" if name == MIXED else name
+
+
+def _ranking(own_V: NDArray[Any], total_V: Ints, vocabulary: Vocabulary) -> Ints:
+    ids = np.flatnonzero(vocabulary.exists_V)
+    optional = ~np.isin(ids, vocabulary.must_keep)
+    return ids[np.lexsort((ids, -total_V[ids], -own_V[ids], optional))]
+
+
+def _size_for(target: float, part: Part, parts: list[Part], counts: Counts, least: int) -> int:
+    """The smallest multiple of `ROUND` whose map holds that share of the held-out tokens; for `mixed`, of each name's.
+
+    `least`: what every map holds."""
+    size = least
+    for wanted in parts if part.name == MIXED else [part]:
+        held_V = np.sum([counts.held_out[cell] for cell in wanted.cells], axis=0)
+        if not held_V.any():
+            raise FastMTPError(
+                f"--coverage: no held-out row of {wanted.name!r} to measure on; raise --held_out, add rows, or --sizes"
+            )
+        shares = covered(part.order, held_V)
+        size = max(size, int(np.argmax(shares >= target)) + 1)
+    return min(math.ceil(size / ROUND) * ROUND, len(part.order))
+
+
+def write_map(token_map: TokenMap, vocabulary: Vocabulary, folder: Path, about: dict[str, Any]) -> None:
+    """NAME-SIZE.pt (SGLang: `torch.save` of a list of ids), .json (the same list), -d2t.safetensors and .meta.json.
+
+    `d2t` int64 [size] and `t2d` bool [V] are those of EAGLE3 checkpoints, as speculators writes them
+    (`train/vocab_mapping.py`): target id = draft id + d2t[draft id].
+    """
+    ids = token_map.ids.tolist()
+    stem = f"{token_map.name}-{len(ids)}"
+    torch.save(ids, folder / f"{stem}.pt")
+    (folder / f"{stem}.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    ids_M = torch.tensor(ids)
+    t2d_V = torch.zeros(vocabulary.rows, dtype=torch.bool).index_fill(0, ids_M, True)
+    save_tensors({"d2t": ids_M - torch.arange(len(ids)), "t2d": t2d_V}, folder / f"{stem}-d2t.safetensors")
+    write_json({**about, "ids_sha256": ids_hash(ids)}, folder / f"{stem}.meta.json")
+
+
+def ids_hash(ids: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
+
+
+def verify_map(path: str | Path, model_dir: str | Path) -> list[str]:
+    """What is wrong with a map for this model, one line each; empty if nothing is.
+
+    Raises `FastMTPError` if the file is no map, holds ids that the model has no row for, or the model cannot be read.
+    """
+    path = Path(path)
+    vocabulary = read_vocabulary(model_dir)
+    ids = read_token_map(path, vocabulary.rows).tolist()
+    about = read_json(sidecar(path))
+    found = []
+    if not about:
+        found.append(f"{sidecar(path)}: missing; nothing says which tokenizer the map is for")
+    elif about.get("tokenizer_sha256") != vocabulary.tokenizer_sha256:
+        found.append(f"{path}: made with another tokenizer.json than {model_dir}'s; make it again for this model")
+    elif about.get("ids_sha256") != ids_hash(ids):
+        found.append(f"{path}: not the ids that {sidecar(path).name} is about; make the map again")
+    padding = [i for i in ids if not vocabulary.exists_V[i]]
+    if padding:
+        found.append(f"{path}: holds {len(padding)} ids without a token, as {padding[0]}; make it for this model")
+    missing = sorted(set(vocabulary.must_keep) - set(ids))
+    if missing:
+        found.append(
+            f"{path}: lacks {len(missing)} special and basic tokens, as {missing[-1]}; they are never drafted; "
+            "make the map with `fastmtp vocab`"
+        )
+    return found
+
+
+def sidecar(path: str | Path) -> Path:
+    """Where the facts about a map are."""
+    return Path(path).with_suffix(".meta.json")

@@ -1,0 +1,220 @@
+"""How much of what the model says a map holds: of each language and domain, on rows that the map was not made from.
+
+A draft can never propose a token outside its map, so coverage bounds acceptance from above, and a map that is made for
+one domain can be slower than none in another.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .counts import Counts
+
+if TYPE_CHECKING:
+    from .build import TokenMap
+
+Ints = NDArray[np.int64]
+
+OUT_OF_DOMAIN = 0.02
+"""A map that covers a cell worse than its own ones by more than this is reported."""
+MAX_COLUMNS = 8
+_COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
+
+
+def covered(order: Ints, held_V: Ints) -> NDArray[np.float64]:
+    """[len(order)]: the share of the tokens in `held_V` that the first 1, 2, .. ids hold. There must be tokens."""
+    shares: NDArray[np.float64] = np.cumsum(held_V[order]) / held_V.sum()
+    return shares
+
+
+def coverage_report(maps: Sequence["TokenMap"], own: Mapping[str, Sequence[str]], counts: Counts) -> dict[str, Any]:
+    """`cells`: their tokens; `maps`: coverage of every cell's held-out tokens, null where there are none, and of the
+    map's own cells together; `unions`: how many ids the maps of one size hold together."""
+    cells = sorted(counts.counted)
+    entries = []
+    for token_map in maps:
+        mine = own[token_map.name]
+        coverage = {cell: _share(counts.held_out[cell], token_map.ids) for cell in cells}
+        of_own = _share(np.sum([counts.held_out[cell] for cell in mine], axis=0), token_map.ids)
+        worse = [
+            cell
+            for cell, share in coverage.items()
+            if cell not in mine and share is not None and of_own is not None and share < of_own - OUT_OF_DOMAIN
+        ]
+        entries.append(
+            {
+                "name": token_map.name,
+                "size": len(token_map.ids),
+                "cells": list(mine),
+                "counted_tokens": int(sum(counts.counted[cell].sum() for cell in mine)),
+                "ids_never_counted": token_map.filled,
+                "coverage_of_own": of_own,
+                "coverage": coverage,
+                "out_of_domain": worse,
+            }
+        )
+    return {
+        "cells": {
+            cell: {
+                "counted_tokens": int(counts.counted[cell].sum()),
+                "distinct_ids": int((counts.counted[cell] > 0).sum()),
+                "held_out_tokens": int(counts.held_out[cell].sum()),
+            }
+            for cell in cells
+        },
+        "out_of_domain": OUT_OF_DOMAIN,
+        "maps": entries,
+        "unions": _unions(maps),
+    }
+
+
+def _share(held_V: Ints, ids: Ints) -> float | None:
+    total = int(held_V.sum())
+    return int(held_V[ids].sum()) / total if total else None
+
+
+def _unions(maps: Sequence["TokenMap"]) -> list[dict[str, Any]]:
+    """What a server that switches between maps of one size keeps rows for."""
+    by_size: dict[int, list[TokenMap]] = {}
+    for token_map in maps:
+        if token_map.name != "mixed":
+            by_size.setdefault(len(token_map.ids), []).append(token_map)
+    return [
+        {"size": size, "names": [m.name for m in of], "ids": len(np.unique(np.concatenate([m.ids for m in of])))}
+        for size, of in sorted(by_size.items())
+        if len(of) > 1
+    ]
+
+
+def _columns(report: dict[str, Any]) -> list[str]:
+    """The cells with the most held-out tokens."""
+    tokens = {cell: entry["held_out_tokens"] for cell, entry in report["cells"].items()}
+    largest = sorted((cell for cell in tokens if tokens[cell]), key=lambda cell: (-tokens[cell], cell))
+    return sorted(largest[:MAX_COLUMNS])
+
+
+def _lines(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    cells = _columns(report)
+    lines = [("map", "ids", "filled up", "its own", *cells)]
+    for entry in report["maps"]:
+        shares = (_percent(share) for share in (entry["coverage_of_own"], *(entry["coverage"][cell] for cell in cells)))
+        lines.append((entry["name"], f"{entry['size']}", f"{entry['ids_never_counted']}", *shares))
+    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}%"
+
+
+def coverage_table(report: dict[str, Any]) -> str:
+    """For the terminal."""
+    lines = _lines(report)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )
+
+
+def outside_lines(report: dict[str, Any]) -> list[str]:
+    """One line for each map that is noticeably worse outside its own cells."""
+    lines = []
+    for entry in report["maps"]:
+        worse = sorted(entry["out_of_domain"], key=lambda cell: (entry["coverage"][cell], cell))
+        if worse:
+            named = ", ".join(f"{cell} {_percent(entry['coverage'][cell])}" for cell in worse[:MAX_COLUMNS])
+            more = f" and {len(worse) - MAX_COLUMNS} more" if len(worse) > MAX_COLUMNS else ""
+            lines.append(
+                f"warning: {entry['name']}-{entry['size']} is out of its domain in {named}{more}: over "
+                f"{100 * OUT_OF_DOMAIN:g} points below its own {_percent(entry['coverage_of_own'])}; drafts of these "
+                "are cut short, serve them with another map or with `mixed`"
+            )
+    return lines
+
+
+def markdown(report: dict[str, Any], about: dict[str, Any]) -> str:
+    """coverage.md."""
+    what = "answers" if about["count"] == "answers" else "all messages"
+    how = ", ".join(f"{how} ({n} messages)" for how, n in about["messages_whose_tokens_come_from"].items())
+    header, *lines = _lines(report)
+    text = [
+        "# Coverage\n",
+        f"Share of the tokens of {what} that each map holds, on held-out prompts ({100 * about['held_out']:g} %), "
+        f"which were not counted. Tokens by {how}. Every map holds {about['must_keep']} special and basic tokens. "
+        "Filled up: ids that never occurred in what the map is for.\n",
+        f"| {' | '.join(header)} |",
+        "|---|" + "---:|" * (len(header) - 1),
+        *(f"| {' | '.join(line)} |" for line in lines),
+        "",
+    ]
+    if len(report["cells"]) > len(header) - 4:
+        text.append("Cells with the most held-out tokens; all are in coverage.json.\n")
+    text += [f"* {line}" for line in outside_lines(report)]
+    text += ["\n![coverage against size](coverage.png)\n", "## What was counted\n"]
+    text += ["| cell | tokens | distinct ids | held-out tokens |", "|---|---:|---:|---:|"]
+    text += [
+        f"| {cell} | {n['counted_tokens']} | {n['distinct_ids']} | {n['held_out_tokens']} |"
+        for cell, n in report["cells"].items()
+    ]
+    text += ["\n## Maps\n", "| map | made from |", "|---|---|"]
+    text += [
+        f"| {name} | {', '.join(cells)} |" for name, cells in {m["name"]: m["cells"] for m in report["maps"]}.items()
+    ]
+    text += [
+        f"\nThe maps of {union['size']} ids ({', '.join(union['names'])}) hold {union['ids']} different ids together."
+        for union in report["unions"]
+    ]
+    text.append("\n## Bad rows, left out\n")
+    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in about["bad_rows"].items()] or ["None."]
+    return "\n".join(text) + "\n"
+
+
+def plot_coverage(
+    parts: Sequence[tuple[str, Sequence[str], Ints]], counts: Counts, sizes: Mapping[str, Sequence[int]], path: Path
+) -> None:
+    """Coverage against size: of each name's own cells in its own maps, and in `mixed`.
+
+    Args:
+        parts: (name, its cells, its ranking of ids).
+        sizes: those that were written, per name; marked.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mixed = next((order for name, _, order in parts if name == "mixed"), None)
+    figure, panels = plt.subplots(
+        1, 1 if mixed is None else 2, figsize=(5 if mixed is None else 9, 3.8), sharey=True, squeeze=False,
+        constrained_layout=True, facecolor="white",
+    )  # fmt: skip
+    lowest, drawn = 1.0, False
+    for panel, axes in enumerate(panels[0]):
+        own = [part for part in parts if part[0] != "mixed"][: len(_COLOURS)]
+        for colour, (name, cells, ranking) in zip(_COLOURS, own, strict=False):
+            held_V = np.sum([counts.held_out[cell] for cell in cells], axis=0)
+            if not held_V.any():
+                continue
+            order = ranking if panel == 0 or mixed is None else mixed
+            share = covered(order, held_V)
+            first = min(min(of) for of in sizes.values()) // 4
+            size = np.unique(np.geomspace(max(first, 64), len(order), 200).astype(int)).clip(1, len(order))
+            axes.plot(size, 100 * share[size - 1], color=colour, linewidth=2, label=name)
+            marks = list(sizes[name if panel == 0 else "mixed"])
+            axes.plot(marks, [100 * share[s - 1] for s in marks], "o", color=colour, markersize=4)
+            lowest, drawn = min(lowest, float(share[size[0] - 1])), True
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axes.set(xlabel="ids in the map", title="Each with its own map" if panel == 0 else "All with `mixed`")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    panels[0][0].set_ylabel("held-out tokens covered (%)")
+    panels[0][0].set_ylim(100 * lowest - 1, 100.5)
+    if drawn:
+        panels[0][0].legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
