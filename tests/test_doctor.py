@@ -141,6 +141,13 @@ def test_maps(case, exports, tmp_path):
     assert any(message in f.what for f in findings), [str(f) for f in findings]
 
 
+def test_map_of_another_tokenizer_by_its_sidecar(exports, tmp_path):
+    torch.save(list(range(6087)), tmp_path / "map.pt")
+    (tmp_path / "map.meta.json").write_text('{"tokenizer_sha256": "0"}')
+    findings = examine(exports / "full", token_map=tmp_path / "map.pt")
+    assert ["made with another tokenizer.json" in f.what for f in findings] == [True]
+
+
 def test_draft_that_disagrees_with_its_target(exports, tmp_path):
     folder = tmp_path / "draft"
     shutil.copytree(exports / "draft", folder)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
-from swift_fastmtp.serving.sglang_plugin import AGAIN_EVERY, Router
+from swift_fastmtp.serving.sglang_plugin import AGAIN_EVERY, Router, read_maps
 from swift_fastmtp.vocab.languages import MIN_TOKENS, TokenLanguages
 
 EN = "The heart pumps blood through the body, and the lungs fill it with oxygen."
@@ -95,6 +96,21 @@ def batch(slots, prompts, answers):
         for slot, prompt, answer in zip(slots, prompts, answers, strict=True)
     ]
     return SimpleNamespace(reqs=reqs, req_pool_indices=torch.tensor(slots))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[1]", "must be an object of languages and files"),
+        ('{"zh": 5}', "must be an object of languages and files"),
+        ("{}", "must be an object of languages and files"),
+        ('{"zh": "missing.pt"}', "zh: .*missing.pt: no such file"),
+    ],
+)
+def test_a_list_of_maps_that_is_none(content, message, tmp_path):
+    (tmp_path / "maps.json").write_text(content)
+    with pytest.raises(FastMTPError, match=rf"maps.json: {message}"):
+        read_maps(str(tmp_path / "maps.json"))
 
 
 def test_requests_have_their_prompts_language_until_the_answer_has_another(tokenizer, identify):

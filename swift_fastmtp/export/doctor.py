@@ -206,10 +206,11 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
 
 
 def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iterator[Finding]:
-    from ..vocab.maps import read_token_map
+    from ..vocab.maps import check_tokenizer, read_token_map
 
     try:
         ids = set(read_token_map(path, config["vocab_size"]).tolist())
+        check_tokenizer(path, folder)
     except FastMTPError as error:
         why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
         yield Finding("error", str(error), why, "make the map from this model's own tokenizer")

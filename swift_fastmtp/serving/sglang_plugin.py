@@ -18,7 +18,7 @@ import torch
 
 from ..errors import FastMTPError
 from ..vocab.languages import TokenLanguages
-from ..vocab.maps import read_token_map
+from ..vocab.maps import check_tokenizer, read_token_map
 from .routed_head import NOTHING, RoutedHead
 
 VARIABLE = "SWIFT_FASTMTP_MAPS"
@@ -133,12 +133,15 @@ class Router:
             _refuse(f"the output matrix is quantised ({weight.dtype}); leave lm_head out of the quantisation")
         V = draft.draft_runner.model_config.vocab_size
         files = read_maps(os.environ[VARIABLE])
-        maps = {name: read_token_map(file, V) for name, file in files.items()}
+        folder = server_args.tokenizer_path or server_args.model_path
+        maps = {}
+        for name, file in files.items():
+            check_tokenizer(file, folder)
+            maps[name] = read_token_map(file, V)
         # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
         shard = model.lm_head.shard_indices
         start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
         self.head = RoutedHead(maps, V, vocab_start=start, vocab_end=end, device=weight.device)
-        folder = server_args.tokenizer_path or server_args.model_path
         self.identify = TokenLanguages(
             AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
         )

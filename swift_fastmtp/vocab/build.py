@@ -25,7 +25,7 @@ from ..data.mix_groups import Groups
 from ..errors import FastMTPError
 from .counts import UNKNOWN, Counts, CountSettings, count_files
 from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
-from .maps import read_token_map
+from .maps import read_token_map, sidecar
 from .must_keep import Vocabulary, read_vocabulary
 
 Ints = NDArray[np.int64]
@@ -281,8 +281,3 @@ def verify_map(path: str | Path, model_dir: str | Path) -> list[str]:
             "make the map with `fastmtp vocab`"
         )
     return found
-
-
-def sidecar(path: str | Path) -> Path:
-    """Where the facts about a map are."""
-    return Path(path).with_suffix(".meta.json")

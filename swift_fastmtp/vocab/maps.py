@@ -5,6 +5,8 @@ from pickle import UnpicklingError
 
 import torch
 
+from ..checkpoints import read_json
+from ..data.rows import file_hash
 from ..errors import FastMTPError
 
 
@@ -24,6 +26,19 @@ def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
     if len(set(ids.tolist())) != len(ids):
         raise FastMTPError(f"{path}: holds an id twice; make the ids unique")
     return ids.long()
+
+
+def sidecar(path: str | Path) -> Path:
+    """Where the facts about a map are, if `fastmtp vocab` made it."""
+    return Path(path).with_suffix(".meta.json")
+
+
+def check_tokenizer(path: str | Path, model_dir: str | Path) -> None:
+    """Raises `FastMTPError` if a map's sidecar names another tokenizer than the model's: its ids mean other tokens."""
+    made_for = read_json(sidecar(path)).get("tokenizer_sha256")
+    tokenizer = Path(model_dir) / "tokenizer.json"
+    if made_for and tokenizer.exists() and made_for != file_hash(tokenizer):
+        raise FastMTPError(f"{path}: made with another tokenizer.json than {model_dir}'s; make it for this model")
 
 
 class DraftVocabulary:
