@@ -261,6 +261,15 @@ def template():
     return template
 
 
+def test_a_bad_row_is_named_when_ms_swift_loads_the_file(tmp_path):
+    register()
+    from swift.dataset import load_dataset
+
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x"}\n{"messages": 5}\n')
+    with pytest.raises(FastMTPError, match=r"rows\.jsonl:2: needs `messages`"):
+        load_dataset([f"fastmtp-self-distill:{tmp_path / 'rows.jsonl'}"])
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 6000), min_size=1, max_size=6), min_size=1, max_size=3))
 def test_training_sees_exactly_the_generated_tokens(template, turns):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List
+from datasets.exceptions import DatasetGenerationError
 from modelscope.hub.utils.utils import get_cache_dir
 from swift.dataset.loader import DatasetLoader
 from swift.utils import get_logger, safe_ddp_context
@@ -43,15 +44,19 @@ class SelfDistillLoader(DatasetLoader):
         source = {"path": str(Path(path).resolve()), "cache_key": key}
         if self.streaming:
             return IterableDataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source)
-        with safe_ddp_context(None, True):
-            cache = str(Path(get_cache_dir()) / "datasets")
-            dataset = Dataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source, cache_dir=cache)
-        if len(dataset) == 0:
+        try:
+            with safe_ddp_context(None, True):
+                cache = str(Path(get_cache_dir()) / "datasets")
+                return Dataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source, cache_dir=cache)
+        except DatasetGenerationError as error:
+            raise error.__cause__ if isinstance(error.__cause__, FastMTPError) else error from None
+        except ValueError as error:
+            if "no data" not in str(error):
+                raise
             raise FastMTPError(
                 f"--dataset {NAME}:{path}: no row is left; every answer was truncated (finish_reason 'length') or "
                 "empty: distill again with a larger --max_new_tokens"
-            )
-        return dataset
+            ) from None
 
 
 def _conversations(path: str, cache_key: str) -> Iterator[dict[str, Any]]:
