@@ -5,6 +5,7 @@ one, only selects files, and every tensor of a selected file counts; without it 
 weights are read with safetensors; nothing here unpickles.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -129,6 +130,18 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     return digest.hexdigest()
 
 
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, for manifests."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        return digest.hexdigest()
+    except OSError as error:
+        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+
+
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file that appears whole or not at all. Raises `FastMTPError` if it cannot be written."""
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -184,6 +197,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def claim(file: Any, message: str) -> None:
+    """Keep an open file to this process until it is closed. Raises `FastMTPError` with `message` if another has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise FastMTPError(message) from None
 
 
 def link_or_copy(source: Path, target: Path) -> None:

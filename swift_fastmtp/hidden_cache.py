@@ -12,7 +12,6 @@ folder belongs to one backbone and one attention implementation, or is refused.
 Ranks read each other's files and write their own.
 """
 
-import fcntl
 import hashlib
 import os
 import warnings
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoints import read_json, write_json
+from .checkpoints import claim, read_json, write_json
 from .errors import FastMTPError
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
@@ -76,12 +75,7 @@ class HiddenCache:
     def _open_own(self, rank: int) -> tuple[Any, Any]:
         """Files of this rank, cut to the last whole document."""
         states = open(self.folder / f"states-{rank}.bin", "ab")  # noqa: SIM115
-        try:
-            fcntl.flock(states, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FastMTPError(
-                f"{self.folder}: another run is writing this cache; wait for it, or name another folder"
-            ) from None
+        claim(states, f"{self.folder}: another run is writing this cache; wait for it, or name another folder")
         index = open(self.folder / f"index-{rank}.bin", "ab")  # noqa: SIM115
         index.truncate(index.tell() // _RECORD.itemsize * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)

@@ -136,3 +136,21 @@ def run(tmp_path_factory, rows):
     out = tmp_path_factory.mktemp("sft") / "run"
     extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau"}
     return out, swift(*sft_args(TINY, rows, out, **extra))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory):
+    """The package as users install it: the wheel, and the folder of its own that it is installed in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    source = folder / "source"
+    # A copy of what git knows, so that neither build folders here nor there disturb each other.
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        if name.startswith(("swift_fastmtp", "setup.py", "pyproject.toml", "README.md", "LICENSE")):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*pip, "wheel", source, "--no-deps", "--no-build-isolation", "-w", folder], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
+    return wheel, folder / "site"

@@ -183,7 +183,10 @@ def test_a_bad_row_stops_or_is_counted(name, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"id": "one", "prompt": "a"}\n\n' + line + b'\n{"id": "two", "prompt": "b"}')
     with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*--on_bad_row skip"):
-        list(iter_rows(path, unique_ids=True))
+        list(iter_rows(path, BadRows(), unique_ids=True))
+    if name != "duplicate":  # without the option it is not offered
+        with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*; mend it$"):
+            read_rows(path)
     bad = BadRows("skip")
     assert [row["id"] for _, row in iter_rows(path, bad, unique_ids=True)] == ["one", "two"]
     ((kind, found),) = bad.report().items()

@@ -6,33 +6,12 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-from conftest import ROOT
-
 PROBE = (
     "import site, sys; site.addsitedir(sys.argv[1]); import json\n"
     "finders = [f.__name__ for f in sys.meta_path if getattr(f, '__module__', '').startswith('swift_fastmtp')]\n"
     "print(json.dumps([finders, sorted(m for m in sys.modules if m.split('.')[0] in"
     " ('swift', 'torch', 'transformers', 'swift_fastmtp'))]))"
 )
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The wheel, installed into a folder of its own."""
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = [sys.executable, "-m", "pip", "--quiet"]
-    source = folder / "source"
-    # A copy of what git knows, so that neither build folders here nor there disturb each other.
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in files:
-        if name.startswith(("swift_fastmtp", "setup.py", "pyproject.toml", "README.md", "LICENSE")):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run([*pip, "wheel", source, "--no-deps", "--no-build-isolation", "-w", folder], check=True)
-    (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
-    return wheel, folder / "site"
 
 
 def probe(site, **env):

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from swift_fastmtp.checkpoints import file_hash
 from swift_fastmtp.data.conversation import load_tokenizer
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import file_hash, read_rows
+from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.vocab.build import make_parts, part_of, verify_map, vocab
 from swift_fastmtp.vocab.counts import Counts, CountSettings, cell_of, count_chunk, count_files

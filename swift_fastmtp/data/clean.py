@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import write_json
+from ..checkpoints import file_hash, write_json
 from ..errors import FastMTPError
 from .filters import (
     Decontaminate,
@@ -27,7 +27,7 @@ from .filters import (
     Truncated,
 )
 from .near_duplicates import ExactDuplicates, NearDuplicates
-from .rows import EXAMPLES, BadRows, Row, dump_row, file_hash, iter_rows, refuse_existing, write_rows
+from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, refuse_existing, write_rows
 
 ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate)
 """In the order in which they are asked."""

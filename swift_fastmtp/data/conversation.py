@@ -1,5 +1,6 @@
 """Conversations: where the assistant is to speak, the tokens the model sees there, and what it said."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,12 @@ def _called(messages: list[Message]) -> list[tuple[str, str | None]]:
     """(function name, call id) of every tool call in some assistant messages."""
     calls = [call for m in messages for call in m.get("tool_calls") or []]
     return [(call.get("function", call).get("name", ""), call.get("id")) for call in calls]
+
+
+def said(message: Message) -> str:
+    """All that an assistant's message says: reasoning, content and tool calls."""
+    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    return "\n".join(str(part) for part in (message.get("reasoning_content"), message["content"], calls) if part)
 
 
 def without_answer(messages: list[Message]) -> list[Message]:

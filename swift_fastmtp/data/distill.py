@@ -18,14 +18,14 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import fingerprint, write_json
+from ..checkpoints import file_hash, fingerprint, write_json
 from ..errors import FastMTPError
 from ..modeling import load_model
 from .client import RefusedError, Sampling, Servers
 from .conversation import Conversation, Reply, encode_prompt, load_tokenizer
 from .generate import end_token_ids, generate
 from .jobs import Job, Key, Part
-from .rows import BadRows, Row, file_hash, iter_rows, refuse_existing
+from .rows import BadRows, Row, iter_rows, refuse_existing
 
 
 def distill(
@@ -82,12 +82,11 @@ def distill(
         settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family)}
     job = Job(output, settings)
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
-    worker = Worker(source, sampling, tokenizer, num_answers, seed)
     with job.part(number, of) as part:
         done = job.finished()
         left = [key for key in keys if key not in done]
         with tqdm(total=len(keys), initial=len(keys) - len(left), unit="row", desc="distill", smoothing=0.05) as bar:
-            worker.part, worker.bar = part, bar
+            worker = Worker(source, sampling, tokenizer, num_answers, seed, part, bar)
             if base_urls:
                 servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
                 asyncio.run(worker.from_servers(servers, left, concurrency))
@@ -132,15 +131,16 @@ class Source:
 class Worker:
     """Answers the conversations of one shard."""
 
-    part: Part
-    bar: Any
-
-    def __init__(self, source: Source, sampling: Sampling, tokenizer: Any, num_answers: int, seed: int) -> None:
+    def __init__(
+        self, source: Source, sampling: Sampling, tokenizer: Any, num_answers: int, seed: int, part: Part, bar: Any
+    ) -> None:
         self.source = source
         self.sampling = sampling
         self.tokenizer = tokenizer
         self.num_answers = num_answers
         self.seed = seed
+        self.part = part
+        self.bar = bar
         self.tokens = 0
         self.unchecked = False
 

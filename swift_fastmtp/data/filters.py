@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
-from .conversation import COMPLETE, load_tokenizer
+from .conversation import COMPLETE, load_tokenizer, said
 from .language import language
-from .near_duplicates import prompt_and_answer, said
+from .near_duplicates import prompt_and_answer
 from .rows import Row
-from .shingles import CJK, Hashes, runs, units
+from .scripts import CJK
+from .shingles import Hashes, runs, units
 
 CountTokens = Callable[[Row], list[int]]
 """Tokens of each message of a row."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ..checkpoints import read_json, write_json
+from ..checkpoints import claim, read_json, write_json
 from ..errors import FastMTPError
 from .rows import Row, dump_row, refuse_existing, write_rows
 
@@ -92,12 +92,7 @@ class Job:
         """This worker's part, open for appending. Raises `FastMTPError` if another process has it."""
         path = self.folder / f"shard-{shard}of{shards}.jsonl"
         with open(path, "a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FastMTPError(
-                    f"{path}: another process works on this shard; give each its own --shard i/n"
-                ) from None
+            claim(file, f"{path}: another process works on this shard; give each its own --shard i/n")
             _cut_torn_line(file)
             part = Part(file)
             try:

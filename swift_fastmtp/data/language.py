@@ -8,6 +8,8 @@ import re
 from functools import cache
 from typing import Any
 
+from .scripts import HAN, KANA
+
 MIN_LETTERS = 60
 """Fewer letters (Chinese characters count three) say too little."""
 MIN_CONFIDENCE = 0.9
@@ -18,8 +20,8 @@ _NO_PROSE = re.compile(
     re.S | re.M,
 )
 _CODE_LINE = re.compile(r"[{};]\s*$|^\s*(?:#include|import |from \w+ import|def |class |return\b|//|@)", re.M)
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-_KANA = re.compile(r"[\u3040-\u30ff]")
+_HAN = re.compile(f"[{HAN}]")
+_KANA = re.compile(f"[{KANA}]")
 
 
 def language(text: str) -> str | None:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import new_folder, write_json
+from ..checkpoints import file_hash, new_folder, write_json
 from ..errors import FastMTPError
 from .filters import TokenCounter
 from .mix_groups import Groups, language_of, read_groups
 from .mix_report import make_report, markdown, plot_lengths, table
-from .rows import BadRows, Row, dump_row, file_hash, iter_rows, write_rows
+from .rows import BadRows, Row, dump_row, iter_rows, write_rows
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]

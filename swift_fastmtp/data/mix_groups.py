@@ -12,9 +12,10 @@ from typing import Any
 
 from ..errors import FastMTPError
 from .rows import Row
+from .scripts import HAN, KANA
 
-_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-_KANA = re.compile(r"[\u3040-\u30ff]")
+_HAN = re.compile(f"[{HAN}]")
+_KANA = re.compile(f"[{KANA}]")
 
 
 @dataclass

@@ -14,11 +14,11 @@ import tempfile
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .conversation import said
 from .rows import Row
 from .shingles import Hashes, jaccard, runs, units
 
@@ -40,12 +40,6 @@ def prompt_and_answer(row: Row) -> tuple[str, str]:
     out."""
     asked = [m["content"] for m in row["messages"] if m["role"] in ("user", "tool")]
     return "\n".join(asked), "\n".join(said(m) for m in row["messages"] if m["role"] == "assistant")
-
-
-def said(message: dict[str, Any]) -> str:
-    """All that an assistant's message says: reasoning, content and tool calls."""
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
-    return "\n".join(str(part) for part in (message.get("reasoning_content"), message["content"], calls) if part)
 
 
 class ExactDuplicates:

@@ -28,10 +28,11 @@ EXAMPLES = 5
 class BadRows:
     """What to do with a bad row: `stop` raises; `skip` counts it, by what is wrong, and keeps a few places."""
 
-    def __init__(self, policy: str = "stop") -> None:
+    def __init__(self, policy: str = "stop", skippable: bool = True) -> None:
         if policy not in ("stop", "skip"):
             raise FastMTPError(f"--on_bad_row: {policy!r} is neither `stop` nor `skip`")
         self.policy = policy
+        self._mend = "mend it, or --on_bad_row skip" if skippable else "mend it"
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self._ids: dict[int, str] = {}
@@ -39,7 +40,7 @@ class BadRows:
     def add(self, where: str, what: str, detail: str = "") -> None:
         """Row `where` cannot be used: `what` kind of fault, `detail` of this row. Raises if that is to stop the run."""
         if self.policy == "stop":
-            raise FastMTPError(f"{where}: {what}{f' ({detail})' if detail else ''}; mend it, or --on_bad_row skip")
+            raise FastMTPError(f"{where}: {what}{f' ({detail})' if detail else ''}; {self._mend}")
         self.counts[what] += 1
         places = self.places.setdefault(what, [])
         if len(places) < EXAMPLES:
@@ -72,7 +73,7 @@ def iter_rows(path: str | Path, bad: BadRows | None = None, unique_ids: bool = F
 
     Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
     """
-    bad = bad or BadRows()
+    bad = bad or BadRows(skippable=False)  # who gives none has no such option
     path = Path(path)
     for where, value in _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad):
         what, detail = _complaint(value)
@@ -117,10 +118,10 @@ def save_hub_dataset(name: str, path: Path) -> None:
 
     Raises `FastMTPError` if it cannot be loaded.
     """
-    import datasets
-
     name, _, subset = name.partition(":")
     try:
+        import datasets
+
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         with write_rows(path) as file:
             for row in rows:
@@ -138,18 +139,6 @@ def refuse_existing(path: str | Path) -> None:
     """Raises `FastMTPError` if an output is already there: nothing is overwritten."""
     if Path(path).exists():
         raise FastMTPError(f"{path}: already exists; name another output or remove it")
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, for manifests."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-        return digest.hexdigest()
-    except OSError as error:
-        raise FastMTPError(f"{path}: cannot be read ({error})") from None
 
 
 def _json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:

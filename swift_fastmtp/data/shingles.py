@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .scripts import CJK
+
 Hashes = NDArray[np.uint64]
 
-CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
-"""Kana and Han, for a character class of `re`."""
 # Punctuation is left out, operators are not: `3 + 5` and `3 - 5` are two questions.
 _UNIT = re.compile(rf"[{CJK}]|[^\W{CJK}]+|[-+*/%=<>^&|~!]")
 _FACTOR = 0x9E3779B97F4A7C15

@@ -27,11 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from ..checkpoints import file_hash
+from ..data.conversation import said
 from ..data.language import language
 from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
-from ..data.near_duplicates import said
-from ..data.rows import BadRows, Row, file_hash, iter_rows
+from ..data.rows import BadRows, Row, iter_rows
 from ..errors import FastMTPError
 from .must_keep import Vocabulary
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from ..data.scripts import HAN, KANA
+
 CLASSES = ("neutral", "latin", "han", "kana", "hangul", "cyrillic", "arabic", "code")
 _NEUTRAL, _LATIN, _HAN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _CODE = range(len(CLASSES))
 # Asked in this order; a token with one such character has the class.
 _SCRIPTS = (
-    (_KANA, re.compile(r"[\u3040-\u30ff]")),
+    (_KANA, re.compile(f"[{KANA}]")),
     (_HANGUL, re.compile(r"[\uac00-\ud7af\u1100-\u11ff]")),
-    (_HAN, re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")),
+    (_HAN, re.compile(f"[{HAN}]")),
     (_CYRILLIC, re.compile(r"[\u0400-\u04ff]")),
     (_ARABIC, re.compile(r"[\u0600-\u06ff]")),
 )

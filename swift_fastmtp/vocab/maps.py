@@ -5,8 +5,7 @@ from pickle import UnpicklingError
 
 import torch
 
-from ..checkpoints import read_json
-from ..data.rows import file_hash
+from ..checkpoints import file_hash, read_json
 from ..errors import FastMTPError
 
 

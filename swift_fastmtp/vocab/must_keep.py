@@ -4,7 +4,6 @@ A map without the end token never drafts the end of an answer; one without singl
 FR-Spec's maps keep one end token. Here it is what the tokenizer and the model's own files say.
 """
 
-import hashlib
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import read_json
+from ..checkpoints import file_hash, read_json
 from ..data.conversation import load_tokenizer
 from ..errors import FastMTPError
 from ..families import read_config
@@ -92,10 +91,9 @@ def must_keep(tokenizer: Any, end_ids: set[int]) -> set[int]:
 def tokenizer_hash(model_dir: str | Path) -> str:
     """SHA-256 of tokenizer.json. Raises `FastMTPError` if there is none."""
     path = Path(model_dir) / "tokenizer.json"
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise FastMTPError(f"{path}: cannot be read ({error}); maps are tied to this file, save it there") from None
+    if not path.is_file():
+        raise FastMTPError(f"{path}: not found; maps are tied to this file, save it there")
+    return file_hash(path)
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:

@@ -5,8 +5,6 @@ its text is the text without speculation, and what joins, ends or is aborted bes
 """
 
 import json
-import subprocess
-import sys
 import threading
 import urllib.request
 from itertools import pairwise
@@ -31,15 +29,6 @@ END = 6082
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     return tmp_path_factory.mktemp("routed")
-
-
-@pytest.fixture(scope="module")
-def installed(work):
-    """The package as a user installs it, with its entry point, for the engine's environment."""
-    target = work / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(target), str(ROOT)], check=True, capture_output=True)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +58,7 @@ def texts():
 
 def server(installed, maps, log, *flags):
     start = [*command(serve_flags(TINY, num_steps=3)), *flags]
-    return Server(start, log, {"PYTHONPATH": str(installed), "SWIFT_FASTMTP_MAPS": str(maps)})
+    return Server(start, log, {"PYTHONPATH": str(installed[1]), "SWIFT_FASTMTP_MAPS": str(maps)})
 
 
 @pytest.fixture(scope="module")
