@@ -73,6 +73,7 @@ setup(
             *deepspeed,
             "setuptools>=77",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff",
             "mypy",

@@ -53,6 +53,18 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(_open(self.file_of[name]).get_slice(name).get_shape())
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor, by the files' headers."""
+        found = {}
+        for path in self.files:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            for name, entry in header.items():
+                if name in self.file_of:
+                    start, end = entry["data_offsets"]
+                    found[name] = end - start
+        return found
+
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = _open(self.file_of[name]).get_tensor(name)
         return tensor

@@ -83,7 +83,7 @@ def _export(args: argparse.Namespace) -> None:
     from .export.folders import export_draft, export_full
 
     write = export_draft if args.draft_only else export_full
-    base = write(args.adapters, args.output_dir, args.model, not args.no_remote_code)
+    base = write(args.adapters, args.output_dir, args.model, not args.no_remote_code, args.token_maps)
     print(f"{args.output_dir}: {'draft-only folder' if args.draft_only else 'full checkpoint'}, base {base}")
 
 
@@ -108,19 +108,9 @@ def _doctor(args: argparse.Namespace) -> None:
 def _simulate(args: argparse.Namespace) -> None:
     from .evaluation.simulate import simulate
 
-    simulate(
-        args.model,
-        args.adapters,
-        args.dataset,
-        output_dir=args.output_dir,
-        num_steps=args.num_steps,
-        max_new_tokens=args.max_new_tokens,
-        answers=args.answers,
-        token_maps=args.token_map,
-        batch_size=args.batch_size,
-        dtype=args.torch_dtype,
-        device=args.device,
-    )
+    options = {k: v for k, v in vars(args).items() if k not in ("run", "verb", "model", "adapters", "dataset")}
+    options |= {"token_maps": options.pop("token_map"), "dtype": options.pop("torch_dtype")}
+    simulate(args.model, args.adapters, args.dataset, **options)
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -225,6 +215,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", help="base model folder; default: the one the checkpoint was trained for")
     verb.add_argument("--draft_only", action="store_true", help="only config, tokenizer and the MTP layer")
     verb.add_argument("--no_remote_code", action="store_true", help="a config.json that needs no --trust-remote-code")
+    verb.add_argument(
+        "--token_maps", help="JSON list of languages and maps that the server drafts with; see simulate --by"
+    )
     verb.set_defaults(run=_export)
 
     verb = verbs.add_parser("serve-args", help="the command that serves an exported folder, and why")
@@ -246,11 +239,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", required=True, help="checkpoint folder; its own head is the first row")
     verb.add_argument("--adapters", nargs="*", default=[], help="trained checkpoints to compare with it")
     verb.add_argument("--dataset", required=True, help="JSONL with `messages` (or `prompt`)")
-    verb.add_argument("--output_dir", help="write simulate.json and simulate.png here")
+    verb.add_argument("--output_dir", help="write simulate.json, plots and maps.json here")
     verb.add_argument("--num_steps", type=int, default=3, help="largest draft depth K")
     verb.add_argument("--max_new_tokens", type=int, default=1024, help="paper: 1024")
     verb.add_argument("--answers", choices=("generate", "given"), default="generate", help="greedy, or the dataset's")
     verb.add_argument("--token_map", nargs="*", default=[], help="also measure with these SGLang token maps")
+    verb.add_argument("--by", choices=("language", "group", "category"), help="a table and a token map for each")
+    verb.add_argument("--temperature", type=float, default=0.0, help="of the answers; also measures sampled drafts")
+    verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
+    verb.add_argument("--draft_ms", type=float, help="measured: one draft step; default: predicted from bytes")
+    verb.add_argument("--verify_ms", type=float, help="measured: one verification step")
     verb.add_argument("--batch_size", type=int, default=16)
     verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     verb.add_argument("--device", default="cpu")

@@ -10,6 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that share cores spin for each other otherwise
+
 import pytest
 import torch
 

@@ -12,8 +12,10 @@ from conftest import TINY
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import fingerprint
+from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
+from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.families import FAMILIES
 
 HEAD = "model.mtp_layers.0."
@@ -160,6 +162,40 @@ def test_map_with_tied_embeddings(exports, tmp_path):
     torch.save(list(range(6087)), tmp_path / "map.pt")
     folder = broken(exports, tmp_path, tie_word_embeddings=True)
     assert any("tied embeddings" in f.what for f in examine(folder, token_map=tmp_path / "map.pt"))
+
+
+def test_maps_of_the_model_itself(exports, tmp_path):
+    torch.save(list(range(6087)), tmp_path / "zh.pt")
+    (tmp_path / "maps.json").write_text('{"zh": "zh.pt"}')
+    export_full(exports / "checkpoint", tmp_path / "good", token_maps=tmp_path / "maps.json")
+    assert examine(tmp_path / "good") == []
+    assert command(serve_flags(tmp_path / "good")) == [
+        str(tmp_path / "good") if word == str(exports / "full") else word
+        for word in command(serve_flags(exports / "full"))
+    ]
+    torch.save([7000], tmp_path / "good/token_maps/zh.pt")
+    assert any("holds id 7000" in f.what for f in examine(tmp_path / "good"))
+    (tmp_path / "good/token_maps/zh.pt").unlink()
+    assert any("no such file" in f.what for f in examine(tmp_path / "good"))
+
+
+BAD_LISTS = {
+    '{"zh": "gone.pt"}': "gone.pt: no such file",
+    '{"legal": "zh.pt"}': "no text is ever told to be legal",
+    '{"zh": "wide.pt"}': "holds id 7000",
+    '{"zh": "other.pt"}': "made with another tokenizer.json",
+}
+
+
+@pytest.mark.parametrize("content", BAD_LISTS)
+def test_lists_of_maps_that_are_not_exported(content, exports, tmp_path):
+    for name, ids in {"zh": [1], "wide": [7000], "other": [1]}.items():
+        torch.save(ids, tmp_path / f"{name}.pt")
+    (tmp_path / "other.meta.json").write_text('{"tokenizer_sha256": "0"}')
+    (tmp_path / "maps.json").write_text(content)
+    with pytest.raises(FastMTPError, match=BAD_LISTS[content]):
+        export_draft(exports / "checkpoint", tmp_path / "out", token_maps=tmp_path / "maps.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_code_for_scripts(exports, tmp_path):

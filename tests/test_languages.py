@@ -13,8 +13,10 @@ from transformers import AutoTokenizer
 from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
-from swift_fastmtp.serving.sglang_plugin import AGAIN_EVERY, Router, read_maps
-from swift_fastmtp.vocab.languages import MIN_TOKENS, TokenLanguages
+from swift_fastmtp.serving.router import AGAIN_EVERY, FULL, Router, check_weight
+from swift_fastmtp.serving.sglang_plugin import VARIABLE, maps_of, refuse_unsupported
+from swift_fastmtp.vocab.languages import MIN_TOKENS, Languages, TokenLanguages
+from swift_fastmtp.vocab.maps import CONFIG_KEY, read_map_list
 
 EN = "The heart pumps blood through the body, and the lungs fill it with oxygen."
 ZH = "心脏把血液泵到全身，肺给血液带来氧气。这是人体最重要的过程之一。"
@@ -87,6 +89,7 @@ def router(identify):
     made.identify = identify
     made.numbers = {"en": 0, "zh": 1}
     made.languages = torch.full((5,), NOTHING, dtype=torch.int32)
+    made.metrics = None
     return made
 
 
@@ -110,7 +113,7 @@ def batch(slots, prompts, answers):
 def test_a_list_of_maps_that_is_none(content, message, tmp_path):
     (tmp_path / "maps.json").write_text(content)
     with pytest.raises(FastMTPError, match=rf"maps.json: {message}"):
-        read_maps(str(tmp_path / "maps.json"))
+        read_map_list(tmp_path / "maps.json")
 
 
 def test_requests_have_their_prompts_language_until_the_answer_has_another(tokenizer, identify):
@@ -125,3 +128,71 @@ def test_requests_have_their_prompts_language_until_the_answer_has_another(token
     assert made.languages.tolist() == [NOTHING, 1, NOTHING, 0, made.head.full]
     made.go_on(talk)
     assert made.languages.tolist() == [NOTHING, 1, NOTHING, 1, 0]
+    assert [req.fastmtp_language for req in talk.reqs] == ["zh", "zh", "en"]
+
+
+def test_a_language_without_a_map_is_counted_as_the_whole_vocabulary(tokenizer, identify):
+    talk = batch([3], [encode_prompt(tokenizer, [{"role": "user", "content": CODE}])], [[]])
+    router(identify).begin(talk)
+    assert talk.reqs[0].fastmtp_language == FULL
+
+
+DE = "Das Herz pumpt das Blut durch den Körper, und die Lunge reichert es mit Sauerstoff an, damit der Mensch lebt."
+LONG_EN = f"{EN} People have known this for a long time, but nobody could explain it."
+
+
+def test_languages_of_one_script_are_told_from_the_text_once_a_map_asks_for_it(tokenizer):
+    plain, both = Languages(tokenizer, ["en", "zh"]), Languages(tokenizer, ["en", "zh", "de", "code"])
+    for text, name in ((DE, "de"), (LONG_EN, "en"), (ZH, "zh"), (CODE, "code")):
+        assert both(tokenizer.encode(text)) == name
+        assert both.of_prompt(encode_prompt(tokenizer, [{"role": "user", "content": text}])) == name
+    assert plain(tokenizer.encode(DE)) == "en"  # nothing else is in that script
+    assert Languages(tokenizer, ["de"])(tokenizer.encode(LONG_EN)) == "en"  # which has no map there
+    with pytest.raises(FastMTPError, match="no text is ever told to be legal; known: ar, code, en"):
+        Languages(tokenizer, ["en", "legal"])
+
+
+def test_maps_come_from_the_model_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "zh.pt").touch()
+    (tmp_path / "en.pt").touch()
+    (model / "config.json").write_text(json.dumps({CONFIG_KEY: {"zh": "zh.pt"}}))
+    (tmp_path / "maps.json").write_text('{"en": "en.pt"}')
+    assert maps_of(str(model), None) == {"zh": model / "zh.pt"}
+    assert maps_of(str(tmp_path), str(model)) == {"zh": model / "zh.pt"}  # a draft-only folder's
+    assert maps_of(str(tmp_path), None) == {}
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "maps.json"))
+    assert maps_of(str(model), None) == {"en": tmp_path / "en.pt"}
+    monkeypatch.setenv(VARIABLE, "none")
+    assert maps_of(str(model), None) == {}
+    monkeypatch.delenv(VARIABLE)
+    (model / "config.json").write_text(json.dumps({CONFIG_KEY: {"zh": "gone.pt"}}))
+    with pytest.raises(FastMTPError, match=r"config.json: zh: .*gone.pt: no such file"):
+        maps_of(str(model), None)
+
+
+ARGUMENTS = {"speculative_token_map": None, "enable_dp_attention": False, "enable_lora": None}
+REFUSED = {
+    "EAGLE3": (("EAGLE3", False, {}), "EAGLE3 has no draft on"),
+    "DP attention": (("EAGLE", True, {"enable_dp_attention": True}), "--enable-dp-attention is not supported"),
+    "DP head": (("EAGLE", True, {"enable_dp_lm_head": True}), "--enable-dp-lm-head is not supported"),
+    "LoRA": (("EAGLE", True, {"enable_lora": True}), "--enable-lora is not supported"),
+    "static map": (("EAGLE", True, {"speculative_token_map": "x.pt"}), "leave it or the maps per language out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_combined_is_refused(case):
+    (algorithm, is_eagle, options), message = REFUSED[case]
+    with pytest.raises(FastMTPError, match=message):
+        refuse_unsupported(algorithm, is_eagle, SimpleNamespace(**ARGUMENTS | options))
+    refuse_unsupported("EAGLE", True, SimpleNamespace(**ARGUMENTS))
+
+
+def test_a_quantised_output_matrix_is_refused():
+    check_weight(torch.zeros(2, dtype=torch.bfloat16))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(FastMTPError, match="is quantised"):
+            check_weight(torch.zeros(2, dtype=dtype))

@@ -13,9 +13,18 @@ from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
 from swift_fastmtp.data.rows import read_rows
+from swift_fastmtp.evaluation.acceptance import (
+    Text,
+    draft_rounds,
+    greedy_acceptance,
+    make_texts,
+    sampled_acceptance,
+)
 from swift_fastmtp.evaluation.metrics import micro_tau
-from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts, simulate
+from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.modeling import load_model
+from swift_fastmtp.rollout import segment_ids
+from swift_fastmtp.vocab.maps import DraftVocabulary
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
 
@@ -44,7 +53,7 @@ def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few):
     half = torch.arange(0, 6144, 2)
     accepted = []
     for token_map in (None, half):
-        _, rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4, token_map)
+        rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4, token_map)
         for i, text in enumerate(texts):
             for steps in (1, 4):
                 with torch.no_grad():
@@ -81,3 +90,74 @@ def test_given_answers_are_taken_as_they_are(few, tmp_path):
     assert given.marginal == generated.marginal and given.conditional == generated.conditional
     # What would have followed a given answer is not known, so drafts past its end never count.
     assert all(a <= b for a, b in zip(given.tau_micro, generated.tau_micro, strict=True))
+
+
+@torch.no_grad()
+def states_of(model, ids, rows):
+    """Backbone and draft states of one text."""
+    tokens = torch.tensor(ids)[None]
+    positions, mask = torch.arange(len(ids))[None], torch.ones_like(tokens)
+    segments = segment_ids(positions, mask)
+    hidden = model.backbone_states(tokens, mask, positions, segments)
+    return hidden, model.draft_states(hidden, tokens, positions, segments, rows)
+
+
+def test_maps_in_one_pass_equal_each_alone(tiny, few):
+    model, tokenizer = tiny
+    model.fastmtp = FastMTPConfig(num_speculative_steps=3)
+    texts = make_texts(model, tokenizer, read_rows(few), 24, "generate", 4)
+    maps = [None, torch.arange(0, 6144, 2), torch.arange(1, 6144, 3)]
+    together = greedy_acceptance(model, texts, tokenizer.pad_token_id, 3, maps)
+    for ids, found in zip(maps, together, strict=True):
+        vocabulary = DraftVocabulary(model.lm_head.weight, ids)
+        for text, accepted_KA in zip(texts, found, strict=True):
+            _, states = states_of(model, text.ids, torch.arange(text.start - 1, text.end - 1))
+            for k, state in enumerate(states):
+                draft = vocabulary.decode((state @ vocabulary.weight.T).argmax(-1))
+                for t, token in enumerate(draft.tolist()):
+                    place = text.start + t + k + 1
+                    assert bool(accepted_KA[k, t]) == (place < len(text.ids) and text.ids[place] == token)
+
+
+def test_sampled_drafts_are_accepted_with_the_probability_of_speculative_sampling(tiny, few):
+    """The mean of min(1, q/p) over tokens drawn from p is sum min(p, q), inside a map as well."""
+    model, tokenizer = tiny
+    model.fastmtp = FastMTPConfig(num_speculative_steps=1)
+    prompts = [encode_prompt(tokenizer, r["messages"]) for r in read_rows(few)]
+    torch.manual_seed(0)
+    texts, exact = [], []
+    keep = torch.arange(0, 6144, 2)
+    for prompt in prompts[:2]:
+        (first,) = generate(model, tokenizer, [prompt], 1, 1.0, stop=False)
+        hidden, (state,) = states_of(model, prompt + first.token_ids, torch.tensor([len(prompt) - 1]))
+        p, logits = (hidden[0, -1] @ model.lm_head.weight.T).softmax(-1), state[0] @ model.lm_head.weight.T
+        q = torch.zeros_like(p)
+        q[keep] = logits[keep].softmax(-1)
+        exact.append([float(torch.minimum(p, logits.softmax(-1)).sum()), float(torch.minimum(p, q).sum())])
+        draws = torch.multinomial(p, 4000, replacement=True).tolist()
+        texts.append([Text([*prompt, *first.token_ids, x], len(prompt), len(prompt) + 2) for x in draws])
+    for drawn, want in zip(texts, exact, strict=True):
+        found = sampled_acceptance(model, drawn, tokenizer.pad_token_id, 500, 1.0, [None, keep])
+        for of_map, expected in zip(found, want, strict=True):
+            mean = float(torch.stack([a[0, 0] for a in of_map]).mean())
+            assert mean == pytest.approx(expected, abs=0.03)
+
+
+def test_tables_and_maps_by_language(few, tmp_path, capsys):
+    for name, ids in {"zh-3072": range(1, 6144, 2), "en-512": range(0, 512)}.items():
+        torch.save(list(ids), tmp_path / f"{name}.pt")
+    maps = [str(tmp_path / "zh-3072.pt"), str(tmp_path / "en-512.pt")]
+    out = tmp_path / "out"
+    results = simulate(str(TINY), [], str(few), output_dir=str(out), max_new_tokens=24, token_maps=maps, by="language")
+    printed = capsys.readouterr().out
+    record = json.loads((out / "simulate.json").read_text())
+    assert {"code", "en", "zh"} <= set(record["groups"])
+    alone = simulate(str(TINY), [], str(few), max_new_tokens=24, token_maps=maps[:1])
+    (again,) = [r for r in results if r.group == "all" and r.token_map == maps[0]]
+    assert again == alone[1]
+    best = record["recommended"]["token_maps"]
+    assert json.loads((out / "maps.json").read_text()) == {
+        g: f"../{m.rpartition('/')[2]}" for g, m in best.items() if m and g != "unknown"
+    }
+    assert "recommended: K=" in printed or "recommended: no drafts" in printed
+    assert (out / "maps.png").read_bytes()[:4] == b"\x89PNG"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.simulate import provenance
+from swift_fastmtp.evaluation.provenance import provenance
 
 LANGUAGES = ("en", "zh", "code")
 COLUMNS = {

@@ -28,8 +28,8 @@ from swift_fastmtp.config import LOSSES, FastMTPConfig
 from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
-from swift_fastmtp.evaluation.metrics import micro_tau
-from swift_fastmtp.evaluation.simulate import Text, draft_rounds, make_texts, sampled_acceptance
+from swift_fastmtp.evaluation.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
+from swift_fastmtp.evaluation.metrics import micro_tau, text_counts, verify_rounds
 from swift_fastmtp.hidden_cache import HiddenCache
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 
@@ -142,7 +142,7 @@ class Bench:
             taus = []
             for t in (0.0, 1.0):
                 texts = [text for lang in LANGUAGES for text in self.texts["dev", t, lang]]
-                _, rounds = draft_rounds(self.model, texts, self.tokenizer.pad_token_id, 60)
+                rounds = draft_rounds(self.model, texts, self.tokenizer.pad_token_id, 60)
                 taus.append(micro_tau(rounds[-1]))
             record["dev"] = sum(taus) / len(taus)
             save_tensors(dict(self.model.head_parameters()), self.head_path(data, rollout, loss, rate, SEEDS[0]))
@@ -212,15 +212,18 @@ class Bench:
         for (s, t, lang), texts in self.texts.items():
             if s != split:
                 continue
-            counts, rounds = draft_rounds(self.model, texts, pad, 60)
+            (accepted,) = greedy_acceptance(self.model, texts, pad, 60)
+            rounds, counts = [verify_rounds(a, 3) for a in accepted], text_counts(accepted)
             cell = found[f"{t}-{lang}"] = {
-                "rounds": [[sum(r) + len(r), len(r)] for r in rounds[-1]],  # tokens, verification steps per text
+                "rounds": [[sum(r) + len(r), len(r)] for r in rounds],  # tokens, verification steps per text
                 "eligible": counts.eligible.tolist(),
                 "accepted": counts.accepted.tolist(),
             }
             if t > 0:
-                sums, rows = sampled_acceptance(self.model, texts, pad, 60, t)
-                cell["sampled"] = {"sums": sums.tolist(), "rows": rows.tolist()}
+                (sampled,) = sampled_acceptance(self.model, texts, pad, 60, t)
+                counts = [text_counts([a]) for a in sampled]
+                rows = [c.eligible.tolist() for c in counts]
+                cell["sampled"] = {"sums": [c.accepted.tolist() for c in counts], "rows": rows}
         return found
 
 

@@ -27,7 +27,8 @@ from swift_fastmtp.checkpoints import read_head, write_json
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.rows import dump_row, read_rows, write_rows
-from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts, provenance
+from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
+from swift_fastmtp.evaluation.provenance import provenance
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +139,7 @@ def measure(out):
         found = {}
         for name, folder in heads.items():
             load_head(model, read_head(folder, model.family, head_shapes(MODEL)))
-            found[name] = {g: draft_rounds(model, t, tokenizer.pad_token_id, 20)[1][-1] for g, t in texts.items()}
+            found[name] = {g: draft_rounds(model, t, tokenizer.pad_token_id, 20)[-1] for g, t in texts.items()}
         write_json(found, path)
     return json.loads(path.read_text())
 

@@ -343,7 +343,7 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(*args.measure)
-    from swift_fastmtp.evaluation.simulate import provenance
+    from swift_fastmtp.evaluation.provenance import provenance
 
     started = time.time()
     methods = [m for m in args.methods if m in ("ours", "clean") or importlib.util.find_spec(m)]

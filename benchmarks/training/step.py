@@ -22,7 +22,7 @@ from reference_step import prepare, reference_loss
 
 from swift_fastmtp.checkpoints import write_json
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.simulate import provenance
+from swift_fastmtp.evaluation.provenance import provenance
 from swift_fastmtp.families import FAMILIES
 from swift_fastmtp.hidden_cache import HiddenCache
 from swift_fastmtp.modeling import MiMoConfig, build_class

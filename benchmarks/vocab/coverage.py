@@ -22,7 +22,7 @@ from pathlib import Path
 
 from swift_fastmtp.checkpoints import write_json
 from swift_fastmtp.data.rows import dump_row, write_rows
-from swift_fastmtp.evaluation.simulate import provenance
+from swift_fastmtp.evaluation.provenance import provenance
 
 ROOT = Path(__file__).parents[2]
 CHARACTERS = 8000

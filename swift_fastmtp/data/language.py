@@ -46,3 +46,8 @@ def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def known_languages() -> set[str]:
+    """The codes that `language` may return."""
+    return {str(name) for name in _identifier().nb_classes}

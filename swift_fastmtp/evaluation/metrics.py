@@ -6,10 +6,17 @@ if depths 1..k-1 matched.
     marginal_k     P(depths 1..k all match)                    the paper's 81 / 56 / 36 %
     conditional_k  P(depth k matches | depths 1..k-1 matched)
     tau            1 + sum_k marginal_k                        tokens per verification step, the bonus token included
+
+A server counts verification steps instead of base rows; with steps in the place of rows the definitions are the same.
+Micro averages are over all steps, macro averages over answers. The first token of an answer comes from the prefill and
+is in none of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -59,6 +66,45 @@ def count_acceptance(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: 
     return AcceptanceCounts(*(x.sum(dim=(1, 2)) for x in (eligible, reached, accepted)))
 
 
+def text_counts(accepted: Sequence[torch.Tensor]) -> AcceptanceCounts:
+    """Counts over all positions of texts.
+
+    Args:
+        accepted: per text [K, A]: `[k-1, t]`: with answer token t just committed, whether (or with which probability)
+            depth k's draft of answer token t + k is accepted, if those before it were. Drafts past the end do not
+            count.
+    """
+    K = len(accepted[0])
+    eligible, reached, found = (torch.zeros(K, dtype=torch.float64) for _ in range(3))
+    for accepted_KA in accepted:
+        A = accepted_KA.shape[1]
+        chain = torch.cat([torch.ones(1, A, dtype=torch.float64), accepted_KA.double().cumprod(0)])
+        for k in range(1, min(K, A - 1) + 1):
+            eligible[k - 1] += A - k
+            reached[k - 1] += chain[k - 1, : A - k].sum()
+            found[k - 1] += chain[k, : A - k].sum()
+    return AcceptanceCounts(eligible, reached, found)
+
+
+def expected_rounds(accepted_KA: torch.Tensor, depth: int) -> tuple[float, float]:
+    """Tokens and verification steps that a server needs on average for one answer, by the chance with which it stops
+    at each of its tokens; for drafts that are surely accepted or not, exactly those of `verify_rounds`.
+
+    Args:
+        accepted_KA: as in `text_counts`.
+        depth: drafts per round, at most K.
+    """
+    A = accepted_KA.shape[1]
+    at_least = torch.cat([torch.ones(1, A, dtype=torch.float64), accepted_KA[:depth].double().cumprod(0)]).numpy()
+    exactly = at_least - np.concatenate([at_least[1:], np.zeros((1, A))])
+    visits = np.zeros(A + depth + 1)
+    visits[0] = 1.0
+    for t in range(A - 1):
+        visits[t + 1 : t + depth + 2] += visits[t] * exactly[:, t]
+    here = visits[: A - 1]
+    return float((here * at_least[:, : A - 1].sum(0)).sum()), float(here.sum())
+
+
 def verify_rounds(match_KA: torch.Tensor, depth: int) -> list[int]:
     """The verification rounds of a greedy server on one answer: drafts accepted in each.
 
@@ -78,12 +124,135 @@ def verify_rounds(match_KA: torch.Tensor, depth: int) -> list[int]:
 
 
 def micro_tau(rounds: list[list[int]]) -> float:
-    """Tokens per verification step over all answers, the prefill's token excluded."""
-    steps = sum(map(len, rounds))
-    return (sum(map(sum, rounds)) + steps) / max(1, steps)
+    """Tokens per verification step over all answers, the prefill's token excluded; 0 if there were no steps."""
+    return micro_tau_of([(sum(r), len(r)) for r in rounds]) or 0.0
 
 
 def macro_tau(rounds: list[list[int]]) -> float:
-    """Mean over answers of each answer's tokens per verification step."""
-    taus = [1 + sum(r) / len(r) for r in rounds if r]
-    return sum(taus) / max(1, len(taus))
+    """Mean over answers of each answer's tokens per verification step; 0 if there were no steps."""
+    return macro_tau_of([(sum(r), len(r)) for r in rounds]) or 0.0
+
+
+def marginal_rates(histogram: Sequence[int]) -> list[float]:
+    """Share of verification steps that accepted at least k drafts, for k = 1..K.
+
+    Args:
+        histogram: `[j]` steps that accepted exactly j drafts, j = 0..K (SGLang's `spec_correct_drafts_histogram`).
+    """
+    steps = sum(histogram)
+    return [sum(histogram[k:]) / steps for k in range(1, len(histogram))] if steps else []
+
+
+def conditional_rates(histogram: Sequence[int]) -> list[float]:
+    """Share of the steps that accepted k - 1 drafts or more that accepted the k-th too, for k = 1..K; 0 if none did."""
+    if not sum(histogram):
+        return []
+    return [sum(histogram[k:]) / (sum(histogram[k - 1 :]) or 1) for k in range(1, len(histogram))]
+
+
+def micro_tau_of(counts: Sequence[tuple[int, int]]) -> float | None:
+    """1 + all accepted drafts / all verification steps; None if there were no steps.
+
+    Args:
+        counts: (accepted drafts, steps) of every answer, as a server reports them.
+    """
+    steps = sum(s for _, s in counts)
+    return 1 + sum(a for a, _ in counts) / steps if steps else None
+
+
+def macro_tau_of(counts: Sequence[tuple[int, int]]) -> float | None:
+    """Mean over answers of 1 + accepted drafts / steps; answers without a step do not count."""
+    taus = [1 + a / s for a, s in counts if s]
+    return sum(taus) / len(taus) if taus else None
+
+
+def steps_by_chunk(chunk_tokens: Sequence[int], accepted: int, steps: int) -> list[tuple[int, int]] | None:
+    """(answer tokens before it, accepted drafts) of every verification step, from a streamed answer.
+
+    Args:
+        chunk_tokens: new tokens of each chunk; the first is the prefill's token. A server that sends every step sends
+            one chunk for each; the last may be cut off at the end of the answer, but what it accepted is what is
+            missing in the sum.
+        accepted: drafts accepted in all, of `steps` steps.
+
+    Returns None where chunks are not steps (the server or the network put some together).
+    """
+    if len(chunk_tokens) != steps + 1 or chunk_tokens[0] != 1 or not steps:
+        return None
+    before, found = 1, []
+    for new in chunk_tokens[1:-1]:
+        found.append((before, new - 1))
+        before += new
+    last = accepted - sum(a for _, a in found)
+    return [*found, (before, last)] if last >= chunk_tokens[-1] - 1 and min(chunk_tokens) > 0 else None
+
+
+def tau_by_position(steps: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int, float, int]]:
+    """(start, end, tau, steps) of each part, `width` tokens long, of the answers.
+
+    Args:
+        steps: (answer tokens before it, accepted drafts) of verification steps; a step counts where it starts.
+    """
+    parts: dict[int, list[int]] = {}
+    for position, accepted in steps:
+        parts.setdefault(position // width, []).append(accepted)
+    return [(i * width, (i + 1) * width, 1 + sum(a) / len(a), len(a)) for i, a in sorted(parts.items())]
+
+
+def token_gaps(chunk_tokens: Sequence[int], chunk_seconds: Sequence[float]) -> list[float]:
+    """Inter-token latency in seconds, one value per token after the first chunk: tokens that arrive together share the
+    time since the chunk before (as SGLang's `bench_serving.py` counts it)."""
+    return [s / n for n, s in zip(chunk_tokens[1:], chunk_seconds[1:], strict=True) for _ in range(n)]
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float] | None:
+    """The 50th, 90th and 99th, linearly interpolated; None of nothing."""
+    if not len(values):
+        return None
+    p50, p90, p99 = np.percentile(np.asarray(values, dtype=float), [50, 90, 99]).tolist()
+    return p50, p90, p99
+
+
+def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of (start, end): the time in which at least one request was on its way. A run that was
+    stopped and started again does not count the time between."""
+    total, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def speedup(
+    baseline: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], seed: int = 0, samples: int = 2000
+) -> tuple[float, float, float] | None:
+    """Decode speed of `other` over the baseline's, and the ends of its 95 % interval.
+
+    Args:
+        baseline, other: (tokens, seconds) of every prompt, the same prompts in the same order.
+        seed: of the bootstrap: prompts are drawn with replacement, both servers' together (percentile interval, Efron).
+
+    Returns None if there is nothing to divide by.
+    """
+    totals = np.concatenate([np.asarray(x, dtype=float).reshape(-1, 2) for x in (baseline, other)], axis=1)
+    count = len(totals)
+    if not count or not (totals.sum(0) > 0).all():
+        return None
+
+    def ratio(sums: Any) -> Any:
+        return (sums[..., 2] / sums[..., 3]) / (sums[..., 0] / sums[..., 1])
+
+    rng = np.random.default_rng(seed)
+    sums = np.stack([rng.multinomial(count, np.full(count, 1 / count)) @ totals for _ in range(samples)])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = ratio(sums)
+    low, high = np.percentile(ratios[np.isfinite(ratios)], [2.5, 97.5]).tolist()
+    return float(ratio(totals.sum(0))), low, high
+
+
+def first_difference(one: Sequence[Any] | str, other: Sequence[Any] | str) -> int | None:
+    """Where two answers (token ids, or characters) first differ; None if they are equal."""
+    if one == other:
+        return None
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

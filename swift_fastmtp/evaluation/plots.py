@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .recommend import map_kind
+
 if TYPE_CHECKING:
     from .simulate import HeadResult
 
@@ -41,3 +43,51 @@ def plot_acceptance(results: Sequence["HeadResult"], path: Path) -> None:
     figure.savefig(staged, dpi=150, format=path.suffix[1:])
     plt.close(figure)
     staged.replace(path)
+
+
+def plot_maps(results: Sequence["HeadResult"], num_steps: int, path: Path) -> None:
+    """Tau and predicted speedup against the size of the token map, one column per group, one line per kind of map."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = list(dict.fromkeys(r.group for r in results))
+    kinds = list(dict.fromkeys(map_kind(r.token_map) for r in results if r.token_map))
+    figure, grid = plt.subplots(
+        2, len(groups), figsize=(1.2 + 2.9 * len(groups), 5.2), constrained_layout=True, sharex=True, sharey="row",
+        squeeze=False,
+    )  # fmt: skip
+    for column, group in enumerate(groups):
+        own = [r for r in results if r.group == group]
+        (full,) = [r for r in own if r.token_map is None]
+        for axes, of in zip(grid[:, column], (_tau, _speedup), strict=True):
+            axes.axhline(of(full, num_steps), color="#555555", linestyle="--", linewidth=1, label="whole vocabulary")
+            for i, kind in enumerate(kinds):
+                line = sorted(
+                    (r.num_ids, of(r, num_steps)) for r in own if r.token_map and map_kind(r.token_map) == kind
+                )
+                axes.plot(*zip(*line, strict=True), "o-", color=_COLOURS[1 + i % 5], markersize=4, label=kind)
+            axes.set_xscale("log", base=2)
+            sizes = sorted({r.num_ids for r in own if r.token_map})
+            axes.set_xticks(sizes, [f"{n / 1024:g}k" for n in sizes], fontsize=8)
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", alpha=0.3)
+        grid[0, column].set_title(f"{group} answers")
+        grid[1, column].set_xlabel("ids in the token map")
+    grid[0, 0].set_ylabel(f"tokens per step (τ), K={num_steps}")
+    grid[1, 0].set_ylabel("predicted speedup")
+    grid[0, -1].legend(frameon=False, title="map", fontsize=8)
+    staged = path.with_name(f".{path.name}")
+    figure.savefig(staged, dpi=150, format=path.suffix[1:])
+    plt.close(figure)
+    staged.replace(path)
+
+
+def _tau(result: "HeadResult", num_steps: int) -> float:
+    return result.tau_micro[num_steps - 1]
+
+
+def _speedup(result: "HeadResult", num_steps: int) -> float:
+    return result.speedup[num_steps - 1]

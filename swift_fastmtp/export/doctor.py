@@ -16,6 +16,8 @@ import torch
 from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json
 from ..errors import FastMTPError
 from ..families import Family, match_family, read_config
+from ..vocab.languages import check_names
+from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 
 _PLAIN = {"bfloat16", "float16", "float32"}
 # A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
@@ -70,7 +72,9 @@ def examine(
     findings += _tensors(folder, weights, config, family)
     findings += _origin(folder, weights, family, model)
     if token_map:
-        findings += _map(Path(token_map), folder, config, tp_size)
+        findings += [*_map(Path(token_map), folder, config), *_static_map(token_map, config, tp_size)]
+    if CONFIG_KEY in config:
+        findings += _map_list(folder, config)
     return findings
 
 
@@ -205,9 +209,18 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
         )
 
 
-def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iterator[Finding]:
-    from ..vocab.maps import check_tokenizer, read_token_map
+def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    try:
+        maps = check_map_list(config[CONFIG_KEY], folder / "config.json")
+        check_names(maps)
+    except FastMTPError as error:
+        yield Finding("error", str(error), "a server with this package does not start", f'mend "{CONFIG_KEY}"')
+        return
+    for path in maps.values():
+        yield from _map(path, folder, config)
 
+
+def _map(path: Path, folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
         ids = set(read_token_map(path, config["vocab_size"]).tolist())
         check_tokenizer(path, folder)
@@ -233,6 +246,9 @@ def _map(path: Path, folder: Path, config: dict[str, Any], tp_size: int) -> Iter
                 "the map was made with another tokenizer: its ids mean other tokens here",
                 "make the map from this model's own tokenizer",
             )
+
+
+def _static_map(path: str | Path, config: dict[str, Any], tp_size: int) -> Iterator[Finding]:
     if tp_size > 1:
         yield Finding(
             "error",

@@ -33,9 +33,12 @@ from ..checkpoints import (
 from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..families import Family, find_family, read_config
+from ..vocab.languages import check_names
+from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
 
 # Written by trainers next to a model; they describe a run, not a model.
 _RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
+MAPS_FOLDER = "token_maps"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,7 +63,11 @@ def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> d
 
 
 def export_full(
-    checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None, remote_code: bool = True
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    base_model: str | Path | None = None,
+    remote_code: bool = True,
+    token_maps: str | Path | None = None,
 ) -> Path:
     """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
 
@@ -69,6 +76,8 @@ def export_full(
         output_dir: must not exist; it appears whole or not at all.
         base_model: the model the head was trained for; default: what the checkpoint remembers.
         remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`.
+        token_maps: JSON list of languages and maps, as `fastmtp simulate --by language` writes it; the maps come along,
+            and config.json names them, so that a server with this package uses them.
 
     Raises `FastMTPError` naming the file or tensor.
     """
@@ -86,13 +95,19 @@ def export_full(
             else:
                 link_or_copy(source, target)
         _finish_config(out, family, remote_code)
+        if token_maps:
+            _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         _verify(out, family, tensors)
     return base
 
 
 def export_draft(
-    checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None = None, remote_code: bool = True
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    base_model: str | Path | None = None,
+    remote_code: bool = True,
+    token_maps: str | Path | None = None,
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
     base, family, tensors, info = _collect(checkpoint, base_model)
@@ -101,6 +116,8 @@ def export_draft(
             if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
+        if token_maps:
+            _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         save_tensors(tensors, out / WEIGHTS_FILE)
         _verify(out, family, tensors)
@@ -119,8 +136,28 @@ def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     if family.plain_model_type is None:
         raise FastMTPError(f"{folder}: {family.name} has no configuration without remote code; keep it")
     config.pop("auto_map", None)
+    _write_config({**config, "model_type": family.plain_model_type}, folder)
+
+
+def _write_config(config: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").unlink()  # it may be a hard link to the base's
-    write_json({**config, "model_type": family.plain_model_type}, folder / "config.json")
+    write_json(config, folder / "config.json")
+
+
+def _add_maps(folder: Path, token_maps: str | Path) -> None:
+    """Copy the maps of a list, with what is known of them, and name them in config.json."""
+    config, named = read_config(folder), {}
+    maps = read_map_list(token_maps)
+    check_names(maps)
+    (folder / MAPS_FOLDER).mkdir()
+    for language, path in maps.items():
+        check_tokenizer(path, folder)
+        read_token_map(path, config["vocab_size"])
+        named[language] = f"{MAPS_FOLDER}/{language}.pt"
+        shutil.copyfile(path, folder / named[language])
+        if sidecar(path).exists():
+            shutil.copyfile(sidecar(path), sidecar(folder / named[language]))
+    _write_config({**config, CONFIG_KEY: named}, folder)
 
 
 def _collect(

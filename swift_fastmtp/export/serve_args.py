@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
 from ..families import match_family, read_config
+from ..vocab.maps import CONFIG_KEY
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
@@ -55,9 +56,11 @@ def serve_flags(
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
-    token_map = token_map or settings.get("token_map")
+    by_language = CONFIG_KEY in config and not token_map
+    token_map = None if by_language else token_map or settings.get("token_map")
+    why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
     flags = [
-        Flag(("python", "-m", "sglang.launch_server"), "stock SGLang"),
+        Flag(("python", "-m", "sglang.launch_server"), why),
         Flag(
             ("--model-path", str(target)), "the exported checkpoint" if full else "the model the head was trained for"
         ),

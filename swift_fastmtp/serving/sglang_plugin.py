@@ -4,51 +4,43 @@ SGLang's own `--speculative-token-map` is one map for all requests, copied out o
 only ids: the draft's logits processor computes, for each row, the columns of that row's map from the live matrix
 (`routed_head.py`), so ids stay global, batches mix languages and verification does not know about it.
 
-Loaded by SGLang through the entry point `sglang.srt.plugins`, in every process. It does nothing unless the environment
-variable SWIFT_FASTMTP_MAPS names a JSON file: {"zh": "zh-16384.pt", "en": "en-32768.pt", "code": ..}, paths beside it.
+Loaded by SGLang through the entry point `sglang.srt.plugins`, in every process. It does nothing unless the model's
+config.json has the key `fastmtp_token_maps`, an object of languages and files below the model's folder, or the
+environment variable SWIFT_FASTMTP_MAPS names a JSON file with such an object, paths beside it; `none` leaves out the
+model's own.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..checkpoints import read_json
 from ..errors import FastMTPError
-from ..vocab.languages import TokenLanguages
-from ..vocab.maps import check_tokenizer, read_token_map
-from .routed_head import NOTHING, RoutedHead
+from ..vocab.maps import CONFIG_KEY, check_map_list, read_map_list
+from .router import Router
 
 VARIABLE = "SWIFT_FASTMTP_MAPS"
 TRIED = ("0.5.23",)
 """SGLang versions whose workers look as this file expects; with others it refuses to start."""
-AGAIN_EVERY = 16
-"""Verification steps after which an answer's language is looked at again: a reasoning model may change it."""
-AGAIN_TOKENS = 64
-"""Tokens of the answer that are looked at then."""
+UNSUPPORTED = ("enable_dp_attention", "enable_dp_lm_head", "enable_lora")
+"""Server arguments that change what the draft's output matrix is, or which rows a rank has."""
 
 
 def register() -> None:
-    """Entry point. Stops the server with one line if it cannot do what it is asked to."""
-    if os.environ.get(VARIABLE):
-        _or_exit(_register)
-
-
-def _register() -> None:
-    from importlib.metadata import version
-
+    """Entry point. Stops the server with one line if it cannot do what the environment variable asks for."""
+    if _variable():
+        _or_exit(read_map_list, _variable())
+        _or_exit(_check_version)
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    found = version("sglang")
-    if found not in TRIED:
-        raise FastMTPError(
-            f"{VARIABLE}: SGLang {found} is not among the versions it was tried with ({', '.join(TRIED)})"
-        )
-    read_maps(os.environ[VARIABLE])
     target = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
     HookRegistry.register(target, _after_create_worker, HookType.AFTER)
+
+
+def _variable() -> str:
+    value = os.environ.get(VARIABLE, "")
+    return "" if value.lower() == "none" else value
 
 
 def _or_exit(function: Any, *args: Any) -> Any:
@@ -60,40 +52,75 @@ def _or_exit(function: Any, *args: Any) -> Any:
         os._exit(1)
 
 
-def read_maps(path: str) -> dict[str, str]:
-    """Language -> file of its map. Raises `FastMTPError` if the file is not such a list."""
+def maps_of(model_path: str, draft_path: str | None) -> dict[str, Path]:
+    """Language -> file of its map, or nothing if none are asked for: those of the environment variable, else of the
+    config.json of the draft's or the model's folder. Raises `FastMTPError` for a list that cannot be used."""
+    if os.environ.get(VARIABLE):
+        return read_map_list(_variable()) if _variable() else {}
+    for name in (draft_path, model_path):
+        config = _file(name, "config.json") if name else None
+        if name and config and CONFIG_KEY in (found := read_json(config)):
+            for file in found[CONFIG_KEY].values() if isinstance(found[CONFIG_KEY], dict) else ():
+                _file(name, str(file))
+            return check_map_list(found[CONFIG_KEY], config)
+    return {}
+
+
+def _file(model: str, name: str) -> Path | None:
+    """A file of a model's folder, or of its repository on the hub, from where it is fetched as SGLang does the rest."""
+    if Path(model).is_dir():
+        return Path(model) / name
+    from transformers.utils import cached_file
+
     try:
-        maps = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"{VARIABLE}={path}: cannot be read as JSON ({error})") from None
-    if not isinstance(maps, dict) or not maps or not all(isinstance(v, str) for v in maps.values()):
-        raise FastMTPError(f'{path}: must be an object of languages and files, as {{"zh": "zh-16384.pt"}}')
-    found = {name: str(Path(path).parent / file) for name, file in maps.items()}
-    for name, file in found.items():
-        if not Path(file).is_file():
-            raise FastMTPError(f"{path}: {name}: {file}: no such file")
-    return found
+        return Path(cached_file(model, name))
+    except OSError:
+        return None
+
+
+def _check_version() -> None:
+    from importlib.metadata import version
+
+    found = version("sglang")
+    if found not in TRIED:
+        tried = ", ".join(TRIED)
+        raise FastMTPError(f"token maps per language: SGLang {found} is not among the versions tried ({tried})")
+
+
+def refuse_unsupported(algorithm: str, is_eagle: bool, server_args: Any) -> None:
+    """Raises `FastMTPError` naming what cannot be combined with maps per language.
+
+    Args:
+        algorithm: name of SGLang's speculative algorithm.
+        is_eagle: it runs SGLang's one-layer EAGLE worker, with a draft that shares the model's output matrix.
+    """
+    if not is_eagle:
+        raise FastMTPError(
+            f"token maps per language: the speculative algorithm {algorithm} has no draft on the model's output matrix"
+        )
+    if server_args.speculative_token_map:
+        raise FastMTPError("--speculative-token-map is one map for all requests; leave it or the maps per language out")
+    for option in UNSUPPORTED:
+        if getattr(server_args, option, None):
+            raise FastMTPError(f"token maps per language: --{option.replace('_', '-')} is not supported")
 
 
 def _after_create_worker(result: Any, algorithm: Any, server_args: Any) -> Any:
-    """The worker class that SGLang is about to use, with routed drafting."""
+    """The worker class that SGLang is about to use, with routed drafting if maps are asked for."""
+    files = _or_exit(maps_of, server_args.model_path, server_args.speculative_draft_model_path)
+    if not files:
+        return result
+    _or_exit(_check_version)
     from sglang.srt.speculative import eagle_worker_v2 as module
 
-    if result is not module.EAGLEWorkerV2 or algorithm.is_eagle3():
-        _or_exit(
-            _refuse, f"the speculative algorithm {algorithm.name} has no draft that shares the model's output matrix"
-        )
-    if server_args.speculative_token_map:
-        _or_exit(_refuse, "--speculative-token-map is one map for all requests; leave one of the two out")
-    for option in ("enable_dp_attention", "enable_dp_lm_head", "enable_lora"):
-        if getattr(server_args, option, None):
-            _or_exit(_refuse, f"--{option.replace('_', '-')} is not supported")
-    draft_class, router = module.EagleDraftWorker, Router
+    is_eagle = result is module.EAGLEWorkerV2 and not algorithm.is_eagle3()
+    _or_exit(refuse_unsupported, algorithm.name, is_eagle, server_args)
+    draft_class = module.EagleDraftWorker
 
     class Draft(draft_class):  # type: ignore[misc,valid-type]
         def init_lm_head(self) -> None:
             super().init_lm_head()
-            self.router = _or_exit(router, self, server_args)
+            self.router = _or_exit(Router, self, server_args, files)
 
         def _draft_extend_for_prefill(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
             if not batch.forward_mode.is_idle():
@@ -115,79 +142,3 @@ def _after_create_worker(result: Any, algorithm: Any, server_args: Any) -> Any:
                 module.EagleDraftWorker = draft_class
 
     return Worker
-
-
-def _refuse(why: str) -> None:
-    raise FastMTPError(f"{VARIABLE}: {why}")
-
-
-class Router:
-    """Which language each request drafts in, and the draft's logits accordingly."""
-
-    def __init__(self, draft: Any, server_args: Any) -> None:
-        from transformers import AutoTokenizer
-
-        model = draft.draft_runner.model
-        weight = model.lm_head.weight
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            _refuse(f"the output matrix is quantised ({weight.dtype}); leave lm_head out of the quantisation")
-        V = draft.draft_runner.model_config.vocab_size
-        files = read_maps(os.environ[VARIABLE])
-        folder = server_args.tokenizer_path or server_args.model_path
-        maps = {}
-        for name, file in files.items():
-            check_tokenizer(file, folder)
-            maps[name] = read_token_map(file, V)
-        # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
-        shard = model.lm_head.shard_indices
-        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        self.head = RoutedHead(maps, V, vocab_start=start, vocab_end=end, device=weight.device)
-        self.identify = TokenLanguages(
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
-        )
-        self.numbers = {name: i for i, name in enumerate(self.head.languages)}
-        # Row 0 of SGLang's pool stands for padded rows of captured graphs.
-        self.languages = torch.full(
-            (draft.req_to_token_pool.size + 1,), NOTHING, dtype=torch.int32, device=weight.device
-        )
-        _route(model.logits_processor, self)
-
-    def begin(self, batch: Any) -> None:
-        """A batch of requests whose prompts, or parts of them, have just been read."""
-        self._assign([self.identify.of_prompt(req.origin_input_ids) for req in batch.reqs], batch.req_pool_indices)
-
-    def go_on(self, batch: Any) -> None:
-        """A batch of requests that go on answering."""
-        due = []
-        for i, req in enumerate(batch.reqs):
-            req.fastmtp_steps = getattr(req, "fastmtp_steps", 0) + 1  # lives and ends with the request
-            if req.fastmtp_steps % AGAIN_EVERY == 0:
-                due.append(i)
-        if due:
-            answers = [batch.reqs[i].output_ids[-AGAIN_TOKENS:] for i in due]
-            self._assign([self.identify(answer) for answer in answers], batch.req_pool_indices[due])
-
-    def _assign(self, names: list[str | None], slots: torch.Tensor) -> None:
-        numbers = [self.numbers.get(name or "", self.head.full) for name in names]
-        self.languages[slots] = torch.tensor(numbers, dtype=torch.int32).to(self.languages.device, non_blocking=True)
-
-
-def _route(processor: Any, router: Router) -> None:
-    """Give the draft's logits processor a routed output matrix."""
-    stock = type(processor)
-
-    class Routed(stock):  # type: ignore[misc,valid-type]
-        def forward(
-            self, input_ids: Any, hidden_states: Any, lm_head: Any, logits_metadata: Any, *args: Any, **kw: Any
-        ) -> Any:
-            self._slots = logits_metadata.req_pool_indices
-            return super().forward(input_ids, hidden_states, lm_head, logits_metadata, *args, **kw)
-
-        def _compute_lm_head(self, hidden: Any, lm_head: Any, embedding_bias: Any = None, *, out: Any = None) -> Any:
-            languages = router.languages[self._slots]
-            rows = hidden.shape[0] // len(languages)
-            if out is not None and out.shape != (len(hidden), len(lm_head.weight)):
-                out = None  # as stock does
-            return router.head(hidden, lm_head.weight, languages.repeat_interleave(rows), out=out)
-
-    processor.__class__ = Routed

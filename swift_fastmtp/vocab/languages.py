@@ -6,12 +6,14 @@ with the whole vocabulary.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..data.language import known_languages, language
 from ..data.scripts import HAN, KANA
+from ..errors import FastMTPError
 
 CLASSES = ("neutral", "latin", "han", "kana", "hangul", "cyrillic", "arabic", "code")
 _NEUTRAL, _LATIN, _HAN, _KANA, _HANGUL, _CYRILLIC, _ARABIC, _CODE = range(len(CLASSES))
@@ -38,7 +40,7 @@ SHARES = {"code": 0.2, "ja": 0.15, "ko": 0.3, "zh": 0.5, "ru": 0.5, "ar": 0.5, "
 class TokenLanguages:
     """The script classes of a tokenizer's ids.
 
-    `en` is Latin script: other languages in it need a map of their own name, and the caller to tell them apart.
+    `en` is any Latin script, `ru` any Cyrillic one, `ar` any Arabic one: `Languages` tells others in them.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -49,19 +51,21 @@ class TokenLanguages:
         self.classes = np.array(classes, np.uint8)
 
     def of_prompt(self, ids: Sequence[int]) -> str | None:
-        """The language of what was said last: a chat template's system prompt and roles, mostly English, do not count.
+        """The language of what was said last: a chat template's system prompt and roles, mostly English, do not
+        count."""
+        return self(self.last_said(ids))
 
-        That is the last part between two special tokens which has more than a role's name.
-        """
+    def last_said(self, ids: Sequence[int]) -> Sequence[int]:
+        """The last part between two special tokens which has more than a role's name; all ids if there is none."""
         end = len(ids)
         while end > 0:
             start = end
             while start > 0 and ids[start - 1] not in self.special:
                 start -= 1
             if end - start >= MIN_TOKENS + _ROLE_TOKENS:
-                return self(ids[start:end])
+                return ids[start:end]
             end = start - 1
-        return self(ids)
+        return ids
 
     def __call__(self, ids: Sequence[int]) -> str | None:
         """`zh`, `en`, `code`, .. or None if the text is short, mixed or of another script."""
@@ -86,6 +90,54 @@ class TokenLanguages:
             if found_share >= SHARES[name]:
                 return name
         return None
+
+
+class Languages:
+    """What names the language of prompts and answers for token maps of these names.
+
+    Script and code are told by token ids, in microseconds. Languages that share a script with others (`de`, `fr`, `uk`)
+    are told by py3langid from the text, once a map of such a name is given; then it has to be sure of `en`, `ru` and
+    `ar` as well, so that nothing drafts with the map of a neighbour.
+
+    Raises `FastMTPError` for a name that is no language anybody tells, or if py3langid is needed and not there.
+    """
+
+    def __init__(self, tokenizer: Any, names: Iterable[str]) -> None:
+        self.by_ids = TokenLanguages(tokenizer)
+        self.decode = tokenizer.decode
+        self.by_text = check_names(names)
+
+    def of_prompt(self, ids: Sequence[int]) -> str | None:
+        """As `TokenLanguages.of_prompt`."""
+        return self(self.by_ids.last_said(ids))
+
+    def __call__(self, ids: Sequence[int]) -> str | None:
+        """The language of tokens, or None: too short, mixed, or of no name that a map could have."""
+        name = self.by_ids(ids)
+        if not self.by_text or name not in (None, "en", "ru", "ar"):
+            return name
+        text = self.decode(ids[-LOOKED_AT:], skip_special_tokens=True)
+        return language(text)
+
+
+def check_names(names: Iterable[str]) -> set[str]:
+    """The names that only py3langid tells. Raises as `Languages` does."""
+    by_text = set(names) - set(SHARES)
+    if by_text:
+        try:
+            known = known_languages()
+        except ImportError:
+            raise FastMTPError(f"token maps of {_list(by_text)} need py3langid: pip install py3langid") from None
+        if unknown := by_text - known:
+            raise FastMTPError(
+                f"token maps: no text is ever told to be {_list(unknown)}; known: {_list(SHARES)}, and ISO 639-1 codes "
+                "as de, fr, es"
+            )
+    return by_text
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _class(text: str) -> int:

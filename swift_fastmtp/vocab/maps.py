@@ -1,7 +1,10 @@
-"""Token maps: the ids that a draft may choose from (SGLang's `--speculative-token-map`)."""
+"""Token maps: the ids that a draft may choose from (SGLang's `--speculative-token-map`), alone or by language."""
 
+import json
+from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 
@@ -27,6 +30,29 @@ def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
     return ids.long()
 
 
+def read_map_list(path: str | Path) -> dict[str, Path]:
+    """Language -> file of its map, from a JSON object of languages and files that stand beside it.
+
+    Raises `FastMTPError` if the file is not such a list, or a map is not there.
+    """
+    try:
+        maps = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
+    return check_map_list(maps, Path(path))
+
+
+def check_map_list(maps: Any, where: Path) -> dict[str, Path]:
+    """The same for an object that was read from `where`."""
+    if not isinstance(maps, dict) or not maps or not all(isinstance(v, str) for v in maps.values()):
+        raise FastMTPError(f'{where}: must be an object of languages and files, as {{"zh": "zh-16384.pt"}}')
+    found = {name: where.parent / file for name, file in maps.items()}
+    for name, file in found.items():
+        if not file.is_file():
+            raise FastMTPError(f"{where}: {name}: {file}: no such file")
+    return found
+
+
 def sidecar(path: str | Path) -> Path:
     """Where the facts about a map are, if `fastmtp vocab` made it."""
     return Path(path).with_suffix(".meta.json")
@@ -40,6 +66,10 @@ def check_tokenizer(path: str | Path, model_dir: str | Path) -> None:
         raise FastMTPError(f"{path}: made with another tokenizer.json than {model_dir}'s; make it for this model")
 
 
+CONFIG_KEY = "fastmtp_token_maps"
+"""Key of an exported model's config.json: language -> file of its map, below the folder."""
+
+
 class DraftVocabulary:
     """The output matrix restricted to a token map, and the way between full and draft ids.
 
@@ -49,11 +79,20 @@ class DraftVocabulary:
     """
 
     def __init__(self, weight_VD: torch.Tensor, ids_M: torch.Tensor | None = None) -> None:
+        self.full = weight_VD
         self.ids = None if ids_M is None else ids_M.to(weight_VD.device)
-        self.weight = weight_VD if self.ids is None else weight_VD[self.ids]
         if self.ids is not None:
             self.draft_ids = torch.full((weight_VD.shape[0],), -1, device=weight_VD.device)
             self.draft_ids[self.ids] = torch.arange(len(self.ids), device=weight_VD.device)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """The map's rows of the matrix, [M, D]; copied when first asked for."""
+        return self.full if self.ids is None else self.full[self.ids]
+
+    def columns(self, logits_NV: torch.Tensor) -> torch.Tensor:
+        """The map's part of full logits, [N, M]."""
+        return logits_NV if self.ids is None else logits_NV[:, self.ids]
 
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Full ids → rows of `weight`; -1 where the map does not hold the token."""

@@ -28,7 +28,7 @@ UNTRIED = (
 CPU_FLAGS = [
     *("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--mem-fraction-static", "0.3"),
     *("--max-total-tokens", "8192", "--max-running-requests", "8", "--context-length", "1024"),
-    *("--random-seed", "0", "--log-level", "warning", "--skip-server-warmup"),
+    *("--random-seed", "0", "--log-level", "warning", "--skip-server-warmup", "--sleep-on-idle"),
 ]
 
 

@@ -11,6 +11,8 @@ sglang=${SGLANG_VERSION:-0.5.23} torch=2.13.0 transformers=${TRANSFORMERS_VERSIO
 pins=$(printf '%s' "$sglang $torch $transformers $xgrammar $(cat "$here/requirements.txt")" | sha256sum | cut -c1-12)
 folder=${1:-${XDG_CACHE_HOME:-$HOME/.cache}/swift_fastmtp/sglang-cpu-$pins}
 
+mkdir -p "$(dirname "$folder")"
+exec 9>"$folder.lock" && flock 9  # tests that run side by side make it once
 if [ ! -f "$folder/complete" ]; then
   rm -rf "$folder"
   {

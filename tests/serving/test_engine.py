@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from swift_fastmtp.checkpoints import read_head
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts
+from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
@@ -105,7 +105,7 @@ def test_lossless_and_as_the_simulator_said(name, steps, mapped, heads, texts, t
     folder = Path(heads[name])
     ids = read_token_map(token_map, model.config.vocab_size) if mapped else None
     load_head(model, read_head(folder, model.family, head_shapes(TINY)))
-    _, rounds = draft_rounds(model, rows, tokenizer.pad_token_id, 8, ids)
+    rounds = draft_rounds(model, rows, tokenizer.pad_token_id, 8, ids)
     flags = serve_flags(folder, num_steps=steps, token_map=str(token_map) if mapped else None, model=str(TINY))
     with Server(command(flags), work / f"{name}-{steps}.log") as server:
         records = server.generate([t.ids[: t.start] for t in rows], TOKENS)

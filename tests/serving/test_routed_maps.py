@@ -4,8 +4,12 @@ Each request's acceptance counts equal those of a server with that one static ma
 its text is the text without speculation, and what joins, ends or is aborted beside it changes nothing.
 """
 
+import collections
 import json
+import re
+import shutil
 import threading
+import time
 import urllib.request
 from itertools import pairwise
 
@@ -16,7 +20,7 @@ from engine import Server
 from transformers import AutoTokenizer
 
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.simulate import draft_rounds, make_texts
+from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.modeling import load_model
 from swift_fastmtp.vocab.languages import TokenLanguages
@@ -56,14 +60,20 @@ def texts():
     return make_texts(model, tokenizer, chosen, TOKENS, "generate", 8), model, tokenizer
 
 
-def server(installed, maps, log, *flags):
-    start = [*command(serve_flags(TINY, num_steps=3)), *flags]
-    return Server(start, log, {"PYTHONPATH": str(installed[1]), "SWIFT_FASTMTP_MAPS": str(maps)})
+def server(installed, model, log, *flags, **environment):
+    start = [*command(serve_flags(model, num_steps=3)), *flags]
+    return Server(start, log, {"PYTHONPATH": str(installed[1]), **environment})
 
 
 @pytest.fixture(scope="module")
 def running(installed, maps, work):
-    with server(installed, maps, work / "server.log") as running:
+    """A model whose own config.json names the maps, as `fastmtp export --token_maps` writes it."""
+    model = work / "model"
+    shutil.copytree(TINY, model)
+    config = json.loads((model / "config.json").read_text())
+    named = {name: str(maps.parent / file) for name, file in json.loads(maps.read_text()).items()}
+    (model / "config.json").write_text(json.dumps({**config, "fastmtp_token_maps": named}))
+    with server(installed, model, work / "server.log", "--enable-metrics") as running:
         yield running
 
 
@@ -78,7 +88,7 @@ def expected(texts, maps):
     for name in set(languages):
         path = maps.parent / f"{name}.pt"
         ids = read_token_map(path, model.config.vocab_size) if path.exists() else None
-        _, counts = draft_rounds(model, found, tokenizer.pad_token_id, 8, ids)
+        counts = draft_rounds(model, found, tokenizer.pad_token_id, 8, ids)
         rounds[name] = counts[-1]
     return [(language, t, rounds[language][i]) for i, (language, t) in enumerate(zip(languages, found, strict=True))]
 
@@ -119,10 +129,42 @@ def test_what_joins_ends_or_is_aborted_disturbs_nobody(running, expected):
         thread.join()
 
 
+def test_metrics_count_requests_and_acceptance_by_language(running, expected):
+    """In SGLang's own endpoint: what was added by one more batch is what the simulator says of it."""
+    before = counters(running)
+    assert_as_expected(running.generate([t.ids[: t.start] for _, t, _ in expected], TOKENS), expected)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:  # the scheduler counts after it has answered
+        after = counters(running)
+        found = {key: value - before.get(key, 0) for key, value in after.items()}
+        want = collections.Counter()
+        for language, _, rounds in expected:
+            name = language if language in ("en", "zh", "code") else "full"
+            want["requests", name] += 1
+            want["verify_steps", name] += len(rounds)
+            want["draft_tokens", name] += 3 * len(rounds)
+            want["accepted_draft_tokens", name] += sum(rounds)
+        if found == want:
+            return
+        time.sleep(0.2)
+    assert found == want
+
+
+def counters(running):
+    with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    found = [re.match(r'fastmtp:(\w+)_total\{.*language="(\w+)".*\} ([\d.e+]+)$', line) for line in lines]
+    return {(m[1], m[2]): float(m[3]) for m in found if m}
+
+
 REFUSED = {
     "not json": ("{", (), "maps.json: cannot be read as JSON"),
     "another tokenizer's": ('{"zh": "zh.pt"}', (), "zh.pt: made with another tokenizer.json"),
-    "a static map as well": ('{"en": "en.pt"}', ("--speculative-token-map", "en.pt"), "leave one of the two out"),
+    "EAGLE3": (
+        '{"en": "en.pt"}',
+        ("--speculative-algorithm", "EAGLE3"),
+        "the speculative algorithm EAGLE3 has no draft",
+    ),
 }
 
 
@@ -135,4 +177,5 @@ def test_what_cannot_be_done_stops_the_start_with_one_line(name, installed, tmp_
     (tmp_path / "maps.json").write_text(content)
     flags = [str(tmp_path / f) if f.endswith(".pt") else f for f in flags]
     with pytest.raises(AssertionError, match=rf"(?s)fastmtp: error: [^\n]*{message}"):
-        server(installed, tmp_path / "maps.json", tmp_path / "log", *flags).__enter__()
+        maps = str(tmp_path / "maps.json")
+        server(installed, TINY, tmp_path / "log", *flags, SWIFT_FASTMTP_MAPS=maps).__enter__()

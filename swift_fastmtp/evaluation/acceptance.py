@@ -1,0 +1,220 @@
+"""Which drafts a server would accept, from one teacher-forced pass over texts that the model itself generated.
+
+A text's token stands where the server's would, so for every position, depth and token map at once: a greedy draft is
+accepted if it equals the text (whatever the temperature the text was sampled at: that is what SGLang does with one
+draft per depth), a sampled draft with the probability of speculative sampling.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from ..data.conversation import encode_prompt, without_answer
+from ..data.generate import generate
+from ..errors import FastMTPError
+from ..frozen_head import chunk_size, project
+from ..rollout import segment_ids, step_targets
+from ..vocab.maps import DraftVocabulary
+from .metrics import verify_rounds
+
+TOKENS_PER_BATCH = 32_768
+"""Padded tokens of one teacher-forced pass at most, so that long answers fit where short ones do."""
+
+
+class Text(NamedTuple):
+    """One conversation as token ids: prompt, answer, and up to K greedy tokens that would have followed."""
+
+    ids: list[int]
+    start: int
+    """Length of the prompt."""
+    end: int
+    """Length of prompt + answer. A server drafts past the end of an answer too, and counts what it would accept."""
+    row: int = 0
+    """Which of the dataset's rows it is of."""
+
+
+def make_texts(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    max_new_tokens: int,
+    answers: str,
+    batch_size: int,
+    temperature: float = 0.0,
+) -> list[Text]:
+    """The texts to measure on, without answers so short that nothing is ever drafted."""
+    prompts = [encode_prompt(tokenizer, without_answer(row["messages"])) for row in rows]
+    texts = []
+    if answers == "given":
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
+            if row["messages"][-1]["role"] != "assistant":
+                raise FastMTPError(f"row {number}: has no assistant answer; drop --answers given, or distill first")
+            answer = row["messages"][-1]
+            ids = answer.get("token_ids") or tokenizer.encode(answer["content"], add_special_tokens=False)
+            texts.append(Text(prompt + ids, len(prompt), len(prompt) + len(ids), number - 1))
+    else:
+        K = model.fastmtp.num_speculative_steps
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        found: dict[int, Text] = {}
+        for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
+            batch = order[start : start + batch_size]
+            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, temperature)
+            whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
+            beyond = generate(model, tokenizer, whole, K, temperature, stop=False)
+            for i, ids, more in zip(batch, whole, beyond, strict=True):
+                found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
+        texts = [found[i] for i in range(len(prompts))]
+    kept = [text for text in texts if text.end - text.start > 1]
+    if not kept:
+        raise FastMTPError("no answer is longer than one token, so nothing is ever drafted; use other prompts")
+    return kept
+
+
+def greedy_acceptance(
+    model: Any,
+    texts: list[Text],
+    pad: int,
+    batch_size: int,
+    token_maps: Sequence[torch.Tensor | None] = (None,),
+    label: str = "head",
+) -> list[list[torch.Tensor]]:
+    """Where the loaded head's greedy drafts equal the texts.
+
+    Args:
+        token_maps: ids that the draft may choose from (SGLang's `--speculative-token-map`); None is all. All of them
+            share one pass, because a chain goes on only from drafts that equal the text.
+
+    Returns, per map and text, bool [K, A]: `[k-1, t]`: with answer token t just committed, depth k's draft is the
+    text's token t + k. Drafts past the end of an answer count where the text says what would have followed.
+    """
+    vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
+
+    def accepted(states: torch.Tensor, _: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits = project(states, model.lm_head.weight)
+        return torch.stack([v.decode(v.columns(logits).argmax(-1)) == tokens for v in vocabularies])
+
+    return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.bool, label)
+
+
+def sampled_acceptance(
+    model: Any,
+    texts: list[Text],
+    pad: int,
+    batch_size: int,
+    temperature: float,
+    token_maps: Sequence[torch.Tensor | None] = (None,),
+    label: str = "head",
+) -> list[list[torch.Tensor]]:
+    """As `greedy_acceptance`, where drafts are sampled too, at the temperature at which the texts were.
+
+    Text token x, drawn from p, came from an accepted draft of q with probability min(1, q(x) / p(x)), whose mean over
+    texts is sum min(p, q) (Leviathan et al. 2023, Theorem 3.5). Values are those probabilities, float64; tokens outside
+    a map have none.
+    """
+    vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
+
+    def accepted(states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        weight, chosen = model.lm_head.weight, tokens[:, None]
+        log_p = (project(teacher, weight).float() / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
+        logits = project(states, weight).float() / temperature
+        found = []
+        for vocabulary in vocabularies:
+            rows = vocabulary.encode(tokens)
+            log_q = vocabulary.columns(logits).log_softmax(-1).gather(1, rows.clamp(min=0)[:, None])[:, 0]
+            found.append(torch.where(rows >= 0, (log_q - log_p).clamp(max=0).exp(), 0.0))
+        return torch.stack(found).double()
+
+    return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.float64, label)
+
+
+def draft_rounds(
+    model: Any, texts: list[Text], pad: int, batch_size: int, token_map: torch.Tensor | None = None
+) -> list[list[list[int]]]:
+    """`rounds[K' - 1][text]`: the verification rounds of a greedy server with K' drafts per step, drafts accepted in
+    each."""
+    (accepted,) = greedy_acceptance(model, texts, pad, batch_size, (token_map,))
+    K = model.fastmtp.num_speculative_steps
+    return [[verify_rounds(accepted_KA, k) for accepted_KA in accepted] for k in range(1, K + 1)]
+
+
+@torch.no_grad()
+def _acceptance(
+    model: Any,
+    texts: list[Text],
+    pad: int,
+    batch_size: int,
+    num_maps: int,
+    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    label: str,
+) -> list[list[torch.Tensor]]:
+    """`function(draft states, teacher's states, text tokens) -> [maps, rows]` over all positions and depths, by chunks
+    of rows so that few logits exist at a time."""
+    chunk = chunk_size(model.lm_head.weight, model.fastmtp)
+    found: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
+    for batch in _batches(model, texts, pad, batch_size, label):
+        hidden = batch.hidden.flatten(0, 1)
+        accepted = torch.zeros((num_maps, *batch.exists.shape), dtype=dtype, device=hidden.device)
+        for k, wanted in enumerate(batch.wanted):
+            states, teacher = batch.outputs[k][wanted], hidden[batch.rows[wanted] + k + 1]
+            tokens = batch.targets[k][batch.exists[k]]
+            parts = zip(states.split(chunk), teacher.split(chunk), tokens.split(chunk), strict=True)
+            if len(tokens):
+                accepted[:, k, batch.exists[k]] = torch.cat([function(*part) for part in parts], 1)
+        accepted = accepted.cpu()
+        for row, i in enumerate(batch.places):
+            for number in range(num_maps):
+                found[number][i] = accepted[number, :, row, texts[i].start - 1 : texts[i].end - 1].clone()
+    return found
+
+
+class _Batch(NamedTuple):
+    """A teacher-forced pass over some texts."""
+
+    places: list[int]
+    """Which of the texts, per batch row."""
+    targets: torch.Tensor
+    exists: torch.Tensor
+    """[K, B, T]: base rows whose target of depth k exists, past the end of the answer too."""
+    hidden: torch.Tensor
+    rows: torch.Tensor
+    """[N]: the base rows, flat."""
+    outputs: torch.Tensor
+    """[K, N, D]: g^1..g^K of them."""
+
+    @property
+    def wanted(self) -> torch.Tensor:
+        """[K, N]: `exists` of the base rows."""
+        return self.exists.flatten(1)[:, self.rows]
+
+
+def _batches(model: Any, texts: list[Text], pad: int, batch_size: int, label: str) -> Iterator[_Batch]:
+    K = model.fastmtp.num_speculative_steps
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
+    progress = tqdm(total=len(order), desc=f"acceptance of {Path(label).name}", unit="answer")
+    while order:
+        # The longest first: if they do not fit, it is known at once.
+        places = order[: max(1, min(batch_size, TOKENS_PER_BATCH // len(texts[order[0]].ids)))]
+        del order[: len(places)]
+        width = max(len(texts[i].ids) for i in places)
+        ids = torch.full((len(places), width), pad)
+        mask, base = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in enumerate(places):
+            text = texts[i]
+            ids[row, : len(text.ids)] = torch.tensor(text.ids)
+            mask[row, : len(text.ids)] = 1
+            base[row, text.start - 1 : text.end - 1] = True
+        ids, mask, base = (x.to(model.device) for x in (ids, mask, base))
+        positions = torch.arange(width, device=ids.device)[None].expand_as(ids)
+        segments = segment_ids(positions, mask)
+        targets, exists = step_targets(ids, segments, None, K)
+        exists &= base
+        rows = exists.any(0).flatten().nonzero().squeeze(1)
+        hidden = model.backbone_states(ids, mask, positions, segments)
+        outputs = model.draft_states(hidden, ids, positions, segments, rows)
+        yield _Batch(places, targets, exists, hidden, rows, outputs)
+        progress.update(len(places))
+    progress.close()

@@ -1,0 +1,148 @@
+"""Which language each request drafts in, and the draft's logits accordingly; and how often which map was used.
+
+One `Router` per draft worker, that is per tensor-parallel rank; all ranks see the same tokens and choose alike.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..errors import FastMTPError
+from ..vocab.languages import Languages
+from ..vocab.maps import check_tokenizer, read_token_map
+from .routed_head import NOTHING, RoutedHead
+
+AGAIN_EVERY = 16
+"""Verification steps after which an answer's language is looked at again: a reasoning model may change it."""
+AGAIN_TOKENS = 64
+"""Tokens of the answer that are looked at then."""
+FULL = "full"
+"""Label of requests that draft with the whole vocabulary."""
+
+
+class Router:
+    """Languages of the requests in SGLang's pool, and the head that computes their maps' logits.
+
+    Args:
+        draft: SGLang's `EagleDraftWorker`, its draft model loaded.
+        files: language -> file of its map.
+
+    Raises `FastMTPError` for maps that do not belong to the model, or an output matrix whose rows cannot be read.
+    """
+
+    def __init__(self, draft: Any, server_args: Any, files: Mapping[str, Path]) -> None:
+        model = draft.draft_runner.model
+        weight = model.lm_head.weight
+        check_weight(weight)
+        V = draft.draft_runner.model_config.vocab_size
+        folder = server_args.tokenizer_path or server_args.model_path
+        maps = {}
+        for name, file in files.items():
+            check_tokenizer(file, folder)
+            maps[name] = read_token_map(file, V)
+        # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
+        shard = model.lm_head.shard_indices
+        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        self.head = RoutedHead(maps, V, vocab_start=start, vocab_end=end, device=weight.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
+        self.identify = Languages(tokenizer, files)
+        self.numbers = {name: i for i, name in enumerate(self.head.languages)}
+        # Row 0 of SGLang's pool stands for padded rows of captured graphs.
+        self.languages = torch.full(
+            (draft.req_to_token_pool.size + 1,), NOTHING, dtype=torch.int32, device=weight.device
+        )
+        counts = server_args.enable_metrics and start == 0  # one of the ranks, which all see the same
+        self.metrics = LanguageMetrics(server_args) if counts else None
+        _route(model.logits_processor, self)
+
+    def begin(self, batch: Any) -> None:
+        """A batch of requests whose prompts, or parts of them, have just been read."""
+        names = [self.identify.of_prompt(req.origin_input_ids) for req in batch.reqs]
+        self._assign(batch.reqs, names, batch.req_pool_indices)
+
+    def go_on(self, batch: Any) -> None:
+        """A batch of requests that go on answering."""
+        due = []
+        for i, req in enumerate(batch.reqs):
+            req.fastmtp_steps = getattr(req, "fastmtp_steps", 0) + 1  # lives and ends with the request
+            if req.fastmtp_steps % AGAIN_EVERY == 0:
+                due.append(i)
+        if due:
+            reqs = [batch.reqs[i] for i in due]
+            self._assign(reqs, [self.identify(r.output_ids[-AGAIN_TOKENS:]) for r in reqs], batch.req_pool_indices[due])
+
+    def _assign(self, reqs: list[Any], names: list[str | None], slots: torch.Tensor) -> None:
+        numbers = [self.numbers.get(name or "", self.head.full) for name in names]
+        self.languages[slots] = torch.tensor(numbers, dtype=torch.int32).to(self.languages.device, non_blocking=True)
+        for req, name in zip(reqs, names, strict=True):
+            label = name if name in self.numbers else FULL
+            if self.metrics and not hasattr(req, "fastmtp_language"):
+                self.metrics.requests.labels(language=label, **self.metrics.labels).inc()
+            req.fastmtp_language = label
+
+
+def check_weight(weight: torch.Tensor) -> None:
+    """Raises `FastMTPError` if an output matrix is quantised: its rows are no plain numbers to multiply with."""
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise FastMTPError(f"the output matrix is quantised ({weight.dtype}); leave lm_head out of the quantisation")
+
+
+class LanguageMetrics:
+    """Counters in SGLang's own /metrics: requests, verification steps and drafts by the language of the map.
+
+    A step counts for the language that its request has when the step's result is read; with overlapped scheduling that
+    is one step late for a request that has just changed its language.
+    """
+
+    def __init__(self, server_args: Any) -> None:
+        # After SGLang has set PROMETHEUS_MULTIPROC_DIR, which this package looks at when it is imported.
+        from prometheus_client import Counter
+        from sglang.srt.managers.schedule_batch import Req
+
+        self.labels = {"model_name": server_args.served_model_name}
+        names = ["model_name", "language"]
+        self.requests = Counter("fastmtp:requests", "Requests by the language they began to draft in.", names)
+        self.steps = Counter("fastmtp:verify_steps", "Verification steps by language.", names)
+        self.drafted = Counter("fastmtp:draft_tokens", "Tokens that were drafted, by language.", names)
+        self.accepted = Counter(
+            "fastmtp:accepted_draft_tokens", "Drafted tokens that were accepted, by language.", names
+        )
+        self.num_steps = server_args.speculative_num_steps
+        stock = Req.update_spec_correct_drafts_histogram  # called once per verification step of a request
+
+        def count(req: Any, num_correct_drafts: int) -> None:
+            stock(req, num_correct_drafts)
+            self.step(getattr(req, "fastmtp_language", FULL), num_correct_drafts)
+
+        Req.update_spec_correct_drafts_histogram = count
+
+    def step(self, language: str, accepted: int) -> None:
+        """One verification step of one request."""
+        labels = {"language": language, **self.labels}
+        self.steps.labels(**labels).inc()
+        self.drafted.labels(**labels).inc(self.num_steps)
+        self.accepted.labels(**labels).inc(accepted)
+
+
+def _route(processor: Any, router: Router) -> None:
+    """Give the draft's logits processor a routed output matrix."""
+    stock = type(processor)
+
+    class Routed(stock):  # type: ignore[misc,valid-type]
+        def forward(
+            self, input_ids: Any, hidden_states: Any, lm_head: Any, logits_metadata: Any, *args: Any, **kw: Any
+        ) -> Any:
+            self._slots = logits_metadata.req_pool_indices
+            return super().forward(input_ids, hidden_states, lm_head, logits_metadata, *args, **kw)
+
+        def _compute_lm_head(self, hidden: Any, lm_head: Any, embedding_bias: Any = None, *, out: Any = None) -> Any:
+            languages = router.languages[self._slots]
+            rows = hidden.shape[0] // len(languages)
+            if out is not None and out.shape != (len(hidden), len(lm_head.weight)):
+                out = None  # as stock does
+            return router.head(hidden, lm_head.weight, languages.repeat_interleave(rows), out=out)
+
+    processor.__class__ = Routed
