@@ -49,7 +49,8 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
-    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py"]},  # a folder without __init__.py: a plugin file's
+    # Folders without __init__.py: a plugin file's, and data.
+    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "evaluation/tasks/*"]},
     install_requires=[
         "torch>=2.7",
         "transformers>=5.0",
@@ -58,6 +59,8 @@ setup(
         "tqdm",
         "matplotlib",
         "openai>=2",
+        "httpx",
+        "huggingface_hub",
         "tenacity>=9",
         "pyarrow",
         "py3langid>=0.4",

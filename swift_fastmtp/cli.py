@@ -82,9 +82,17 @@ def _vocab(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from .export.folders import export_draft, export_full
 
+    if args.results:
+        from .evaluation.merge import load_results
+
+        load_results(args.results)  # bad ones stop it before anything is written
     write = export_draft if args.draft_only else export_full
     base = write(args.adapters, args.output_dir, args.model, not args.no_remote_code, args.token_maps)
     print(f"{args.output_dir}: {'draft-only folder' if args.draft_only else 'full checkpoint'}, base {base}")
+    if args.results:
+        from .export.model_card import write_card
+
+        print(f"{write_card(args.output_dir, args.results, args.base_model)}: model card")
 
 
 def _serve_args(args: argparse.Namespace) -> None:
@@ -111,6 +119,40 @@ def _simulate(args: argparse.Namespace) -> None:
     options = {k: v for k, v in vars(args).items() if k not in ("run", "verb", "model", "adapters", "dataset")}
     options |= {"token_maps": options.pop("token_map"), "dtype": options.pop("torch_dtype")}
     simulate(args.model, args.adapters, args.dataset, **options)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from .evaluation.bench import bench
+
+    own = ("run", "verb", "output_dir", "plan", "base_url", "api_key")
+    bench(
+        args.output_dir,
+        plan=args.plan,
+        base_urls=args.base_url or (),
+        api_key=args.api_key or os.environ.get("OPENAI_API_KEY"),
+        **{k: v for k, v in vars(args).items() if k not in own},
+    )
+
+
+def _report(args: argparse.Namespace) -> None:
+    from .evaluation.report import report
+
+    print(f"{report(args.results, args.output_dir)}: report.html, report.md, plots")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .evaluation.compare import Limits, compare, text
+
+    found = compare(args.a, args.b, Limits(args.max_tau_drop, args.max_speed_drop, args.max_equal_drop))
+    print(text(found))
+    if found.regressions:
+        sys.exit(1)
+
+
+def _card(args: argparse.Namespace) -> None:
+    from .export.model_card import write_card
+
+    print(f"{write_card(args.folder, args.results, args.base_model, args.overwrite)}: model card")
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -218,6 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--token_maps", help="JSON list of languages and maps that the server drafts with; see simulate --by"
     )
+    verb.add_argument("--results", nargs="+", help="results.json of fastmtp bench; writes a model card")
+    verb.add_argument("--base_model", help="for the card: OWNER/NAME of the base on the hub")
     verb.set_defaults(run=_export)
 
     verb = verbs.add_parser("serve-args", help="the command that serves an exported folder, and why")
@@ -253,6 +297,49 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     verb.add_argument("--device", default="cpu")
     verb.set_defaults(run=_simulate)
+
+    verb = verbs.add_parser("bench", help="acceptance, speed and losslessness of servers, running or from a plan")
+    verb.add_argument("--output_dir", required=True, help="folder to write; an unfinished run is continued")
+    verb.add_argument("--plan", nargs="+", metavar="YAML", help="servers to start and measure one after another")
+    verb.add_argument("--base_url", nargs="+", metavar="[NAME=]URL", help="or running servers (SGLang, OpenAI's API)")
+    verb.add_argument("--model", help="folder of the model, for its chat template; default: the plan's")
+    verb.add_argument("--tasks", nargs="+", metavar="TASK", help="names, name=FILE or files; default: smoke")
+    verb.add_argument("--num_questions", type=int, help="of every task, drawn by --seed; default: the task's")
+    verb.add_argument("--max_new_tokens", type=int, help="default and paper: 1024")
+    verb.add_argument("--temperature", type=float, nargs="+", dest="temperatures", help="default: 0, greedy")
+    verb.add_argument("--top_k", type=int, help="above temperature 0; default: 20")
+    verb.add_argument("--top_p", type=float, help="above temperature 0; default: 0.95")
+    verb.add_argument("--concurrency", type=int, nargs="+", help="conversations at a time; default: 1")
+    verb.add_argument("--num_steps", type=int, nargs="+", help="drafts per step, K, of a plan's servers; default: 3")
+    verb.add_argument("--baseline", metavar="NAME", help="what others are compared with; default: the plan's first")
+    verb.add_argument("--warmup", type=int, help="answers before anything is timed; default: 4")
+    verb.add_argument("--seed", type=int, help="of drawn questions and sampled answers; default: 0")
+    verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
+    verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
+    verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
+    verb.add_argument("--timeout", type=float, help="seconds for one answer; default: 600")
+    verb.add_argument("--retry_seconds", type=float, help="how long to wait for a server that fails; default: 60")
+    verb.set_defaults(run=_bench)
+
+    verb = verbs.add_parser("report", help="tables, plots and one page from results of fastmtp bench")
+    verb.add_argument("results", nargs="+", help="results.json; several are put together")
+    verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
+    verb.set_defaults(run=_report)
+
+    verb = verbs.add_parser("compare", help="did B get worse than A? exit status 1 if so")
+    verb.add_argument("a", metavar="A", help="results.json of before")
+    verb.add_argument("b", metavar="B", help="results.json of now")
+    verb.add_argument("--max_tau_drop", type=float, default=0.02, help="fraction of A's micro tau")
+    verb.add_argument("--max_speed_drop", type=float, default=0.05, help="fraction of A's token/s")
+    verb.add_argument("--max_equal_drop", type=float, default=0.0, help="of the share of answers equal to the baseline")
+    verb.set_defaults(run=_compare)
+
+    verb = verbs.add_parser("card", help="README.md of an exported folder, for the Hugging Face hub")
+    verb.add_argument("folder", help="full checkpoint or draft-only folder of an export")
+    verb.add_argument("--results", nargs="+", default=[], help="results.json of fastmtp bench")
+    verb.add_argument("--base_model", help="OWNER/NAME of the base on the hub; default: what its folder tells")
+    verb.add_argument("--overwrite", action="store_true", help="replace a README.md that somebody wrote")
+    verb.set_defaults(run=_card)
     return parser
 
 

@@ -25,6 +25,7 @@ from .filters import (
     SpecialTokens,
     TokenCounter,
     Truncated,
+    bundled_tasks,
 )
 from .near_duplicates import ExactDuplicates, NearDuplicates
 from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, refuse_existing, write_rows
@@ -171,10 +172,22 @@ def _row_filters(
         if kind.name not in chosen:
             continue
         own = {f.name: parameters[f.name] for f in _parameters(kind) if f.name in parameters}
+        if kind is Decontaminate and not own:
+            own = {"decontaminate": _tasks_here()}
         judge: Any = Length(tokens, **own) if kind is Length else kind(**own)
         judges.append(judge)
         values |= {f.name: getattr(judge, f.name) for f in _parameters(kind)}
     return judges, values
+
+
+def _tasks_here() -> list[str]:
+    """The evaluation tasks that need no network; a line names the others."""
+    from ..evaluation.tasks import cached_tasks, read_descriptor
+
+    here, missing = cached_tasks()
+    if missing:
+        print(f"prompts are not compared with {', '.join(missing)}: not on this machine; --decontaminate fetches tasks")
+    return [*bundled_tasks(), *(name for name in here if not read_descriptor(name).file)]
 
 
 def _parameters(kind: Any) -> list[Any]:

@@ -66,16 +66,7 @@ class Servers:
         self.retry_seconds = retry_seconds
         self.model = served_model_name
         self._urls = base_urls
-        # Nothing is repeated by the library: it does not know that half a JSON is worth another try.
-        self._clients = [
-            openai.AsyncOpenAI(
-                base_url=_with_version(url),
-                api_key=api_key or "none",
-                max_retries=0,
-                timeout=timeout,
-            )
-            for url in base_urls
-        ]
+        self._clients = [open_client(url, api_key, timeout) for url in base_urls]
         self._turn = itertools.cycle(range(len(base_urls)))
 
     async def close(self) -> None:
@@ -87,7 +78,7 @@ class Servers:
         if self.model is None:
             names: set[str] = set()
             for client in self._clients:
-                names |= await self._repeat(partial(_model_names, client))
+                names |= await self._repeat(partial(model_names, client))
             if len(names) != 1:
                 listed = ", ".join(sorted(names)) or "none"
                 raise FastMTPError(f"{self._urls[0]}: serves the models {listed}; choose with --served_model_name")
@@ -123,35 +114,53 @@ class Servers:
         return await self._repeat(ask)
 
     async def _repeat(self, ask: Callable[[], Awaitable[T]]) -> T:
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_worth_another_try),
-            wait=_pause,
-            stop=tenacity.stop_after_delay(self.retry_seconds),
-            reraise=True,
-        )
-
-        async def in_time() -> T:
-            return await asyncio.wait_for(ask(), self.timeout)
-
-        try:
-            return await retrying(in_time)
-        except openai.APIStatusError as error:
-            if error.status_code in REFUSED:
-                raise RefusedError(_words(error)) from None
-            raise FastMTPError(
-                f"{self._urls[0]}: answers {error.status_code} ({_words(error)}){_mend(error)}"
-            ) from None
-        except Exception as error:
-            if not _worth_another_try(error):
-                raise
-            what = _words(error) or type(error).__name__
-            raise FastMTPError(
-                f"{', '.join(self._urls)}: no usable answer for {self.retry_seconds:.0f} s ({what}); what is finished "
-                "is kept, start again when the server is back"
-            ) from None
+        return await repeat(ask, self._urls, self.timeout, self.retry_seconds)
 
 
-async def _model_names(client: openai.AsyncOpenAI) -> set[str]:
+def open_client(url: str, api_key: str | None, timeout: float) -> openai.AsyncOpenAI:
+    """A client of one server, for `repeat`: the library itself repeats nothing, it does not know that half a JSON is
+    worth another try."""
+    return openai.AsyncOpenAI(
+        base_url=_with_version(url),
+        api_key=api_key or "none",
+        max_retries=0,
+        timeout=timeout,
+    )
+
+
+async def repeat(ask: Callable[[], Awaitable[T]], urls: list[str], timeout: float, retry_seconds: float) -> T:
+    """What `ask` gives, asked again after every failure that another try may mend, for `retry_seconds`.
+
+    Raises `RefusedError` if the server refuses the request, `FastMTPError` if the job cannot go on.
+    """
+    retrying = tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception(_worth_another_try),
+        wait=_pause,
+        stop=tenacity.stop_after_delay(retry_seconds),
+        reraise=True,
+    )
+
+    async def in_time() -> T:
+        return await asyncio.wait_for(ask(), timeout)
+
+    try:
+        return await retrying(in_time)
+    except openai.APIStatusError as error:
+        if error.status_code in REFUSED:
+            raise RefusedError(_words(error)) from None
+        raise FastMTPError(f"{urls[0]}: answers {error.status_code} ({_words(error)}){_mend(error)}") from None
+    except Exception as error:
+        if not _worth_another_try(error):
+            raise
+        what = _words(error) or type(error).__name__
+        raise FastMTPError(
+            f"{', '.join(urls)}: no usable answer for {retry_seconds:.0f} s ({what}); what is finished "
+            "is kept, start again when the server is back"
+        ) from None
+
+
+async def model_names(client: openai.AsyncOpenAI) -> set[str]:
+    """The models of a server. Raises `MalformedError`."""
     page = await client.models.list()
     try:
         return {model.id for model in page.data}

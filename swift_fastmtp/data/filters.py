@@ -282,13 +282,23 @@ class Decontaminate:
         return None
 
 
+ALL = 10**9
+"""Questions of a task: more than there are."""
+
+
 def bundled_tasks() -> list[str]:
     """The evaluation task files of this package."""
     return sorted(map(str, (Path(__file__).parents[1] / "evaluation" / "tasks").glob("*.jsonl")))
 
 
 def _task_texts(path: str) -> list[str]:
-    """What is asked in each task of a JSONL file with `messages`, `prompt` or `turns`."""
+    """What is asked in each task of a JSONL file with `messages`, `prompt` or `turns`, or of a task of
+    `evaluation/tasks.py`: its name, or name=FILE."""
+    if not Path(path).exists():
+        from ..evaluation.tasks import load_task, task_names
+
+        if path.partition("=")[0] in task_names():
+            return [turn for question in load_task(path, ALL).questions for turn in question.turns]
     texts: list[str] = []
     number = 0
     try:

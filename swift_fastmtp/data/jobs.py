@@ -93,7 +93,7 @@ class Job:
         path = self.folder / f"shard-{shard}of{shards}.jsonl"
         with open(path, "a+b") as file:
             claim(file, f"{path}: another process works on this shard; give each its own --shard i/n")
-            _cut_torn_line(file)
+            cut_torn_line(file)
             part = Part(file)
             try:
                 yield part
@@ -155,7 +155,7 @@ def _key(line: bytes, where: str) -> Key:
         raise FastMTPError(f"{where}: not a record of this job ({error}); delete the line and start again") from None
 
 
-def _cut_torn_line(file: IO[bytes]) -> None:
+def cut_torn_line(file: IO[bytes]) -> None:
     """What a kill left of a line at the end of the part is removed."""
     end = file.seek(0, os.SEEK_END)
     keep = end

@@ -74,13 +74,21 @@ def iter_rows(path: str | Path, bad: BadRows | None = None, unique_ids: bool = F
     Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
     """
     bad = bad or BadRows(skippable=False)  # who gives none has no such option
-    path = Path(path)
-    for where, value in _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad):
+    for where, value in iter_values(path, bad):
         what, detail = _complaint(value)
         if what:
             bad.add(where, what, detail)
         elif not unique_ids or bad.new_id(value, where):
             yield where, value
+
+
+def iter_values(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+    """(`file:line`, value) of such a file, whatever its rows are. Lines that are no JSON go to `bad`.
+
+    Raises `FastMTPError` if the file cannot be read.
+    """
+    path = Path(path)
+    yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad)
 
 
 def read_rows(path: str | Path) -> list[Row]:

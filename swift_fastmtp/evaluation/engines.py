@@ -1,0 +1,365 @@
+"""One server as the benchmark sees it: what it is, what it answers and when, and which drafts it accepted.
+
+SGLang is asked at its native `/generate`, streamed, with token ids that the model folder's own chat template made:
+only there do tokens, times and acceptance come together. Any other server is asked at `/v1/chat/completions`; vLLM
+tells its acceptance in sums at `/metrics`, the others do not tell.
+"""
+
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+import openai
+
+from ..data.client import MalformedError, RefusedError, Sampling, model_names, open_client, repeat
+from ..data.conversation import Message, encode_prompt
+from ..errors import FastMTPError
+
+
+@dataclass(frozen=True)
+class SpecFields:
+    """What a version of SGLang calls its counts in an answer's `meta_info` (`tokenizer_manager.py`)."""
+
+    since: tuple[int, ...]
+    steps: str
+    accepted: str
+    histogram: str
+
+
+# Newest first. Read from 0.5.12, 0.5.15, 0.5.19, 0.5.23; and from 0.5.9.
+SGLANG_FIELDS = (
+    SpecFields((0, 5, 12), "spec_verify_ct", "spec_num_correct_drafts", "spec_correct_drafts_histogram"),
+    SpecFields((0,), "spec_verify_ct", "spec_accept_token_num", "spec_accept_histogram"),
+)
+
+# Counters of vLLM's /metrics (`vllm/v1/spec_decode/metrics.py`).
+_DRAFTS = re.compile(r"^vllm:spec_decode_num_drafts(?:_total)?(?:\{[^}]*\})? (\S+)$", re.M)
+_ACCEPTED = re.compile(
+    r'^vllm:spec_decode_num_accepted_tokens_per_pos(?:_total)?\{[^}]*position="(\d+)"[^}]*\} (\S+)$', re.M
+)
+
+
+@dataclass
+class Identity:
+    """What a server says that it is."""
+
+    engine: tuple[str, str]
+    """Name and version."""
+    model: str
+    """As it answers under now; changes when other weights are loaded."""
+    model_path: str
+    num_steps: int | None = None
+    """K; None if it does not say."""
+    token_map: str | None = None
+    draft_model: str | None = None
+    command: list[str] | None = None
+
+
+@dataclass
+class Answer:
+    """One assistant turn."""
+
+    text: str
+    output_ids: list[int] | None
+    completion_tokens: int
+    prompt_tokens: int | None
+    finish_reason: str
+    start: float
+    """Unix time."""
+    latency: float
+    ttft: float | None
+    """Seconds to the first chunk and to the end."""
+    model: str
+    """Under what the server answered."""
+    chunk_tokens: list[int] = field(default_factory=list)
+    chunk_seconds: list[float] = field(default_factory=list)
+    """New tokens of each chunk, and the seconds since the one before (or the request)."""
+    steps: int | None = None
+    accepted: int | None = None
+    histogram: list[int] | None = None
+    """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
+
+
+class Engine:
+    """A server at an address. Use `connect`.
+
+    `timeout`: seconds for one answer. `retry_seconds`: how long a request is repeated before the run stops.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: Any,
+        sampling: Sampling,
+        served_model_name: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        retry_seconds: float = 60.0,
+    ) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.identity = Identity(("", ""), "", "")
+        self._name = served_model_name
+        self._timeout, self._retry_seconds = timeout, retry_seconds
+        self._client = open_client(self.url, api_key, timeout)
+        self._http = httpx.AsyncClient(timeout=30)
+
+    async def connect(self) -> Identity:
+        """Ask the server what it is. Raises `FastMTPError` if nothing usable answers."""
+        self.identity = await self._repeat(self._ask_identity)
+        return self.identity
+
+    async def close(self) -> None:
+        await self._client.close()
+        await self._http.aclose()
+
+    @property
+    def native(self) -> bool:
+        return self.identity.engine[0] == "sglang"
+
+    async def _repeat(self, ask: Any) -> Any:
+        return await repeat(ask, [self.url], self._timeout, self._retry_seconds)
+
+    async def _get(self, path: str) -> Any:
+        """JSON, or None if there is no such page."""
+        try:
+            answer = await self._http.get(f"{self.url}{path}")
+            return answer.json() if answer.status_code == 200 else None
+        except httpx.HTTPError as error:
+            raise MalformedError(f"no connection ({type(error).__name__} {error})".rstrip()) from None
+        except ValueError:
+            return None
+
+    async def _ask_identity(self) -> Identity:
+        info = await self._get("/server_info") or await self._get("/get_server_info")
+        model = await self._get("/model_info") or await self._get("/get_model_info")
+        if isinstance(info, dict) and isinstance(model, dict) and "model_path" in model and "version" in info:
+            path = str(model["model_path"])
+            return Identity(
+                ("sglang", str(info["version"])),
+                _sglang_model(path, model.get("weight_version")),
+                path,
+                int(info.get("speculative_num_steps") or 0) if info.get("speculative_algorithm") else 0,
+                info.get("speculative_token_map"),
+                info.get("speculative_draft_model_path"),
+                info["launch_command"].split() if isinstance(info.get("launch_command"), str) else None,
+            )
+        if self._name is None:
+            names = await model_names(self._client)
+            if len(names) != 1:
+                listed = ", ".join(sorted(names)) or "none"
+                raise FastMTPError(f"{self.url}: serves the models {listed}; choose with --served_model_name")
+            self._name = names.pop()
+        version = await self._get("/version")
+        if not isinstance(version, dict) or "version" not in version:
+            return Identity(("openai", "unknown"), self._name, self._name)
+        counted = await self.counters()
+        steps = len(counted) - 1 if counted else None
+        return Identity(("vllm", str(version["version"])), self._name, self._name, steps)
+
+    async def flush(self) -> None:
+        """Forget cached prefixes, so that every run prefills. SGLang only; vLLM has no such page by default."""
+        if self.native:
+
+            async def ask() -> None:
+                try:
+                    answer = await self._http.post(f"{self.url}/flush_cache")
+                except httpx.HTTPError as error:
+                    raise MalformedError(f"no connection ({type(error).__name__})") from None
+                if answer.status_code != 200:  # it still runs a request that was cut off
+                    raise MalformedError(f"/flush_cache answers {answer.status_code}")
+
+            await self._repeat(ask)
+
+    async def counters(self) -> list[int] | None:
+        """vLLM's sums so far: [drafting steps, accepted at position 1, 2, ..]; None where there are none."""
+        if self.native:
+            return None
+        try:
+            text = (await self._http.get(f"{self.url}/metrics")).text
+        except httpx.HTTPError:
+            return None
+        drafts = sum(int(float(x)) for x in _DRAFTS.findall(text))
+        accepted: dict[int, int] = {}
+        for position, value in _ACCEPTED.findall(text):
+            accepted[int(position)] = accepted.get(int(position), 0) + int(float(value))
+        return [drafts, *(accepted[p] for p in sorted(accepted))] if accepted else None
+
+    async def answer(
+        self, messages: list[Message], temperature: float, seed: int, max_new_tokens: int | None = None
+    ) -> Answer:
+        """The next turn of the assistant.
+
+        Raises `RefusedError` if the server refuses the conversation, `FastMTPError` if the run cannot go on.
+        """
+        limit = max_new_tokens or self.sampling.max_new_tokens
+        ids = encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs) if self.native else []
+
+        async def ask() -> Answer:
+            try:
+                if self.native:
+                    found = await self._generate(ids, temperature, seed, limit)
+                else:
+                    found = await self._chat(messages, temperature, seed, limit)
+            except (openai.APIStatusError, openai.APIConnectionError, FastMTPError):
+                raise
+            except openai.APIError as error:  # an error inside of a stream
+                if getattr(error, "body", None) and dict(error.body).get("code") in (400, 413, 422):  # type: ignore
+                    raise RefusedError(str(error)) from None
+                raise MalformedError(str(error)) from None
+            except httpx.HTTPError as error:
+                raise MalformedError(f"the connection broke ({type(error).__name__})") from None
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+                raise MalformedError(f"an answer without {error}") from None
+            if not 0 < found.completion_tokens <= limit:
+                raise MalformedError(f"an answer of {found.completion_tokens} tokens")
+            if found.finish_reason not in ("stop", "length"):
+                raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
+            return found
+
+        found = await self._repeat(ask)
+        assert isinstance(found, Answer)
+        return found
+
+    async def _generate(self, ids: list[int], temperature: float, seed: int, limit: int) -> Answer:
+        sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": limit}
+        if temperature > 0:
+            sampling |= {"top_k": self.sampling.top_k, "top_p": self.sampling.top_p, "sampling_seed": seed}
+        watch = _Watch()
+        stream = await self._client.post(
+            f"{self.url}/generate",
+            body={"input_ids": ids, "sampling_params": sampling, "stream": True},
+            cast_to=object,
+            stream=True,
+            stream_cls=openai.AsyncStream[object],
+        )
+        text, output, meta = "", list[int](), dict[str, Any]()
+        async for chunk in stream:
+            watch.tick()
+            assert isinstance(chunk, dict)
+            meta, new = chunk["meta_info"], chunk["output_ids"]
+            whole = len(new) == int(meta["completion_tokens"])  # else only what is new (--incremental-streaming-output)
+            text, output = (chunk["text"], list(new)) if whole else (text + chunk["text"], output + list(new))
+            watch.count(len(output))
+        if not meta:
+            raise MalformedError("an empty response")
+        if not meta["finish_reason"]:
+            raise MalformedError("an answer that was cut off")
+        if not all(isinstance(i, int) for i in output) or not isinstance(text, str):
+            raise MalformedError("tokens that are no integers")
+        answer = watch.answer(text, len(output), str(meta["finish_reason"]["type"]), self.identity.model)
+        answer.output_ids = output
+        answer.prompt_tokens = meta.get("prompt_tokens")
+        if "weight_version" in meta:
+            answer.model = _sglang_model(self.identity.model_path, meta["weight_version"])
+        answer.steps, answer.accepted, answer.histogram = self._spec(meta)
+        return answer
+
+    def _spec(self, meta: dict[str, Any]) -> tuple[int | None, int | None, list[int] | None]:
+        """Acceptance out of `meta_info`. A server with drafts that does not tell it cannot be measured."""
+        if not self.identity.num_steps:
+            return None, None, None
+        version = self.identity.engine[1]
+        names = next(f for f in SGLANG_FIELDS if _version(version) >= f.since)
+        if meta["completion_tokens"] == 1 and names.steps not in meta:  # the prefill's token was the last
+            return 0, 0, [0]
+        wanted = (names.steps, names.accepted)
+        missing = [name for name in wanted if not isinstance(meta.get(name), int)]
+        if missing:
+            like = ", ".join(sorted(k for k in meta if k.startswith("spec_"))) or "nothing that begins with spec_"
+            raise FastMTPError(
+                f"{self.url}: drafts, but its answers do not tell {', '.join(missing)}, as SGLang {version} should "
+                f"(they have {like}); use another version, or add its names to SGLANG_FIELDS in evaluation/engines.py"
+            )
+        steps, accepted = meta[names.steps], meta[names.accepted]
+        histogram = meta.get(names.histogram)
+        if histogram is not None and (
+            sum(histogram) != steps or sum(j * n for j, n in enumerate(histogram)) != accepted
+        ):
+            raise FastMTPError(
+                f"{self.url}: its histogram {histogram} is not that of {accepted} drafts accepted in {steps} steps; "
+                "its acceptance cannot be trusted"
+            )
+        return steps, accepted, histogram
+
+    async def _chat(self, messages: list[Message], temperature: float, seed: int, limit: int) -> Answer:
+        # SGLang refuses it in a stream, should it stand behind something that hides what it is.
+        extra: dict[str, Any] = {"return_token_ids": True} if self.identity.engine[0] == "vllm" else {}
+        if temperature > 0:
+            extra["top_k"] = self.sampling.top_k
+        if self.sampling.chat_template_kwargs:
+            extra["chat_template_kwargs"] = self.sampling.chat_template_kwargs
+        watch = _Watch()
+        stream = await self._client.chat.completions.create(
+            model=self._name or "",
+            messages=cast(Any, messages),
+            max_tokens=limit,
+            temperature=temperature,
+            top_p=self.sampling.top_p if temperature > 0 else 1.0,
+            seed=seed,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=extra,
+        )
+        text, output, usage, reason, model = "", list[int](), None, None, ""
+        async for chunk in stream:
+            watch.tick()
+            usage, model = chunk.usage or usage, chunk.model or model
+            for choice in chunk.choices or ():
+                text += (getattr(choice.delta, "reasoning_content", None) or "") + (choice.delta.content or "")
+                output += getattr(choice, "token_ids", None) or []
+                reason = choice.finish_reason or reason
+                if output:
+                    watch.count(len(output))
+                elif text:
+                    watch.count(0)
+        if usage is None:
+            raise MalformedError("an answer without usage")
+        answer = watch.answer(text, int(usage.completion_tokens), str(reason), str(model))
+        if output:
+            answer.output_ids = output
+        else:
+            answer.chunk_tokens, answer.chunk_seconds = [], []  # chunks of unknown size tell nothing about tokens
+        answer.prompt_tokens = usage.prompt_tokens
+        return answer
+
+
+class _Watch:
+    """When the chunks of one answer came."""
+
+    def __init__(self) -> None:
+        self.start = time.time()
+        self.begin = self.now = self.last = time.perf_counter()
+        self.first: float | None = None
+        self.tokens: list[int] = []
+        self.seconds: list[float] = []
+        self.total = 0
+
+    def tick(self) -> None:
+        self.now = time.perf_counter()
+
+    def count(self, total: int) -> None:
+        """There are now `total` tokens. A chunk without a new one is no chunk."""
+        if self.first is None:
+            self.first = self.now - self.begin
+        if total > self.total:
+            self.tokens.append(total - self.total)
+            self.seconds.append(round(self.now - self.last, 6))
+            self.total, self.last = total, self.now
+
+    def answer(self, text: str, tokens: int, reason: str, model: str) -> Answer:
+        end = self.last if self.tokens else self.now
+        return Answer(
+            text, None, tokens, None, reason, self.start, end - self.begin, self.first, model, self.tokens, self.seconds
+        )
+
+
+def _sglang_model(path: str, weights: Any) -> str:
+    return path if weights in (None, "default") else f"{path} (weights {weights})"
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in re.findall(r"\d+", text)[:3])

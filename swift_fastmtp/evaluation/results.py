@@ -1,0 +1,377 @@
+"""The benchmark's results: their schema, how they follow from the requests, and how they are read back.
+
+`results.json` is a pure function of what a run left on disk (`plan.json`, `requests.jsonl`), so it can be made again.
+Everything that reports, compares or plots reads it through `read_results`.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ..errors import FastMTPError
+from .metrics import (
+    busy_seconds,
+    conditional_rates,
+    first_difference,
+    macro_tau_of,
+    marginal_rates,
+    micro_tau_of,
+    percentiles,
+    speedup,
+    steps_by_chunk,
+    tau_by_position,
+    token_gaps,
+)
+
+SCHEMA = "swift_fastmtp.bench/1"
+SEED = 0
+"""Of the bootstrap."""
+
+Record = dict[str, Any]
+"""A line of `requests.jsonl`."""
+
+
+@dataclass
+class Percentiles:
+    """Seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass
+class Interval:
+    """A ratio and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Part:
+    """tau of the verification steps that start in one part of the answer, in tokens from its beginning."""
+
+    start: int
+    end: int
+    tau: float
+    steps: int
+
+
+@dataclass
+class Divergence:
+    """Where an answer first differs from the baseline's. `token` counts characters if the server tells no ids."""
+
+    id: str
+    turn: int
+    token: int
+
+
+@dataclass
+class Lossless:
+    """Greedy answers against the baseline's. Turns behind an answer that already differed are not compared."""
+
+    compared: int
+    equal: int
+    first_divergence: Divergence | None
+
+
+@dataclass
+class Run:
+    """One server on one task at one temperature and concurrency."""
+
+    server: str
+    task: str
+    temperature: float
+    concurrency: int
+    num_requests: int
+    num_failed: int
+    """Requests that the server refused; they are in `num_requests` and in nothing else."""
+    completion_tokens: int
+    tau_micro: float | None
+    tau_macro: float | None
+    marginal: list[float]
+    """Per depth, [num_steps]; empty for a baseline, and where the server does not tell."""
+    conditional: list[float]
+    histogram: list[int]
+    """Verification steps that accepted 0..num_steps drafts, [num_steps + 1]; empty like `marginal`."""
+    tau_by_position: list[Part]
+    """Only of answers that arrived step by step."""
+    tokens_per_second: float
+    """Completion tokens over the seconds in which at least one request was on its way."""
+    tokens_per_second_per_request: float
+    """Median over requests of (completion tokens - 1) / (latency - time to the first token)."""
+    ttft: Percentiles | None
+    itl: Percentiles | None
+    speedup: Interval | None
+    """Decode speed, sum of (tokens - 1) / sum of seconds after the first, over the baseline's on the same prompts."""
+    lossless: Lossless | None
+
+
+@dataclass
+class Server:
+    """One configuration that is compared."""
+
+    label: str
+    method: str
+    """`baseline`, `vanilla`, `tuned` or `tuned+map`."""
+    num_steps: int
+    """K; 0 for a baseline."""
+    token_map: str | None
+    token_map_size: int | None
+    model: str
+    draft_model: str | None
+    command: list[str] | None
+
+
+@dataclass
+class TaskInfo:
+    """What was asked."""
+
+    title: str
+    language: str
+    source: str
+    licence: str
+    num_rows: int
+    sha256: str
+
+
+@dataclass
+class Settings:
+    """What all servers were asked alike."""
+
+    max_new_tokens: int
+    seed: int
+    warmup: int
+    tasks: dict[str, TaskInfo]
+    top_k: int = 20
+    top_p: float = 0.95
+    """`top_k` and `top_p` count where the temperature is above 0."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """`results.json`."""
+
+    schema: str
+    provenance: dict[str, Any]
+    settings: Settings
+    servers: dict[str, Server]
+    baseline: str | None
+    runs: list[Run]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+RunKey = tuple[str, str, float, int]
+"""(server, task, temperature, concurrency)"""
+
+
+def run_key(record: Record) -> RunKey:
+    return record["server"], record["task"], float(record["temperature"]), int(record["concurrency"])
+
+
+def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
+    """Results of a run.
+
+    Args:
+        records: lines of `requests.jsonl` (`bench.measure`): answers, failures (`error`), and a server's counters.
+        plan: `plan.json`.
+    """
+    runs: dict[RunKey, list[Record]] = {}
+    counters: dict[RunKey, list[list[int]]] = {}
+    for record in records:
+        if "counters" in record:
+            counters.setdefault(run_key(record), []).append(record["counters"])
+        else:
+            runs.setdefault(run_key(record), []).append(record)
+    servers = {name: _build(Server, value, f"servers.{name}") for name, value in plan["servers"].items()}
+    settings: Settings = _build(Settings, plan["settings"], "settings")
+    baseline = plan["baseline"]
+    order = {key: i for i, key in enumerate(plan_runs(plan))}
+    made = []
+    for key in sorted(runs, key=lambda k: order.get(k, len(order))):
+        reference = None
+        if baseline is not None and key[0] != baseline:
+            reference = runs.get((baseline, *key[1:]))
+        made.append(_run(key, runs[key], reference, counters.get(key), servers[key[0]], settings))
+    engines = [r["engine"] for answers in runs.values() for r in answers if r.get("engine")]
+    provenance = {
+        **plan["provenance"],
+        "seconds": round(sum(_seconds(answers) for answers in runs.values()), 1),
+        "engine": dict(zip(("name", "version"), engines[0], strict=True)) if engines else None,
+    }
+    return Results(SCHEMA, provenance, settings, servers, baseline, made)
+
+
+def plan_runs(plan: dict[str, Any]) -> list[RunKey]:
+    """All runs of a plan, in the order in which they are done and shown."""
+    return [
+        (server, task, float(temperature), concurrency)
+        for server in plan["servers"]
+        for temperature in plan["temperatures"]
+        for concurrency in plan["concurrency"]
+        for task in plan["settings"]["tasks"]
+    ]
+
+
+def _run(
+    key: RunKey,
+    records: list[Record],
+    reference: list[Record] | None,
+    counters: list[list[int]] | None,
+    server: Server,
+    settings: Settings,
+) -> Run:
+    answers = [r for r in records if "error" not in r]
+    tokens = sum(r["completion_tokens"] for r in answers)
+    counts = [(r["accepted"], r["steps"]) for r in answers if r["steps"] is not None]
+    histogram = _sum([r["histogram"] for r in answers if r["histogram"]], server.num_steps)
+    if counters and not counts:  # a server that only tells its sums
+        histogram = _sum(counters, server.num_steps)
+        counts = [(sum(j * n for j, n in enumerate(histogram)), sum(histogram))]
+    width = max(16, min(256, settings.max_new_tokens // 4))
+    streamed = [r for r in answers if r["chunk_tokens"]]
+    known = [steps_by_chunk(r["chunk_tokens"], r["accepted"], r["steps"]) for r in streamed if r["steps"]]
+    speeds = [t / s for t, s in map(_decode, answers) if s > 0]
+    gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
+    ttft = percentiles([r["ttft"] for r in answers if r["ttft"] is not None])
+    itl = percentiles(gaps)
+    ratio = _speedup(reference, answers) if reference else None
+    return Run(
+        *key,
+        num_requests=len(records),
+        num_failed=len(records) - len(answers),
+        completion_tokens=tokens,
+        tau_micro=micro_tau_of(counts),
+        tau_macro=macro_tau_of(counts) if any(r["steps"] is not None for r in answers) else None,
+        marginal=marginal_rates(histogram),
+        conditional=conditional_rates(histogram),
+        histogram=histogram,
+        tau_by_position=[Part(*p) for p in tau_by_position([s for k in known if k for s in k], width)],
+        tokens_per_second=tokens / max(_seconds(answers), 1e-9),
+        tokens_per_second_per_request=(percentiles(speeds) or (0.0,))[0],
+        ttft=Percentiles(*ttft) if ttft else None,
+        itl=Percentiles(*itl) if itl else None,
+        speedup=Interval(*ratio) if ratio else None,
+        lossless=_lossless(reference, answers) if reference and not key[2] else None,
+    )
+
+
+def _sum(histograms: Sequence[Sequence[int]], num_steps: int) -> list[int]:
+    """[num_steps + 1], or [] of nothing."""
+    if not histograms:
+        return []
+    width = max(num_steps + 1, *map(len, histograms))
+    return [sum(h[j] for h in histograms if j < len(h)) for j in range(width)]
+
+
+def _seconds(records: list[Record]) -> float:
+    return busy_seconds([(r["start"], r["start"] + r["latency"]) for r in records if "error" not in r])
+
+
+def _decode(record: Record) -> tuple[float, float]:
+    """Tokens after the first, and the seconds they took; of an answer that was not streamed, all of both."""
+    if record["ttft"] is None:
+        return record["completion_tokens"], record["latency"]
+    return record["completion_tokens"] - 1, record["latency"] - record["ttft"]
+
+
+def _by_turn(records: list[Record]) -> dict[tuple[str, int], Record]:
+    return {(r["id"], r["turn"]): r for r in records if "error" not in r}
+
+
+def _speedup(reference: list[Record], answers: list[Record]) -> tuple[float, float, float] | None:
+    """Paired by prompt: all turns of a conversation together."""
+    both = _by_turn(reference), _by_turn(answers)
+    sums: dict[str, list[list[float]]] = {}
+    for name, turn in sorted(both[0].keys() & both[1].keys()):
+        pair = sums.setdefault(name, [[0.0, 0.0], [0.0, 0.0]])
+        for total, side in zip(pair, both, strict=True):
+            for i, value in enumerate(_decode(side[name, turn])):
+                total[i] += value
+    return speedup([(p[0][0], p[0][1]) for p in sums.values()], [(p[1][0], p[1][1]) for p in sums.values()], SEED)
+
+
+def _lossless(reference: list[Record], answers: list[Record]) -> Lossless:
+    base, own = _by_turn(reference), _by_turn(answers)
+    compared = equal = 0
+    diverged: set[str] = set()
+    first = None
+    for name, turn in sorted(own):
+        if (name, turn) not in base or name in diverged:
+            continue
+        compared += 1
+        one, other = base[name, turn], own[name, turn]
+        what = "text" if one["output_ids"] is None or other["output_ids"] is None else "output_ids"
+        place = first_difference(one[what], other[what])
+        if place is None:
+            equal += 1
+        else:
+            diverged.add(name)
+            first = first or Divergence(name, turn, place)
+    return Lossless(compared, equal, first)
+
+
+def read_results(path: str | Path) -> Results:
+    """A results file. Raises `FastMTPError` in one line if it is none, of another version, or lacks something."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+    except ValueError as error:
+        raise FastMTPError(f"{path}: not JSON ({error}); make it again with fastmtp bench") from None
+    found = value.get("schema") if isinstance(value, dict) else None
+    if found != SCHEMA:
+        raise FastMTPError(
+            f"{path}: its schema is {found!r}, this version reads {SCHEMA!r}; make it again with this version's "
+            "fastmtp bench (in the same folder: finished requests are not repeated), or read it with the version that "
+            "wrote it"
+        )
+    try:
+        results: Results = _build(Results, value, "")
+        for i, run in enumerate(results.runs):
+            if run.server not in results.servers or run.task not in results.settings.tasks:
+                raise FastMTPError(f"runs[{i}]: of a server or task that is not listed")
+        if results.baseline is not None and results.baseline not in results.servers:
+            raise FastMTPError(f"baseline: {results.baseline!r} is not among the servers")
+    except FastMTPError as error:
+        raise FastMTPError(f"{path}: {error}; make it again with fastmtp bench") from None
+    return results
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a `kind` (a dataclass, list, dict, union or plain type). Raises `FastMTPError` that says where not."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin is UnionType:
+        if value is None and NoneType in args:
+            return None
+        return _build(next(a for a in args if a is not NoneType), value, where)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise FastMTPError(f"{where}: must be an object, not {type(value).__name__}")
+        hints = get_type_hints(kind)
+        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [name for name in needed if name not in value]:
+            raise FastMTPError(f"{where or 'the file'} lacks {', '.join(missing)}")
+        names = [f.name for f in fields(kind) if f.name in value]
+        made = {name: _build(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in names}
+        return kind(**made)  # type: ignore[operator]
+    if origin in (list, dict):
+        if not isinstance(value, origin):
+            raise FastMTPError(f"{where}: must be a {origin.__name__}, not {type(value).__name__}")
+        if origin is list:
+            return [_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return {k: _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    wanted = (int, float) if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        raise FastMTPError(f"{where}: must be {kind.__name__}, not {value!r}")
+    return value

@@ -1,0 +1,217 @@
+"""A server that speaks SGLang's or OpenAI's protocol and goes wrong on demand: for tests of the benchmark's client.
+
+Answers follow from the prompt, so they can be predicted: `answer(ids)`. It counts what it is asked. `fault` is what
+goes wrong at the next answers, `times` how often; from answer `change_at` on it has other weights.
+
+    python fake_engine.py --port 1234 --num_steps 2 --die_after 5
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+NAMES = ("spec_verify_ct", "spec_num_correct_drafts", "spec_correct_drafts_histogram")
+OLD_NAMES = ("spec_verify_ct", "spec_accept_token_num", "spec_accept_histogram")
+
+
+def answer(ids, limit):
+    """Tokens of the answer to a prompt."""
+    return [(sum(ids) + 7 * i) % 6000 for i in range(min(limit, 4 + sum(ids) % 9))]
+
+
+def chunks(length, num_steps):
+    """(tokens, drafts accepted) of each verification step behind the first token."""
+    found, left, turn = [], length - 1, 0
+    while left:
+        accepted = turn % (num_steps + 1)
+        found.append((min(accepted + 1, left), accepted))
+        left -= found[-1][0]
+        turn += 1
+    return found
+
+
+class FakeEngine:
+    """`with FakeEngine(num_steps=2) as server:` answers at `server.url`."""
+
+    def __init__(self, num_steps=0, kind="sglang", version="0.5.23", port=0, die_after=0, pause=0.0):
+        self.num_steps, self.kind, self.version = num_steps, kind, version
+        self.die_after, self.pause = die_after, pause
+        self.weights, self.model = "default", "fake"
+        self.fault, self.times, self.asked, self.flushed, self.shift = "", 0, 0, 0, 0
+        self.change_at = 10**9
+        self.drafts, self.accepted = 0, [0] * num_steps
+        self.lock = threading.Lock()
+        self.http = Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"engine": self}))
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.http.shutdown()
+        self.http.server_close()
+
+    def fail(self, fault, times=10**9):
+        self.fault, self.times = fault, times
+
+    def next_fault(self):
+        with self.lock:
+            self.asked += 1
+            if self.asked >= self.change_at:
+                self.weights = "42"
+            if self.die_after and self.asked > self.die_after:
+                print("RuntimeError: CUDA error: the fake card fell out", flush=True)
+                os._exit(3)
+            if self.times <= 0:
+                return ""
+            self.times -= 1
+            return self.fault
+
+
+class Quiet(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """Clients that hang up are part of the tests."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    engine: FakeEngine
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        engine = self.engine
+        sglang = engine.kind == "sglang"
+        pages = {"/health": {}, "/v1/models": {"object": "list", "data": [{"id": engine.model, "object": "model"}]}}
+        if sglang:
+            spec = {"speculative_algorithm": "EAGLE", "speculative_num_steps": engine.num_steps}
+            pages["/server_info"] = {"version": engine.version, **(spec if engine.num_steps else {})}
+            pages["/model_info"] = {"model_path": engine.model, "weight_version": engine.weights}
+        elif engine.kind == "vllm":
+            pages["/version"] = {"version": "0.11"}
+        if self.path == "/metrics" and engine.kind == "vllm":
+            lines = [f'vllm:spec_decode_num_drafts_total{{engine="0"}} {engine.drafts}.0']
+            lines += [
+                f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{i}"}} {n}.0'
+                for i, n in enumerate(engine.accepted)
+            ]
+            return self.reply(200, "\n".join(lines).encode(), "text/plain")
+        if self.path in pages:
+            return self.reply(200, json.dumps(pages[self.path]).encode())
+        return self.reply(404, b"{}")
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        if self.path == "/flush_cache":
+            self.engine.flushed += 1
+            return self.reply(200, b"ok")
+        fault = self.engine.next_fault()
+        if fault == "garbage":
+            return self.reply(200, b"<html>gateway</html>", "text/html")
+        if fault == "500":
+            return self.reply(500, b'{"error": "not now"}')
+        if fault == "refuse":
+            return self.reply(400, b'{"error": {"message": "the prompt is too long"}}')
+        time.sleep(self.engine.pause)
+        return self.generate(body, fault) if self.path == "/generate" else self.chat(body)
+
+    def generate(self, body, fault):
+        engine = self.engine
+        limit = body["sampling_params"]["max_new_tokens"]
+        output = answer(body["input_ids"], limit)
+        if engine.shift:
+            output[-1] += engine.shift
+        if fault == "empty":
+            output = output[:1]
+        parts = chunks(len(output), engine.num_steps)
+        sent, accepted = 1, 0
+        histogram = [0] * (engine.num_steps + 1)
+        self.begin()
+        for tokens, drafts in [(0, None), *parts]:
+            sent += tokens
+            if drafts is not None:
+                accepted += drafts
+                histogram[drafts] += 1
+            done = sent == len(output)
+            meta = {"completion_tokens": sent, "prompt_tokens": len(body["input_ids"]), "finish_reason": None}
+            meta["weight_version"] = engine.weights
+            if done:
+                meta["finish_reason"] = {"type": "length" if sent == limit else "stop"}
+                if engine.num_steps and parts and fault != "no metadata":
+                    names = OLD_NAMES if engine.version == "0.5.9" else NAMES
+                    if fault == "wrong histogram":
+                        histogram[0] += 1
+                    meta |= dict(zip(names, (len(parts), accepted, histogram), strict=True))
+            if fault == "error in stream":
+                self.event({"error": {"message": "the scheduler is gone", "code": 503}})
+                break
+            ids = ["x"] * sent if fault == "no integers" else output[:sent]
+            text = "" if fault == "empty" else " ".join(map(str, ids))
+            self.event({"text": text, "output_ids": ids, "meta_info": meta})
+            if fault == "hang up" and sent > 1:
+                self.connection.close()
+                return
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def chat(self, body):
+        engine = self.engine
+        prompt = [len(m["content"]) for m in body["messages"]]
+        output = answer(prompt, body["max_tokens"])
+        self.begin()
+        common = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": engine.model}
+        sent = 0
+        for tokens, drafts in [(1, None), *chunks(len(output), engine.num_steps)]:
+            new = output[sent : sent + tokens]
+            sent += tokens
+            if drafts is not None and engine.num_steps:
+                engine.drafts += 1
+                for i in range(drafts):
+                    engine.accepted[i] += 1
+            choice = {"index": 0, "delta": {"content": " ".join(map(str, new)) + " "}, "finish_reason": None}
+            if engine.kind == "vllm":
+                choice["token_ids"] = new
+            self.event({**common, "choices": [choice]})
+        end = "length" if sent == body["max_tokens"] else "stop"
+        self.event({**common, "choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": sent, "total_tokens": sent + len(prompt)}
+        self.event({**common, "choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def begin(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+
+    def event(self, value):
+        self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
+        self.wfile.flush()
+
+    def reply(self, status, data, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--num_steps", type=int, default=0)
+    parser.add_argument("--die_after", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=0.0)
+    args = parser.parse_args()
+    engine = FakeEngine(args.num_steps, port=args.port, die_after=args.die_after, pause=args.pause)
+    engine.http.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The benchmark against the real SGLang: its text and its acceptance are the simulator's, to the last draft.
+
+Two servers that the benchmark starts itself, on our own prompts, second turns included, greedy, fp32.
+"""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from engine import CPU_FLAGS, HERE, engine_python
+from transformers import AutoTokenizer
+
+from swift_fastmtp.checkpoints import read_head
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
+from swift_fastmtp.evaluation.bench import bench
+from swift_fastmtp.evaluation.metrics import macro_tau, micro_tau
+from swift_fastmtp.evaluation.results import read_results
+from swift_fastmtp.evaluation.tasks import load_task
+from swift_fastmtp.modeling import head_shapes, load_head, load_model
+
+STEPS, TOKENS, QUESTIONS = 2, 40, 6
+ENVIRONMENT = {
+    "PYTHONPATH": str(HERE / "stand_in"),
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(results, records of both servers) of one benchmark."""
+    folder = tmp_path_factory.mktemp("bench")
+    plan = {
+        "model": str(TINY),
+        "tasks": ["smoke"],
+        "num_questions": QUESTIONS,
+        "max_new_tokens": TOKENS,
+        "num_steps": STEPS,
+        "warmup": 2,
+        "concurrency": [2],
+        "python": engine_python(),
+        "flags": CPU_FLAGS,
+        "environment": ENVIRONMENT,
+        "servers": {"baseline": {}, "vanilla": {"folder": str(TINY), "label": "Vanilla MTP"}},
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    results = bench(str(folder / "out"), plan=str(folder / "plan.yaml"))
+    assert results == read_results(folder / "out/results.json")
+    return results, [json.loads(line) for line in (folder / "out/requests.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rounds(run):
+    """What the simulator says of every answer, (id, turn) -> drafts accepted in each step; and its own text of it."""
+    answers = {(r["id"], r["turn"]): r for r in run[1] if r["server"] == "baseline"}
+    rows, keys = [], []
+    for question in load_task("smoke", QUESTIONS).questions:
+        messages = []
+        for turn, text in enumerate(question.turns):
+            messages.append({"role": "user", "content": text})
+            rows.append({"messages": list(messages)})
+            keys.append((question.id, turn))
+            messages.append({"role": "assistant", "content": answers[keys[-1]]["text"]})
+    model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
+    load_head(model, read_head(TINY, model.family, head_shapes(TINY)))
+    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
+    assert len(texts) == len(rows)
+    found = draft_rounds(model, texts, tokenizer.pad_token_id, 8)[STEPS - 1]
+    return {key: (text.ids[text.start : text.end], r) for key, text, r in zip(keys, texts, found, strict=True)}
+
+
+def test_every_answer_is_the_simulators(run, rounds):
+    _, records = run
+    assert len(records) == 2 * len(rounds) and any(turn for _, turn in rounds)
+    for record in records:
+        ids, want = rounds[record["id"], record["turn"]]
+        assert record["output_ids"] == ids and record["completion_tokens"] == len(ids)
+        assert record["engine"][0] == "sglang" and record["model"] == str(TINY)
+        if record["server"] == "vanilla-k2":
+            histogram = [want.count(j) for j in range(STEPS + 1)]
+            assert (record["steps"], record["accepted"]) == (len(want), sum(want))
+            assert record["histogram"] + [0] * (STEPS + 1 - len(record["histogram"])) == histogram
+
+
+def test_the_numbers_are_the_simulators(run, rounds):
+    results, _ = run
+    base, tuned = results.runs
+    steps = [r for _, r in rounds.values()]
+    assert tuned.histogram == [sum(r.count(j) for r in steps) for j in range(STEPS + 1)]
+    assert tuned.tau_micro == pytest.approx(micro_tau(steps)) and tuned.tau_micro > 1.5
+    assert tuned.tau_macro == pytest.approx(macro_tau(steps))
+    assert (tuned.lossless.compared, tuned.lossless.equal) == (len(rounds), len(rounds))
+    assert tuned.completion_tokens == base.completion_tokens == sum(len(ids) for ids, _ in rounds.values())
+    assert base.tau_micro is None and base.histogram == [] and base.num_failed == tuned.num_failed == 0
+    assert results.provenance["engine"]["name"] == "sglang" and results.servers["vanilla-k2"].method == "vanilla"
+
+
+def test_steps_are_seen_where_they_happen(run, rounds):
+    """tau by position, from the chunks of the stream, against the simulator's rounds laid along its answers."""
+    tuned = run[0].runs[1]
+    want = {}
+    for _, accepted in rounds.values():
+        position = 1
+        for a in accepted:
+            want.setdefault(position // 16, []).append(a)
+            position += a + 1
+    found = {part.start // 16: (part.steps, part.tau) for part in tuned.tau_by_position}
+    assert sum(n for n, _ in found.values()) >= 0.9 * sum(map(len, want.values()))  # a busy client may miss one
+    if sum(n for n, _ in found.values()) == sum(map(len, want.values())):
+        assert found == {i: (len(a), pytest.approx(1 + sum(a) / len(a))) for i, a in want.items()}
+    assert len(found) == len(want) >= 2
+
+
+def test_times_make_sense(run):
+    for one in run[0].runs:
+        assert 0 < one.ttft.p50 <= one.ttft.p90 <= one.ttft.p99 and one.itl.p50 > 0
+        assert one.tokens_per_second > 0 and one.tokens_per_second_per_request > 0
+    ratio = run[0].runs[1].speedup
+    assert ratio.low <= ratio.value <= ratio.high
