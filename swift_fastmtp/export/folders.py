@@ -192,6 +192,8 @@ def _collect(
     if not known:
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
         known = settings(FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), identity)
+    if run.get("dataset"):
+        known = {**known, "dataset": run["dataset"]}
     return base, family, tensors, known
 
 
