@@ -293,6 +293,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--draft_ms", type=float, help="measured: one draft step; default: predicted from bytes")
     verb.add_argument("--verify_ms", type=float, help="measured: one verification step")
+    verb.add_argument("--decode_ms", type=float, help="measured: one step without drafts; default: as --verify_ms")
+    verb.add_argument("--max_rows", type=int, help="of the dataset, from its top; default: all")
     verb.add_argument("--batch_size", type=int, default=16)
     verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     verb.add_argument("--device", default="cpu")

@@ -213,8 +213,10 @@ def test_a_run_by_hand():
     assert run.histogram == [3, 2, 3] and run.marginal == [5 / 8, 3 / 8] and run.conditional == [5 / 8, 3 / 5]
     assert run.tau_micro == 1 + 8 / 8 and run.tau_macro == (2 + 2 + 2) / 3
     assert run.tokens_per_second == 19 / (4.5 + 2.5)  # "b" began while "a" ran
-    assert run.tokens_per_second_per_request == 2.0 and base.tokens_per_second_per_request == 1.0
-    assert (run.speedup.value, run.speedup.low, run.speedup.high) == (2, 2, 2)
+    # Half a second to the first token, and the time given above.
+    assert run.tokens_per_second_per_request == 2.0 and base.tokens_per_second_per_request == 5 / 4.5
+    assert run.speedup.value == pytest.approx((8.5 + 4.5 + 4.5) / (4.5 + 2.5 + 2.5))
+    assert 9 / 5 - 1e-9 <= run.speedup.low <= run.speedup.value <= run.speedup.high <= 17 / 9 + 1e-9  # b's, a's
     assert run.ttft.p50 == 0.5 and base.itl.p50 == 0.1
     assert (run.lossless.compared, run.lossless.equal) == (2, 1)  # b's second turn has another history
     assert vars(run.lossless.first_divergence) == {"id": "b", "turn": 0, "token": 3}

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.cost import StepCost, read_cost
-from swift_fastmtp.evaluation.recommend import advice_line, recommend
+from swift_fastmtp.evaluation.recommend import advice_line, recommend, warnings
 from swift_fastmtp.evaluation.simulate import HeadResult
 
 # MiMo-7B (config.json): hidden 4096, 36 layers of 32 heads and 8 key-value heads of 128, 11008 wide.
@@ -90,3 +90,10 @@ def test_recommends_one_k_for_the_server_and_a_map_for_each_group():
     assert advice.speedup == pytest.approx(1000 / (900 / 1.9 + 100 / 1.5))
     assert "en: en-8.pt, zh: no map" in advice_line(advice)
     assert "no drafts" in advice_line(recommend([result("en", None, [0.9, 0.8])], {"en": 1}))
+
+
+def test_warns_of_maps_that_hurt_and_of_few_tokens():
+    results = [result("zh", None, [1.5]), result("zh", "en-8.pt", [1.2]), result("zh", "zh-8.pt", [1.9])]
+    few, hurts = warnings(results, recommend(results, {"zh": 50}), {"zh": 50})
+    assert "zh: 50 tokens are few" in few and "en-8.pt slows zh down: 1.20x against 1.50x" in hurts
+    assert len(warnings(results, recommend(results, {"zh": 5000}), {"zh": 5000})) == 1

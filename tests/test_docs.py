@@ -46,7 +46,7 @@ def bash(command, cwd, **env):
 def clone(tmp_path_factory):
     """The files a user has after cloning."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("examples", "recipes", "tests/serving"):
+    for name in ("examples", "recipes", "tests/serving", "docs/results"):
         shutil.copytree(ROOT / name, folder / name)
     return folder
 

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -91,9 +92,10 @@ def iter_values(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
     yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a file. Raises `FastMTPError` naming file and line of the first bad row, or if there is no row."""
-    rows = [row for _, row in iter_rows(path)]
+def read_rows(path: str | Path, at_most: int | None = None) -> list[Row]:
+    """The rows of a file, or those at its top. Raises `FastMTPError` naming file and line of the first bad row, or if
+    there is no row."""
+    rows = [row for _, row in islice(iter_rows(path), at_most)]
     if not rows:
         raise FastMTPError(f"{path}: holds no rows")
     return rows

@@ -34,7 +34,7 @@ class Limits:
     tau_drop: float = 0.02
     """Fraction of A's micro tau."""
     speed_drop: float = 0.05
-    """Fraction of A's decoding speed of one request, and of A's tokens per second of the run."""
+    """Fraction of A's speed of one request, and of A's tokens per second of the run."""
     equal_drop: float = 0.0
     """Of the share of answers that equal the baseline's."""
 

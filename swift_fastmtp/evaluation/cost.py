@@ -7,7 +7,7 @@ K drafts per verification (SGLang runs the MTP layer K times, `eagle_worker_v2.p
     speedup = tau * verify / (verify + K * (draft + rows * row))
 
 Left out: attention over the context, kernel launches, sampling, and batches so large that arithmetic counts. Two
-measured times put all of that in.
+measured times put all of that in, three where a verification takes longer than a step without drafts.
 """
 
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class StepCost:
     """Costs in one unit, bytes or milliseconds.
 
     Attributes:
-        verify: one step of the model, which verifies K drafts as it decodes one token.
+        verify: one step of the model that verifies drafts.
         draft: one draft step without its output matrix.
         row: one row of the output matrix.
         vocab_size: its rows.
@@ -38,6 +38,8 @@ class StepCost:
     row: float
     vocab_size: int
     unit: str = "bytes"
+    decode: float | None = None
+    """One step of the model that decodes one token; None: as a verification."""
 
     def draft_step(self, ids: int | None = None) -> float:
         """A draft step that chooses from `ids` tokens; None is all of them."""
@@ -45,17 +47,23 @@ class StepCost:
 
     def speedup(self, tau: float, num_steps: int, ids: int | None = None) -> float:
         """Speed of decoding against no drafts, at `tau` tokens per verification of `num_steps` drafts."""
-        return tau * self.verify / (self.verify + num_steps * self.draft_step(ids))
+        decode = self.verify if self.decode is None else self.decode
+        return tau * decode / (self.verify + num_steps * self.draft_step(ids))
 
-    def measured(self, draft_ms: float, verify_ms: float) -> "StepCost":
-        """These proportions at two measured times: a draft step with the whole vocabulary, and a verification step.
+    def measured(self, draft_ms: float, verify_ms: float, decode_ms: float | None = None) -> "StepCost":
+        """These proportions at measured times: a draft step with the whole vocabulary, a verification step, and a step
+        without drafts (default: as long as a verification).
 
         Raises `FastMTPError` if one is not positive.
         """
-        if not (draft_ms > 0 and verify_ms > 0):
-            raise FastMTPError(f"--draft_ms {draft_ms}, --verify_ms {verify_ms}: must be positive")
+        if min(draft_ms, verify_ms, verify_ms if decode_ms is None else decode_ms) <= 0:
+            raise FastMTPError(
+                f"--draft_ms {draft_ms}, --verify_ms {verify_ms}, --decode_ms {decode_ms}: must be positive"
+            )
         scale = draft_ms / self.draft_step()
-        return replace(self, verify=verify_ms, draft=self.draft * scale, row=self.row * scale, unit="ms")
+        return replace(
+            self, verify=verify_ms, draft=self.draft * scale, row=self.row * scale, unit="ms", decode=decode_ms
+        )
 
 
 def read_cost(model_dir: str | Path) -> StepCost:

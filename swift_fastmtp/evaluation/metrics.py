@@ -226,7 +226,7 @@ def busy_seconds(spans: Sequence[tuple[float, float]]) -> float:
 def speedup(
     baseline: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], seed: int = 0, samples: int = 2000
 ) -> tuple[float, float, float] | None:
-    """Decode speed of `other` over the baseline's, and the ends of its 95 % interval.
+    """Speed of `other` over the baseline's, and the ends of its 95 % interval.
 
     Args:
         baseline, other: (tokens, seconds) of every prompt, the same prompts in the same order.

@@ -282,7 +282,7 @@ def _launch(
         token_map_size=size,
         model=str(plan["model"]),
         draft_model=folder if steps else None,
-        command=words,
+        command=[Path(words[0]).name, *words[1:]],  # where Python lies is nobody else's business
     )
     return Launch(spec, command=words, environment={k: str(v) for k, v in environment.items()})
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from .simulate import HeadResult
 
 
+FEW_TOKENS = 1000
+
+
 @dataclass(frozen=True)
 class Recommendation:
     """K for a server, and the token map of each group at that K (None: the whole vocabulary)."""
@@ -49,11 +52,16 @@ def advice_line(advice: Recommendation) -> str:
     return f"recommended: {', '.join([f'K={advice.num_steps}', *maps])}; predicted speedup {advice.speedup:.2f}x"
 
 
-def slower(results: Sequence["HeadResult"], advice: Recommendation) -> list[str]:
-    """A line for every map with which a group is slower than with the whole vocabulary, at the recommended K."""
+def warnings(results: Sequence["HeadResult"], advice: Recommendation, tokens: Mapping[str, int]) -> list[str]:
+    """A line for every group with too few tokens to choose on, and for every map with which a group is slower than with
+    the whole vocabulary, at the recommended K."""
     k = advice.num_steps - 1
     full = {r.group: r for r in results if r.token_map is None}
-    lines = []
+    lines = [
+        f"warning: {group}: {tokens[group]} tokens are few to choose a map on; measure on more answers"
+        for group, path in advice.token_maps.items()
+        if path and tokens[group] < FEW_TOKENS
+    ]
     for r in results:
         whole = full[r.group]
         if r.token_map and r.speedup[k] < whole.speedup[k]:

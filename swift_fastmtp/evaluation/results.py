@@ -104,7 +104,7 @@ class Run:
     tokens_per_second: float
     """Completion tokens over the seconds in which at least one request was on its way."""
     tokens_per_second_per_request: float
-    """Median over requests of (completion tokens - 1) / (latency - time to the first token)."""
+    """Median over requests of completion tokens / latency."""
     ttft: Percentiles | None
     itl: Percentiles | None
     speedup: Interval | None
@@ -239,7 +239,7 @@ def _run(
     width = max(16, min(256, settings.max_new_tokens // 4))
     streamed = [r for r in answers if r["chunk_tokens"]]
     known = [steps_by_chunk(r["chunk_tokens"], r["accepted"], r["steps"]) for r in streamed if r["steps"]]
-    speeds = [t / s for t, s in map(_decode, answers) if s > 0]
+    speeds = [t / s for t, s in map(_speed_of, answers) if s > 0]
     gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
     ttft = percentiles([r["ttft"] for r in answers if r["ttft"] is not None])
     itl = percentiles(gaps)
@@ -276,11 +276,10 @@ def _seconds(records: list[Record]) -> float:
     return busy_seconds([(r["start"], r["start"] + r["latency"]) for r in records if "error" not in r])
 
 
-def _decode(record: Record) -> tuple[float, float]:
-    """Tokens after the first, and the seconds they took; of an answer that was not streamed, all of both."""
-    if record["ttft"] is None:
-        return record["completion_tokens"], record["latency"]
-    return record["completion_tokens"] - 1, record["latency"] - record["ttft"]
+def _speed_of(record: Record) -> tuple[float, float]:
+    """Tokens of an answer, and the seconds that it took, its prompt included. Not from the first token on: a client
+    that reads late finds all of a short answer at once, which would take no time at all."""
+    return record["completion_tokens"], record["latency"]
 
 
 def _by_turn(records: list[Record]) -> dict[tuple[str, int], Record]:
@@ -294,7 +293,7 @@ def _speedup(reference: list[Record], answers: list[Record]) -> tuple[float, flo
     for name, turn in sorted(both[0].keys() & both[1].keys()):
         pair = sums.setdefault(name, [[0.0, 0.0], [0.0, 0.0]])
         for total, side in zip(pair, both, strict=True):
-            for i, value in enumerate(_decode(side[name, turn])):
+            for i, value in enumerate(_speed_of(side[name, turn])):
                 total[i] += value
     return speedup([(p[0][0], p[0][1]) for p in sums.values()], [(p[1][0], p[1][1]) for p in sums.values()], SEED)
 

@@ -31,7 +31,7 @@ from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .cost import StepCost, read_cost
 from .metrics import expected_rounds, text_counts, verify_rounds
 from .provenance import provenance
-from .recommend import advice_line, map_table, recommend, slower
+from .recommend import advice_line, map_table, recommend, warnings
 
 ALL = "all"
 MOST_PLOTTED = 8
@@ -84,6 +84,8 @@ def simulate(
     seed: int = 0,
     draft_ms: float | None = None,
     verify_ms: float | None = None,
+    decode_ms: float | None = None,
+    max_rows: int | None = None,
     batch_size: int = 16,
     dtype: str = "float32",
     device: str = "cpu",
@@ -97,7 +99,8 @@ def simulate(
         temperature: at which answers are (or, `given`, were) sampled; if positive, drafts are sampled too, beside the
             greedy ones.
         draft_ms, verify_ms: measured times of a draft step, with the whole vocabulary, and of a verification step;
-            default: the bytes that they read.
+            default: the bytes that they read. decode_ms: of a step without drafts; default: as a verification.
+        max_rows: read only so many rows, from the top of the file.
 
     Raises `FastMTPError` for bad rows, checkpoints, maps or an existing `output_dir`.
     """
@@ -110,10 +113,10 @@ def simulate(
     if output_dir and (Path(output_dir) / "simulate.json").exists():
         raise FastMTPError(f"{output_dir}/simulate.json: already exists; name another folder or remove it")
     started = time.time()
-    rows = read_rows(dataset)
+    rows = read_rows(dataset, max_rows)
     cost = read_cost(model_dir)
     if draft_ms is not None and verify_ms is not None:
-        cost = cost.measured(draft_ms, verify_ms)
+        cost = cost.measured(draft_ms, verify_ms, decode_ms)
     model = load_model(model_dir, getattr(torch, dtype), device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
@@ -158,7 +161,7 @@ def simulate(
             print(f"\n{group}: {len(groups[group])} answers, {tokens[group]} tokens, head {name}")
             print(map_table([r for r in last if r.group == group], advice))
     print("\n" + advice_line(advice))
-    for line in slower(last, advice):
+    for line in warnings(last, advice, tokens):
         print(line)
     if output_dir:
         from .plots import plot_acceptance, plot_maps
@@ -223,7 +226,7 @@ def _rates(accepted: list[torch.Tensor], drafts: str, size: int, cost: StepCost)
 def _cost_line(cost: StepCost) -> str:
     draft = cost.draft_step() / cost.verify
     head = cost.row * cost.vocab_size / cost.draft_step()
-    source = "two measured times" if cost.unit == "ms" else "the bytes that steps read, one request at a time"
+    source = "measured times" if cost.unit == "ms" else "the bytes that steps read, one request at a time"
     return f"{source}: a draft step costs {draft:.1%} of a verification, {head:.0%} of it the output matrix"
 
 

@@ -36,9 +36,9 @@ def main_table(results: Merged, temperature: float, concurrency: int) -> Table:
         rows.append([f"{entry.num_steps}", entry.name, *cells, number(mean(taus)), number(mean(speeds)), shown])
     return Table(
         f"main-t{temperature:g}-c{concurrency}",
-        f"Tokens per verification step and decoding speed ({where(temperature, concurrency)})",
+        f"Tokens per verification step and speed ({where(temperature, concurrency)})",
         "K: drafts per verification step. τ: tokens per verification step, all tokens / all steps, the prefill's token "
-        "excluded (micro). token/s: decoding speed of one request, median over requests. Speedup: mean of the "
+        "excluded (micro). token/s: of one request, prompt included, median over requests. Speedup: mean of the "
         "tasks' speedups, weighted as the ratio of two means of token/s is.",
         columns,
         rows,
@@ -62,7 +62,7 @@ def speedup_table(results: Merged, temperature: float, concurrency: int) -> Tabl
     return Table(
         f"speedup-t{temperature:g}-c{concurrency}",
         f"Speedup against the baseline ({where(temperature, concurrency)})",
-        "Decoding speed over the baseline's on the same prompts. In brackets: 95 % interval, bootstrap over prompts; "
+        "Speed over the baseline's on the same prompts. In brackets: 95 % interval, bootstrap over prompts; "
         "the mean's takes tasks as independent.",
         [("", "K"), ("", "method"), *(("", results.tasks[task].title) for task in tasks), ("", "Mean")],
         rows,

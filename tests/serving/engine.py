@@ -13,6 +13,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import yaml
+
 HERE = Path(__file__).parent
 START_SECONDS = 180
 # Versions of SGLang that the stand-in was tried with.
@@ -25,11 +27,9 @@ UNTRIED = (
 )
 
 # Small, deterministic, and fp32, so that acceptance can be compared number by number.
-CPU_FLAGS = [
-    *("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--mem-fraction-static", "0.3"),
-    *("--max-total-tokens", "8192", "--max-running-requests", "8", "--context-length", "1024"),
-    *("--random-seed", "0", "--log-level", "warning", "--skip-server-warmup", "--sleep-on-idle"),
-]
+_PLAN = yaml.safe_load((HERE / "cpu_plan.yaml").read_text())
+CPU_FLAGS = ["--host", "127.0.0.1", *_PLAN["flags"]]
+ENVIRONMENT = {**_PLAN["environment"], "PYTHONPATH": str(HERE / "stand_in"), "HF_HUB_OFFLINE": "1"}
 
 
 def engine_python() -> str:
@@ -56,18 +56,8 @@ class Server:
         self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
 
     def __enter__(self):
-        environment = {
-            **os.environ,
-            **self.environment,
-            "PYTHONPATH": os.pathsep.join(
-                [str(HERE / "stand_in"), *filter(None, [self.environment.get("PYTHONPATH")])]
-            ),
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HUB_OFFLINE": "1",
-        }
+        paths = [ENVIRONMENT["PYTHONPATH"], *filter(None, [self.environment.get("PYTHONPATH")])]
+        environment = {**os.environ, **self.environment, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

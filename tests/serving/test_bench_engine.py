@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY
-from engine import CPU_FLAGS, HERE, engine_python
+from engine import CPU_FLAGS, ENVIRONMENT, engine_python
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoints import read_head
@@ -22,14 +22,6 @@ from swift_fastmtp.evaluation.tasks import load_task
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 
 STEPS, TOKENS, QUESTIONS = 2, 40, 6
-ENVIRONMENT = {
-    "PYTHONPATH": str(HERE / "stand_in"),
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
 
 
 @pytest.fixture(scope="module")
