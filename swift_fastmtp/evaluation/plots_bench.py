@@ -4,6 +4,7 @@ Each function draws one, or returns None where the data has nothing for it: `plo
 words, for readers who do not see it, what it shows (`facts`).
 """
 
+from collections import defaultdict
 from dataclasses import replace
 from math import pi
 from typing import Any
@@ -296,34 +297,39 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     for num_steps, task, found in blocks:
         if num_steps != steps:
             continue
-        points = []
+        whole: list[Any] = []
+        by_label: dict[str, list[Any]] = defaultdict(list)
         for entry in found:
-            run = entry.runs[task]
-            size = server_of(results, entry, task).token_map_size if entry.maps else None
+            run, server = entry.runs[task], server_of(results, entry, task)
+            size = server.token_map_size if entry.maps else None
             if entry.num_steps and (size or not entry.maps):
-                points.append((size, tau(run, entry.num_steps), run.speedup))
+                point = (size, tau(run, entry.num_steps), run.speedup)
+                (by_label[server.label] if size else whole).append(point)
                 sizes |= {size} if size else set()
-        lines.append((task, points))
+        title = results.tasks[task].title
+        names = {label: f"{title}, {label}" if len(by_label) > 1 else title for label in by_label}
+        lines += [(names[label], points + whole) for label, points in by_label.items()]
     if not sizes:
         return None
     order: list[int | None] = [*sorted(sizes), None]
     # Tasks are not methods, so their colours are the palette's other half.
-    for i, (task, points) in enumerate(lines):
+    for i, (name, points) in enumerate(lines):
         colour, marker = PALETTE[(4 + i) % len(PALETTE)][0], MARKERS[i % len(MARKERS)]
         said = []
         for axes, column in ((upper, 1), (lower, 2)):
-            known = sorted((order.index(p[0]), p[column]) for p in points if p[column] is not None)
+            known = [(order.index(p[0]), p[column]) for p in points if p[column] is not None]
+            known.sort(key=lambda point: point[0])
             if not known:
                 continue
             values = [v.value if isinstance(v, Interval) else v for _, v in known]
-            axes.plot([x for x, _ in known], values, color=colour, marker=marker, label=results.tasks[task].title)
+            axes.plot([x for x, _ in known], values, color=colour, marker=marker, label=name)
             for x, v in known:
                 if isinstance(v, Interval):
                     axes.errorbar(x, v.value, yerr=_error(v), color=colour, capsize=3, elinewidth=1.6, fmt="none")
         for size, length, ratio in points:
             length_said = "" if length is None else f" τ {length:.2f}"
             said.append(f"{f'{size:,}' if size else 'whole'}{length_said}{f' {times(ratio)}' if ratio else ''}")
-        facts.append(f"{results.tasks[task].title}: {', '.join(said)}")
+        facts.append(f"{name}: {', '.join(said)}")
     lower.set_xticks(range(len(order)), [_thousands(size) if size else "whole" for size in order])
     upper.set(ylabel="tokens per step (τ)")
     lower.set(xlabel="ids in the draft's vocabulary", ylabel="speedup")

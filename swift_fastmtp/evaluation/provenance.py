@@ -23,7 +23,7 @@ def provenance(started: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers_version,
         "python": platform.python_version(),
-        "command": sys.argv,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_revision": revision.stdout.strip() or None,
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
