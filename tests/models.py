@@ -1,6 +1,7 @@
 """Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
 
 import torch
+from transformers import Qwen3NextConfig
 
 from swift_fastmtp.families import FAMILIES
 from swift_fastmtp.modeling import MiMoConfig, build_class
@@ -27,6 +28,41 @@ def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, d
             torch.nn.init.uniform_(parameter, 0.3, 2.0)
         else:
             torch.nn.init.normal_(parameter, std=0.25)
+    model.freeze_backbone()
+    return model.to(dtype).eval()
+
+
+def random_qwen3_next(seed=0, *, vocab=97, width=32, heads=4, kv=2, dim=16, std=0.25, dtype=torch.float32):
+    """A Qwen3-Next with one linear and one full-attention layer, four experts of which a token reads two."""
+    torch.manual_seed(seed)
+    config = Qwen3NextConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=dim,
+        partial_rotary_factor=0.5,
+        rope_theta=10000.0,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        tie_word_embeddings=False,
+        architectures=["Qwen3NextForCausalLM"],
+    )
+    model = build_class(FAMILIES[1])(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, -0.7, 1.0)
+        elif "A_log" not in name:
+            torch.nn.init.normal_(parameter, std=std)
     model.freeze_backbone()
     return model.to(dtype).eval()
 
