@@ -69,6 +69,11 @@ class Weights:
         tensor: torch.Tensor = _open(self.file_of[name]).get_tensor(name)
         return tensor
 
+    def has_backbone(self, config: dict[str, Any]) -> bool:
+        """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
+        tied = bool(config.get("tie_word_embeddings"))
+        return any(n == "lm_head.weight" or (tied and n.endswith("embed_tokens.weight")) for n in self.file_of)
+
     def under(self, prefix: str) -> list[str]:
         """Names below a module path, sorted."""
         return sorted(n for n in self.file_of if n.startswith(prefix + "."))

@@ -133,6 +133,35 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_shown=("an SGLang server", "a published checkpoint"),
     ),
+    # As Qwen3-Next with a dense MLP. The text-only checkpoints; see REFUSED for those with a vision tower.
+    Family(
+        name="qwen3_5",
+        architectures=("Qwen3_5ForCausalLM",),
+        backbone="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5ForCausalLM",
+        block="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
+        prefix="mtp",
+        block_path="layers.0",
+        hidden_norm="pre_fc_norm_hidden",
+        token_norm="pre_fc_norm_embedding",
+        proj="fc",
+        final_norm="norm",
+        hidden_first=False,
+        zero_centred_norms=True,
+        mask_position_zero=False,
+        config_model_type="qwen3_5_text",
+        num_layers_key="mtp_num_hidden_layers",
+        num_layers_needed=False,
+        plain_model_type="qwen3_5_text",
+        tied_embeddings=True,
+        recurrent_backbone=True,
+        served_as="qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
+        shown=(
+            "native keys, load to export",
+            "`exact` against a draft with a KV cache",
+            "`swift sft`, resume, `swift export`",
+        ),
+        not_shown=("an SGLang server", "a published checkpoint"),
+    ),
 )
 
 _MULTI_LAYER = (
@@ -140,6 +169,9 @@ _MULTI_LAYER = (
     "one layer applied to its own output would be trained for a graph that nobody runs"
 )
 _NO_FINAL_NORM = "and what it feeds back is the state before the final norm, on which its layers were trained"
+_WITH_VISION = (
+    "it holds a vision tower beside the text model; only text-only checkpoints (Qwen3_5ForCausalLM) are trained so far"
+)
 # Checkpoints that hold MTP layers and are recognised in order to be refused, with the reason (SGLang
 # `multi_layer_eagle_worker_v2.py`; which models it is switched on for: `arg_groups/overrides.py`, `model_overrides/`).
 REFUSED: dict[str, str] = {
@@ -148,6 +180,8 @@ REFUSED: dict[str, str] = {
     "Step3p5ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
     "Step3p7ForConditionalGeneration": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
     "GigaChat35ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
+    "Qwen3_5ForConditionalGeneration": _WITH_VISION,
+    "Qwen3_5MoeForConditionalGeneration": _WITH_VISION,
 }
 
 
@@ -213,6 +247,7 @@ def support_table() -> str:
         order = "[hidden, embed]" if f.hidden_first else "[embed, hidden]"
         notes = [f"`{f.prefix}.*`", order]
         notes += ["norms 1 + w"] * f.zero_centred_norms + ["embedding zeroed at position 0"] * f.mask_position_zero
+        notes += ["output matrix may be tied"] * f.tied_embeddings
         cells = (", ".join(f"`{a}`" for a in f.architectures), ", ".join(notes), f"`{f.served_as}`")
         lines.append(f"| {' | '.join(cells)} | {'; '.join(f.shown)} | {'; '.join(f.not_shown)} |")
     return "\n".join(lines)

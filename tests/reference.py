@@ -71,7 +71,7 @@ class QwenHead(Head):
         super().__init__(head, config)
         self.w = {n.removeprefix("layers.0."): w for n, w in self.w.items()}
         self.rotary = int(self.dim * config.rope_parameters["partial_rotary_factor"])
-        self.top = config.num_experts_per_tok
+        self.top = getattr(config, "num_experts_per_tok", None)
 
     def rms(self, x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.w[name + ".weight"])
@@ -102,7 +102,7 @@ class QwenHead(Head):
     def mlp(self, x, gate, up, down):
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    def experts(self, x):
+    def feed_forward(self, x):
         """Row by row, expert by expert."""
         out = self.mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
         out = out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
@@ -118,8 +118,15 @@ class QwenHead(Head):
     def tail(self, u, attended):
         _, gate = self.queries_and_gate(u)
         u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
-        u = u + self.experts(self.rms(u, "post_attention_layernorm"))
+        u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
         return self.rms(u, "norm")
+
+
+class DenseQwenHead(QwenHead):
+    """Qwen3.5: the same with a dense MLP."""
+
+    def feed_forward(self, x):
+        return self.mlp(x, *(self.w[f"mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
 
 
 def merged_attention(query, keys, values, chain_keys, chain_values, visible, scale):

@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT, TINY, logged, sft_args, swift
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import packed_positions, random_qwen3_next
-from reference import QwenHead, draft_with_cache, paper_rollout
+from models import packed_positions, random_qwen3_5, random_qwen3_next
+from reference import DenseQwenHead, QwenHead, draft_with_cache, paper_rollout
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import Weights
@@ -27,11 +27,15 @@ from swift_fastmtp.rollout import rollout, segment_ids
 
 HEAD = "mtp."
 EXPERT = "mtp.layers.0.mlp.experts.1.up_proj.weight"
+# Name → a tiny random model, its plain reference, and the number of MTP tensors in a checkpoint.
+KINDS = {"qwen3_next": (random_qwen3_next, QwenHead, 29), "qwen3_5": (random_qwen3_5, DenseQwenHead, 15)}
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
-def exact_qwen3_next(monkeypatch):
+def exact_qwen(monkeypatch):
     """transformers computes norms and routing in float32 whatever it is given; float64 comparisons need float64."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
     from transformers.models.qwen3_next import modeling_qwen3_next as module
 
     def norm(self, x):
@@ -42,6 +46,7 @@ def exact_qwen3_next(monkeypatch):
         share, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
         return logits, share / share.sum(-1, keepdim=True), chosen
 
+    monkeypatch.setattr(Qwen3_5RMSNorm, "forward", norm)
     monkeypatch.setattr(module.Qwen3NextRMSNorm, "forward", norm)
     monkeypatch.setattr(module.Qwen3NextTopKRouter, "forward", route)
 
@@ -59,14 +64,14 @@ def run(model, hidden, embeds, lengths, steps, mode):
     return rollout(model.head, hidden, embeds, positions, segment_ids(positions), rotary, steps, mode)
 
 
-def case(lengths, seed, heads=(4, 2)):
-    model = random_qwen3_next(seed, heads=heads[0], kv=heads[1], dtype=torch.float64)
+def case(kind, lengths, seed, heads=(4, 2)):
+    model = KINDS[kind][0](seed, heads=heads[0], kv=heads[1], dtype=torch.float64)
     states = torch.randn(2, 1, sum(lengths), model.config.hidden_size, dtype=torch.float64)
     return model, states[0], states[1]
 
 
-def worst_error(model, hidden, embeds, lengths, steps, outputs, **switches):
-    head, worst, start = QwenHead(model.head, model.config), 0.0, 0
+def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches):
+    head, worst, start = KINDS[kind][1](model.head, model.config), 0.0, 0
     for n in lengths:
         h, e = hidden[0, start : start + n], embeds[0, start : start + n]
         for base in range(n - 1):
@@ -78,28 +83,30 @@ def worst_error(model, hidden, embeds, lengths, steps, outputs, **switches):
     return worst
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
+    kind=st.sampled_from(list(KINDS)),
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]),
     steps=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_exact_equals_a_draft_with_a_kv_cache(exact_qwen3_next, lengths, heads, steps, seed):
-    model, hidden, embeds = case(lengths, seed, heads)
+def test_exact_equals_a_draft_with_a_kv_cache(exact_qwen, kind, lengths, heads, steps, seed):
+    model, hidden, embeds = case(kind, lengths, seed, heads)
     outputs = run(model, hidden, embeds, lengths, steps, "exact")
-    assert worst_error(model, hidden, embeds, lengths, steps, outputs) <= 1e-9
+    assert worst_error(kind, model, hidden, embeds, lengths, steps, outputs) <= 1e-9
 
 
-def test_exact_in_fp32_with_transformers_own_norms_and_routing():
+@kinds
+def test_exact_in_fp32_with_transformers_own_norms_and_routing(kind):
     """Nothing is replaced here, so the tolerance is float32's."""
-    model = random_qwen3_next(1)
+    model = KINDS[kind][0](1)
     ids = torch.randint(0, 97, (1, 14))
     model.fastmtp = FastMTPConfig(num_speculative_steps=4)
     positions = torch.arange(14)[None]
     hidden = model.backbone_states(ids, None, positions, segment_ids(positions))
     outputs = model.draft_states(hidden, ids, positions, segment_ids(positions)).double()
-    head, embeds = QwenHead(model.head, model.config), model.model.embed_tokens(ids)[0]
+    head, embeds = KINDS[kind][1](model.head, model.config), model.model.embed_tokens(ids)[0]
     head.w = {n: w.double() for n, w in head.w.items()}
     for base in range(13):
         want = draft_with_cache(
@@ -111,9 +118,9 @@ def test_exact_in_fp32_with_transformers_own_norms_and_routing():
 @pytest.mark.parametrize(
     "change", [{"shift_positions": False}, {"own_chain": False}, {"mask_position_zero": True}, "order", "norms", "gate"]
 )
-def test_each_ingredient_is_needed(exact_qwen3_next, change, monkeypatch):
+def test_each_ingredient_is_needed(exact_qwen, change, monkeypatch):
     """Taking one away must be far outside the tolerance, or the tests above prove nothing."""
-    model, hidden, embeds = case([9, 7], 0)
+    model, hidden, embeds = case("qwen3_next", [9, 7], 0)
     outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
     fuse, queries = QwenHead.fuse, QwenHead.queries_and_gate
     other = {
@@ -124,23 +131,26 @@ def test_each_ingredient_is_needed(exact_qwen3_next, change, monkeypatch):
     if isinstance(change, str):
         monkeypatch.setattr(QwenHead, *other[change])
     switches = change if isinstance(change, dict) else {}
-    assert worst_error(model, hidden, embeds, [9, 7], 4, outputs, **switches) > 1e-2
+    assert worst_error("qwen3_next", model, hidden, embeds, [9, 7], 4, outputs, **switches) > 1e-2
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_paper_equals_the_papers_equations(exact_qwen3_next, seed):
-    model, hidden, embeds = case([9, 3], seed)
+@kinds
+@pytest.mark.parametrize("seed", range(2))
+def test_paper_equals_the_papers_equations(exact_qwen, kind, seed):
+    model, hidden, embeds = case(kind, [9, 3], seed)
+    head = KINDS[kind][1](model.head, model.config)
     outputs, start = run(model, hidden, embeds, [9, 3], 4, "paper"), 0
     for n in (9, 3):
         part = slice(start, start + n)
-        for k, g in enumerate(paper_rollout(QwenHead(model.head, model.config), hidden[0, part], embeds[0, part], 4)):
+        for k, g in enumerate(paper_rollout(head, hidden[0, part], embeds[0, part], 4)):
             assert (outputs[k, start : start + len(g)] - g).detach().abs().max() <= 1e-9
         start += n
 
 
+@kinds
 @pytest.mark.parametrize("mode", ["exact", "paper"])
-def test_only_the_head_gets_gradients(mode):
-    model = random_qwen3_next(1).train()
+def test_only_the_head_gets_gradients(kind, mode):
+    model = KINDS[kind][0](1).train()
     model.fastmtp = FastMTPConfig(rollout=mode)
     ids = torch.randint(0, 97, (2, 12))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -148,9 +158,10 @@ def test_only_the_head_gets_gradients(mode):
     assert not model.model.layers[0].training and model.head.training
 
 
-def test_padding_changes_nothing_and_packing_is_refused():
+@kinds
+def test_padding_changes_nothing_and_packing_is_refused(kind):
     """Linear attention carries a state from row to row, so a packed row is not its documents."""
-    model = random_qwen3_next(5)
+    model = KINDS[kind][0](5)
     model.fastmtp = FastMTPConfig(num_speculative_steps=4)
     ids = torch.randint(0, 97, (1, 13))
     alone = model(input_ids=ids, labels=ids)
@@ -173,17 +184,25 @@ def test_without_labels_it_is_the_plain_language_model():
     assert torch.equal(model.generate(ids, **greedy), plain.generate(ids, **greedy))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, two shards; with a tokenizer."""
-    folder = tmp_path_factory.mktemp("qwen3_next") / "base"
-    model = random_qwen3_next(3, vocab=6144, std=0.1)
+def save_base(kind, folder):
+    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with a tokenizer."""
+    model = KINDS[kind][0](3, vocab=6144, std=0.1)
     model.config.eos_token_id = 6082
-    model.bfloat16().save_pretrained(folder, max_shard_size="500KB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(TINY / name, folder / name)
-    assert len(Weights(folder).files) > 1 and EXPERT in Weights(folder).file_of
+    assert len(Weights(folder).files) > 1
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base("qwen3_next", tmp_path_factory.mktemp("qwen3_next") / "base")
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def each_base(request, tmp_path_factory):
+    return save_base(request.param, tmp_path_factory.mktemp("each") / request.param)
 
 
 def weights(folder):
@@ -213,12 +232,12 @@ def test_trainers_that_read_checkpoints_themselves_find_the_experts(base):
     assert all(torch.equal(p, stored[n].float()) for n, p in split_experts(model.head_parameters()).items())
 
 
-def test_native_keys_from_load_to_export(base, tmp_path):
+def test_native_keys_from_load_to_export(each_base, tmp_path):
     """Load, train a step, save the head, export: every tensor accounted for, every other byte as it was."""
     from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
-    model = load_model(base, torch.float32)
-    model.fastmtp, model.model_dir = FastMTPConfig(), base
+    model = load_model(each_base, torch.float32)
+    model.fastmtp, model.model_dir = FastMTPConfig(), each_base
     model.freeze_backbone()
     model.train()
     before = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(HEAD)}
@@ -228,8 +247,8 @@ def test_native_keys_from_load_to_export(base, tmp_path):
     optimizer.step()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
-    trained, stored = load_file(tmp_path / "checkpoint/model.safetensors"), weights(base)
-    assert trained.keys() == head_shapes(base).keys()
+    trained, stored = load_file(tmp_path / "checkpoint/model.safetensors"), weights(each_base)
+    assert trained.keys() == head_shapes(each_base).keys() and len(trained) == KINDS[each_base.name][2]
     assert all(not torch.equal(t, stored[n].float()) for n, t in trained.items())  # every tensor has learnt
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
@@ -238,11 +257,15 @@ def test_native_keys_from_load_to_export(base, tmp_path):
     for name, tensor in full.items():
         assert torch.equal(tensor, trained[name].bfloat16() if name in trained else stored[name]), name
     assert all(torch.equal(t, full[n]) for n, t in draft.items())
+    changed = {Weights(each_base).file_of[n] for n in trained}
+    for file in Weights(each_base).files:
+        copy = tmp_path / "full" / file.name
+        assert copy.samefile(file) == (file not in changed) and copy.stat().st_size == file.stat().st_size
     for folder in ("full", "draft"):
-        assert (tmp_path / folder / "config.json").read_bytes() == (base / "config.json").read_bytes()
+        assert (tmp_path / folder / "config.json").read_bytes() == (each_base / "config.json").read_bytes()
         assert examine(tmp_path / folder) == []
     flags = command(serve_flags(tmp_path / "draft"))
-    assert str(base) in flags and "--trust-remote-code" not in flags
+    assert str(each_base) in flags and "--trust-remote-code" not in flags
 
 
 def test_zero_centred_norms_may_be_zero(base, tmp_path):
@@ -255,27 +278,22 @@ def test_zero_centred_norms_may_be_zero(base, tmp_path):
     assert [f.what for f in examine(folder)] == ["mtp.fc.weight is all zeros"]
 
 
-@pytest.fixture(scope="module")
-def swift_run(base, rows, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sft") / "run"
-    swift(*sft_args(base, rows, out, max_steps=4, save_steps=2, template="qwen"))
-    return out
-
-
-def test_swift_trains_resumes_and_exports(base, rows, swift_run, tmp_path):
-    assert len(logged(swift_run)) == 4 and logged(swift_run, "mtp_acc_3")
-    shutil.copytree(swift_run / "checkpoint-2", tmp_path / "run/checkpoint-2")
-    args = sft_args(base, rows, tmp_path / "run", max_steps=4, save_steps=2, template="qwen")
+def test_swift_trains_resumes_and_exports(each_base, rows, tmp_path):
+    """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
+    options = {"max_steps": 4, "save_steps": 2, "template": "qwen"}
+    swift(*sft_args(each_base, rows, tmp_path / "run", **options))
+    assert len(logged(tmp_path / "run")) == 4 and logged(tmp_path / "run", "mtp_acc_3")
+    args = sft_args(each_base, rows, tmp_path / "again", **options)
     swift(*args, "--resume_from_checkpoint", tmp_path / "run/checkpoint-2")
-    want, got = (load_file(r / "checkpoint-4/model.safetensors") for r in (swift_run, tmp_path / "run"))
-    assert want.keys() == got.keys() == head_shapes(base).keys()
+    want, got = (load_file(tmp_path / r / "checkpoint-4/model.safetensors") for r in ("run", "again"))
+    assert want.keys() == got.keys() == head_shapes(each_base).keys()
     assert all(torch.equal(want[n], got[n]) for n in want)
-    swift("export", "--adapters", tmp_path / "run/checkpoint-4", "--output_dir", tmp_path / "full")
-    before, after = weights(base), weights(tmp_path / "full")
+    swift("export", "--adapters", tmp_path / "again/checkpoint-4", "--output_dir", tmp_path / "full")
+    before, after = weights(each_base), weights(tmp_path / "full")
     assert before.keys() == after.keys()
-    assert {n for n in before if not torch.equal(before[n], after[n])} <= want.keys()
-    assert not torch.equal(before[EXPERT], after[EXPERT])
-    assert (tmp_path / "full/config.json").read_bytes() == (base / "config.json").read_bytes()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed <= want.keys() and {n for n in want if "_proj" in n} <= changed
+    assert (tmp_path / "full/config.json").read_bytes() == (each_base / "config.json").read_bytes()
 
 
 def test_the_backbone_in_memory_stays_bit_identical_in_training(base, rows, tmp_path):
@@ -335,8 +353,9 @@ def test_one_clear_error(case, base, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_families_of_the_multi_layer_worker_are_refused_with_the_reason(architecture):
-    with pytest.raises(FastMTPError, match=f"{architecture} cannot be trained here: SGLang serves it with its multi"):
+def test_families_that_engines_serve_otherwise_are_refused_with_the_reason(architecture):
+    why = "vision tower" if architecture.startswith("Qwen") else "SGLang serves it with its multi-layer worker"
+    with pytest.raises(FastMTPError, match=f"{architecture} cannot be trained here: .*{why}"):
         find_family({"architectures": [architecture]})
 
 

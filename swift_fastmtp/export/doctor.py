@@ -166,7 +166,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
             )
         return
     backbone = config.get("dtype") or config.get("torch_dtype")
-    if "lm_head.weight" in weights.file_of and kinds and backbone and kinds != {backbone}:
+    if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
         yield Finding(
             "warning",
             f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
@@ -179,7 +179,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
     settings = read_json(folder / SETTINGS_FILE)
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
-    here = folder if "lm_head.weight" in weights.file_of else base
+    here = folder if weights.has_backbone(read_config(folder)) else base
     if trained_for and (here / "config.json").exists() and fingerprint(here, family) != trained_for:
         yield Finding(
             "error",

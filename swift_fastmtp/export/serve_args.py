@@ -48,7 +48,7 @@ def serve_flags(
     weights = Weights(folder)
     if not weights.under(family.prefix):
         raise FastMTPError(f"{folder}: holds no tensor under {family.prefix}; nothing to draft with")
-    full = "lm_head.weight" in weights.file_of
+    full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)
     target = folder if full else Path(model or settings.get("base_model", ""))
