@@ -99,7 +99,7 @@ FAMILIES: tuple[Family, ...] = (
             "native keys, load to export",
             "`exact` against a draft with a KV cache",
             "`swift sft`, resume, `swift export`",
-            "SGLang server on a CPU",
+            "an SGLang server on a CPU",
         ),
         not_shown=("weights of MiMo-7B itself",),
     ),
@@ -130,8 +130,9 @@ FAMILIES: tuple[Family, ...] = (
             "native keys, load to export",
             "`exact` against a draft with a KV cache",
             "`swift sft`, resume, `swift export`",
+            "SGLang's draft class on a CPU, K steps in fp32",
         ),
-        not_shown=("an SGLang server", "a published checkpoint"),
+        not_shown=("a whole SGLang server", "a published checkpoint"),
     ),
     # As Qwen3-Next with a dense MLP. The text-only checkpoints; see REFUSED for those with a vision tower.
     Family(
@@ -159,8 +160,9 @@ FAMILIES: tuple[Family, ...] = (
             "native keys, load to export",
             "`exact` against a draft with a KV cache",
             "`swift sft`, resume, `swift export`",
+            "SGLang's draft class on a CPU, K steps in fp32",
         ),
-        not_shown=("an SGLang server", "a published checkpoint"),
+        not_shown=("a whole SGLang server", "a published checkpoint"),
     ),
 )
 

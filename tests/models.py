@@ -1,8 +1,12 @@
 """Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
 
+import shutil
+
 import torch
+from conftest import TINY
 from transformers import Qwen3_5TextConfig, Qwen3NextConfig
 
+from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.families import FAMILIES
 from swift_fastmtp.modeling import MiMoConfig, build_class
 
@@ -82,6 +86,17 @@ def _random_qwen(seed, config, family, std, dtype):
             torch.nn.init.normal_(parameter, std=std)
     model.freeze_backbone()
     return model.to(dtype).eval()
+
+
+def save_checkpoint(make, folder):
+    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer."""
+    model = make(3, vocab=6144, std=0.1)
+    model.config.eos_token_id = 6082
+    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    assert len(Weights(folder).files) > 1
+    return folder
 
 
 def packed_positions(lengths):

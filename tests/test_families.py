@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, logged, sft_args, swift
+from conftest import ROOT, logged, sft_args, swift
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import packed_positions, random_qwen3_5, random_qwen3_next
+from models import packed_positions, random_qwen3_5, random_qwen3_next, save_checkpoint
 from reference import DenseQwenHead, QwenHead, draft_with_cache, paper_rollout
 from safetensors.torch import load_file, save_file
 
@@ -184,25 +184,14 @@ def test_without_labels_it_is_the_plain_language_model():
     assert torch.equal(model.generate(ids, **greedy), plain.generate(ids, **greedy))
 
 
-def save_base(kind, folder):
-    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with a tokenizer."""
-    model = KINDS[kind][0](3, vocab=6144, std=0.1)
-    model.config.eos_token_id = 6082
-    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copyfile(TINY / name, folder / name)
-    assert len(Weights(folder).files) > 1
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return save_base("qwen3_next", tmp_path_factory.mktemp("qwen3_next") / "base")
+    return save_checkpoint(random_qwen3_next, tmp_path_factory.mktemp("qwen3_next") / "base")
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def each_base(request, tmp_path_factory):
-    return save_base(request.param, tmp_path_factory.mktemp("each") / request.param)
+    return save_checkpoint(KINDS[request.param][0], tmp_path_factory.mktemp("each") / request.param)
 
 
 def weights(folder):
