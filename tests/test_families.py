@@ -257,6 +257,15 @@ def test_native_keys_from_load_to_export(each_base, tmp_path):
     assert str(each_base) in flags and "--trust-remote-code" not in flags
 
 
+def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
+    folder = save_checkpoint(random_qwen3_5, tmp_path / "model")
+    assert "lm_head.weight" not in Weights(folder).file_of
+    words = command(serve_flags(folder))
+    assert words[words.index("--model-path") + 1] == str(folder) and "--speculative-draft-model-path" not in words
+    with pytest.raises(FastMTPError, match="no static token map for tied embeddings"):
+        serve_flags(folder, token_map="map.pt")
+
+
 def test_zero_centred_norms_may_be_zero(base, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(base, folder)

@@ -58,6 +58,11 @@ def serve_flags(
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
     by_language = CONFIG_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
+    if token_map and config.get("tie_word_embeddings"):
+        raise FastMTPError(
+            f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix while "
+            "ids go through the short table); serve without the map"
+        )
     why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
     flags = [
         Flag(("python", "-m", "sglang.launch_server"), why),
