@@ -60,8 +60,8 @@ def serve_flags(
     token_map = None if by_language else token_map or settings.get("token_map")
     if token_map and config.get("tie_word_embeddings"):
         raise FastMTPError(
-            f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix while "
-            "ids go through the short table); serve without the map"
+            f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
+            "and ids go through the short table); serve without the map"
         )
     why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
     flags = [
