@@ -305,6 +305,13 @@ def test_the_backbone_in_memory_stays_bit_identical_in_training(base, rows, tmp_
     assert examine(tmp_path / "full") == []
 
 
+def test_lora_on_a_mixture_of_experts_is_refused(base, rows, tmp_path):
+    """peft turns the head's target regex into bare names that also match the backbone."""
+    args = sft_args(base, rows, tmp_path / "run", max_steps=2, tuner_type="lora", lora_rank=4, template="qwen")
+    done = swift(*args, check=False)
+    assert done.returncode == 1 and "would be trained; only the MTP head may be" in done.stderr
+
+
 def broken(base, tmp_path, change=None, **config):
     """The checkpoint in one file, changed."""
     folder = tmp_path / "model"
