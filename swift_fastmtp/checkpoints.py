@@ -69,6 +69,11 @@ class Weights:
         tensor: torch.Tensor = _open(self.file_of[name]).get_tensor(name)
         return tensor
 
+    def has_backbone(self, config: dict[str, Any]) -> bool:
+        """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
+        tied = bool(config.get("tie_word_embeddings"))
+        return any(n == "lm_head.weight" or (tied and n.endswith("embed_tokens.weight")) for n in self.file_of)
+
     def under(self, prefix: str) -> list[str]:
         """Names below a module path, sorted."""
         return sorted(n for n in self.file_of if n.startswith(prefix + "."))
@@ -94,19 +99,27 @@ def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int,
     Raises `FastMTPError` naming the first tensor that is missing, unknown, misshapen or not finite.
     """
     weights = Weights(folder)
-    parent = family.prefix.rsplit(".", 1)[0]
-    found = weights.under(parent)
+    found = weights.under(family.root)
     if not found:
         raise FastMTPError(
-            f"{folder}: no tensor under '{parent}.'; this checkpoint lost its MTP layer (saving through plain "
+            f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): take the tensors from the original model"
+        )
+    projection = f"{family.prefix}.{family.proj}.weight"
+    if projection in weights.file_of and weights.shape(projection)[:1] != expected[projection][:1]:
+        raise FastMTPError(
+            f"{folder}: the MTP layer has hidden size {weights.shape(projection)[0]}, the model "
+            f"{expected[projection][0]}; it belongs to another model"
         )
     for name in expected:
         if name not in weights.file_of:
             raise FastMTPError(f"{folder}: MTP tensor {name} is missing; download or export the checkpoint again")
     for name in found:
         if name not in expected:
-            raise FastMTPError(f"{folder}: unexpected MTP tensor {name}; engines would load it over another one")
+            why = "engines would load it over another one"
+            if family.is_other_layer(name):
+                why = "it is of a second MTP layer, and FastMTP shares one between all steps: keep one"
+            raise FastMTPError(f"{folder}: unexpected MTP tensor {name}; {why}")
     tensors = {}
     for name, shape in expected.items():
         if weights.shape(name) != shape:
@@ -132,8 +145,7 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     """
     weights = Weights(folder)
     digest = hashlib.sha256()
-    parent = family.prefix.rsplit(".", 1)[0] + "."
-    for name in sorted(n for n in weights.file_of if not n.startswith(parent)):
+    for name in sorted(n for n in weights.file_of if not n.startswith(family.root + ".")):
         view = _open(weights.file_of[name]).get_slice(name)
         shape = view.get_shape()
         digest.update(f"{name} {view.get_dtype()} {shape}\n".encode())

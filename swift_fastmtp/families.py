@@ -15,7 +15,7 @@ from .errors import FastMTPError
 
 @dataclass(frozen=True)
 class Family:
-    """One MTP layout. `{}`-free strings are module names relative to the head."""
+    """One MTP layout. Module names are relative to the head."""
 
     name: str
     architectures: tuple[str, ...]
@@ -26,20 +26,51 @@ class Family:
     """Decoder block of the head, as 'module:Class'."""
     prefix: str
     """Path of the head in the checkpoint, without the trailing dot."""
+    block_path: str
+    """Where the block's tensors lie; "" is beside the norms and the projection."""
     hidden_norm: str
     token_norm: str
     proj: str
     final_norm: str
     hidden_first: bool
     """Order of the fused input: [hidden, embed] if true, else [embed, hidden]."""
+    zero_centred_norms: bool
+    """Norms multiply by 1 + weight (Gemma's), so weights of all zeros are a sound norm."""
     mask_position_zero: bool
     """Engines zero the token embedding where the position is 0 (SGLang and vLLM `mimo_mtp.py`)."""
     config_model_type: str
     """`model_type` of config.json."""
     num_layers_key: str
     """config.json key that holds the number of MTP layers."""
+    num_layers_needed: bool
+    """Engines read that key. Where they do not (SGLang sets it to 1 itself, `model_config.py`) it may be missing."""
     plain_model_type: str | None
     """A `model_type` of transformers itself under which engines load config.json without remote code."""
+    tied_embeddings: bool
+    """Engines serve checkpoints whose output matrix is the embedding (`tie_word_embeddings`)."""
+    recurrent_backbone: bool
+    """Backbone layers carry a state from row to row (linear attention): documents packed into one row would leak."""
+    served_as: str
+    """SGLang's draft class, as 'file: class'."""
+    shown: tuple[str, ...]
+    """What the tests of this repository run for the family, for docs/families.md."""
+    not_shown: tuple[str, ...]
+    """What nobody has run."""
+
+    @property
+    def layer_path(self) -> str:
+        """Path of the one MTP layer, which ends in its number."""
+        return f"{self.prefix}.{self.block_path}" if self.block_path else self.prefix
+
+    @property
+    def root(self) -> str:
+        """Path below which every tensor belongs to some MTP layer."""
+        return self.prefix if self.block_path else self.prefix.rsplit(".", 1)[0]
+
+    def is_other_layer(self, name: str) -> bool:
+        """Whether a tensor belongs to an MTP layer of another number."""
+        layers = self.layer_path.rsplit(".", 1)[0]
+        return name.startswith(f"{layers}.") and not name.startswith(f"{self.layer_path}.")
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -49,17 +80,111 @@ FAMILIES: tuple[Family, ...] = (
         backbone="transformers.models.qwen2.modeling_qwen2:Qwen2ForCausalLM",
         block="transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer",
         prefix="model.mtp_layers.0",
+        block_path="",
         hidden_norm="hidden_layernorm",
         token_norm="token_layernorm",
         proj="input_proj",
         final_norm="final_layernorm",
         hidden_first=True,
+        zero_centred_norms=False,
         mask_position_zero=True,
         config_model_type="mimo",
         num_layers_key="num_nextn_predict_layers",
+        num_layers_needed=True,
         plain_model_type="qwen2",
+        tied_embeddings=False,
+        recurrent_backbone=False,
+        served_as="mimo_mtp.py: MiMoMTP",
+        shown=(
+            "native keys, load to export",
+            "`exact` against a draft with a KV cache",
+            "`swift sft`, resume, `swift export`",
+            "an SGLang server on a CPU",
+        ),
+        not_shown=("weights of MiMo-7B itself",),
+    ),
+    # A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
+    # the same function as MiMo's, and a mixture of experts behind it. Fed back: the output of `mtp.norm`.
+    Family(
+        name="qwen3_next",
+        architectures=("Qwen3NextForCausalLM",),
+        backbone="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextForCausalLM",
+        block="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
+        prefix="mtp",
+        block_path="layers.0",
+        hidden_norm="pre_fc_norm_hidden",
+        token_norm="pre_fc_norm_embedding",
+        proj="fc",
+        final_norm="norm",
+        hidden_first=False,
+        zero_centred_norms=True,
+        mask_position_zero=False,
+        config_model_type="qwen3_next",
+        num_layers_key="num_nextn_predict_layers",
+        num_layers_needed=False,
+        plain_model_type="qwen3_next",
+        tied_embeddings=False,
+        recurrent_backbone=True,
+        served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
+        shown=(
+            "native keys, load to export",
+            "`exact` against a draft with a KV cache",
+            "`swift sft`, resume, `swift export`",
+            "SGLang's draft class on a CPU, K steps in fp32",
+        ),
+        not_shown=("a whole SGLang server", "a published checkpoint"),
+    ),
+    # As Qwen3-Next with a dense MLP. The text-only checkpoints; see REFUSED for those with a vision tower.
+    Family(
+        name="qwen3_5",
+        architectures=("Qwen3_5ForCausalLM",),
+        backbone="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5ForCausalLM",
+        block="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
+        prefix="mtp",
+        block_path="layers.0",
+        hidden_norm="pre_fc_norm_hidden",
+        token_norm="pre_fc_norm_embedding",
+        proj="fc",
+        final_norm="norm",
+        hidden_first=False,
+        zero_centred_norms=True,
+        mask_position_zero=False,
+        config_model_type="qwen3_5_text",
+        num_layers_key="mtp_num_hidden_layers",
+        num_layers_needed=False,
+        plain_model_type="qwen3_5_text",
+        tied_embeddings=True,
+        recurrent_backbone=True,
+        served_as="qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
+        shown=(
+            "native keys, load to export",
+            "`exact` against a draft with a KV cache",
+            "`swift sft`, resume, `swift export`",
+            "SGLang's draft class on a CPU, K steps in fp32",
+        ),
+        not_shown=("a whole SGLang server", "a published checkpoint"),
     ),
 )
+
+_MULTI_LAYER = (
+    "SGLang serves it with its multi-layer worker, where every depth has a layer, a KV cache and a context of its own; "
+    "one layer applied to its own output would be trained for a graph that nobody runs"
+)
+_NO_FINAL_NORM = "and what it feeds back is the state before the final norm, on which its layers were trained"
+_WITH_VISION = (
+    "it holds a vision tower beside the text model; only text-only checkpoints (Qwen3_5ForCausalLM) are trained so far"
+)
+# Checkpoints that hold MTP layers and are recognised in order to be refused, with the reason (SGLang
+# `multi_layer_eagle_worker_v2.py`; which models it is switched on for: `arg_groups/overrides.py`, `model_overrides/`).
+REFUSED: dict[str, str] = {
+    "MiMoV2ForCausalLM": _MULTI_LAYER,
+    "MiMoV2FlashForCausalLM": _MULTI_LAYER,
+    "Step3p5ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
+    "Step3p7ForConditionalGeneration": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
+    "GigaChat35ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
+    "Qwen3_5ForConditionalGeneration": _WITH_VISION,
+    "Qwen3_5MoeForConditionalGeneration": _WITH_VISION,
+}
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
@@ -75,11 +200,17 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 def match_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
-    """The row whose architectures a checkpoint's config.json names. Raises `FastMTPError` if there is none."""
+    """The row whose architectures a checkpoint's config.json names.
+
+    Raises `FastMTPError` if there is none, with the reason where engines serve the model's MTP layers otherwise.
+    """
     architectures = config.get("architectures") or []
     for family in FAMILIES:
         if any(a in family.architectures for a in architectures):
             return family
+    for name in architectures:
+        if name in REFUSED:
+            raise FastMTPError(f"{where}: {name} cannot be trained here: {REFUSED[name]}")
     known = ", ".join(a for f in FAMILIES for a in f.architectures)
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
 
@@ -88,7 +219,8 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     """The row for a checkpoint that we can train.
 
     Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
-    one that FastMTP shares between all steps, or if it is quantised (the frozen head is read as plain weights).
+    one that FastMTP shares between all steps, if it is quantised (the frozen head is read as plain weights), or if it
+    ties its output matrix to the embedding where the engines do not.
     """
     family = match_family(config, where)
     layers = config.get(family.num_layers_key, 1)
@@ -102,9 +234,32 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
             f"{where}: quantization_config is set; FastMTP reads lm_head and the MTP layer as plain weights, "
             "so start from the unquantised checkpoint"
         )
-    if config.get("tie_word_embeddings"):
+    if config.get("tie_word_embeddings") and not family.tied_embeddings:
         raise FastMTPError(
             f"{where}: tie_word_embeddings is true, but {family.architectures[0]} has its own lm_head in every "
             "engine; set it to false and store lm_head.weight"
         )
     return family
+
+
+def support_table() -> str:
+    """The table of docs/families.md, made from the rows above."""
+    lines = ["| | layout | SGLang's class | run by the tests | not run |", "|---|---|---|---|---|"]
+    for f in FAMILIES:
+        order = "[hidden, embed]" if f.hidden_first else "[embed, hidden]"
+        notes = [f"`{f.prefix}.*`", order]
+        notes += ["norms 1 + w"] * f.zero_centred_norms + ["embedding zeroed at position 0"] * f.mask_position_zero
+        notes += ["output matrix may be tied"] * f.tied_embeddings
+        cells = (", ".join(f"`{a}`" for a in f.architectures), ", ".join(notes), f"`{f.served_as}`")
+        lines.append(f"| {' | '.join(cells)} | {'; '.join(f.shown)} | {'; '.join(f.not_shown)} |")
+    return "\n".join(lines)
+
+
+def refused_table() -> str:
+    """The second table of docs/families.md."""
+    reasons = dict.fromkeys(REFUSED.values())
+    lines = ["| | why |", "|---|---|"]
+    for reason in reasons:
+        names = ", ".join(f"`{name}`" for name, why in REFUSED.items() if why == reason)
+        lines.append(f"| {names} | {reason} |")
+    return "\n".join(lines)

@@ -4,9 +4,13 @@
     g = final_norm(block(u))                    g gives the logits, and is fed back as the next step's h
 
 The head has no embedding and no output matrix of its own: it shares the backbone's (frozen) ones.
+
+Checkpoints store each expert of a mixture by itself, transformers computes with all of them in one tensor;
+`split_experts` and `join_experts` lead from one to the other, and leave other tensors alone.
 """
 
 import copy
+import re
 from importlib import import_module
 from typing import Any
 
@@ -23,8 +27,43 @@ def import_class(path: str) -> Any:
     return getattr(import_module(module), name)
 
 
+def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' names → checkpoint names: `experts.gate_up_proj` [E, 2I, D] and `experts.down_proj` [E, D, I]
+    become `experts.{e}.gate_proj.weight`, `.up_proj.weight` [I, D] and `.down_proj.weight` [D, I]."""
+    found = {}
+    for name, tensor in tensors.items():
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            found[name] = tensor
+            continue
+        path, kind = name.rsplit(".", 1)
+        for e, one in enumerate(tensor):
+            if kind == "down_proj":
+                found[f"{path}.{e}.down_proj.weight"] = one
+            else:
+                found[f"{path}.{e}.gate_proj.weight"], found[f"{path}.{e}.up_proj.weight"] = one.chunk(2)
+    return found
+
+
+def join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `split_experts`; every expert must be there."""
+    found: dict[str, torch.Tensor] = {}
+    paths: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight", name):
+            paths[match[1]] = max(paths.get(match[1], 0), int(match[2]) + 1)
+        else:
+            found[name] = tensor
+    for path, number in paths.items():
+        gate, up, down = (
+            torch.stack([tensors[f"{path}.{e}.{kind}_proj.weight"] for e in range(number)])
+            for kind in ("gate", "up", "down")
+        )
+        found[f"{path}.gate_up_proj"], found[f"{path}.down_proj"] = torch.cat([gate, up], dim=1), down
+    return found
+
+
 class MTPHead(nn.Module):
-    """One MTP layer whose parameter names equal the checkpoint's, relative to `family.prefix`.
+    """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.prefix`.
 
     Args:
         config: the backbone's transformers config.
@@ -35,6 +74,9 @@ class MTPHead(nn.Module):
         super().__init__()
         block_config = copy.deepcopy(config)
         block_config._attn_implementation = attention.NAME
+        if getattr(config, "layer_types", None):
+            # Whatever the backbone's first layer is, engines draft with full attention.
+            block_config.layer_types = ["full_attention"] * len(config.layer_types)
         block = import_class(family.block)(block_config, layer_idx=0)
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
@@ -45,9 +87,16 @@ class MTPHead(nn.Module):
         # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
         # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
         # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
+        holder: nn.Module = self
+        if family.block_path:
+            holder, (layers, _) = nn.Module(), family.block_path.split(".")  # layers . 0
+            self.add_module(layers, nn.ModuleList([holder]))
         for name, child in block.named_children():
-            self.add_module(name, child)
+            holder.add_module(name, child)
         self.add_module(family.final_norm, norm_type(width, eps=eps))
+        # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
+        # tensor, and would go on with untrained ones.
+        self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
 
     def fuse(self, hidden_BTD: torch.Tensor, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Block input u from the previous hidden state and the embedding of the next token, [B, T, D]."""
@@ -70,7 +119,7 @@ class MTPHead(nn.Module):
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
         """
-        children = dict(self.named_children())
+        children = dict(self.get_submodule(self.family.block_path).named_children())
         u = self.fuse(hidden_BTD, embeds_BTD)
         attended, _ = children["self_attn"](
             hidden_states=children["input_layernorm"](u),
@@ -84,3 +133,8 @@ class MTPHead(nn.Module):
         u = u + children["mlp"](children["post_attention_layernorm"](u))
         out: torch.Tensor = self.get_submodule(self.family.final_norm)(u)
         return out
+
+
+def _join_experts_on_load(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+    own = {name: state.pop(name) for name in list(state) if name.startswith(prefix) and ".experts." in name}
+    state.update(join_experts(own))

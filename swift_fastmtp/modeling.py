@@ -6,6 +6,7 @@ native checkpoint path. So `from_pretrained`, device maps, ZeRO-3 and `generate`
 and returns per-row losses and matches instead of logits.
 """
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -20,8 +21,9 @@ from transformers.utils import ModelOutput
 
 from .checkpoints import read_head
 from .config import FastMTPConfig
+from .errors import FastMTPError
 from .families import FAMILIES, Family, find_family, match_family, read_config
-from .head import MTPHead, import_class
+from .head import MTPHead, import_class, join_experts, split_experts
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
@@ -71,9 +73,11 @@ class FastMTPMixin:
         self.fastmtp = FastMTPConfig()
         self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
-        holder, layers, _ = self.family.prefix.rsplit(".", 2)  # model . mtp_layers . 0
-        parent = cast(nn.Module, self).get_submodule(holder)
-        parent.add_module(layers, nn.ModuleList([MTPHead(config, self.family)]))
+        head: nn.Module = MTPHead(config, self.family)
+        holder, _, name = self.family.prefix.rpartition(".")
+        if name.isdigit():  # model.mtp_layers . 0
+            head, (holder, _, name) = nn.ModuleList([head]), holder.rpartition(".")
+        cast(nn.Module, self).get_submodule(holder).add_module(name, head)
         cast(PreTrainedModel, self).post_init()
 
     @property
@@ -81,7 +85,7 @@ class FastMTPMixin:
         return cast(MTPHead, cast(nn.Module, self).get_submodule(self.family.prefix))
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The head's parameters under their checkpoint names."""
+        """The head's parameters under their checkpoint names, experts joined (`head.split_experts`)."""
         prefix = self.family.prefix + "."
         return {n: p for n, p in cast(nn.Module, self).named_parameters() if n.startswith(prefix)}
 
@@ -162,6 +166,12 @@ class FastMTPMixin:
                 hidden[b, start:end] = states
             return hidden.to(input_ids.device, non_blocking=True)
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
+        several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
+        if self.family.recurrent_backbone and bool(several.any()):
+            raise FastMTPError(
+                f"a row holds several documents, and {self.family.name} has layers that carry a state from one to the "
+                "next; train without --packing and --padding_free"
+            )
         hidden = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
         ).last_hidden_state
@@ -249,8 +259,15 @@ def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
 @cache
 def build_class(family: Family) -> type:
     """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
-    attributes = {"family": family, "config_class": CONFIG_MAPPING[family.config_model_type]}
-    cls = type(family.architectures[0], (FastMTPMixin, import_class(family.backbone)), attributes)
+    backbone = import_class(family.backbone)
+    # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
+    ignored = [p for p in backbone._keys_to_ignore_on_load_unexpected or [] if not re.match(p, f"{family.prefix}.")]
+    attributes = {
+        "family": family,
+        "config_class": CONFIG_MAPPING[family.config_model_type],
+        "_keys_to_ignore_on_load_unexpected": ignored or None,
+    }
+    cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
     cls.__module__, cls.__qualname__ = __name__, f"FastMTP_{family.name}"
     return cls
@@ -267,12 +284,13 @@ def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
         head = MTPHead(config, family)
-    return {f"{family.prefix}.{n}": tuple(p.shape) for n, p in head.named_parameters()}
+        tensors = split_experts({f"{family.prefix}.{n}": p for n, p in head.named_parameters()})
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Put head tensors (checkpoint names) into a model. Works under ZeRO-3 too, where parameters are partitioned."""
-    parameters = model.head_parameters()
+    parameters, tensors = model.head_parameters(), join_experts(tensors)
     with _gathered(list(parameters.values())), torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -1,7 +1,12 @@
 """Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
 
-import torch
+import shutil
 
+import torch
+from conftest import TINY
+from transformers import Qwen3_5TextConfig, Qwen3NextConfig
+
+from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.families import FAMILIES
 from swift_fastmtp.modeling import MiMoConfig, build_class
 
@@ -29,6 +34,69 @@ def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, d
             torch.nn.init.normal_(parameter, std=0.25)
     model.freeze_backbone()
     return model.to(dtype).eval()
+
+
+def random_qwen3_next(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    """A Qwen3-Next with one linear and one full-attention layer, four experts of which a token reads two."""
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3NextConfig(
+        **_hybrid(vocab, heads, kv),
+        **mixture,
+        shared_expert_intermediate_size=24,
+        tie_word_embeddings=False,
+        architectures=["Qwen3NextForCausalLM"],
+    )
+    return _random_qwen(seed, config, "qwen3_next", std, dtype)
+
+
+def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    """A text-only Qwen3.5 with a dense MLP; its output matrix is the embedding, as in the small published ones."""
+    config = Qwen3_5TextConfig(
+        **_hybrid(vocab, heads, kv), tie_word_embeddings=True, architectures=["Qwen3_5ForCausalLM"]
+    )
+    return _random_qwen(seed, config, "qwen3_5", std, dtype)
+
+
+def _hybrid(vocab, heads, kv):
+    return {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000.0,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+
+
+def _random_qwen(seed, config, family, std, dtype):
+    torch.manual_seed(seed)
+    model = build_class(next(f for f in FAMILIES if f.name == family))(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, -0.7, 1.0)
+        elif "A_log" not in name:
+            torch.nn.init.normal_(parameter, std=std)
+    model.freeze_backbone()
+    return model.to(dtype).eval()
+
+
+def save_checkpoint(make, folder):
+    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer."""
+    model = make(3, vocab=6144, std=0.1)
+    model.config.eos_token_id = 6082
+    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    assert len(Weights(folder).files) > 1
+    return folder
 
 
 def packed_positions(lengths):

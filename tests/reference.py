@@ -1,8 +1,8 @@
 """The method written out plainly, sharing nothing with the package: what the fast paths must equal.
 
-A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), the paper's
-rollout as a loop over steps, and a token-by-token draft with a KV cache as a server does it (SGLang
-`eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
+A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), a Qwen3-Next
+head where it differs, the paper's rollout as a loop over steps, and a token-by-token draft with a KV cache as a server
+does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
 """
 
 import math
@@ -60,6 +60,73 @@ class Head:
         gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
         u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
         return self.rms(u, "final_layernorm")
+
+
+class QwenHead(Head):
+    """Norms that multiply by 1 + w, [embed, hidden], an output gate beside the queries, QK-norm, RoPE on a part of each
+    head, and a mixture of experts with one shared expert (SGLang `qwen3_next_mtp.py`, `qwen3_next.py`,
+    `qwen2_moe.py`)."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.w = {n.removeprefix("layers.0."): w for n, w in self.w.items()}
+        self.rotary = int(self.dim * config.rope_parameters["partial_rotary_factor"])
+        self.top = getattr(config, "num_experts_per_tok", None)
+
+    def rms(self, x, name):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.w[name + ".weight"])
+
+    def rope(self, x, positions):
+        freq = 1.0 / self.theta ** (torch.arange(0, self.rotary, 2, dtype=x.dtype) / self.rotary)
+        angle = (positions.to(x.dtype)[:, None] * freq)[:, None, :].repeat(1, 1, 2)
+        turned, rest = x[..., : self.rotary], x[..., self.rotary :]
+        a, b = turned.chunk(2, -1)
+        return torch.cat([turned * angle.cos() + torch.cat([-b, a], -1) * angle.sin(), rest], -1)
+
+    def fuse(self, hidden, embed):
+        pair = self.rms(embed, "pre_fc_norm_embedding"), self.rms(hidden, "pre_fc_norm_hidden")
+        return self.linear(torch.cat(pair, -1), "fc")
+
+    def queries_and_gate(self, u):
+        both = self.linear(self.rms(u, "input_layernorm"), "self_attn.q_proj").view(len(u), self.heads, 2 * self.dim)
+        return both[..., : self.dim], both[..., self.dim :]
+
+    def qkv(self, u, positions):
+        a = self.rms(u, "input_layernorm")
+        q, _ = self.queries_and_gate(u)
+        k = self.linear(a, "self_attn.k_proj").view(len(u), self.kv, self.dim)
+        v = self.linear(a, "self_attn.v_proj").view(len(u), self.kv, self.dim)
+        q, k = self.rms(q, "self_attn.q_norm"), self.rms(k, "self_attn.k_norm")
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def mlp(self, x, gate, up, down):
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def feed_forward(self, x):
+        """Row by row, expert by expert."""
+        out = self.mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        out = out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+        share = self.linear(x, "mlp.gate").softmax(-1)
+        for i, row in enumerate(x):
+            best = share[i].argsort(descending=True)[: self.top].tolist()
+            for e in best:
+                gate, up = self.w["mlp.experts.gate_up_proj"][e].chunk(2)
+                y = self.mlp(row[None], gate, up, self.w["mlp.experts.down_proj"][e])[0]
+                out[i] += y * share[i, e] / share[i, best].sum()
+        return out
+
+    def tail(self, u, attended):
+        _, gate = self.queries_and_gate(u)
+        u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
+        u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
+        return self.rms(u, "norm")
+
+
+class DenseQwenHead(QwenHead):
+    """Qwen3.5: the same with a dense MLP."""
+
+    def feed_forward(self, x):
+        return self.mlp(x, *(self.w[f"mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
 
 
 def merged_attention(query, keys, values, chain_keys, chain_values, visible, scale):

@@ -79,7 +79,7 @@ def examine(
 
 
 def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    layers = config.get(family.num_layers_key)
+    layers = config.get(family.num_layers_key, None if family.num_layers_needed else 1)
     if layers != 1:
         yield Finding(
             "error",
@@ -87,7 +87,8 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
             "engines size the draft's KV cache by it; the head is one layer, applied to its own output",
             f'set "{family.num_layers_key}": 1',
         )
-    if config.get("model_type") == family.config_model_type and not config.get("auto_map") and family.plain_model_type:
+    known = family.plain_model_type in (None, family.config_model_type)
+    if config.get("model_type") == family.config_model_type and not config.get("auto_map") and not known:
         yield Finding(
             "error",
             f"config.json: model_type {family.config_model_type} without auto_map",
@@ -100,7 +101,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     from ..modeling import head_shapes  # builds the head on the meta device
 
     expected = head_shapes(folder)
-    parent = family.prefix.rsplit(".", 1)[0]
+    parent = family.root
     block = parent.rsplit(".", 1)[-1]
     found = set(weights.under(parent))
     for name in sorted(set(expected) - found):
@@ -114,7 +115,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         yield Finding(
             "error",
             f"{name} is not a tensor of the one MTP layer",
-            "SGLang maps every layer index onto the same parameters: the last one loaded wins",
+            "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
             f"keep exactly the {len(expected)} tensors under {family.prefix}",
         )
     odd = re.compile(rf"(^|\.)({block}|mtp)\.")
@@ -126,11 +127,11 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             f"rename it to {family.prefix}.…",
         )
     for name in sorted(found & set(expected)):
-        yield from _values(name, weights, expected[name])
+        yield from _values(name, weights, expected[name], family)
     yield from _dtypes(weights, config, sorted(found & set(expected)))
 
 
-def _values(name: str, weights: Weights, shape: tuple[int, ...]) -> Iterator[Finding]:
+def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
     if weights.shape(name) != shape:
         what = f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
         yield Finding("error", what, "the engine fails, or loads a part of it", "export again for this config")
@@ -140,7 +141,7 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...]) -> Iterator[Fin
         yield Finding(
             "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
         )
-    elif not bool(tensor.any()):
+    elif not bool(tensor.any()) and not (family.zero_centred_norms and len(shape) == 1):
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
@@ -165,7 +166,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
             )
         return
     backbone = config.get("dtype") or config.get("torch_dtype")
-    if "lm_head.weight" in weights.file_of and kinds and backbone and kinds != {backbone}:
+    if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
         yield Finding(
             "warning",
             f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
@@ -178,7 +179,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
     settings = read_json(folder / SETTINGS_FILE)
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
-    here = folder if "lm_head.weight" in weights.file_of else base
+    here = folder if weights.has_backbone(read_config(folder)) else base
     if trained_for and (here / "config.json").exists() and fingerprint(here, family) != trained_for:
         yield Finding(
             "error",

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from ..checkpoints import read_head
 from ..errors import FastMTPError
+from ..head import split_experts
 from ..modeling import head_shapes, load_head, model_class
 
 
@@ -31,4 +32,4 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     model.head.to_empty(device="cpu")
     load_head(model, read_head(base, cls.family, head_shapes(base)))
     merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-    return {n: p.detach() for n, p in merged.head_parameters().items()}
+    return split_experts({n: p.detach() for n, p in merged.head_parameters().items()})

@@ -108,7 +108,7 @@ def make_card(
     measured = load_results(paths) if paths else None
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
-    full = "lm_head.weight" in weights.file_of
+    full = weights.has_backbone(config)
     base_path = str(info.get("base_model") or "")
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"

@@ -48,7 +48,7 @@ def serve_flags(
     weights = Weights(folder)
     if not weights.under(family.prefix):
         raise FastMTPError(f"{folder}: holds no tensor under {family.prefix}; nothing to draft with")
-    full = "lm_head.weight" in weights.file_of
+    full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)
     target = folder if full else Path(model or settings.get("base_model", ""))
@@ -58,6 +58,11 @@ def serve_flags(
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
     by_language = CONFIG_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
+    if token_map and config.get("tie_word_embeddings"):
+        raise FastMTPError(
+            f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
+            "and ids go through the short table); serve without the map"
+        )
     why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
     flags = [
         Flag(("python", "-m", "sglang.launch_server"), why),

@@ -44,7 +44,9 @@ def prepare_arguments(args: Any) -> None:
         # cannot be told apart: there the tuner type is taken as given.
         args.tuner_type = "fastmtp"
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
-        args.target_regex = rf"^({_prefixes()})\..*_proj$"
+        # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
+        projections = "|".join(re.escape(family.proj) for family in FAMILIES)
+        args.target_regex = rf"^({_prefixes()})\.(?!.*expert)(.*_proj|{projections})$"
     frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
     if args.tuner_type == "full" and not frozen:
         args.freeze_parameters_ratio = 1.0

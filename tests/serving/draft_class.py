@@ -1,0 +1,156 @@
+# ruff: noqa: E402
+"""SGLang's own draft class on a CPU: loads a draft-only folder as a server does, and drafts one chain.
+
+Run by SGLang's Python with `stand_in/` on PYTHONPATH:
+
+    draft_class.py FOLDER IN.safetensors OUT.safetensors
+
+IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
+and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
+starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
+folder filled.
+
+SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
+with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
+"""
+
+import os
+import sys
+
+os.environ.update(SGLANG_USE_CPU_ENGINE="1", TORCHDYNAMO_DISABLE="1")
+
+import torch
+
+# SGLang's layers in plain PyTorch, on every CPU: the stand-in has no kernels for these norms and experts.
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "sitecustomize"]
+torch.cpu._is_amx_tile_supported = lambda: False
+import sgl_kernel
+
+# The fused kernels on the way of these classes, after SGLang's Triton ones.
+
+
+def add_gated(hidden, gate_weight, shared, out):
+    out += torch.sigmoid(hidden @ gate_weight)[:, None] * shared
+
+
+@sgl_kernel._op
+def fused_sigmoid_mul_cpu(x, gate):
+    x *= torch.sigmoid(gate.reshape(x.shape))
+
+
+@sgl_kernel._op
+def fused_qk_gemma_rmsnorm_with_gate_cpu(q_gate, k, q_weight, k_weight, eps, head_dim, num_heads):
+    def norm(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight)
+
+    q, gate = q_gate.view(-1, num_heads, 2 * head_dim).chunk(2, -1)
+    return norm(q, q_weight).flatten(1), norm(k.reshape(len(k), -1, head_dim), k_weight).flatten(1), gate.flatten(1)
+
+
+for name in ("fused_qk_gemma_rmsnorm_cpu", "fused_qkvzba_split_reshape_cat_contiguous_cpu", "fused_input_proj_cpu"):
+    sgl_kernel._op(sgl_kernel._missing(name))
+
+from safetensors.torch import load_file, save_file
+from sglang.srt import runtime_context
+from sglang.srt.configs.device_config import DeviceConfig
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from sglang.srt.layers.dp_attention import initialize_dp_attention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import ForwardContext, set_forward_context
+from sglang.srt.model_loader import loader
+from sglang.srt.models import qwen2_moe
+from sglang.srt.server_args import ServerArgs
+
+SENTINEL = 12345.0
+
+
+class Cache:
+    """An attention backend: causal over what was written, which is one request."""
+
+    def __init__(self):
+        self.keys, self.values = [], []
+
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        before = sum(map(len, self.keys))
+        self.keys.append(k.view(-1, layer.tp_k_head_num, layer.head_dim))
+        self.values.append(v.view(-1, layer.tp_k_head_num, layer.head_dim))
+        groups = layer.tp_q_head_num // layer.tp_k_head_num
+        keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in (self.keys, self.values))
+        scores = torch.einsum("qhd,khd->hqk", q, keys) * layer.scaling
+        visible = torch.ones(len(q), len(keys)).tril(before).bool()
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+
+
+class Batch:
+    """A forward batch of one request; what it does not say is not set."""
+
+    def __init__(self, mode, hidden):
+        self.forward_mode, self.residual_stream = mode, None
+        self.spec_info = type("Spec", (), {"hidden_states": hidden})()
+
+    def contains_mm_inputs(self):
+        return False
+
+    def __getattr__(self, name):
+        return None
+
+
+class Logits(torch.nn.Module):
+    """What the class hands to its logits processor, which feeds the first back."""
+
+    def forward(self, ids, hidden, head, batch):
+        return hidden, hidden @ head.weight.T
+
+
+def load(folder):
+    args = ServerArgs(model_path=folder, device="cpu", dtype="float32", disable_radix_cache=True)
+    runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
+    init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
+    initialize_model_parallel()
+    initialize_dp_attention(args)
+    config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=True)
+    built = loader._initialize_model
+
+    def initialize(*a, **k):
+        model = built(*a, **k)
+        for parameter in model.parameters():
+            parameter.data.fill_(SENTINEL)
+        return model
+
+    loader._initialize_model = initialize
+    return loader.get_model_loader(LoadConfig(), config).load_model(
+        model_config=config, device_config=DeviceConfig("cpu")
+    )
+
+
+def main(folder, source, target):
+    given = load_file(source)
+    model = load(folder).eval()
+    print(type(model).__name__)
+    own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
+    unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
+    print("unfilled:", unfilled)
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
+    model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
+    model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
+    ids, hidden = given["ids"], given["hidden"]
+    base = len(hidden) - 1
+    set_forward_context(ForwardContext(attn_backend=Cache()))
+    found = []
+    with torch.no_grad():
+        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.EXTEND, hidden))
+        found.append((logits[-1], g[-1]))
+        for k in range(2, len(ids) - base):
+            batch = Batch(ForwardMode.DECODE, found[-1][1][None])
+            g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
+            found.append((logits[0], g[0]))
+    out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}
+    save_file({**out, "unfilled": torch.tensor(len(unfilled))}, target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
