@@ -39,7 +39,7 @@ def write_tensors(
         offset = end
     hashes = {}
     with open(path, "wb") as file:
-        file.write(_packed(header))
+        file.write(pack_header(header))
         for name, shape in shapes.items():
             tensor = read(name).to(dtype)
             if tuple(tensor.shape) != shape:
@@ -47,7 +47,7 @@ def write_tensors(
             if not bool(torch.isfinite(tensor).all()):
                 raise FastMTPError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: it becomes infinite")
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            hashes[name] = hashlib.sha256(data).hexdigest()
+            hashes[name] = hashlib.sha256(data.data).hexdigest()
             file.write(data.data)
     return hashes
 
@@ -78,7 +78,7 @@ def copy_without(source: Path, target: Path, names: set[str]) -> None:
         packed[name] = {**header[name], "data_offsets": [position, position + end - start]}
         position += end - start
     with open(source, "rb") as old, open(target, "wb") as new:
-        new.write(_packed(packed))
+        new.write(pack_header(packed))
         for name in kept:
             start, end = header[name]["data_offsets"]
             old.seek(offset + start)
@@ -86,7 +86,8 @@ def copy_without(source: Path, target: Path, names: set[str]) -> None:
                 new.write(block)
 
 
-def _packed(header: dict[str, Any]) -> bytes:
+def pack_header(header: dict[str, Any]) -> bytes:
+    """The bytes of a file before its data: length and header, padded so that the data starts at a multiple of 8."""
     data = json.dumps(header, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 8)
     return len(data).to_bytes(8, "little") + data
