@@ -30,34 +30,34 @@ for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"
 PYTHON
 fi
 
-if [ ! -e "$out/tuned/last" ]; then
+if [ ! -d "$out/tuned/checkpoint-30" ]; then
   echo "== 2/5 full fine-tuning with stock swift; nothing of this package takes part"
-  SWIFT_FASTMTP_AUTOLOAD=0 swift sft --model "$out/plain" --model_type qwen2 --template "${TEMPLATE:-qwen}" \
+  SWIFT_FASTMTP_AUTOLOAD=0 swift sft --model "$out/plain" --model_type qwen2 --template qwen \
     --tuner_type full --dataset "$rows" --torch_dtype float32 --fp16 false --max_length 256 --max_steps 30 \
     --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --save_steps 30 \
-    --save_only_model true --create_checkpoint_symlink true --add_version false --split_dataset_ratio 0 \
-    --dataloader_num_workers 0 --output_dir "$out/tuned"
+    --save_only_model true --add_version false --split_dataset_ratio 0 \
+    --dataloader_num_workers 0 --check_model false --output_dir "$out/tuned"
 fi
 
 echo "== 3/5 lost, and grafted"
-fastmtp inspect "$out/tuned/last" || echo "exit status $?"
+fastmtp inspect "$out/tuned/checkpoint-30" || echo "exit status $?"
 if [ ! -d "$out/grafted" ]; then
-  fastmtp graft --model "$out/tuned/last" --donor "$base" --output_dir "$out/grafted"
+  fastmtp graft --model "$out/tuned/checkpoint-30" --donor "$base" --output_dir "$out/grafted"
 fi
 fastmtp inspect "$out/grafted"
 fastmtp doctor "$out/grafted"
 
-if [ ! -e "$out/healed/last" ]; then
+if [ ! -d "$out/healed/checkpoint-60" ]; then
   echo "== 4/5 healing: swift sft, backbone frozen"
   swift sft --model_type fastmtp --model "$out/grafted" --dataset "$rows" --torch_dtype float32 --fp16 false \
     --max_length 256 --max_steps 60 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
-    --learning_rate 1e-3 --save_steps 60 --create_checkpoint_symlink true --add_version false \
-    --split_dataset_ratio 0 --dataloader_num_workers 0 --output_dir "$out/healed"
+    --learning_rate 1e-3 --save_steps 60 --add_version false \
+    --split_dataset_ratio 0 --dataloader_num_workers 0 --check_model false --output_dir "$out/healed"
 fi
 
 echo "== 5/5 before: the base and its head"
 rm -rf "$out/before" "$out/after"
 fastmtp simulate --model "$base" --dataset examples/prompts/eval.jsonl --max_new_tokens 96 --output_dir "$out/before"
 echo "== 5/5 after: the tuned model with the grafted, and with the healed head"
-fastmtp simulate --model "$out/grafted" --adapters "$out/healed/last" --dataset examples/prompts/eval.jsonl \
+fastmtp simulate --model "$out/grafted" --adapters "$out/healed/checkpoint-60" --dataset examples/prompts/eval.jsonl \
   --max_new_tokens 96 --output_dir "$out/after"

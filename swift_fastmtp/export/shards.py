@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..checkpoints import is_finite
 from ..errors import FastMTPError
 from ..headers import read_header
 
@@ -44,11 +45,12 @@ def write_tensors(
             tensor = read(name).to(dtype)
             if tuple(tensor.shape) != shape:
                 raise FastMTPError(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-            if not bool(torch.isfinite(tensor).all()):
+            if not is_finite(tensor):
                 raise FastMTPError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: it becomes infinite")
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
             hashes[name] = hashlib.sha256(data.data).hexdigest()
             file.write(data.data)
+            del tensor, data  # before the next one is read
     return hashes
 
 
