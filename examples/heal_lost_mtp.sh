@@ -34,7 +34,7 @@ if [ ! -d "$out/tuned/checkpoint-30" ]; then
   echo "== 2/5 full fine-tuning with stock swift; nothing of this package takes part"
   SWIFT_FASTMTP_AUTOLOAD=0 swift sft --model "$out/plain" --model_type qwen2 --template qwen \
     --tuner_type full --dataset "$rows" --torch_dtype float32 --fp16 false --max_length 256 --max_steps 30 \
-    --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 1e-3 --save_steps 30 \
+    --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 4e-3 --save_steps 30 \
     --save_only_model true --add_version false --split_dataset_ratio 0 \
     --dataloader_num_workers 0 --check_model false --output_dir "$out/tuned"
 fi

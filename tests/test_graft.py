@@ -257,6 +257,12 @@ def test_memory_is_a_tensor_whatever_the_size(tmp_path):
     assert [p.name for p in written] == [HEAD_FILE]
 
 
+def test_the_measured_page_is_the_results():
+    results = ROOT / "docs" / "results" / "huge_checkpoint.json"
+    page = load("export/huge.py").page(json.loads(results.read_text()))
+    assert page == results.with_suffix(".md").read_text(encoding="utf-8")
+
+
 NAMES = st.text("abc.", min_size=1, max_size=6)
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 

@@ -10,6 +10,7 @@ small checkpoint show what Python, torch and transformers take by themselves.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,8 @@ def measure(verb, folder):
     """Seconds, peak resident bytes, and what was linked and written, of one verb in a fresh process."""
     places = {name: str(folder / name) for name in ("base", "tuned", "trained", "out")}
     words = [word.format(**places) for word in VERBS[verb]]
-    done = subprocess.run([sys.executable, "-c", _CHILD, *words], capture_output=True, text=True, check=False)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", _CHILD, *words], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{words}\n{done.stderr[-2000:]}")
     seconds, peak = done.stdout.splitlines()[-1].split()
@@ -165,7 +167,8 @@ def page(results):
         f"A synthetic MiMo of {gigabytes(huge['checkpoint_bytes'])} GB in {huge['shards']} shards, "
         f"{huge['tensors']} tensors, whose head is {gigabytes(huge['head_bytes'])} GB and whose largest head tensor is "
         f"{gigabytes(huge['largest_tensor_bytes'])} GB. Its shards are files with holes "
-        f"({huge['disk_bytes'] / 1e6:.0f} MB of disk), so the seconds leave out a disk's reading of the data. Memory "
+        f"({huge['disk_bytes'] / 1e6:.0f} MB of disk), so the seconds leave out a disk's reading of the data; "
+        "torch had one thread. Memory "
         "is a process's peak, and includes Python, torch and transformers, which the small model shows.",
         "",
         "| | seconds | peak memory, GB | small model, GB | shards linked | GB written |",
@@ -205,6 +208,7 @@ def main():
             sizes[name] = facts
             print(name, json.dumps(facts, indent=2))
     results = {"sizes": sizes, "provenance": provenance(started)}
+    results["provenance"]["command"] = ["benchmarks/export/huge.py"]  # --work is a folder of the machine
     write_json(results, args.output.with_suffix(".json"))
     if set(sizes) == set(SIZES):
         args.output.with_suffix(".md").write_text(page(results), encoding="utf-8")

@@ -7,7 +7,7 @@
                     both normed
 
 The average, not the hidden state alone, because a block that does not see the next token can only predict that token
-again. It is a place to start training from, not a draft: see docs/graft.md for what it measures like before and after.
+again. It is a place to start training from, not a draft.
 """
 
 import re
