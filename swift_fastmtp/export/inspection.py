@@ -71,8 +71,9 @@ def inspect_model(folder: str | Path) -> Inspection:
     layout = None if family else known_layout(architectures)
     suspicious = odd_names(headers, config)
     names = _mtp_names(headers, config, family, layout, suspicious)
+    mtp = set(names)
     head = [headers.entries[n] for n in names]
-    rest = [e for n, e in headers.entries.items() if n not in set(names)]
+    rest = [e for n, e in headers.entries.items() if n not in mtp]
     reasons = _reasons(folder, config, headers, family, layout, names)
     return Inspection(
         model=str(folder),
@@ -161,7 +162,8 @@ def _reasons(
     if not names and not absent:
         mend = "put the base model's back with `fastmtp graft`"
         return [*reasons, f"no tensor under '{parent_of(family)}.': the checkpoint lost its MTP layer; {mend}"]
-    if not any(n.endswith(("embed_tokens.weight", "lm_head.weight")) for n in headers.entries if n not in names):
+    matrices = {n for n in (*headers.entries, *headers.absent) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    if not matrices - set(names):
         reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
     try:
         expected = _head_shapes(folder)
