@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,19 +91,31 @@ def _open(path: Path) -> Any:
 def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
     """The head's tensors of a checkpoint, each accounted for by name, shape and finiteness.
 
+    Args and errors as `head_reader`.
+    """
+    read = head_reader(folder, family, expected)
+    return {name: read(name) for name in expected}
+
+
+def head_reader(
+    folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]
+) -> Callable[[str], torch.Tensor]:
+    """A function that reads one of the head's tensors; for heads that should not be in memory as a whole.
+
     Args:
         folder: a full or a head-only checkpoint.
         family: its row.
         expected: name → shape of every tensor the head must have (`modeling.head_shapes`).
 
-    Raises `FastMTPError` naming the first tensor that is missing, unknown, misshapen or not finite.
+    Raises `FastMTPError` naming the first tensor that is missing or unknown; the function, if the one it reads is
+    misshapen or not finite.
     """
     weights = Weights(folder)
     found = weights.under(family.root)
     if not found:
         raise FastMTPError(
             f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
-            "transformers drops it): take the tensors from the original model"
+            "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
     projection = f"{family.prefix}.{family.proj}.weight"
     if projection in weights.file_of and weights.shape(projection)[:1] != expected[projection][:1]:
@@ -120,21 +132,28 @@ def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int,
             if family.is_other_layer(name):
                 why = "it is of a second MTP layer, and FastMTP shares one between all steps: keep one"
             raise FastMTPError(f"{folder}: unexpected MTP tensor {name}; {why}")
-    tensors = {}
-    for name, shape in expected.items():
-        if weights.shape(name) != shape:
+
+    def read(name: str) -> torch.Tensor:
+        if weights.shape(name) != expected[name]:
             raise FastMTPError(
-                f"{folder}: {name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
+                f"{folder}: {name} has shape {list(weights.shape(name))}, config.json says {list(expected[name])}"
             )
-        tensors[name] = weights.read(name)
-        if not tensors[name].is_floating_point() or tensors[name].element_size() < 2:
+        tensor = weights.read(name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise FastMTPError(
-                f"{folder}: {name} is stored as {tensors[name].dtype}; a quantised MTP layer cannot be trained, "
+                f"{folder}: {name} is stored as {tensor.dtype}; a quantised MTP layer cannot be trained, "
                 "start from the unquantised checkpoint"
             )
-        if not bool(torch.isfinite(tensors[name]).all()):
+        if not is_finite(tensor):
             raise FastMTPError(f"{folder}: {name} holds NaN or infinite values; the checkpoint is broken")
-    return tensors
+        return tensor
+
+    return read
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """No NaN, no infinity. In pieces: `torch.isfinite` alone would take several times the tensor's memory."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**22))
 
 
 def fingerprint(folder: str | Path, family: Family) -> str:
@@ -145,8 +164,12 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     """
     weights = Weights(folder)
     digest = hashlib.sha256()
+    opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
     for name in sorted(n for n in weights.file_of if not n.startswith(family.root + ".")):
-        view = _open(weights.file_of[name]).get_slice(name)
+        path = weights.file_of[name]
+        if path not in opened:
+            opened[path] = _open(path)
+        view = opened[path].get_slice(name)
         shape = view.get_shape()
         digest.update(f"{name} {view.get_dtype()} {shape}\n".encode())
         row = view[:1] if len(shape) > 1 else view[:]

@@ -79,6 +79,23 @@ def _vocab(args: argparse.Namespace) -> None:
     vocab(**{k: v for k, v in vars(args).items() if k not in ("run", "verb")})
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    from .export.inspection import inspect_model, text
+
+    found = inspect_model(args.model)
+    print(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if args.json else text(found))
+    if not found.trainable:
+        sys.exit(1)
+
+
+def _graft(args: argparse.Namespace) -> None:
+    from .export.graft import graft
+
+    done = graft(args.model, args.output_dir, args.donor, args.init_from_last_layer, args.overwrite)
+    print("\n".join((f"{args.output_dir}: {args.model} with a {done.family} head", *(f"  {n}" for n in done.notes))))
+    print(f"  heal it: swift sft --model_type fastmtp --model {args.output_dir} --dataset ...")
+
+
 def _export(args: argparse.Namespace) -> None:
     from .export.folders import export_draft, export_full
 
@@ -250,6 +267,19 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--jobs", type=int, default=1, help="processes that count")
     verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_vocab)
+
+    verb = verbs.add_parser("inspect", help="what MTP a checkpoint holds; exit status 1 if it cannot be trained here")
+    verb.add_argument("model", help="checkpoint folder; only config.json and headers are read")
+    verb.add_argument("--json", action="store_true", help="for scripts")
+    verb.set_defaults(run=_inspect)
+
+    verb = verbs.add_parser("graft", help="the base model's MTP layer, put into a tuned model that lost it")
+    verb.add_argument("--model", required=True, help="folder of the fine-tuned, merged or RL-trained model")
+    verb.add_argument("--donor", help="folder of a model of the same sizes that has the layer: the base model")
+    verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
+    verb.add_argument("--init_from_last_layer", action="store_true", help="make a layer where there is no donor")
+    verb.add_argument("--overwrite", action="store_true", help="replace an MTP layer that the model has")
+    verb.set_defaults(run=_graft)
 
     verb = verbs.add_parser("export", help="a checkpoint that SGLang and vLLM serve")
     verb.add_argument("--adapters", required=True, help="checkpoint of swift sft (tuner type fastmtp, full or lora)")

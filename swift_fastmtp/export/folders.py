@@ -37,7 +37,7 @@ from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
 
 # Written by trainers next to a model; they describe a run, not a model.
-_RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
+RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
 MAPS_FOLDER = "token_maps"
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -87,7 +87,7 @@ def export_full(
         changed = {weights.file_of[name] for name in tensors}
         for source in sorted(base.iterdir()):
             target = out / source.name
-            if source.is_dir() or source.name in _RUN_FILES or source.name.startswith("."):
+            if source.is_dir() or source.name in RUN_FILES or source.name.startswith("."):
                 continue
             if source in changed:
                 shutil.copyfile(source, target)

@@ -1,0 +1,306 @@
+"""Give a backbone its MTP layer back: `fastmtp graft`.
+
+Fine-tuning, merging and RL tools save what transformers loaded, and transformers loads no MTP layer. The base model
+still has it. Here its tensors are put beside the tuned weights: the tuned files stay byte for byte, the head becomes a
+shard of its own, and config.json says again what the engines and our trainer look for. The head was trained for other
+hidden states than those it now gets, so a graft is a start, and `swift sft` heals it.
+
+Tensors are read, cast, checked and written one at a time: memory is the largest of them, whatever the model's size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, write_json
+from ..errors import FastMTPError
+from ..families import FAMILIES, Family, find_family, match_family, read_config
+from ..headers import INDEX_FILE, Headers, entries_of, read_headers
+from .folders import RUN_FILES
+from .inspection import size
+from .shards import DTYPES, copy_without, tensor_hashes, write_tensors
+
+HEAD_FILE = "model-mtp.safetensors"
+_SINGLE = "model.safetensors"
+_RENAMED = "model-00001-of-00002.safetensors"
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Graft:
+    """What was done, for people: the family, the head, and everything a reader should know."""
+
+    family: str
+    tensors: int
+    size: int
+    notes: list[str]
+
+
+def graft(
+    model: str | Path,
+    output_dir: str | Path,
+    donor: str | Path | None = None,
+    init_from_last_layer: bool = False,
+    overwrite: bool = False,
+) -> Graft:
+    """Write `model` with an MTP layer to `output_dir`.
+
+    Args:
+        model: folder of the tuned checkpoint, full weights in safetensors files.
+        output_dir: must not exist; it appears whole or not at all.
+        donor: folder of a model of the same sizes that has the layer.
+        init_from_last_layer: without a donor, make a layer from the backbone's last one (`init_head.py`).
+        overwrite: replace an MTP layer that `model` has.
+
+    Raises `FastMTPError` naming the file, key or tensor that does not fit.
+    """
+    model = Path(model)
+    if (donor is None) != init_from_last_layer:
+        raise FastMTPError("graft: pass either --donor BASE or --init_from_last_layer")
+    if (model / "adapter_config.json").exists():
+        raise FastMTPError(
+            f"{model}: holds a LoRA adapter, not a model; merge it first (swift export --merge_lora true)"
+        )
+    config, headers = read_config(model), _sound(model)
+    theirs = read_config(donor) if donor else None
+    family = find_family(theirs, Path(donor) / "config.json") if donor and theirs else _family_of(config, model)
+    stale = _stale(headers, family, model, overwrite)
+    new_config, notes = _with_head(config, theirs, family, model)
+    find_family(new_config, model / "config.json")
+    if theirs:
+        notes += _compare(config, theirs, model, Path(donor or ""))
+    dtype = _dtype(headers, config, model)
+    with new_folder(output_dir) as out:
+        write_json(new_config, out / "config.json")
+        notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
+        from ..modeling import head_shapes  # builds the head on the meta device
+
+        expected = head_shapes(out)
+        weight_map = _copy_files(model, out, headers, stale)
+        read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
+        hashes = write_tensors(out / HEAD_FILE, expected, dtype, read)
+        weight_map.update(dict.fromkeys(expected, HEAD_FILE))
+        _write_index(out, weight_map)
+        _verify(out, headers, stale, expected, hashes, dtype)
+    nbytes = sum(torch.Size(s).numel() for s in expected.values()) * dtype.itemsize
+    come_from = f"from {donor}" if donor else "made from the last decoder layer"
+    first = f"{len(expected)} MTP tensors, {size(nbytes)} of {_name(dtype)}, {come_from}"
+    return Graft(family.name, len(expected), nbytes, [first, *notes])
+
+
+def _sound(model: Path) -> Headers:
+    headers = read_headers(model)
+    if headers.problems:
+        raise FastMTPError(f"{model}: {headers.problems[0]}")
+    if _SINGLE not in {f.name for f in headers.files} and (model / _SINGLE).exists():
+        raise FastMTPError(f"{model / _SINGLE}: is not in the index, but transformers loads it instead; remove one")
+    return headers
+
+
+def _family_of(config: dict[str, Any], model: Path) -> Family:
+    """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
+    architectures = config.get("architectures") or []
+    rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
+    return rows[0] if len(rows) == 1 else match_family(config, model / "config.json")
+
+
+def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> set[str]:
+    stale = headers.under(family.root)
+    if stale and not overwrite:
+        raise FastMTPError(
+            f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
+            "`fastmtp inspect` tells what they are"
+        )
+    return set(stale)
+
+
+def _with_head(
+    config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """config.json with what a save through transformers lost, and a note for each key that changed.
+
+    Raises `FastMTPError` if the model's architecture is not the donor's, nor the one that runs its backbone.
+    """
+    new = dict(config)
+    architectures = config.get("architectures") or []
+    kept = any(a in family.architectures for a in architectures)
+    plain = family.backbone.split(":")[1]
+    if not kept and plain not in architectures:
+        raise FastMTPError(
+            f"{model / 'config.json'}: architectures {architectures}; a {family.name} head fits {plain} or "
+            f"{', '.join(family.architectures)} only"
+        )
+    if not kept:
+        new["architectures"] = (theirs or {}).get("architectures") or [family.architectures[0]]
+    lost_code = config.get("model_type") == (theirs or {}).get("model_type") and not config.get("auto_map")
+    if theirs and (not kept or lost_code):
+        new["model_type"] = theirs.get("model_type")
+        new.pop("auto_map", None)
+        if theirs.get("auto_map"):
+            new["auto_map"] = theirs["auto_map"]
+    elif not theirs and family.plain_model_type and any(not (model / n).exists() for n in _code_files(new)):
+        new.pop("auto_map")
+    if new.get("model_type") == family.config_model_type and not new.get("auto_map") and family.plain_model_type:
+        new["model_type"] = family.plain_model_type  # transformers does not know the other one without remote code
+    text = new.get("text_config")
+    if isinstance(text, dict) and family.num_layers_key in ((theirs or {}).get("text_config") or text):
+        new["text_config"] = {**text, family.num_layers_key: 1}
+    else:
+        new[family.num_layers_key] = 1
+    changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
+    return new, [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE settings, alike for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
+    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    found["rope_type"] = found.pop("type", None) or found.get("rope_type") or "default"
+    found.setdefault("rope_theta", config.get("rope_theta"))
+    return found
+
+
+def _compare(config: dict[str, Any], theirs: dict[str, Any], model: Path, donor: Path) -> list[str]:
+    """Raises `FastMTPError` for another size; notes where the graft works, but the head starts from further away."""
+    ours, base = _text(config), _text(theirs)
+    for key in _SIZES:
+        a, b = ours.get(key), base.get(key)
+        if a is not None and b is not None and a != b:
+            raise FastMTPError(f"{model / 'config.json'}: {key} is {a}, in {donor} it is {b}; the head does not fit")
+    notes = []
+    if _rope(ours) != _rope(base):
+        notes.append(f"warning: RoPE is {_rope(ours)}, the donor's is {_rope(base)}; the head gets the model's")
+    if ours.get("rms_norm_eps") != base.get("rms_norm_eps"):
+        notes.append(f"warning: rms_norm_eps is {ours.get('rms_norm_eps')}, the donor's is {base.get('rms_norm_eps')}")
+    if ours.get("vocab_size") != base.get("vocab_size"):
+        notes.append(
+            f"vocab_size is {ours.get('vocab_size')}, the donor's is {base.get('vocab_size')}: the head has no row per "
+            "token, and shares the model's own matrices"
+        )
+    return notes + _compare_tokenizers(model / "tokenizer.json", donor / "tokenizer.json")
+
+
+def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
+    if not ours.exists() or not theirs.exists() or file_hash(ours) == file_hash(theirs):
+        return []
+    from tokenizers import Tokenizer
+
+    try:
+        a, b = (Tokenizer.from_file(str(path)).get_vocab() for path in (ours, theirs))
+    except Exception as error:  # the tokenizers library raises plain exceptions
+        raise FastMTPError(f"{ours}, {theirs}: cannot be read as tokenizers ({error})") from None
+    other = sum(a.get(token) != number for token, number in b.items())
+    if not other and len(a) == len(b):
+        return []  # written by another version of the library
+    return [
+        f"warning: tokenizer.json differs from the donor's: {other} of its {len(b)} tokens are gone or renumbered, "
+        f"{sum(t not in b for t in a)} are new; the head learnt the donor's"
+    ]
+
+
+def _dtype(headers: Headers, config: dict[str, Any], model: Path) -> torch.dtype:
+    """The backbone's dtype, by its embedding. Raises `FastMTPError` if that does not have config.json's rows."""
+    name = next((n for n in headers.entries if n.endswith("embed_tokens.weight")), None)
+    if name is None:
+        raise FastMTPError(f"{model}: no tensor embed_tokens.weight; graft into a full checkpoint")
+    entry, ours = headers.entries[name], _text(config)
+    want = (ours.get("vocab_size"), ours.get("hidden_size"))
+    if entry.shape != want:
+        raise FastMTPError(f"{model}: {name} has shape {list(entry.shape)}, config.json says {list(want)}")
+    if entry.dtype not in _TORCH:
+        raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}; graft into the unquantised checkpoint")
+    return _TORCH[entry.dtype]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _code_files(config: dict[str, Any]) -> set[str]:
+    """Files of the folder itself that auto_map names; a value may also point to another repository (`OWNER/NAME--`)."""
+    values = (config.get("auto_map") or {}).values()
+    named = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    return {f"{v.split('.')[0]}.py" for v in named if isinstance(v, str) and "--" not in v}
+
+
+def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: Path) -> list[str]:
+    """Copy the .py files that auto_map needs and the model lost. Raises `FastMTPError` if nobody has them."""
+    lost = sorted(n for n in _code_files(config) if not (model / n).exists())
+    if not lost:
+        return []
+    for name in lost:
+        if donor is None or not (donor / name).exists():
+            raise FastMTPError(f"{model / 'config.json'}: auto_map names {name}, which is not there; add the file")
+    files = sorted(p for p in donor.glob("*.py") if not (model / p.name).exists()) if donor else []
+    for source in files:  # remote code imports its neighbours
+        link_or_copy(source, out / source.name)
+    return [f"{', '.join(p.name for p in files)}: from the donor"]
+
+
+def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> dict[str, str]:
+    """Everything but config and index: linked, or copied without the stale tensors. Returns name → file of the rest.
+
+    A lone `model.safetensors` gets the name of a shard: transformers would load it and never look at the index.
+    """
+    names = {path: path.name for path in headers.files}
+    if set(names.values()) == {_SINGLE}:
+        names[headers.files[0]] = _RENAMED
+    if HEAD_FILE in {names[e.file] for n, e in headers.entries.items() if n not in stale}:
+        raise FastMTPError(f"{model / HEAD_FILE}: holds other tensors than MTP ones; give that file another name")
+    touched = {headers.entries[n].file for n in stale}
+    emptied = touched - {e.file for n, e in headers.entries.items() if n not in stale}
+    for source in sorted(model.iterdir()):
+        skipped = source.name in (*RUN_FILES, "config.json", INDEX_FILE) or source.name.startswith(".")
+        if source.is_dir() or skipped or source in emptied:
+            continue
+        target = out / names.get(source, source.name)
+        if source in touched:
+            copy_without(source, target, stale)
+        else:
+            link_or_copy(source, target)
+    return {n: names[e.file] for n, e in headers.entries.items() if n not in stale}
+
+
+def _fresh(
+    model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
+) -> Callable[[str], torch.Tensor]:
+    from transformers import AutoConfig
+
+    from .init_head import initial_head
+
+    return initial_head(model, AutoConfig.from_pretrained(out), family, expected)
+
+
+def _write_index(out: Path, weight_map: dict[str, str]) -> None:
+    total = sum(e.size for name in set(weight_map.values()) for e in entries_of(out / name).values())
+    write_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, out / INDEX_FILE)
+
+
+def _verify(
+    out: Path,
+    before: Headers,
+    stale: set[str],
+    expected: dict[str, tuple[int, ...]],
+    hashes: dict[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """Read the result back: the backbone's tensors as they were, and exactly these MTP tensors with these bytes."""
+    after = read_headers(out)
+    if after.problems:
+        raise FastMTPError(f"{out}: {after.problems[0]}")
+    kept = {n: (e.dtype, e.shape) for n, e in before.entries.items() if n not in stale}
+    want = {**kept, **{n: (DTYPES[dtype], s) for n, s in expected.items()}}
+    got = {n: (e.dtype, e.shape) for n, e in after.entries.items()}
+    if got != want:
+        odd = sorted(n for n in {**got, **want} if got.get(n) != want.get(n))
+        raise FastMTPError(f"{out}: {odd[0]} reads back as {got.get(odd[0])}, it should be {want.get(odd[0])}")
+    if tensor_hashes(out / HEAD_FILE) != hashes:
+        raise FastMTPError(f"{out / HEAD_FILE}: reads back with other values; the disk may be faulty")

@@ -1,0 +1,78 @@
+"""A head for a backbone that never had one, from the backbone's own last decoder layer.
+
+    block           the last decoder layer: same shapes, same kind of states
+    final_norm      the backbone's own, whose scale `lm_head` reads
+    the two norms   as the module starts: no scaling
+    proj            [I/2, I/2]: the block's input is the average of the hidden state and the next token's embedding,
+                    both normed
+
+The average, not the hidden state alone, because a block that does not see the next token can only predict that token
+again. It is a place to start training from, not a draft.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints import Weights
+from ..errors import FastMTPError
+from ..families import Family
+
+
+def initial_head(
+    folder: Path, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
+) -> Callable[[str], torch.Tensor]:
+    """A function that gives each tensor of a head by its checkpoint name, as `checkpoints.head_reader` does.
+
+    Args:
+        folder: the backbone's checkpoint.
+        config: its transformers config.
+        family: the row whose head it gets.
+        expected: name → shape (`modeling.head_shapes`).
+
+    Raises `FastMTPError` if the last layer is not of the kind that the head's block is.
+    """
+    from ..head import MTPHead
+
+    weights = Weights(folder)
+    with torch.device("meta"):
+        head = MTPHead(config, family)
+    number = _text(config).num_hidden_layers - 1
+    stems = sorted({n.split(f"layers.{number}.")[0] for n in weights.file_of if f"layers.{number}." in n}, key=len)
+    stem = stems[0] if stems else "model."
+    norm = f"{stem}norm.weight"
+    if norm not in weights.file_of:
+        raise FastMTPError(f"{folder}: {norm} is missing; a head is initialised from it and the last decoder layer")
+    sources: dict[str, str] = {}
+    for name in expected:
+        local = name.removeprefix(family.prefix + ".")
+        part = local.rsplit(".", 1)[0]
+        if part in (family.hidden_norm, family.token_norm, family.proj):
+            continue
+        own = norm if part == family.final_norm else f"{stem}layers.{number}.{re.sub(r'^layers[.]0[.]', '', local)}"
+        if own not in weights.file_of:
+            raise FastMTPError(f"{folder}: {own} is missing; the last decoder layer is no {family.name} block")
+        if weights.shape(own) != expected[name]:
+            raise FastMTPError(f"{folder}: {own} has shape {list(weights.shape(own))}, {name} {list(expected[name])}")
+        sources[name] = own
+
+    def read(name: str) -> torch.Tensor:
+        if name in sources:
+            return weights.read(sources[name])
+        local = name.removeprefix(family.prefix + ".")
+        if local == f"{family.proj}.weight":
+            half = torch.eye(expected[name][0]) / 2
+            return torch.cat([half, half], dim=1)
+        module = head.get_submodule(local.rsplit(".", 1)[0])
+        fresh = type(module)(expected[name][0])  # plain norms start at one, Gemma's at zero
+        parameter: torch.Tensor = fresh.get_parameter(local.rsplit(".", 1)[1])
+        return parameter.detach()
+
+    return read
+
+
+def _text(config: Any) -> Any:
+    return getattr(config, "text_config", None) or config

@@ -1,0 +1,289 @@
+"""What MTP a checkpoint holds, from config.json and the headers of its files: `fastmtp inspect`.
+
+No tensor is read, so this answers in seconds for any size, before a download is finished or a run is planned. What
+only values can tell (NaN, zeros, a head of another backbone) is the doctor's to find.
+"""
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import FastMTPError
+from ..families import FAMILIES, Family, find_family, read_config
+from ..headers import Headers, read_headers
+from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
+
+_ODD_PART = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
+_OWN_HEAD = re.compile(r"\.(shared_head\.(head|output)|lm_head|embed_tokens|output)\.weight$")
+_FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_LAYER_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+
+
+@dataclass
+class Inspection:
+    """Everything `fastmtp inspect` prints; sizes in bytes."""
+
+    model: str
+    architectures: list[str]
+    family: str | None
+    """Row of `families.py`, or of `known_layouts.py`; None is an unknown layout."""
+    trainable: bool
+    reasons: list[str]
+    """Why it is not trainable, each one line."""
+    mtp_layers_config: int | None
+    mtp_layers: int
+    """By tensors."""
+    mtp_tensors: int
+    mtp_params: int
+    mtp_bytes: int
+    mtp_dtypes: dict[str, int]
+    mtp_files: list[str]
+    own_matrices: list[str]
+    """Copies of the embedding or output matrix inside the MTP layer."""
+    quantization: str | None
+    tied_head: bool
+    backbone_tensors: int
+    backbone_bytes: int
+    files: int
+    lost_on_save: str | None
+    engines: dict[str, str]
+    suspicious: list[str] = field(default_factory=list)
+    """Tensor names of an unknown layout that look like MTP."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_model(folder: str | Path) -> Inspection:
+    """Look at a checkpoint folder.
+
+    Raises `FastMTPError` only where there is nothing to look at: no config.json, or no safetensors file.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    headers = read_headers(folder)
+    architectures = [str(a) for a in config.get("architectures") or []]
+    family = next((f for f in FAMILIES if set(architectures) & set(f.architectures)), None)
+    layout = None if family else known_layout(architectures)
+    suspicious = odd_names(headers, config)
+    names = _mtp_names(headers, config, family, layout, suspicious)
+    mtp = set(names)
+    head = [headers.entries[n] for n in names]
+    rest = [e for n, e in headers.entries.items() if n not in mtp]
+    reasons = _reasons(folder, config, headers, family, layout, names)
+    return Inspection(
+        model=str(folder),
+        architectures=architectures,
+        family=family.name if family else layout.name if layout else None,
+        trainable=not reasons,
+        reasons=reasons,
+        mtp_layers_config=_layers_by_config(config, family),
+        mtp_layers=count_layers(names),
+        mtp_tensors=len(names),
+        mtp_params=sum(e.params for e in head),
+        mtp_bytes=sum(e.size for e in head),
+        mtp_dtypes=dict(Counter(_FLOATS.get(e.dtype, e.dtype) for e in head)),
+        mtp_files=sorted({e.file.name for e in head}),
+        own_matrices=[n for n in names if _OWN_HEAD.search(n)],
+        quantization=_quantization(config),
+        tied_head=bool(_value(config, "tie_word_embeddings")),
+        backbone_tensors=len(rest),
+        backbone_bytes=sum(e.size for e in rest),
+        files=len(headers.files),
+        lost_on_save=_lost_on_save(family, layout) if names else None,
+        engines=_engines(family, layout, names, reasons),
+        suspicious=[] if family or layout else suspicious,
+    )
+
+
+def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
+    """Names that look like MTP: a telling word, or a decoder layer beyond num_hidden_layers."""
+    layers = _value(config, "num_hidden_layers")
+
+    def odd(name: str) -> bool:
+        if _ODD_PART.search(name):
+            return True
+        numbers = [int(n) for n in _LAYER.findall(name)]
+        return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not _TOWER.search(name)
+
+    return sorted(n for n in headers.entries if odd(n))
+
+
+def count_layers(names: list[str]) -> int:
+    """MTP layers by tensor names: distinct first numbers, or one where names have none."""
+    numbers = {m.group(1) for n in names if (m := re.search(r"\.(\d+)(?:\.|$)", n))}
+    return len(numbers) or int(bool(names))
+
+
+def _mtp_names(
+    headers: Headers, config: dict[str, Any], family: Family | None, layout: Layout | None, suspicious: list[str]
+) -> list[str]:
+    if family:
+        return headers.under(family.root)
+    if layout is None:
+        return []
+    first = _value(config, "num_hidden_layers") or 0
+    found: set[str] = set()
+    for prefix in layout.prefixes:
+        pattern = re.escape(prefix).replace(r"\{N\}", r"(\d+)") + r"\."
+        for name in headers.entries:
+            match = re.match(pattern, name)
+            if match and (not match.groups() or int(match.group(1)) >= first):
+                found.add(name)
+    return sorted(found) or suspicious
+
+
+def _reasons(
+    folder: Path,
+    config: dict[str, Any],
+    headers: Headers,
+    family: Family | None,
+    layout: Layout | None,
+    names: list[str],
+) -> list[str]:
+    """Everything that stops `swift sft` from training this folder's head."""
+    if family is None:
+        return [layout.reason if layout else _unknown(config), *headers.problems]
+    reasons = list(headers.problems)
+    try:
+        find_family(config, folder / "config.json")
+    except FastMTPError as error:
+        reasons.append(str(error))
+    absent = [n for n in headers.absent if n.startswith(family.root + ".")]
+    if not names and not absent:
+        mend = "put the base model's back with `fastmtp graft`"
+        return [*reasons, f"no tensor under '{family.root}.': the checkpoint lost its MTP layer; {mend}"]
+    matrices = {n for n in (*headers.entries, *headers.absent) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    if not matrices - set(names):
+        reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
+    try:
+        expected = _head_shapes(folder)
+    except FastMTPError as error:
+        return [*reasons, str(error)]
+    reasons += [f"{n} is missing" for n in expected if n not in headers.entries and n not in headers.absent]
+    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in expected]
+    for name in (n for n in names if n in expected):
+        entry = headers.entries[name]
+        if entry.shape != expected[name]:
+            reasons.append(f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}")
+        if entry.dtype not in _FLOATS:
+            reasons.append(f"{name} is stored as {entry.dtype}; a quantised MTP layer cannot be trained")
+    return reasons
+
+
+def _unknown(config: dict[str, Any]) -> str:
+    """A save through transformers often renames the architecture to that of the class that ran the backbone."""
+    architectures = config.get("architectures") or []
+    rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
+    if not rows:
+        return "unknown layout: no row in families.py names its architectures"
+    lost = any(isinstance(_value(config, f.num_layers_key), int) for f in rows)
+    what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
+    names = " or ".join(f.name for f in rows)
+    return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
+
+
+def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    from ..modeling import head_shapes  # transformers only where a family asks for it
+
+    try:
+        return head_shapes(folder)
+    except FastMTPError:
+        raise
+    except Exception as error:  # a config that transformers cannot take raises whatever it likes
+        raise FastMTPError(
+            f"{folder / 'config.json'}: transformers cannot build it ({error})".splitlines()[0]
+        ) from None
+
+
+def _value(config: dict[str, Any], key: str) -> Any:
+    """A key of config.json, or of its text part where a model has several."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key) if isinstance(text, dict) else None)
+
+
+def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
+    keys = (family.num_layers_key,) if family else _LAYER_KEYS
+    return next((v for k in keys if isinstance(v := _value(config, k), int)), None)
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    found = _value(config, "quantization_config")
+    return str(found.get("quant_method") or "yes") if isinstance(found, dict) and found else None
+
+
+def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
+    pattern = layout.ignored if layout else None
+    if family:
+        from ..head import import_class
+
+        patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
+        pattern = next((p for p in patterns if "mtp" in p), None)
+    how = f"silently (its class ignores {pattern})" if pattern else "after one warning about unused weights"
+    return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
+
+
+def _engines(family: Family | None, layout: Layout | None, names: list[str], reasons: list[str]) -> dict[str, str]:
+    if family is None and layout is None:
+        return dict.fromkeys(("sglang", "vllm"), "unknown")
+    if not names:
+        return dict.fromkeys(("sglang", "vllm"), "no: there is nothing to draft with")
+    chain = "the one layer, applied to its own output"
+    if family:
+        unsound = [r for r in reasons if r.startswith(family.prefix.split(".")[0]) or family.num_layers_key in r]
+        verdict = f"no: {unsound[0]}" if unsound else f"yes: {chain}"
+        return {"sglang": verdict, "vllm": verdict}
+    assert layout is not None
+    sglang = {
+        None: "no",
+        CHAIN: f"yes: {chain}",
+        FROZEN_KV: "another scheme: an assistant that reads the target's keys and values",
+    }.get(layout.sglang, "another scheme: multi-layer, a layer and a KV cache for each depth")
+    return {"sglang": sglang, "vllm": f"yes: method mtp ({layout.vllm})" if layout.vllm else "no method of that name"}
+
+
+def text(found: Inspection) -> str:
+    """The inspection for people."""
+    known = found.family if found.family else f"unknown layout, architectures {found.architectures}"
+    rows = [("family", known), ("trainable here", "yes" if found.trainable else "no")]
+    rows += [("", f"- {reason}") for reason in found.reasons[:12]]
+    if len(found.reasons) > 12:
+        rows.append(("", f"- and {len(found.reasons) - 12} more"))
+    config = "does not say" if found.mtp_layers_config is None else str(found.mtp_layers_config)
+    rows.append(("MTP layers", f"{found.mtp_layers} by tensors, config.json: {config}"))
+    if found.mtp_tensors:
+        kinds = ", ".join(f"{kind} x {n}" for kind, n in found.mtp_dtypes.items())
+        rows.append(("MTP layer", f"{found.mtp_tensors} tensors, {_count(found.mtp_params)} parameters, "
+                     f"{size(found.mtp_bytes)} ({kinds})"))  # fmt: skip
+        rows.append(("in files", ", ".join(found.mtp_files[:4]) + (", ..." if len(found.mtp_files) > 4 else "")))
+        rows.append(("own matrices", ", ".join(found.own_matrices) or "none: embedding and head are the backbone's"))
+    rows.append(("tied head", "yes" if found.tied_head else "no"))
+    rows.append(("quantised", found.quantization or "no"))
+    backbone = f"{found.backbone_tensors} tensors, {size(found.backbone_bytes)}, {found.files} files in all"
+    rows.append(("backbone", backbone))
+    if found.lost_on_save:
+        rows.append(("on a save", found.lost_on_save))
+    rows += [(engine, verdict) for engine, verdict in found.engines.items()]
+    if found.suspicious:
+        rows.append(("look like MTP", f"{len(found.suspicious)} tensors"))
+        rows += [("", name) for name in found.suspicious[:8]]
+    return "\n".join([found.model, *(f"  {left:14} {right}".rstrip() for left, right in rows)])
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)
+
+
+def size(number: int) -> str:
+    """Bytes as people read them, in powers of 1000."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number} B"
