@@ -96,7 +96,7 @@ def test_another_chat_template_is_found(server, prompts, work, tmp_path):
 
 def test_refused_rows_stop_or_are_counted(server, work, tmp_path):
     """A prompt beyond the server's context is that row's fault."""
-    rows = [{"prompt": "one"}, {"prompt": "word " * 2000}, {"prompt": "two"}]
+    rows = [{"prompt": "one"}, {"prompt": "word " * 4000}, {"prompt": "two"}]
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(FastMTPError, match=r"p.jsonl:2: the server refuses it"):
