@@ -30,6 +30,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
+LONGEST_FIRST = ["test_docs.py", "test_plugin.py", "test_engine.py", "test_distributed.py", "test_paper_recipe.py"]
+
+
+def pytest_collection_modifyitems(items):
+    """A file begun last would run alone at the end."""
+    order = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two CPU processes give the run of one process with twice the accumulation: DDP, and DeepSpeed ZeRO 0-3.
+"""Two CPU processes give the run of one process with twice the accumulation: DDP, and DeepSpeed ZeRO 0, 2 and 3.
 
 The head is one module called K times, which is where ZeRO's hooks go wrong if anything checkpoints it.
 """
@@ -20,7 +20,7 @@ def single(tmp_path_factory, rows):
     return out
 
 
-@pytest.mark.parametrize("strategy", [None, "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [None, "zero0", "zero2", "zero3"])
 def test_two_processes_equal_one(strategy, single, rows, tmp_path):
     out = tmp_path / "run"
     swift(*sft_args(TINY, rows, out, max_steps=3, save_steps=3, deepspeed=strategy, use_cpu="true"), processes=2)

@@ -29,7 +29,6 @@ def blocks(page, language):
 def bash(command, cwd, **env):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **env}
-    environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=cwd,
