@@ -6,6 +6,7 @@ native checkpoint path. So `from_pretrained`, device maps, ZeRO-3 and `generate`
 and returns per-row losses and matches instead of logits.
 """
 
+import copy
 import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class FastMTPMixin:
     """The part of the model class that does not depend on the family."""
 
     family: Family
+    config_class: Any
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -79,6 +81,20 @@ class FastMTPMixin:
             head, (holder, _, name) = nn.ModuleList([head]), holder.rpartition(".")
         cast(nn.Module, self).get_submodule(holder).add_module(name, head)
         cast(PreTrainedModel, self).post_init()
+
+    @classmethod
+    def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers'; an FP8 checkpoint gives a plain model of the dtype asked for (`fp8_loading.py`)."""
+        config = copy.deepcopy(config) or cls.config_class.from_pretrained(model_dir)
+        quantised = getattr(config, "quantization_config", None) is not None
+        if quantised:
+            from .fp8_loading import dequantised, saved_plain
+
+            dequantised(config)
+        model = super().from_pretrained(model_dir, *args, config=config, **kwargs)  # type: ignore[misc]
+        if quantised:
+            saved_plain(model)
+        return model
 
     @property
     def head(self) -> MTPHead:

@@ -33,6 +33,7 @@ class FastMTPLoader(ModelLoader):
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
         self.auto_model_cls = cls
+        model_kwargs["dtype"] = self.model_info.torch_dtype  # of FP8 checkpoints ms-swift would take the stored one
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
             import deepspeed
