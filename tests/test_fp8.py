@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, logged, sft_args, swift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import quantised, random_qwen3_5, random_qwen3_next, save_checkpoint
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from swift_fastmtp.checkpoints import Weights, read_head, read_plain
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.inspection import inspect_model
@@ -192,3 +193,24 @@ def test_broken_checkpoints_are_one_line(case, tmp_path):
         load_model(folder, torch.float32)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert any(f.level == "error" for f in examine(folder))
+
+
+def test_swift_trains_resumes_and_exports(tmp_path, rows):
+    base = quantised(TINY, tmp_path / "base", plain=KINDS["mimo"][2])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    common = {"max_steps": 2, "save_steps": 1}
+    swift(*sft_args(base, rows, whole, **common))
+    resumed = sft_args(base, rows, parts, **common)
+    swift(*resumed, "--resume_from_checkpoint", whole / "checkpoint-1")
+    want, got = (load_file(d / "checkpoint-2/model.safetensors") for d in (whole, parts))
+    assert all(same_bytes(got[n], t) for n, t in want.items()) and logged(whole)[-1] == logged(parts)[-1]
+    assert {t.dtype for t in want.values()} == {torch.float32}
+    swift("export", "--adapters", whole / "checkpoint-2", "--output_dir", tmp_path / "full")
+    assert examine(tmp_path / "full") == []
+    before, after = raw(base), raw(tmp_path / "full")
+    moved = {n for n in before if not same_bytes(before[n], after[n])}
+    assert after.keys() == before.keys() and len(moved) > 16 and all(n.startswith("model.mtp_layers.") for n in moved)
+    with open(rows) as file, open(tmp_path / "few.jsonl", "w") as few:
+        few.writelines(file.readlines()[:2])
+    heads = simulate(str(tmp_path / "full"), [str(tmp_path / "full")], str(tmp_path / "few.jsonl"), answers="given")
+    assert heads[0].tau_micro == heads[1].tau_micro and heads[0].tau_micro[-1] > 1  # as served: quantised again
