@@ -98,6 +98,13 @@ def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int,
     return {name: read(name) for name in expected}
 
 
+def check_head(folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises as `read_head`, without keeping more than one tensor."""
+    read = head_reader(folder, family, expected)
+    for name in expected:
+        read(name)
+
+
 def head_reader(
     folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:

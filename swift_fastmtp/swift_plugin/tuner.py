@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from swift.tuner_plugin import Tuner
 
-from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, read_head, save_tensors, write_json
+from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, head_reader, save_tensors, write_json
 from ..export.folders import settings
 from ..families import read_config
 from ..fp8 import read_blocks, without_quantization
@@ -55,7 +55,7 @@ class FastMTPTuner(Tuner):
             if not _uses_deepspeed():
                 _upcast_head(model)
             _head_only_deepspeed_checkpoints()
-        load_head(model, read_head(model_id, model.family, head_shapes(model.model_dir)))
+        load_head(model, head_reader(model_id, model.family, head_shapes(model.model_dir)))
         return model
 
 
