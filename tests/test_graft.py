@@ -233,19 +233,21 @@ def test_the_command(lost, tmp_path):
 
 MEMORY = """
 import sys
+from swift_fastmtp.export.folders import export_draft
 from swift_fastmtp.export.graft import graft
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = None
 for work in sys.argv[1:]:
     graft(f"{work}/tuned", f"{work}/out", f"{work}/base")
+    export_draft(f"{work}/trained", f"{work}/draft")
     before, after = before or peak(), peak()
 print(after - before)
 """
 
 
 def test_memory_is_a_tensor_whatever_the_size(tmp_path):
-    """A hollow 20 GB model: all of its shards are linked, and grafting costs memory for one tensor, not one head."""
+    """A hollow 20 GB model: all of its shards are linked; graft and export take memory for a tensor, not a head."""
     huge = load("export/huge.py")
     huge.make(tmp_path / "small", huge.SIZES["small"], 2**20)
     sizes = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 80, "num_attention_heads": 64}

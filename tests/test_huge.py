@@ -3,6 +3,8 @@
 The head's loss and gradients are those of a plain load, bit for bit.
 """
 
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +102,13 @@ def test_swift_trains_with_layers_on_disk(run, rows, tmp_path):
     done = swift(*sft_args(TINY, rows, tmp_path / "run", max_steps=1, save_steps=1, **memory))
     assert "'model.layers.3': 'disk'" in done.stdout + done.stderr
     assert logged(tmp_path / "run")[0] == logged(run[0])[0]
+
+
+def test_the_measured_page_is_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "training")
+    results = ROOT / "docs" / "results" / "loading_memory.json"
+    page = importlib.import_module("loading").page(json.loads(results.read_text()))
+    assert page == results.with_suffix(".md").read_text(encoding="utf-8")
 
 
 RANK = """

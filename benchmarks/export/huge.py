@@ -184,9 +184,9 @@ def page(results):
         [
             *lines,
             "",
-            "`inspect` reads headers only. `graft` reads, casts, checks and writes one tensor of the head at a time. "
-            "`export` holds heads: the trained one, and the base's beside it. Shards without MTP tensors are "
-            "hard-linked by all; `export` reads the first row of every matrix besides, to know the backbone by it.",
+            "`inspect` reads headers only. `graft` and `export` read, cast, check and write one tensor of the head at "
+            "a time. Shards without MTP tensors are hard-linked by both; `export` reads the first row of every matrix "
+            "besides, to know the backbone by it.",
             "",
             "    python benchmarks/export/huge.py",
             "",
