@@ -17,6 +17,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
+from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.fp8 import DTYPE, SCALE, Blocks, dequantise, quantise, read_blocks, requantise
@@ -160,11 +161,12 @@ def test_from_training_to_what_is_served(base, tmp_path):
         torch.testing.assert_close(tensor, checkpoint[name].to(tensor.dtype), rtol=1 / 8, atol=2e-3)
 
 
-def put(folder, name, change):
-    path = Weights(folder).file_of[name]
-    tensors = load_file(path)
-    tensors[name] = change(tensors[name])
-    save_file({n: t for n, t in tensors.items() if t is not None}, path, metadata={"format": "pt"})
+def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
+    donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][2])
+    graft(TINY, tmp_path / "out", donor, overwrite=True)
+    weights, got = Weights(donor), raw(tmp_path / "out")
+    assert all(torch.equal(got[n], read_plain(weights, n).bfloat16()) for n in got if ".mtp_layers." in n)
+    assert not any(n.endswith(SCALE) for n in got)
 
 
 UP = "model.mtp_layers.0.mlp.up_proj.weight"

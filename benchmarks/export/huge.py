@@ -168,7 +168,7 @@ def page(results):
         f"{huge['tensors']} tensors, whose head is {gigabytes(huge['head_bytes'])} GB and whose largest head tensor is "
         f"{gigabytes(huge['largest_tensor_bytes'])} GB. Its shards are files with holes "
         f"({huge['disk_bytes'] / 1e6:.0f} MB of disk), so the seconds leave out a disk's reading of the data; "
-        "torch had one thread. Memory "
+        "torch had one thread of a machine with other work, so they are upper bounds. Memory "
         "is a process's peak, and includes Python, torch and transformers, which the small model shows.",
         "",
         "| | seconds | peak memory, GB | small model, GB | shards linked | GB written |",
