@@ -136,9 +136,9 @@ def page(results):
         f"{gb(facts['layer_bytes'])} GB, and {gb(facts['rest_bytes'])} GB of embedding, output matrix and head (head "
         f"{gb(facts['head_bytes'])} GB); the largest tensor is {gb(facts['largest_tensor_bytes'])} GB. "
         "Stored as bf16, loaded as float32. Anonymous memory above what Python, torch and transformers take; pages of "
-        "the checkpoint's files, which the kernel drops when it needs the memory, are left out. One thread of a machine "
-        "with other work, so the seconds are upper bounds; a step is one forward and backward of 64 tokens, before the "
-        "optimiser.",
+        "the checkpoint's files, which the kernel drops when it needs the memory, are left out. One thread of a "
+        "machine with other work, so the seconds are upper bounds; a step is one forward and backward of 64 tokens, "
+        "before the optimiser.",
         "",
         "| | peak while loading, GB | kept, GB | peak of a step, GB | load, s | step, s |",
         "|---|---:|---:|---:|---:|---:|",
