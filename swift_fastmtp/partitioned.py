@@ -5,6 +5,7 @@ touched, but experts are joined, and FP8 is dequantised, for the whole model bef
 rank holds its part and the one parameter that rank 0 is reading.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[s
     for name, names in parts.items():
         target = targets[name]
         partitioned = hasattr(target, "ds_id")
-        with zero.GatheredParameters([target] if partitioned else [], modifier_rank=0), torch.no_grad():
+        with zero.GatheredParameters([target], modifier_rank=0) if partitioned else nullcontext(), torch.no_grad():
             if not partitioned or get_rank() == 0:
                 fill(target, names, partial(read_plain, weights))
     model.tie_weights()

@@ -32,14 +32,14 @@ def device_map(
 
     with torch.device("meta"):
         model = cls(config)
-    room = {device: size * (1 if max_memory else _SHARE) for device, size in get_max_memory(max_memory).items()}
+    room = {device: free * (1 if max_memory else _SHARE) for device, free in get_max_memory(max_memory).items()}
     gpus = [d for d in room if isinstance(d, int) and room[d] > 0]
     devices: list[int | str] = [*gpus, *(["cpu"] if "cpu" in room else [])]
-    pieces = list(_pieces(model, set(model._no_split_modules or ())))
+    parts = list(pieces(model, set(model._no_split_modules or ())))
     tied = model.config.get_text_config().tie_word_embeddings
-    stays = sum(_size(m, dtype) for name, m, moves in pieces if not moves and not (tied and name == "lm_head"))
+    stays = sum(size(m, dtype) for name, m, moves in parts if not moves and not (tied and name == "lm_head"))
     stays += _TRAINING_BYTES * sum(p.numel() for p in model.head_parameters().values())
-    layers = {name: _size(m, dtype) for name, m, moves in pieces if moves}
+    layers = {name: size(m, dtype) for name, m, moves in parts if moves}
     main = devices[0]
     room[main] -= stays
     if sum(layers.values()) > room[main]:
@@ -49,13 +49,13 @@ def device_map(
             f"the head, its optimiser, the embedding and the output matrix take {stays / 1e9:.1f} GB, which device "
             f"{main} has not; free memory or raise --max_memory"
         )
-    found: dict[str, int | str] = {name: main for name, _, moves in pieces if not moves}
-    for name, size in layers.items():
-        while devices and size > room[devices[0]]:
+    found: dict[str, int | str] = {name: main for name, _, moves in parts if not moves}
+    for name, taken in layers.items():
+        while devices and taken > room[devices[0]]:
             devices.pop(0)
         found[name] = devices[0] if devices else "disk"
         if devices:
-            room[devices[0]] -= size
+            room[devices[0]] -= taken
     return found if len(set(found.values())) > 1 else {"": main}
 
 
@@ -76,16 +76,18 @@ def keep(model: Any, folder: Any) -> None:
     model.offload_folder = folder
 
 
-def _pieces(module: nn.Module, movable: set[str], path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+def pieces(module: nn.Module, movable: set[str], path: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
+    """The model in parts that lie on one device: path, module, and whether it is of a class in `movable`."""
     for name, child in module.named_children():
         where = f"{path}{name}"
         if type(child).__name__ in movable:
             yield where, child, True
         elif any(type(m).__name__ in movable for m in child.modules()):
-            yield from _pieces(child, movable, where + ".")
+            yield from pieces(child, movable, where + ".")
         else:
             yield where, child, False
 
 
-def _size(module: nn.Module, dtype: torch.dtype) -> int:
+def size(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module's weights in `dtype`."""
     return sum(t.numel() * dtype.itemsize for t in module.state_dict().values())

@@ -39,8 +39,8 @@ def least_memory(cls, config):
     """Room for what must stay, and for one layer and a half."""
     with torch.device("meta"):
         model = cls(config)
-    names = [n for n, _, moves in placement._pieces(model, set(model._no_split_modules)) if moves]
-    layer = max(placement._size(model.get_submodule(n), torch.float32) for n in names)
+    names = [n for n, _, moves in placement.pieces(model, set(model._no_split_modules)) if moves]
+    layer = max(placement.size(model.get_submodule(n), torch.float32) for n in names)
     rest = sum(p.numel() * 4 for n, p in model.named_parameters() if not n.startswith(tuple(f"{x}." for x in names)))
     return rest + 18 * sum(p.numel() for p in model.head_parameters().values()) + layer * 3 // 2
 
@@ -148,5 +148,5 @@ def test_zero3_partitions_while_it_reads(bases):
         for i in range(2)
     ]
     for rank in ranks:
-        output, _ = rank.communicate(timeout=300)
+        output, _ = rank.communicate(timeout=570)  # the first run on a machine builds an extension
         assert rank.returncode == 0 and "EQUAL" in output, output[-4000:]

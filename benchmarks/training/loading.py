@@ -65,7 +65,7 @@ options = {}
 if way == "layers on disk":
     with torch.device("meta"):
         model = cls(config)
-    pieces = placement._pieces(model, set(model._no_split_modules))
+    pieces = placement.pieces(model, set(model._no_split_modules))
     options["device_map"] = {name: "disk" if moves else "cpu" for name, _, moves in pieces}
 model = cls.from_pretrained(folder, dtype=torch.float32, **options)
 loaded, seconds = peak[0], time.perf_counter() - start[1]
