@@ -169,6 +169,12 @@ def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
     assert not any(n.endswith(SCALE) for n in got)
 
 
+def test_a_quantised_projection_is_found(tmp_path):
+    """SGLang's three classes have `nn.Linear` there."""
+    folder = quantised(TINY, tmp_path / "model")
+    assert ["input_proj.weight is FP8" in f.what for f in examine(folder)] == [True]
+
+
 UP = "model.mtp_layers.0.mlp.up_proj.weight"
 BROKEN = {
     "no config": (None, None, "of which config.json says nothing"),

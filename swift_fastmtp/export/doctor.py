@@ -131,6 +131,13 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
+    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of:
+        yield Finding(
+            "error",
+            f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
+            "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
+            "start from a checkpoint that leaves it out of the quantisation",
+        )
     yield from _dtypes(weights, config, sorted(found & set(expected)))
 
 
