@@ -20,8 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import fp8
 from .errors import FastMTPError
-from .families import Family
+from .families import Family, read_config
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -97,6 +98,13 @@ def read_head(folder: str | Path, family: Family, expected: dict[str, tuple[int,
     return {name: read(name) for name in expected}
 
 
+def check_head(folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raises as `read_head`, without keeping more than one tensor."""
+    read = head_reader(folder, family, expected)
+    for name in expected:
+        read(name)
+
+
 def head_reader(
     folder: str | Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
@@ -107,8 +115,8 @@ def head_reader(
         family: its row.
         expected: name → shape of every tensor the head must have (`modeling.head_shapes`).
 
-    Raises `FastMTPError` naming the first tensor that is missing or unknown; the function, if the one it reads is
-    misshapen or not finite.
+    FP8 in blocks is read as the float32 values that it stands for. Raises `FastMTPError` naming the first tensor that
+    is missing or unknown; the function, if the one it reads is misshapen, quantised otherwise or not finite.
     """
     weights = Weights(folder)
     found = weights.under(family.root)
@@ -127,7 +135,7 @@ def head_reader(
         if name not in weights.file_of:
             raise FastMTPError(f"{folder}: MTP tensor {name} is missing; download or export the checkpoint again")
     for name in found:
-        if name not in expected:
+        if name.removesuffix(fp8.SCALE) not in expected:
             why = "engines would load it over another one"
             if family.is_other_layer(name):
                 why = "it is of a second MTP layer, and FastMTP shares one between all steps: keep one"
@@ -138,17 +146,35 @@ def head_reader(
             raise FastMTPError(
                 f"{folder}: {name} has shape {list(weights.shape(name))}, config.json says {list(expected[name])}"
             )
-        tensor = weights.read(name)
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise FastMTPError(
-                f"{folder}: {name} is stored as {tensor.dtype}; a quantised MTP layer cannot be trained, "
-                "start from the unquantised checkpoint"
-            )
+        tensor = read_plain(weights, name)
         if not is_finite(tensor):
             raise FastMTPError(f"{folder}: {name} holds NaN or infinite values; the checkpoint is broken")
         return tensor
 
     return read
+
+
+def read_plain(weights: Weights, name: str) -> torch.Tensor:
+    """A tensor as numbers: FP8 in blocks becomes float32, everything else is as stored.
+
+    Raises `FastMTPError` for other quantised forms.
+    """
+    tensor, scaled = weights.read(name), name + fp8.SCALE in weights.file_of
+    if tensor.dtype == fp8.DTYPE and scaled:
+        blocks = fp8.read_blocks(read_config(weights.folder), weights.folder / "config.json")
+        if blocks is None:
+            raise FastMTPError(f"{weights.folder}: {name} is FP8 in blocks, of which config.json says nothing")
+        try:
+            return fp8.dequantise(tensor, weights.read(name + fp8.SCALE), blocks)
+        except FastMTPError as error:
+            raise FastMTPError(f"{weights.folder}: {name}: {error}") from None
+    if not tensor.is_floating_point() or tensor.element_size() < 2 or scaled:
+        what = f"{tensor.dtype} {'beside' if scaled else 'without'} {name + fp8.SCALE}"
+        raise FastMTPError(
+            f"{weights.folder}: {name} is stored as {what}; a quantised MTP layer cannot be trained, unless it is FP8 "
+            "in blocks: start from the unquantised checkpoint"
+        )
+    return tensor
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -219,8 +219,8 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     """The row for a checkpoint that we can train.
 
     Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
-    one that FastMTP shares between all steps, if it is quantised (the frozen head is read as plain weights), or if it
-    ties its output matrix to the embedding where the engines do not.
+    one that FastMTP shares between all steps, if it is quantised otherwise than in FP8 blocks (`fp8.read_blocks`), or
+    if it ties its output matrix to the embedding where the engines do not.
     """
     family = match_family(config, where)
     layers = config.get(family.num_layers_key, 1)
@@ -229,11 +229,9 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
             f"{where}: {family.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
             f"so the checkpoint must have exactly 1"
         )
-    if config.get("quantization_config"):
-        raise FastMTPError(
-            f"{where}: quantization_config is set; FastMTP reads lm_head and the MTP layer as plain weights, "
-            "so start from the unquantised checkpoint"
-        )
+    from .fp8 import read_blocks  # this module alone needs no torch
+
+    read_blocks(config, where)
     if config.get("tie_word_embeddings") and not family.tied_embeddings:
         raise FastMTPError(
             f"{where}: tie_word_embeddings is true, but {family.architectures[0]} has its own lm_head in every "

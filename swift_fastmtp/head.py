@@ -11,6 +11,7 @@ Checkpoints store each expert of a mixture by itself, transformers computes with
 
 import copy
 import re
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -60,6 +61,18 @@ def join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         )
         found[f"{path}.gate_up_proj"], found[f"{path}.down_proj"] = torch.cat([gate, up], dim=1), down
     return found
+
+
+def fill(parameter: torch.Tensor, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+    """Write a parameter from the checkpoint's tensors that make it, `names` in the order of `split_experts`.
+
+    One of them is in memory at a time.
+    """
+    flat, start = parameter.detach().view(-1), 0
+    for name in names:
+        values = read(name).reshape(-1)
+        flat[start : start + len(values)] = values
+        start += len(values)
 
 
 class MTPHead(nn.Module):

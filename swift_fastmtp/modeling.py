@@ -6,7 +6,10 @@ native checkpoint path. So `from_pretrained`, device maps, ZeRO-3 and `generate`
 and returns per-row losses and matches instead of logits.
 """
 
+import copy
 import re
+import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -16,16 +19,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
-from .checkpoints import read_head
+from . import placement
+from .checkpoints import check_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
 from .families import FAMILIES, Family, find_family, match_family, read_config
-from .head import MTPHead, import_class, join_experts, split_experts
+from .head import MTPHead, fill, import_class, split_experts
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
+from .partitioned import load_partitioned, sources
 from .rollout import rollout, segment_ids, step_targets
 from .vocab.maps import DraftVocabulary, read_token_map
 
@@ -64,6 +70,7 @@ class FastMTPMixin:
     """The part of the model class that does not depend on the family."""
 
     family: Family
+    config_class: Any
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -79,6 +86,37 @@ class FastMTPMixin:
             head, (holder, _, name) = nn.ModuleList([head]), holder.rpartition(".")
         cast(nn.Module, self).get_submodule(holder).add_module(name, head)
         cast(PreTrainedModel, self).post_init()
+
+    @classmethod
+    def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
+        one parameter at a time (`partitioned.py`), and an automatic device map keeps the head (`placement.py`)."""
+        config = copy.deepcopy(config) or cls.config_class.from_pretrained(model_dir)
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            config.dtype = kwargs["dtype"]
+        quantised = getattr(config, "quantization_config", None) is not None
+        if is_deepspeed_zero3_enabled() and (parts := sources(cls, model_dir, config)):
+            return load_partitioned(cls, model_dir, config, parts)
+        mapping = kwargs.get("device_map")
+        if isinstance(mapping, str) and mapping in placement.AUTOMATIC:
+            mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
+            kwargs["device_map"] = mapping
+        elif isinstance(mapping, dict):
+            placement.check_map(mapping, cls.family.prefix)
+        if quantised:
+            from .fp8_loading import dequantised, saved_plain
+
+            dequantised(config)
+        folder = None
+        if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
+            folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
+            kwargs["offload_folder"] = folder.name
+        model = super().from_pretrained(model_dir, *args, config=config, **kwargs)  # type: ignore[misc]
+        if quantised:
+            saved_plain(model)
+        if len(getattr(model, "hf_device_map", ())) > 1:
+            placement.keep(model, folder)
+        return model
 
     @property
     def head(self) -> MTPHead:
@@ -288,12 +326,14 @@ def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Put head tensors (checkpoint names) into a model. Works under ZeRO-3 too, where parameters are partitioned."""
-    parameters, tensors = model.head_parameters(), join_experts(tensors)
-    with _gathered(list(parameters.values())), torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+def load_head(model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor]) -> None:
+    """Put head tensors (checkpoint names, or what reads them) into a model. Works under ZeRO-3 too, where parameters
+    are partitioned."""
+    read = tensors if callable(tensors) else tensors.__getitem__
+    for name, parameter in model.head_parameters().items():
+        whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
+        with _gathered([parameter]), torch.no_grad():
+            fill(parameter, split_experts({name: whole}), read)
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -302,7 +342,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.de
     Raises `FastMTPError` if the layout is unknown or an MTP tensor is missing, misshapen or not finite.
     """
     cls: Any = model_class(model_dir)
-    read_head(model_dir, cls.family, head_shapes(model_dir))
+    check_head(model_dir, cls.family, head_shapes(model_dir))
     model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 

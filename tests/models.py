@@ -1,13 +1,16 @@
 """Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
 
+import json
 import shutil
 
 import torch
 from conftest import TINY
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5TextConfig, Qwen3NextConfig
 
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.families import FAMILIES
+from swift_fastmtp.fp8 import SCALE, Blocks, quantise
 from swift_fastmtp.modeling import MiMoConfig, build_class
 
 
@@ -97,6 +100,31 @@ def save_checkpoint(make, folder):
         shutil.copyfile(TINY / name, folder / name)
     assert len(Weights(folder).files) > 1
     return folder
+
+
+def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "lm_head"), power_of_two=False, **config):
+    """A copy of a checkpoint with its matrices in FP8 blocks, as published ones are: scales beside their weights.
+
+    `plain` are parts of the names that stay as they are.
+    """
+    shutil.copytree(folder, target)
+    for path in target.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [n for n, t in tensors.items() if t.ndim > 1 and not any(p in n for p in plain)]:
+            tensors[name], tensors[name + SCALE] = quantise(tensors[name], Blocks(size, power_of_two))
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = target / "model.safetensors.index.json"
+    if index.exists():
+        index.unlink()  # without one every file counts
+        weight_map = {n: p.name for n, p in Weights(target).file_of.items()}
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(size)}
+    settings |= {"fmt": "e4m3", "modules_to_not_convert": list(plain)} | (
+        {"scale_fmt": "ue8m0"} if power_of_two else {}
+    )
+    old = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**old, "quantization_config": settings, **config}, indent=2))
+    return target
 
 
 def packed_positions(lengths):

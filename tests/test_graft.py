@@ -149,13 +149,15 @@ def half(tensors):
     tensors.update({n: t.half() for n, t in tensors.items()})
 
 
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MISFITS = {
     "other width": ({"hidden_size": 96}, {}, "hidden_size is 96"),
     "other heads": ({"num_attention_heads": 3}, {}, "num_attention_heads is 3"),
     "other MLP": ({"intermediate_size": 256}, {}, "intermediate_size is 256"),
     "other architecture": ({"architectures": ["LlamaForCausalLM"]}, {}, "a mimo head fits Qwen2ForCausalLM"),
     "rows": ({"vocab_size": 7000}, {}, "has shape [6144, 192], config.json says [7000, 192]"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantization_config is set"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, {}, "quantization_config is 'fp8'"),
+    "FP8": ({"quantization_config": FP8}, {}, "is quantised; graft into the unquantised checkpoint"),
     "tied": ({"tie_word_embeddings": True}, {}, "tie_word_embeddings is true"),
     "donor lost it too": ({}, {"change": lose_mtp}, "this checkpoint lost its MTP layer"),
     "donor with two": ({}, {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
@@ -231,19 +233,21 @@ def test_the_command(lost, tmp_path):
 
 MEMORY = """
 import sys
+from swift_fastmtp.export.folders import export_draft
 from swift_fastmtp.export.graft import graft
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
 before = None
 for work in sys.argv[1:]:
     graft(f"{work}/tuned", f"{work}/out", f"{work}/base")
+    export_draft(f"{work}/trained", f"{work}/draft")
     before, after = before or peak(), peak()
 print(after - before)
 """
 
 
 def test_memory_is_a_tensor_whatever_the_size(tmp_path):
-    """A hollow 20 GB model: all of its shards are linked, and grafting costs memory for one tensor, not one head."""
+    """A hollow 20 GB model: all of its shards are linked; graft and export take memory for a tensor, not a head."""
     huge = load("export/huge.py")
     huge.make(tmp_path / "small", huge.SIZES["small"], 2**20)
     sizes = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 80, "num_attention_heads": 64}
@@ -272,7 +276,7 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 def test_files_are_what_safetensors_reads(tmp_path_factory, shapes, dtype, data):
     folder = tmp_path_factory.mktemp("files")
     tensors = {n: torch.randn(s).to(dtype) for n, s in shapes.items()}
-    hashes = write_tensors(folder / "a.safetensors", shapes, dtype, tensors.__getitem__)
+    hashes = write_tensors(folder / "a.safetensors", {n: (dtype, s) for n, s in shapes.items()}, tensors.__getitem__)
     found = load_file(folder / "a.safetensors")
     assert found.keys() == tensors.keys() and tensor_hashes(folder / "a.safetensors") == hashes
     assert all(torch.equal(found[n], t) for n, t in tensors.items())

@@ -168,7 +168,7 @@ def page(results):
         f"{huge['tensors']} tensors, whose head is {gigabytes(huge['head_bytes'])} GB and whose largest head tensor is "
         f"{gigabytes(huge['largest_tensor_bytes'])} GB. Its shards are files with holes "
         f"({huge['disk_bytes'] / 1e6:.0f} MB of disk), so the seconds leave out a disk's reading of the data; "
-        "torch had one thread. Memory "
+        "torch had one thread of a machine with other work, so they are upper bounds. Memory "
         "is a process's peak, and includes Python, torch and transformers, which the small model shows.",
         "",
         "| | seconds | peak memory, GB | small model, GB | shards linked | GB written |",
@@ -184,9 +184,9 @@ def page(results):
         [
             *lines,
             "",
-            "`inspect` reads headers only. `graft` reads, casts, checks and writes one tensor of the head at a time. "
-            "`export` holds heads: the trained one, and the base's beside it. Shards without MTP tensors are "
-            "hard-linked by all; `export` reads the first row of every matrix besides, to know the backbone by it.",
+            "`inspect` reads headers only. `graft` and `export` read, cast, check and write one tensor of the head at "
+            "a time. Shards without MTP tensors are hard-linked by both; `export` reads the first row of every matrix "
+            "besides, to know the backbone by it.",
             "",
             "    python benchmarks/export/huge.py",
             "",

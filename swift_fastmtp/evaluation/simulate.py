@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..checkpoints import read_head, write_json
+from ..checkpoints import check_head, head_reader, write_json
 from ..config import FastMTPConfig
 from ..data.conversation import without_answer
 from ..data.rows import read_rows
@@ -121,9 +121,10 @@ def simulate(
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
     expected = head_shapes(model_dir)
-    heads = {"base": read_head(model_dir, model.family, expected)}
+    heads = {"base": head_reader(model_dir, model.family, expected)}
     for checkpoint in checkpoints:
-        heads[str(checkpoint)] = read_head(checkpoint, model.family, expected)
+        check_head(checkpoint, model.family, expected)
+        heads[str(checkpoint)] = head_reader(checkpoint, model.family, expected)
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)
@@ -134,8 +135,8 @@ def simulate(
     if by:
         groups |= _groups(texts, rows, tokenizer, by)
     results: list[HeadResult] = []
-    for name, tensors in heads.items():
-        load_head(model, tensors)
+    for name, head in heads.items():
+        load_head(model, head)
         shared = (model, texts, tokenizer.pad_token_id, batch_size)
         found_by = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
         if temperature > 0:

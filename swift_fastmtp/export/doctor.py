@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json
+from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json, read_plain
 from ..errors import FastMTPError
 from ..families import Family, match_family, read_config
+from ..fp8 import DTYPE as FP8
+from ..fp8 import SCALE
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 
+_LEFT_OUT = ("ignore", "modules_to_not_convert", "ignored_layers")
 _PLAIN = {"bfloat16", "float16", "float32"}
 # A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
 _SHARED_KEYS = (
@@ -103,7 +106,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     expected = head_shapes(folder)
     parent = family.root
     block = parent.rsplit(".", 1)[-1]
-    found = set(weights.under(parent))
+    found = {n for n in weights.under(parent) if n.removesuffix(SCALE) not in expected or n in expected}
     for name in sorted(set(expected) - found):
         yield Finding(
             "error",
@@ -128,6 +131,13 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
+    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of:
+        yield Finding(
+            "error",
+            f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
+            "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
+            "start from a checkpoint that leaves it out of the quantisation",
+        )
     yield from _dtypes(weights, config, sorted(found & set(expected)))
 
 
@@ -137,6 +147,13 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding("error", what, "the engine fails, or loads a part of it", "export again for this config")
         return
     tensor = weights.read(name)
+    if tensor.dtype == FP8 or name + SCALE in weights.file_of:
+        try:
+            tensor = read_plain(weights, name)
+        except FastMTPError as error:
+            why = "engines multiply the stored numbers by their scales, by what config.json says of them"
+            yield Finding("error", str(error), why, "export again, from the base model's own config.json")
+            return
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
         yield Finding(
             "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
@@ -147,7 +164,8 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
 
 def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
     quantised = config.get("quantization_config")
-    kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names}
+    blocks = {n for n in names if n + SCALE in weights.file_of}
+    kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names if n not in blocks}
     if kinds - _PLAIN:
         yield Finding(
             "warning",
@@ -156,13 +174,14 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
             "keep the MTP layer in the source precision",
         )
     if quantised:
-        listed = [*(quantised.get("ignore") or []), *(quantised.get("modules_to_not_convert") or [])]
-        if kinds <= _PLAIN and not any("mtp" in str(m) for m in listed):
+        listed = [m for key in _LEFT_OUT for m in quantised.get(key) or []]
+        if not blocks and kinds <= _PLAIN and not any("mtp" in str(m) for m in listed):
             yield Finding(
                 "error",
                 "quantization_config does not leave out the MTP layer, whose tensors are not quantised",
                 "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
-                'add the MTP layer to "ignore" (compressed-tensors) or "modules_to_not_convert"',
+                "a folder of the MTP layer alone needs no quantization_config; in a full checkpoint add the layer to "
+                '"ignore" (compressed-tensors) or "modules_to_not_convert"',
             )
         return
     backbone = config.get("dtype") or config.get("torch_dtype")
@@ -200,6 +219,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             )
     original = Weights(base)
     names = [n for n in weights.under(family.prefix) if n in original.file_of]
+    yield from _forms(weights, original, here_config, base, names)
     same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
     if names and len(same) == len(names):
         yield Finding(
@@ -208,6 +228,23 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             "it is the untrained head: it drafts one token well and then collapses",
             "export the checkpoint of a training run",
         )
+
+
+def _forms(
+    weights: Weights, original: Weights, config: dict[str, Any], base: Path, names: list[str]
+) -> Iterator[Finding]:
+    """Where config.json says FP8, an engine expects it for the tensors that the base model stores so."""
+    if not config.get("quantization_config"):
+        return
+    for name in (n for n in names if not n.endswith(SCALE)):
+        here, there = (n + SCALE in w.file_of for n, w in ((name, weights), (name, original)))
+        if here != there:
+            yield Finding(
+                "error",
+                f"{name} is {'FP8 in blocks' if here else 'not quantised'}, in {base} it is the other way",
+                "engines build the layer that config.json describes, and load these numbers as something else",
+                "`fastmtp export` writes each tensor as the base model stores it",
+            )
 
 
 def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:

@@ -6,12 +6,14 @@
   loads every tensor of every listed shard, and the stale ones may come last.)
 * draft-only: config, tokenizer and the MTP tensors alone, for `--speculative-draft-model-path`.
 
-Neither loads a model; memory is one head.
+Both write MTP tensors in the form in which the base stores them, so a head is served alike by both, and config.json is
+right for them: plain ones in the base's dtype, FP8 in blocks quantised again. Neither loads a model: tensors are read,
+cast, checked and written one at a time, and memory is a few times the largest (the head, where a LoRA adapter is
+merged into it).
 """
 
-import json
 import shutil
-import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +25,20 @@ from ..checkpoints import (
     WEIGHTS_FILE,
     Weights,
     fingerprint,
+    head_reader,
     link_or_copy,
     new_folder,
-    read_head,
     read_json,
-    save_tensors,
     write_json,
 )
 from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..families import Family, find_family, read_config
+from ..fp8 import SCALE, read_blocks, requantise
+from ..headers import read_headers
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
+from .shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 
 # Written by trainers next to a model; they describe a run, not a model.
 RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
@@ -81,24 +85,24 @@ def export_full(
 
     Raises `FastMTPError` naming the file or tensor.
     """
-    base, family, tensors, info = _collect(checkpoint, base_model)
-    weights = Weights(base)
+    base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
-        changed = {weights.file_of[name] for name in tensors}
+        changed, written = set(trained.file_of.values()), {}
         for source in sorted(base.iterdir()):
             target = out / source.name
             if source.is_dir() or source.name in RUN_FILES or source.name.startswith("."):
                 continue
-            if source in changed:
-                shutil.copyfile(source, target)
-                _overwrite(target, {n: t for n, t in tensors.items() if weights.file_of[n] == source})
-            else:
+            if source not in changed:
                 link_or_copy(source, target)
+                continue
+            shutil.copyfile(source, target)
+            names = [n for n in trained.specs if trained.file_of[n] == source]
+            written[target] = overwrite_tensors(target, names, trained)
         _finish_config(out, family, remote_code)
         if token_maps:
             _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
-        _verify(out, family, tensors)
+        _verify(out, family, expected, written)
     return base
 
 
@@ -110,7 +114,7 @@ def export_draft(
     token_maps: str | Path | None = None,
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
-    base, family, tensors, info = _collect(checkpoint, base_model)
+    base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in sorted(base.iterdir()):
             if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
@@ -119,8 +123,8 @@ def export_draft(
         if token_maps:
             _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
-        save_tensors(tensors, out / WEIGHTS_FILE)
-        _verify(out, family, tensors)
+        hashes = write_tensors(out / WEIGHTS_FILE, trained.specs, trained)
+        _verify(out, family, expected, {out / WEIGHTS_FILE: hashes})
     return base
 
 
@@ -161,10 +165,54 @@ def _add_maps(folder: Path, token_maps: str | Path) -> None:
     _write_config({**config, CONFIG_KEY: named}, folder)
 
 
+class _Trained:
+    """A trained head in the form in which its base stores one, a tensor at a time: plain tensors in the base's dtype,
+    FP8 in blocks as weight and scales.
+
+    Call it with a name of `specs`.
+    """
+
+    def __init__(self, base: Path, expected: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
+        self._weights, self._read, self._scales = Weights(base), read, dict[str, torch.Tensor]()
+        self._blocks = read_blocks(read_config(base), base / "config.json")
+        entries = read_headers(base).entries
+        self.specs = {}
+        """Name → dtype and shape in the base."""
+        self.file_of = {}
+        """Name → the base's file that holds it."""
+        for name in expected:
+            for part in (name, name + SCALE):
+                if part in entries:
+                    self.specs[part] = (TORCH[entries[part].dtype], entries[part].shape)
+                    self.file_of[part] = entries[part].file
+
+    def __call__(self, name: str) -> torch.Tensor:
+        if name.endswith(SCALE):
+            if name not in self._scales:  # it lies in an earlier file than its weight
+                self(name.removesuffix(SCALE))
+            return self._scales.pop(name)
+        if name + SCALE not in self.specs or self._blocks is None:
+            return self._read(name).to(self.specs[name][0])
+        old = self._weights.read(name), self._weights.read(name + SCALE)
+        weight, self._scales[name + SCALE] = requantise(self._read(name), *old, self._blocks)
+        return weight
+
+    def equals_base(self) -> bool:
+        """Whether nothing was trained; the first tensor that was ends the search."""
+
+        def same(name: str) -> bool:
+            new, old = self(name), self._weights.read(name)
+            return torch.equal(new.view(torch.uint8), old.view(torch.uint8))
+
+        found = all(same(name) for name in self.specs)
+        self._scales.clear()
+        return found
+
+
 def _collect(
     checkpoint: str | Path, base_model: str | Path | None
-) -> tuple[Path, Family, dict[str, torch.Tensor], dict[str, Any]]:
-    """Base folder, its family, the trained tensors in the base's dtype, and the content of `fastmtp.json`."""
+) -> tuple[Path, Family, _Trained, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Base folder, its family, the trained head, its names and shapes, and the content of `fastmtp.json`."""
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
@@ -183,38 +231,24 @@ def _collect(
     if (checkpoint / "adapter_config.json").exists():
         from .lora import merge_head
 
-        trained = merge_head(base, checkpoint)
+        read = merge_head(base, checkpoint).__getitem__
     else:
-        trained = read_head(checkpoint, family, expected)
-    originals = read_head(base, family, expected)
-    tensors = {name: trained[name].to(originals[name].dtype) for name in expected}
-    if all(torch.equal(tensors[n], originals[n]) for n in expected):
+        read = head_reader(checkpoint, family, expected)
+    head_reader(base, family, expected)  # has every tensor, and no other
+    trained = _Trained(base, expected, read)
+    if trained.equals_base():
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
     if not known:
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
         known = settings(FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), identity)
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
-    return base, family, tensors, known
+    return base, family, trained, expected, known
 
 
-def _overwrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Replace tensors of a safetensors file in place; dtype and shape stay, so do the header and all offsets."""
-    with open(path, "r+b") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        for name, tensor in tensors.items():
-            start, end = header[name]["data_offsets"]
-            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            if len(data) != end - start:
-                raise FastMTPError(f"{path}: {name} takes {end - start} bytes, the trained tensor {len(data)}")
-            file.seek(8 + length + start)
-            file.write(data)
-
-
-def _verify(folder: Path, family: Family, tensors: dict[str, torch.Tensor]) -> None:
-    """Read the result back: exactly these MTP tensors, with exactly these values."""
-    found = read_head(folder, family, {n: tuple(t.shape) for n, t in tensors.items()})
-    for name, tensor in tensors.items():
-        if not torch.equal(found[name], tensor):
-            raise FastMTPError(f"{folder}: {name} reads back with other values; the disk may be faulty")
+def _verify(folder: Path, family: Family, expected: dict[str, tuple[int, ...]], written: dict[Path, Any]) -> None:
+    """Read the result back: exactly these MTP tensors with exactly these bytes."""
+    head_reader(folder, family, expected)
+    for path, hashes in written.items():
+        if tensor_hashes(path, hashes) != hashes:
+            raise FastMTPError(f"{path}: reads back with other values; the disk may be faulty")

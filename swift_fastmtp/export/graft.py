@@ -18,16 +18,16 @@ import torch
 from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, write_json
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, find_family, match_family, read_config
+from ..fp8 import read_blocks
 from ..headers import INDEX_FILE, Headers, entries_of, read_headers
 from .folders import RUN_FILES
 from .inspection import size
-from .shards import DTYPES, copy_without, tensor_hashes, write_tensors
+from .shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
 
 HEAD_FILE = "model-mtp.safetensors"
 _SINGLE = "model.safetensors"
 _RENAMED = "model-00001-of-00002.safetensors"
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def graft(
             f"{model}: holds a LoRA adapter, not a model; merge it first (swift export --merge_lora true)"
         )
     config, headers = read_config(model), _sound(model)
+    if read_blocks(config, model / "config.json"):
+        raise FastMTPError(f"{model}: is quantised; graft into the unquantised checkpoint and quantise the result")
     theirs = read_config(donor) if donor else None
     family = find_family(theirs, Path(donor) / "config.json") if donor and theirs else _family_of(config, model)
     stale = _stale(headers, family, model, overwrite)
@@ -82,7 +84,7 @@ def graft(
         expected = head_shapes(out)
         weight_map = _copy_files(model, out, headers, stale)
         read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
-        hashes = write_tensors(out / HEAD_FILE, expected, dtype, read)
+        hashes = write_tensors(out / HEAD_FILE, {n: (dtype, shape) for n, shape in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
         _write_index(out, weight_map)
         _verify(out, headers, stale, expected, hashes, dtype)
@@ -215,9 +217,9 @@ def _dtype(headers: Headers, config: dict[str, Any], model: Path) -> torch.dtype
     want = (ours.get("vocab_size"), ours.get("hidden_size"))
     if entry.shape != want:
         raise FastMTPError(f"{model}: {name} has shape {list(entry.shape)}, config.json says {list(want)}")
-    if entry.dtype not in _TORCH:
+    if entry.dtype not in TORCH or TORCH[entry.dtype].itemsize < 2:
         raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}; graft into the unquantised checkpoint")
-    return _TORCH[entry.dtype]
+    return TORCH[entry.dtype]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -165,12 +165,13 @@ def _reasons(
     except FastMTPError as error:
         return [*reasons, str(error)]
     reasons += [f"{n} is missing" for n in expected if n not in headers.entries and n not in headers.absent]
-    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in expected]
+    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n.removesuffix("_scale_inv") not in expected]
     for name in (n for n in names if n in expected):
         entry = headers.entries[name]
         if entry.shape != expected[name]:
             reasons.append(f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}")
-        if entry.dtype not in _FLOATS:
+        in_blocks = entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in headers.entries
+        if entry.dtype not in _FLOATS and not in_blocks:
             reasons.append(f"{name} is stored as {entry.dtype}; a quantised MTP layer cannot be trained")
     return reasons
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ..checkpoints import read_head
+from ..checkpoints import head_reader
 from ..errors import FastMTPError
 from ..head import split_experts
 from ..modeling import head_shapes, load_head, model_class
@@ -30,6 +30,6 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         model = cls(AutoConfig.from_pretrained(base))
     model.head.to_empty(device="cpu")
-    load_head(model, read_head(base, cls.family, head_shapes(base)))
+    load_head(model, head_reader(base, cls.family, head_shapes(base)))
     merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     return split_experts({n: p.detach() for n, p in merged.head_parameters().items()})

@@ -72,6 +72,9 @@ def serve_flags(
     ]
     if not full:
         flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
+        if read_json(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
+            why = "the target is quantised, these tensors are not"
+            flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     if config.get("auto_map"):
         flags.append(Flag(("--trust-remote-code",), _REMOTE))
     flags += [

@@ -12,55 +12,79 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .. import fp8
 from ..checkpoints import is_finite
 from ..errors import FastMTPError
 from ..headers import read_header
 
 _BLOCK = 2**24  # bytes copied at a time
-DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    fp8.DTYPE: "F8_E4M3",
+}
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def write_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], torch.Tensor]
+    path: Path, specs: dict[str, tuple[torch.dtype, tuple[int, ...]]], read: Callable[[str], torch.Tensor]
 ) -> dict[str, str]:
     """Write a file tensor by tensor, each read, checked and forgotten. Returns the SHA-256 of each one's bytes.
 
     Args:
-        shapes: name → shape, in the order they are written.
-        dtype: all are cast to it.
+        specs: name → dtype that it is cast to, and shape; in the order they are written.
         read: name → tensor.
 
-    Raises `FastMTPError` if a tensor has another shape, or does not fit into `dtype`.
+    Raises `FastMTPError` if a tensor has another shape, or does not fit into its dtype.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
+    for name, (dtype, shape) in specs.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     hashes = {}
     with open(path, "wb") as file:
         file.write(pack_header(header))
-        for name, shape in shapes.items():
-            tensor = read(name).to(dtype)
-            if tuple(tensor.shape) != shape:
-                raise FastMTPError(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
-            if not is_finite(tensor):
-                raise FastMTPError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: it becomes infinite")
-            data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            hashes[name] = hashlib.sha256(data.data).hexdigest()
-            file.write(data.data)
-            del tensor, data  # before the next one is read
+        for name, (dtype, shape) in specs.items():
+            hashes[name] = _put(file, name, read(name), dtype, shape)
     return hashes
 
 
-def tensor_hashes(path: Path) -> dict[str, str]:
-    """The SHA-256 of the bytes of every tensor of a file."""
+def overwrite_tensors(path: Path, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, str]:
+    """Replace tensors of a file in place; dtypes and shapes stay, so do the header and all offsets.
+
+    Arguments, result and errors as `write_tensors`.
+    """
+    offset, header = read_header(path)
+    hashes = {}
+    with open(path, "r+b") as file:
+        for name in names:
+            file.seek(offset + header[name]["data_offsets"][0])
+            hashes[name] = _put(file, name, read(name), TORCH[header[name]["dtype"]], tuple(header[name]["shape"]))
+    return hashes
+
+
+def _put(file: BinaryIO, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    tensor = tensor.to(dtype)
+    if tuple(tensor.shape) != shape:
+        raise FastMTPError(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
+    if dtype != fp8.DTYPE and not is_finite(tensor):
+        raise FastMTPError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: it becomes infinite")
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    file.write(data.data)
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def tensor_hashes(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """The SHA-256 of the bytes of tensors of a file; default: of all."""
     offset, header = read_header(path)
     found = {}
     with open(path, "rb") as file:
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
+        for name in header if names is None else names:
+            start, end = header[name]["data_offsets"]
             digest = hashlib.sha256()
             file.seek(offset + start)
             for block in _blocks(file, end - start):

@@ -10,7 +10,7 @@ from swift.utils import get_logger
 from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoints import read_head
+from ..checkpoints import check_head
 from ..config import FastMTPConfig
 from ..families import find_family, read_config
 from ..modeling import head_shapes, model_class
@@ -28,11 +28,12 @@ class FastMTPLoader(ModelLoader):
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         cls: Any = model_class(model_dir)
-        read_head(model_dir, cls.family, head_shapes(model_dir))
+        check_head(model_dir, cls.family, head_shapes(model_dir))
         settings = FastMTPConfig.from_env()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
         self.auto_model_cls = cls
+        model_kwargs["dtype"] = self.model_info.torch_dtype  # of FP8 checkpoints ms-swift would take the stored one
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
             import deepspeed

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from swift.tuner_plugin import Tuner
 
-from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, read_head, save_tensors, write_json
+from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, head_reader, save_tensors, write_json
 from ..export.folders import settings
+from ..families import read_config
+from ..fp8 import read_blocks, without_quantization
 from ..head import split_experts
 from ..modeling import head_shapes, load_head
 
@@ -36,6 +38,10 @@ class FastMTPTuner(Tuner):
         tensors = split_experts({n: (state_dict or named)[n] for n in named})
         for source in (base / "config.json", *base.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
+        config = read_config(base)
+        if read_blocks(config):
+            # The trained values, unrounded: resuming needs them, and engines then draft with an unquantised layer.
+            write_json(without_quantization(config), folder / "config.json")
         if not hasattr(model, "base_fingerprint"):
             model.base_fingerprint = fingerprint(base, model.family)
         write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
@@ -49,7 +55,7 @@ class FastMTPTuner(Tuner):
             if not _uses_deepspeed():
                 _upcast_head(model)
             _head_only_deepspeed_checkpoints()
-        load_head(model, read_head(model_id, model.family, head_shapes(model.model_dir)))
+        load_head(model, head_reader(model_id, model.family, head_shapes(model.model_dir)))
         return model
 
 

@@ -106,8 +106,8 @@ class Logits(torch.nn.Module):
         return hidden, hidden @ head.weight.T
 
 
-def load(folder):
-    args = ServerArgs(model_path=folder, device="cpu", dtype="float32", disable_radix_cache=True)
+def load(folder, dtype="float32"):
+    args = ServerArgs(model_path=folder, device="cpu", dtype=dtype, disable_radix_cache=True)
     runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
     initialize_model_parallel()
@@ -118,13 +118,25 @@ def load(folder):
     def initialize(*a, **k):
         model = built(*a, **k)
         for parameter in model.parameters():
-            parameter.data.fill_(SENTINEL)
+            parameter.data.fill_(SENTINEL if parameter.element_size() > 1 else float("nan"))
         return model
 
     loader._initialize_model = initialize
     return loader.get_model_loader(LoadConfig(), config).load_model(
         model_config=config, device_config=DeviceConfig("cpu")
     )
+
+
+def parameters(folder, target):
+    """Only what the class has loaded, for layers whose kernels no CPU has: FP8."""
+    from sglang.srt.layers.quantization import fp8
+
+    for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
+        method.process_weights_after_loading = lambda *_: None  # lays them out for a kernel
+    model = load(folder, "bfloat16")
+    print(type(model).__name__)
+    own = {n: p.detach() for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
+    save_file({n: p.contiguous() for n, p in own.items()}, target)
 
 
 def main(folder, source, target):
@@ -153,4 +165,4 @@ def main(folder, source, target):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (main if len(sys.argv) == 4 else parameters)(*sys.argv[1:])

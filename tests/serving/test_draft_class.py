@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import free_port
 from engine import HERE, engine_python, engine_version
-from models import random_qwen3_5, random_qwen3_next, save_checkpoint
+from models import quantised, random_qwen3_5, random_qwen3_next, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import read_head
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.export.folders import export_draft
+from swift_fastmtp.fp8 import SCALE, Blocks, dequantise
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.rollout import segment_ids
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
@@ -27,6 +28,15 @@ KINDS = {
 }
 TRIED = "0.5.23"
 BASE, STEPS = 9, 4
+
+
+def run_draft_class(*files):
+    """draft_class.py in the engine's environment."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE / "stand_in"), "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [engine_python(), "-W", "ignore", HERE / "draft_class.py", *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -49,18 +59,53 @@ def test_the_engines_class_drafts_what_we_trained(name, tmp_path):
     shared = {"embed": model.model.embed_tokens.weight, "lm_head": model.lm_head.weight.clone()}
     given = {"ids": ids[0], "hidden": hidden[0, : BASE + 1].contiguous(), **shared}
     save_file(given, tmp_path / "in.safetensors")
-    environment = {**os.environ, "PYTHONPATH": str(HERE / "stand_in"), "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [engine_python(), "-W", "ignore", HERE / "draft_class.py", tmp_path / "draft"]
-    done = subprocess.run(
-        [*command, tmp_path / "in.safetensors", tmp_path / "out.safetensors"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_draft_class(tmp_path / "draft", tmp_path / "in.safetensors", tmp_path / "out.safetensors")
     assert f"{name}\nunfilled: []" in done.stdout
     got = load_file(tmp_path / "out.safetensors")
     assert got["unfilled"] == 0
     torch.testing.assert_close(got["hidden"], want, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(got["logits"], want @ model.lm_head.weight.T, atol=2e-5, rtol=1e-5)
+
+
+def test_the_engines_class_loads_a_head_in_fp8_blocks(tmp_path):
+    """What the class multiplies with, weights times scales, is what our reader reads. No CPU has its FP8 kernels."""
+    if engine_version() != TRIED:
+        pytest.skip(f"draft_class.py was tried with SGLang {TRIED} only")
+    plain, blocks = ("norm", "embed", "lm_head", "conv", "fc.", "mlp.gate.", "shared_expert_gate"), Blocks((8, 32))
+    base = quantised(save_checkpoint(random_qwen3_next, tmp_path / "plain"), tmp_path / "base", blocks.size, plain)
+    model = load_model(base, torch.bfloat16)
+    model.fastmtp, model.model_dir = FastMTPConfig(), base
+    for parameter in model.head_parameters().values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
+    export_draft(tmp_path / "checkpoint", tmp_path / "draft")
+    done = run_draft_class(tmp_path / "draft", tmp_path / "out.safetensors")
+    assert "Qwen3NextForCausalLMMTP" in done.stdout
+    got = load_file(tmp_path / "out.safetensors")
+    want = {
+        n.removeprefix("mtp."): t for n, t in read_head(tmp_path / "draft", model.family, head_shapes(base)).items()
+    }
+    want.update(
+        {f"model.{n}": want.pop(n) for n in [*want] if n.startswith("layers.")}
+        | {"model.norm.weight": want.pop("norm.weight")}
+    )
+    layer = "model.layers.0."
+
+    def joined(path, names):
+        return torch.cat([want.pop(f"{path}{n}.weight") for n in names])
+
+    want[f"{layer}qkv_proj.weight"] = joined(f"{layer}self_attn.", ["q_proj", "k_proj", "v_proj"])
+    for n in ("o_proj", "q_norm", "k_norm"):
+        want[f"{layer}{n}.weight"] = want.pop(f"{layer}self_attn.{n}.weight")
+    pair = ["gate_proj", "up_proj"]
+    want[f"{layer}mlp.shared_expert.gate_up_proj.weight"] = joined(f"{layer}mlp.shared_expert.", pair)
+    experts = [f"{layer}mlp.experts.{e}." for e in range(4)]
+    want[f"{layer}mlp.experts.w13_weight"] = torch.stack([joined(e, pair) for e in experts])
+    want[f"{layer}mlp.experts.w2_weight"] = torch.stack([joined(e, ["down_proj"]) for e in experts])
+    scales = {n for n in got if n.endswith(SCALE)}
+    assert got.keys() - scales - {f"{layer}attn.k_scale", f"{layer}attn.v_scale"} == want.keys() and len(scales) == 6
+    for name, tensor in want.items():
+        if name + SCALE in scales:
+            assert torch.equal(dequantise(got[name], got[name + SCALE], blocks), tensor), name
+        else:
+            assert torch.equal(got[name].float(), tensor.float()), name
