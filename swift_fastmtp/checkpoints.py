@@ -111,10 +111,10 @@ def head_reader(
     misshapen or not finite.
     """
     weights = Weights(folder)
-    found = weights.under(family.root)
+    found = sorted(n for n in weights.file_of if family.holds(n) and not family.is_copy(n))
     if not found:
         raise FastMTPError(
-            f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
+            f"{folder}: no tensor under '{family.prefix}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
     projection = f"{family.prefix}.{family.proj}.weight"
@@ -165,7 +165,7 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     weights = Weights(folder)
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
-    for name in sorted(n for n in weights.file_of if not n.startswith(family.root + ".")):
+    for name in sorted(n for n in weights.file_of if not family.holds(n)):
         path = weights.file_of[name]
         if path not in opened:
             opened[path] = _open(path)

@@ -6,7 +6,8 @@ asks which family it has.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Family:
     block: str
     """Decoder block of the head, as 'module:Class'."""
     prefix: str
-    """Path of the head in the checkpoint, without the trailing dot."""
+    """Path of the head in the checkpoint, without the trailing dot; `{N}` is the number of decoder layers (`at`)."""
     block_path: str
     """Where the block's tensors lie; "" is beside the norms and the projection."""
     hidden_norm: str
@@ -56,22 +57,66 @@ class Family:
     """What the tests of this repository run for the family, for docs/families.md."""
     not_shown: tuple[str, ...]
     """What nobody has run."""
+    copies: tuple[str, ...] = ()
+    """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
+
+    def at(self, num_hidden_layers: int) -> "Family":
+        """The row for a model of that many decoder layers, after which some families number their MTP layer."""
+        return replace(self, prefix=self.prefix.replace("{N}", str(num_hidden_layers)))
 
     @property
     def layer_path(self) -> str:
         """Path of the one MTP layer, which ends in its number."""
         return f"{self.prefix}.{self.block_path}" if self.block_path else self.prefix
 
-    @property
-    def root(self) -> str:
-        """Path below which every tensor belongs to some MTP layer."""
-        return self.prefix if self.block_path else self.prefix.rsplit(".", 1)[0]
+    def holds(self, name: str) -> bool:
+        """Whether a tensor belongs to an MTP layer, of this number or of a later one."""
+        return name.startswith(f"{self.prefix}.") or self.is_other_layer(name)
 
     def is_other_layer(self, name: str) -> bool:
-        """Whether a tensor belongs to an MTP layer of another number."""
-        layers = self.layer_path.rsplit(".", 1)[0]
-        return name.startswith(f"{layers}.") and not name.startswith(f"{self.layer_path}.")
+        """Whether a tensor belongs to an MTP layer after the first."""
+        layers, _, number = self.layer_path.rpartition(".")
+        match = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+        return match is not None and int(match[1]) > int(number)
 
+    def is_copy(self, name: str) -> bool:
+        """Whether a tensor is one of `copies`."""
+        return name.removeprefix(f"{self.prefix}.") in self.copies
+
+
+# The layout that DeepSeek-V3 began: the MTP layer is one decoder layer more, with `enorm`, `hnorm`, `eh_proj` and
+# `shared_head` beside its parts. It has experts whatever the first layers have. Fed back: the output of
+# `shared_head.norm`. Here grouped heads; the other models of the layout have latent attention (MLA).
+_GLM4_MOE = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    backbone="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeForCausalLM",
+    block="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
+    prefix="model.layers.{N}",
+    block_path="",
+    hidden_norm="hnorm",
+    token_norm="enorm",
+    proj="eh_proj",
+    final_norm="shared_head.norm",
+    hidden_first=False,
+    zero_centred_norms=False,
+    mask_position_zero=False,
+    config_model_type="glm4_moe",
+    num_layers_key="num_nextn_predict_layers",
+    num_layers_needed=True,
+    plain_model_type="glm4_moe",
+    tied_embeddings=False,
+    recurrent_backbone=False,
+    served_as="glm4_moe_nextn.py: Glm4MoeForCausalLMNextN",
+    shown=(
+        "native keys, load to export",
+        "`exact` against a draft with a KV cache",
+        "`swift sft`, resume, `swift export`",
+        "SGLang's draft class on a CPU, K steps in fp32",
+    ),
+    not_shown=("a whole SGLang server", "a published checkpoint"),
+    copies=("embed_tokens.weight", "shared_head.head.weight"),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -164,6 +209,27 @@ FAMILIES: tuple[Family, ...] = (
         ),
         not_shown=("a whole SGLang server", "a published checkpoint"),
     ),
+    _GLM4_MOE,
+    replace(
+        _GLM4_MOE,
+        name="deepseek_v3",
+        architectures=("DeepseekV3ForCausalLM",),
+        backbone="transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3ForCausalLM",
+        block="transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
+        config_model_type="deepseek_v3",
+        plain_model_type="deepseek_v3",
+        served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+    ),
+    replace(
+        _GLM4_MOE,
+        name="glm4_moe_lite",
+        architectures=("Glm4MoeLiteForCausalLM",),
+        backbone="transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteForCausalLM",
+        block="transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
+        config_model_type="glm4_moe_lite",
+        plain_model_type="glm4_moe_lite",
+        served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
+    ),
 )
 
 _MULTI_LAYER = (
@@ -200,14 +266,17 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
 
 
 def match_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
-    """The row whose architectures a checkpoint's config.json names.
+    """The row whose architectures a checkpoint's config.json names, for its number of layers.
 
     Raises `FastMTPError` if there is none, with the reason where engines serve the model's MTP layers otherwise.
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES:
         if any(a in family.architectures for a in architectures):
-            return family
+            layers = config.get("num_hidden_layers")
+            if "{N}" in family.prefix and not isinstance(layers, int):
+                raise FastMTPError(f"{where}: num_hidden_layers is {layers}; the MTP layer is numbered after it")
+            return family.at(layers or 0)
     for name in architectures:
         if name in REFUSED:
             raise FastMTPError(f"{where}: {name} cannot be trained here: {REFUSED[name]}")

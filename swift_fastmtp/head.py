@@ -62,6 +62,16 @@ def join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
+def place_module(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Make `child` the submodule at a dotted path, with plain modules on the way."""
+    *holders, name = path.split(".")
+    for holder in holders:
+        if holder not in module._modules:
+            module.add_module(holder, nn.Module())
+        module = module.get_submodule(holder)
+    module.add_module(name, child)
+
+
 class MTPHead(nn.Module):
     """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.prefix`.
 
@@ -77,23 +87,20 @@ class MTPHead(nn.Module):
         if getattr(config, "layer_types", None):
             # Whatever the backbone's first layer is, engines draft with full attention.
             block_config.layer_types = ["full_attention"] * len(config.layer_types)
-        block = import_class(family.block)(block_config, layer_idx=0)
+        # As the backbone's last layer: the first ones may have a dense MLP where the head has experts.
+        block = import_class(family.block)(block_config, layer_idx=config.num_hidden_layers - 1)
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
-        self.add_module(family.hidden_norm, norm_type(width, eps=eps))
-        self.add_module(family.token_norm, norm_type(width, eps=eps))
-        self.add_module(family.proj, nn.Linear(2 * width, width, bias=False))
+        place_module(self, family.hidden_norm, norm_type(width, eps=eps))
+        place_module(self, family.token_norm, norm_type(width, eps=eps))
+        place_module(self, family.proj, nn.Linear(2 * width, width, bias=False))
         # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
         # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
         # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
-        holder: nn.Module = self
-        if family.block_path:
-            holder, (layers, _) = nn.Module(), family.block_path.split(".")  # layers . 0
-            self.add_module(layers, nn.ModuleList([holder]))
         for name, child in block.named_children():
-            holder.add_module(name, child)
-        self.add_module(family.final_norm, norm_type(width, eps=eps))
+            place_module(self, f"{family.block_path}.{name}".lstrip("."), child)
+        place_module(self, family.final_norm, norm_type(width, eps=eps))
         # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]

@@ -43,21 +43,12 @@ _NUMBERED_IGNORED = r"model\.layers\.N.*"
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
-        "deepseek",
-        ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        "deepseek-v3.2",
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
         _NUMBERED,
         CHAIN,
         "deepseek_mtp",
-        f"{_NO_ROW}: MLA, experts and FP8 weights",
-        _NUMBERED_IGNORED,
-    ),
-    Layout(
-        "glm4-moe",
-        ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"),
-        _NUMBERED,
-        CHAIN,
-        "glm4_moe_mtp",
-        f"{_NO_ROW}: experts",
+        "its MTP layer attends to the keys that an indexer picks, the rollouts here to all keys",
         _NUMBERED_IGNORED,
     ),
     Layout(
@@ -86,7 +77,15 @@ LAYOUTS: tuple[Layout, ...] = (
         "bailing_hybrid_mtp",
         f"{_NO_ROW}: experts, and backbones that transformers runs with remote code only",
     ),
-    Layout("hunyuan-v3", ("HYV3ForCausalLM",), _NUMBERED, CHAIN, "hy_v3_mtp", f"{_NO_ROW}: experts", _NUMBERED_IGNORED),
+    Layout(
+        "hunyuan-v3",
+        ("HYV3ForCausalLM",),
+        _NUMBERED,
+        CHAIN,
+        "hy_v3_mtp",
+        f"{_NO_ROW}: checkpoints name router and shared expert otherwise than transformers' modules do",
+        _NUMBERED_IGNORED,
+    ),
     Layout(
         "hunyuan-v4",
         ("HYV4ForCausalLM",),
@@ -102,7 +101,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ("model.mtp",),
         CHAIN,
         "longcat_flash_mtp",
-        f"{_NO_ROW}: MLA",
+        f"{_NO_ROW}: its MTP layer, one attention and a dense MLP, is none of the backbone's, which have two of each",
         r"model\.mtp.*",
     ),
     Layout(

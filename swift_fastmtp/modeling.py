@@ -23,7 +23,7 @@ from .checkpoints import read_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
 from .families import FAMILIES, Family, find_family, match_family, read_config
-from .head import MTPHead, import_class, join_experts, split_experts
+from .head import MTPHead, import_class, join_experts, place_module, split_experts
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
@@ -73,11 +73,9 @@ class FastMTPMixin:
         self.fastmtp = FastMTPConfig()
         self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
-        head: nn.Module = MTPHead(config, self.family)
-        holder, _, name = self.family.prefix.rpartition(".")
-        if name.isdigit():  # model.mtp_layers . 0
-            head, (holder, _, name) = nn.ModuleList([head]), holder.rpartition(".")
-        cast(nn.Module, self).get_submodule(holder).add_module(name, head)
+        self.family = self.family.at(config.num_hidden_layers)
+        # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
+        place_module(cast(nn.Module, self), self.family.prefix, MTPHead(config, self.family))
         cast(PreTrainedModel, self).post_init()
 
     @property
@@ -88,6 +86,11 @@ class FastMTPMixin:
         """The head's parameters under their checkpoint names, experts joined (`head.split_experts`)."""
         prefix = self.family.prefix + "."
         return {n: p for n, p in cast(nn.Module, self).named_parameters() if n.startswith(prefix)}
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
+        routers of DeepSeek's kind choose experts)."""
+        return {f"{self.family.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
 
     def freeze_backbone(self) -> None:
         """Only the head gets gradients."""
@@ -247,7 +250,7 @@ class FastMTPMixin:
         return found
 
 
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
     """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
@@ -262,6 +265,7 @@ def build_class(family: Family) -> type:
     backbone = import_class(family.backbone)
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
     ignored = [p for p in backbone._keys_to_ignore_on_load_unexpected or [] if not re.match(p, f"{family.prefix}.")]
+    ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],
@@ -275,7 +279,8 @@ def build_class(family: Family) -> type:
 
 def model_class(model_dir: str | Path) -> type:
     """The class for a checkpoint folder. Raises `FastMTPError` if its layout is unknown."""
-    return build_class(find_family(read_config(model_dir), Path(model_dir) / "config.json"))
+    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+    return next(build_class(row) for row in FAMILIES if row.name == family.name)
 
 
 def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
@@ -284,16 +289,21 @@ def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
     config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
         head = MTPHead(config, family)
-        tensors = split_experts({f"{family.prefix}.{n}": p for n, p in head.named_parameters()})
+        tensors = split_experts({f"{family.prefix}.{n}": t for n, t in head.state_dict().items()})
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def keeps_float32(family: Family, name: str) -> bool:
+    """Whether transformers holds this tensor in float32 in a model of any dtype, as published checkpoints do."""
+    return any(part in name for part in import_class(family.backbone)._keep_in_fp32_modules_strict or ())
 
 
 def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Put head tensors (checkpoint names) into a model. Works under ZeRO-3 too, where parameters are partitioned."""
-    parameters, tensors = model.head_parameters(), join_experts(tensors)
-    with _gathered(list(parameters.values())), torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+    own, tensors = model.head_tensors(), join_experts(tensors)
+    with _gathered(list(own.values())), torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -302,7 +312,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.de
     Raises `FastMTPError` if the layout is unknown or an MTP tensor is missing, misshapen or not finite.
     """
     cls: Any = model_class(model_dir)
-    read_head(model_dir, cls.family, head_shapes(model_dir))
+    read_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
     model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 

@@ -272,7 +272,7 @@ SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 def test_files_are_what_safetensors_reads(tmp_path_factory, shapes, dtype, data):
     folder = tmp_path_factory.mktemp("files")
     tensors = {n: torch.randn(s).to(dtype) for n, s in shapes.items()}
-    hashes = write_tensors(folder / "a.safetensors", shapes, dtype, tensors.__getitem__)
+    hashes = write_tensors(folder / "a.safetensors", shapes, dict.fromkeys(shapes, dtype), tensors.__getitem__)
     found = load_file(folder / "a.safetensors")
     assert found.keys() == tensors.keys() and tensor_hashes(folder / "a.safetensors") == hashes
     assert all(torch.equal(found[n], t) for n, t in tensors.items())

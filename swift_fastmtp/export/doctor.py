@@ -5,7 +5,6 @@ names it does not know, and keeps random values where some are missing (SGLang `
 check here is a failure that users of the engines have met.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..errors import FastMTPError
 from ..families import Family, match_family, read_config
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
+from .inspection import MTP_WORD
 
 _PLAIN = {"bfloat16", "float16", "float32"}
 # A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
@@ -98,12 +98,10 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
 
 
 def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    from ..modeling import head_shapes  # builds the head on the meta device
+    from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
-    parent = family.root
-    block = parent.rsplit(".", 1)[-1]
-    found = set(weights.under(parent))
+    found = {n for n in weights.file_of if family.holds(n) and not family.is_copy(n)}
     for name in sorted(set(expected) - found):
         yield Finding(
             "error",
@@ -118,8 +116,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
             f"keep exactly the {len(expected)} tensors under {family.prefix}",
         )
-    odd = re.compile(rf"(^|\.)({block}|mtp)\.")
-    for name in sorted(n for n in weights.file_of if odd.search(n) and not n.startswith(parent + ".")):
+    for name in sorted(n for n in weights.file_of if MTP_WORD.search(n) and not family.holds(n)):
         yield Finding(
             "error",
             f"{name} looks like an MTP tensor under another name",
@@ -128,7 +125,8 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
-    yield from _dtypes(weights, config, sorted(found & set(expected)))
+    named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
+    yield from _dtypes(weights, config, named)
 
 
 def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
@@ -141,7 +139,7 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding(
             "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
         )
-    elif not bool(tensor.any()) and not (family.zero_centred_norms and len(shape) == 1):
+    elif not bool(tensor.any()) and not name.endswith("bias") and not (family.zero_centred_norms and len(shape) == 1):
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
@@ -199,7 +197,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
                 "use the base model's value in both",
             )
     original = Weights(base)
-    names = [n for n in weights.under(family.prefix) if n in original.file_of]
+    names = [n for n in weights.under(family.prefix) if n in original.file_of and not family.is_copy(n)]
     same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
     if names and len(same) == len(names):
         yield Finding(

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, find_family, read_config
+from ..families import FAMILIES, Family, find_family, match_family, read_config
 from ..headers import Headers, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
 
-_ODD_PART = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
+MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
 _OWN_HEAD = re.compile(r"\.(shared_head\.(head|output)|lm_head|embed_tokens|output)\.weight$")
@@ -67,7 +67,8 @@ def inspect_model(folder: str | Path) -> Inspection:
     config = read_config(folder)
     headers = read_headers(folder)
     architectures = [str(a) for a in config.get("architectures") or []]
-    family = next((f for f in FAMILIES if set(architectures) & set(f.architectures)), None)
+    known = any(set(architectures) & set(f.architectures) for f in FAMILIES)
+    family = match_family(config, folder / "config.json") if known else None
     layout = None if family else known_layout(architectures)
     suspicious = odd_names(headers, config)
     names = _mtp_names(headers, config, family, layout, suspicious)
@@ -105,7 +106,7 @@ def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
     layers = _value(config, "num_hidden_layers")
 
     def odd(name: str) -> bool:
-        if _ODD_PART.search(name):
+        if MTP_WORD.search(name):
             return True
         numbers = [int(n) for n in _LAYER.findall(name)]
         return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not _TOWER.search(name)
@@ -123,7 +124,7 @@ def _mtp_names(
     headers: Headers, config: dict[str, Any], family: Family | None, layout: Layout | None, suspicious: list[str]
 ) -> list[str]:
     if family:
-        return headers.under(family.root)
+        return sorted(n for n in headers.entries if family.holds(n))
     if layout is None:
         return []
     first = _value(config, "num_hidden_layers") or 0
@@ -153,10 +154,10 @@ def _reasons(
         find_family(config, folder / "config.json")
     except FastMTPError as error:
         reasons.append(str(error))
-    absent = [n for n in headers.absent if n.startswith(family.root + ".")]
+    absent = [n for n in headers.absent if family.holds(n)]
     if not names and not absent:
         mend = "put the base model's back with `fastmtp graft`"
-        return [*reasons, f"no tensor under '{family.root}.': the checkpoint lost its MTP layer; {mend}"]
+        return [*reasons, f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {mend}"]
     matrices = {n for n in (*headers.entries, *headers.absent) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
     if not matrices - set(names):
         reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
@@ -165,7 +166,7 @@ def _reasons(
     except FastMTPError as error:
         return [*reasons, str(error)]
     reasons += [f"{n} is missing" for n in expected if n not in headers.entries and n not in headers.absent]
-    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in expected]
+    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in expected and not family.is_copy(n)]
     for name in (n for n in names if n in expected):
         entry = headers.entries[name]
         if entry.shape != expected[name]:
@@ -222,7 +223,7 @@ def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
         from ..head import import_class
 
         patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
-        pattern = next((p for p in patterns if "mtp" in p), None)
+        pattern = next((p for p in patterns if re.match(p, f"{family.prefix}.")), None)
     how = f"silently (its class ignores {pattern})" if pattern else "after one warning about unused weights"
     return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from ..checkpoints import read_head
 from ..errors import FastMTPError
+from ..families import match_family, read_config
 from ..head import split_experts
 from ..modeling import head_shapes, load_head, model_class
 
@@ -21,8 +22,9 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     cls: Any = model_class(base)
+    family = match_family(read_config(base))
     with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-        outside = [n for n in file.keys() if f".{cls.family.prefix}." not in n]  # noqa: SIM118 (not a dict)
+        outside = [n for n in file.keys() if f".{family.prefix}." not in n]  # noqa: SIM118 (not a dict)
     if outside:
         raise FastMTPError(
             f"{checkpoint}: adapter tensor {outside[0]} lies outside the MTP head; it cannot be exported"
@@ -30,6 +32,6 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     with torch.device("meta"):
         model = cls(AutoConfig.from_pretrained(base))
     model.head.to_empty(device="cpu")
-    load_head(model, read_head(base, cls.family, head_shapes(base)))
+    load_head(model, read_head(base, family, head_shapes(base)))
     merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-    return split_experts({n: p.detach() for n, p in merged.head_parameters().items()})
+    return split_experts({n: p.detach() for n, p in merged.head_tensors().items()})

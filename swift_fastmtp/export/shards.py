@@ -21,32 +21,37 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def write_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, read: Callable[[str], torch.Tensor]
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, torch.dtype],
+    read: Callable[[str], torch.Tensor],
 ) -> dict[str, str]:
     """Write a file tensor by tensor, each read, checked and forgotten. Returns the SHA-256 of each one's bytes.
 
     Args:
         shapes: name → shape, in the order they are written.
-        dtype: all are cast to it.
+        dtypes: name → what it is cast to.
         read: name → tensor.
 
-    Raises `FastMTPError` if a tensor has another shape, or does not fit into `dtype`.
+    Raises `FastMTPError` if a tensor has another shape, or does not fit into its dtype.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + torch.Size(shape).numel() * dtypes[name].itemsize
+        header[name] = {"dtype": DTYPES[dtypes[name]], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     hashes = {}
     with open(path, "wb") as file:
         file.write(pack_header(header))
         for name, shape in shapes.items():
-            tensor = read(name).to(dtype)
+            tensor = read(name).to(dtypes[name])
             if tuple(tensor.shape) != shape:
                 raise FastMTPError(f"{name} has shape {list(tensor.shape)}, {list(shape)} was expected")
             if not is_finite(tensor):
-                raise FastMTPError(f"{name} does not fit into {str(dtype).removeprefix('torch.')}: it becomes infinite")
+                raise FastMTPError(
+                    f"{name} does not fit into {str(tensor.dtype).removeprefix('torch.')}: it becomes infinite"
+                )
             data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
             hashes[name] = hashlib.sha256(data.data).hexdigest()
             file.write(data.data)

@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import read_head
 from ..config import FastMTPConfig
-from ..families import find_family, read_config
+from ..families import find_family, match_family, read_config
 from ..modeling import head_shapes, model_class
 from ..vocab.maps import read_token_map
 
@@ -27,12 +27,11 @@ class FastMTPLoader(ModelLoader):
         return super().get_config(model_dir)
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
-        cls: Any = model_class(model_dir)
-        read_head(model_dir, cls.family, head_shapes(model_dir))
+        read_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
         settings = FastMTPConfig.from_env()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
-        self.auto_model_cls = cls
+        self.auto_model_cls = model_class(model_dir)
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
             import deepspeed

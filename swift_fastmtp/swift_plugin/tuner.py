@@ -32,7 +32,7 @@ class FastMTPTuner(Tuner):
     def save_pretrained(model: Any, save_directory: str, state_dict: dict[str, Any] | None = None, **_: Any) -> None:
         folder, base = Path(save_directory), Path(model.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        named = model.head_parameters()
+        named = model.head_tensors()
         tensors = split_experts({n: (state_dict or named)[n] for n in named})
         for source in (base / "config.json", *base.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
