@@ -73,6 +73,7 @@ def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.fl
 
 def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
     """A DeepSeek-V3: latent attention whose value heads are narrower than its query heads; YaRN."""
+    published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
     rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
     config = DeepseekV3Config(
@@ -81,6 +82,7 @@ def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=to
         **_latent(8, heads),
         max_position_embeddings=64,
         rope_parameters=rope,
+        **published,
         architectures=["DeepseekV3ForCausalLM"],
     )
     return _random(seed, config, std, dtype)
@@ -89,9 +91,8 @@ def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=to
 def random_glm4_moe_lite(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
     """A GLM-4.7-Flash: latent attention with heads of one width."""
     mtp = {"num_nextn_predict_layers": 1}
-    experts = {k: v for k, v in _EXPERTS.items() if k != "first_k_dense_replace"}
     config = Glm4MoeLiteConfig(
-        **_sizes(vocab, heads), **experts, **_latent(16, heads), **mtp, architectures=["Glm4MoeLiteForCausalLM"]
+        **_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **mtp, architectures=["Glm4MoeLiteForCausalLM"]
     )
     return _random(seed, config, std, dtype)
 

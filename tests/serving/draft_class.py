@@ -3,12 +3,12 @@
 
 Run by SGLang's Python with `stand_in/` on PYTHONPATH:
 
-    draft_class.py FOLDER IN.safetensors OUT.safetensors
+    draft_class.py FOLDER IN.safetensors OUT.safetensors FULL
 
 IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
 and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
 starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
-folder filled.
+folder filled. FULL is the whole checkpoint that was exported beside it, from which the class must take the same.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
@@ -16,6 +16,7 @@ with its cache, which needs a whole server and is a few lines over a list here, 
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.update(SGLANG_USE_CPU_ENGINE="1", TORCHDYNAMO_DISABLE="1")
 
@@ -67,16 +68,22 @@ SENTINEL = 12345.0
 
 
 class Cache:
-    """An attention backend: causal over what was written, which is one request."""
+    """An attention backend: causal over what was written, which is one request.
+
+    Latent attention asks for the backend's name to choose how it computes: with this one, after a verification, it
+    writes and reads latents.
+    """
+
+    prefill_attention_backend_str = decode_attention_backend_str = "triton"
 
     def __init__(self):
         self.keys, self.values = [], []
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
-        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         before = sum(map(len, self.keys))
-        self.keys.append(k.view(-1, layer.tp_k_head_num, layer.head_dim))
-        self.values.append(v.view(-1, layer.tp_k_head_num, layer.head_dim))
+        self.keys.append(k.reshape(-1, layer.tp_k_head_num, layer.head_dim))
+        self.values.append(v.reshape(-1, layer.tp_k_head_num, layer.v_head_dim))
         groups = layer.tp_q_head_num // layer.tp_k_head_num
         keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in (self.keys, self.values))
         scores = torch.einsum("qhd,khd->hqk", q, keys) * layer.scaling
@@ -127,13 +134,23 @@ def load(folder):
     )
 
 
-def main(folder, source, target):
+def takes_the_same(model, own, full):
+    """Whether `load_weights` fills the same parameters from all the tensors of a full checkpoint."""
+    before = {n: p.detach().clone() for n, p in own.items()}
+    for parameter in own.values():
+        parameter.data.fill_(SENTINEL)
+    model.load_weights(pair for file in sorted(Path(full).glob("*.safetensors")) for pair in load_file(file).items())
+    return all(torch.equal(p, before[n]) for n, p in own.items())
+
+
+def main(folder, source, target, full):
     given = load_file(source)
     model = load(folder).eval()
     print(type(model).__name__)
     own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
     print("unfilled:", unfilled)
+    print("the same from the full checkpoint:", takes_the_same(model, own, full))
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
@@ -142,7 +159,7 @@ def main(folder, source, target):
     set_forward_context(ForwardContext(attn_backend=Cache()))
     found = []
     with torch.no_grad():
-        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.EXTEND, hidden))
+        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.DRAFT_EXTEND_V2, hidden))
         found.append((logits[-1], g[-1]))
         for k in range(2, len(ids) - base):
             batch = Batch(ForwardMode.DECODE, found[-1][1][None])
