@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FastMTPError
+from .known_layouts import known_layout
 
 
 @dataclass(frozen=True)
@@ -280,6 +281,8 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
     for name in architectures:
         if name in REFUSED:
             raise FastMTPError(f"{where}: {name} cannot be trained here: {REFUSED[name]}")
+    if layout := known_layout(architectures):
+        raise FastMTPError(f"{where}: {layout.name} cannot be trained here: {layout.reason}")
     known = ", ".join(a for f in FAMILIES for a in f.architectures)
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
 

@@ -30,8 +30,17 @@ from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import REFUSED, find_family, match_family, read_config, refused_table, support_table
+from swift_fastmtp.families import (
+    FAMILIES,
+    REFUSED,
+    find_family,
+    match_family,
+    read_config,
+    refused_table,
+    support_table,
+)
 from swift_fastmtp.head import import_class, join_experts, split_experts
+from swift_fastmtp.known_layouts import LAYOUTS
 from swift_fastmtp.modeling import head_shapes, load_model
 from swift_fastmtp.rollout import rollout, segment_ids
 
@@ -503,14 +512,30 @@ def test_families_that_engines_serve_otherwise_are_refused_with_the_reason(archi
         find_family({"architectures": [architecture]})
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_layouts_that_inspect_knows_are_refused_with_its_reason(layout):
+    names = {a for f in FAMILIES for a in f.architectures} | set(REFUSED)
+    for architecture in set(layout.architectures) - names:
+        with pytest.raises(FastMTPError, match=re.escape(f"{layout.name} cannot be trained here: {layout.reason}")):
+            find_family({"architectures": [architecture]})
+
+
+def test_a_numbered_head_is_named_by_the_folder_alone(tmp_path):
+    """`--tuner_type full` and `lora` choose parameters by a pattern, and must not reach a backbone's layer."""
+    from swift_fastmtp.swift_plugin.arguments import _prefixes
+
+    folder = save_checkpoint(random_glm4_moe, tmp_path / "model")
+    assert re.fullmatch(_prefixes(str(folder)), "model.layers.2")
+    assert not re.match(_prefixes(str(folder)), "model.layers.1.self_attn")
+    assert not re.match(_prefixes("org/name"), "model.layers.2.self_attn")
+
+
 def test_the_page_is_made_from_the_table():
     page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     assert support_table() in page and refused_table() in page
 
 
 def test_rows_do_not_share_an_architecture_or_a_path():
-    from swift_fastmtp.families import FAMILIES
-
     names = [a for f in FAMILIES for a in f.architectures]
     assert len(set(names)) == len(names) and not set(names) & set(REFUSED)
     for family in FAMILIES:
