@@ -220,6 +220,7 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="deepseek_v3",
         plain_model_type="deepseek_v3",
         served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+        shown=tuple(x.replace(" resume,", "") for x in _GLM4_MOE.shown),
     ),
     replace(
         _GLM4_MOE,
@@ -230,6 +231,8 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="glm4_moe_lite",
         plain_model_type="glm4_moe_lite",
         served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
+        shown=tuple(x for x in _GLM4_MOE.shown if "swift" not in x),
+        not_shown=("`swift sft`", *_GLM4_MOE.not_shown),
     ),
 )
 

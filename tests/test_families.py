@@ -389,19 +389,20 @@ def test_zero_centred_norms_may_be_zero(base, tmp_path):
     assert [f.what for f in examine(folder)] == ["mtp.fc.weight is all zeros"]
 
 
+@pytest.mark.parametrize("each_base", [k for k in KINDS if k != "glm4_moe_lite"], indirect=True)
 def test_swift_trains_resumes_and_exports(each_base, rows, tmp_path):
     """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
-    if each_base.name == "glm4_moe_lite":
-        pytest.skip("all that `swift` meets of it, deepseek_v3 shows")
     options = {"max_steps": 4, "save_steps": 2, "template": "qwen"}
     swift(*sft_args(each_base, rows, tmp_path / "run", **options))
     assert len(logged(tmp_path / "run")) == 4 and logged(tmp_path / "run", "mtp_acc_3")
-    args = sft_args(each_base, rows, tmp_path / "again", **options)
-    swift(*args, "--resume_from_checkpoint", tmp_path / "run/checkpoint-2")
-    want, got = (load_file(tmp_path / r / "checkpoint-4/model.safetensors") for r in ("run", "again"))
-    assert want.keys() == got.keys() == head_shapes(each_base).keys()
-    assert all(torch.equal(want[n], got[n]) for n in want)
-    swift("export", "--adapters", tmp_path / "again/checkpoint-4", "--output_dir", tmp_path / "full")
+    want, last = load_file(tmp_path / "run/checkpoint-4/model.safetensors"), tmp_path / "run/checkpoint-4"
+    assert want.keys() == head_shapes(each_base).keys()
+    if each_base.name != "deepseek_v3":  # which resumes as glm4_moe does
+        args, last = sft_args(each_base, rows, tmp_path / "again", **options), tmp_path / "again/checkpoint-4"
+        swift(*args, "--resume_from_checkpoint", tmp_path / "run/checkpoint-2")
+        got = load_file(last / "model.safetensors")
+        assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want)
+    swift("export", "--adapters", last, "--output_dir", tmp_path / "full")
     before, after = weights(each_base), weights(tmp_path / "full")
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
