@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,9 @@ class FastMTPMixin:
         self.family = self.family.at(config.num_hidden_layers)
         # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
         place_module(cast(nn.Module, self), self.family.prefix, MTPHead(config, self.family))
+        for module in cast(nn.Module, self).modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
 
     @property
@@ -248,6 +252,13 @@ class FastMTPMixin:
             best = drafts(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
             found["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
         return found
+
+
+def _without_autocast(router: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """Routers of DeepSeek's kind compute in float32 in transformers and in engines. Under autocast their product would
+    be bfloat16 all the same, and a near tie would be trained with one expert and served with another."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return type(router).forward(router, hidden_states)
 
 
 def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """Families other than MiMo, on tiny random models: native keys from load to export, `exact` against a draft with a KV
 cache, the real `swift` command, and one clear error for each layout that is not trained."""
 
+import copy
 import json
 import re
 import shutil
@@ -123,7 +124,7 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
     return worst
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(list(KINDS)),
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),
@@ -135,6 +136,22 @@ def test_exact_equals_a_draft_with_a_kv_cache(exact, kind, lengths, heads, steps
     model, hidden, embeds = case(kind, lengths, seed, heads)
     outputs = run(model, hidden, embeds, lengths, steps, "exact")
     assert worst_error(kind, model, hidden, embeds, lengths, steps, outputs) <= 1e-9
+
+
+@kinds
+def test_gradients_are_those_of_the_draft(exact, kind):
+    model, hidden, embeds = case(kind, [7], 3)
+    inputs = hidden.requires_grad_(), embeds.requires_grad_()
+    head, ours, want = KINDS[kind][1](model.head, model.config), 0.0, 0.0
+    outputs = run(model, hidden, embeds, [7], 3, "exact")
+    share = torch.randn_like(outputs)
+    for base in range(6):
+        depth = min(3, 6 - base)
+        chain = draft_with_cache(head, hidden[0], embeds[0], base, depth, mask_position_zero=False)
+        ours = ours + (outputs[:depth, base] * share[:depth, base]).sum()
+        want = want + (chain * share[:depth, base]).sum()
+    pairs = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(want, inputs), strict=True)
+    assert all((a - b).abs().max() <= 1e-9 for a, b in pairs)
 
 
 @kinds
@@ -211,6 +228,19 @@ def test_paper_equals_the_papers_equations(exact, kind, seed):
         for k, g in enumerate(paper_rollout(head, hidden[0, part], embeds[0, part], 4)):
             assert (outputs[k, start : start + len(g)] - g).detach().abs().max() <= 1e-9
         start += n
+
+
+def test_autocast_leaves_routers_in_float32():
+    """As engines compute them; in the backbone and in the head, and in a copy of the model."""
+    model = copy.deepcopy(random_glm4_moe(1, dtype=torch.bfloat16))
+    routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
+    hidden = torch.randn(1, 50, 32).bfloat16()
+    want = [router(hidden) for router in routers]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = [router(hidden) for router in routers]
+    assert len(routers) == 2 and all(logits.dtype == torch.float32 for logits, _, _ in got)
+    assert all(torch.equal(a, b) for x, y in zip(want, got, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(router.forward.__self__ is router for router in routers)
 
 
 @kinds
