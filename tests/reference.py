@@ -1,8 +1,8 @@
 """The method written out plainly, sharing nothing with the package: what the fast paths must equal.
 
-A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), a Qwen3-Next
-head where it differs, the paper's rollout as a loop over steps, and a token-by-token draft with a KV cache as a server
-does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
+A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), the heads of
+other families where they differ, the paper's rollout as a loop over steps, and a token-by-token draft with a KV cache
+as a server does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
 """
 
 import math
@@ -16,7 +16,7 @@ class Head:
     def __init__(self, head, config):
         self.w = {n: p.detach() for n, p in head.named_parameters()}
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
-        self.dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.dim, self.eps = getattr(config, "head_dim", config.hidden_size // self.heads), config.rms_norm_eps
         self.theta = config.rope_parameters["rope_theta"]
 
     def rms(self, x, name):
@@ -59,6 +59,9 @@ class Head:
         a = self.rms(u, "post_attention_layernorm")
         gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
         u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
+        return self.final(u)
+
+    def final(self, u):
         return self.rms(u, "final_layernorm")
 
 
@@ -120,6 +123,29 @@ class QwenHead(Head):
         u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
         return self.rms(u, "norm")
+
+
+class ErnieHead(Head):
+    """[embed, hidden], RoPE on neighbouring pairs, a bias where the config says so, and no final norm
+    (SGLang `ernie4_eagle.py`, `ernie4.py`)."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.w = {n.removeprefix("mtp_block.0."): w for n, w in self.w.items()}
+
+    def rope(self, x, positions):
+        freq = 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=x.dtype) / self.dim)
+        angle = (positions.to(x.dtype)[:, None] * freq)[:, None, :]
+        a, b = x[..., 0::2], x[..., 1::2]
+        turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return torch.stack(turned, -1).flatten(-2)
+
+    def fuse(self, hidden, embed):
+        pair = self.rms(embed, "mtp_emb_norm.0"), self.rms(hidden, "mtp_hidden_norm.0")
+        return self.linear(torch.cat(pair, -1), "mtp_linear_proj.0")
+
+    def final(self, u):
+        return u
 
 
 class DenseQwenHead(QwenHead):

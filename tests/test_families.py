@@ -4,15 +4,25 @@ cache, the real `swift` command, and one clear error for each layout that is not
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, logged, sft_args, swift
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import packed_positions, random_qwen3_5, random_qwen3_next, save_checkpoint
-from reference import DenseQwenHead, QwenHead, draft_with_cache, paper_rollout
+from models import (
+    CHECKPOINTS,
+    packed_positions,
+    random_ernie,
+    random_qwen3_5,
+    random_qwen3_5_moe,
+    random_qwen3_next,
+    save_checkpoint,
+)
+from reference import DenseQwenHead, ErnieHead, Head, QwenHead, draft_with_cache, paper_rollout
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.config import FastMTPConfig
@@ -20,44 +30,73 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import REFUSED, find_family, match_family, refused_table, support_table
-from swift_fastmtp.head import join_experts, split_experts
-from swift_fastmtp.modeling import head_shapes, load_model
+from swift_fastmtp.families import FAMILIES, find_family, match_family, refused_table, support_table
+from swift_fastmtp.head import as_stored, join_experts, split_experts
+from swift_fastmtp.known_layouts import LAYOUTS
+from swift_fastmtp.modeling import build_class, head_shapes, load_model
 from swift_fastmtp.rollout import rollout, segment_ids
 
 HEAD = "mtp."
 EXPERT = "mtp.layers.0.mlp.experts.1.up_proj.weight"
-# Name → a tiny random model, its plain reference, and the number of MTP tensors in a checkpoint.
-KINDS = {"qwen3_next": (random_qwen3_next, QwenHead, 29), "qwen3_5": (random_qwen3_5, DenseQwenHead, 15)}
+# Name → a tiny random model and its plain reference.
+KINDS = {
+    "qwen3_next": (random_qwen3_next, QwenHead),
+    "qwen3_5": (random_qwen3_5, DenseQwenHead),
+    "qwen3_5_moe": (random_qwen3_5_moe, QwenHead),
+    "ernie4_5_moe": (partial(random_ernie, bias=True), ErnieHead),
+}
+# MTP tensors in a checkpoint; of the two forms of four experts, one has three tensors for each, one has two in all.
+TENSORS = {
+    "qwen3_next": 29,
+    "qwen3_5": 15,
+    "qwen3_5_vision": 15,
+    "qwen3_5_moe": 29,
+    "qwen3_5_moe_vision": 19,
+    "ernie4_5_moe": 12,
+}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture
-def exact_qwen(monkeypatch):
-    """transformers computes norms and routing in float32 whatever it is given; float64 comparisons need float64."""
-    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
-    from transformers.models.qwen3_next import modeling_qwen3_next as module
+def in_float64(monkeypatch):
+    """transformers computes norms, routing and ERNIE's RoPE in float32 whatever it is given; float64 comparisons need
+    float64."""
+    from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
+    from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as mixture
+    from transformers.models.qwen3_next import modeling_qwen3_next as following
 
     def norm(self, x):
         return self._norm(x) * (1.0 + self.weight)
+
+    def plain_norm(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
     def route(self, x):
         logits = x.reshape(-1, self.hidden_dim) @ self.weight.T
         share, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
         return logits, share / share.sum(-1, keepdim=True), chosen
 
-    monkeypatch.setattr(Qwen3_5RMSNorm, "forward", norm)
-    monkeypatch.setattr(module.Qwen3NextRMSNorm, "forward", norm)
-    monkeypatch.setattr(module.Qwen3NextTopKRouter, "forward", route)
+    def turn(q, k, cos, sin):
+        cos, sin = (x[:, None, :, : x.shape[-1] // 2].repeat_interleave(2, -1) for x in (cos, sin))
+        return tuple(x * cos + ernie.rotate_half(x) * sin for x in (q, k))
+
+    for cls in (dense.Qwen3_5RMSNorm, mixture.Qwen3_5MoeRMSNorm, following.Qwen3NextRMSNorm):
+        monkeypatch.setattr(cls, "forward", norm)
+    for cls in (mixture.Qwen3_5MoeTopKRouter, following.Qwen3NextTopKRouter):
+        monkeypatch.setattr(cls, "forward", route)
+    monkeypatch.setattr(ernie.Ernie4_5_MoeRMSNorm, "forward", plain_norm)
+    monkeypatch.setattr(ernie, "apply_rotary_pos_emb", turn)
 
 
 def run(model, hidden, embeds, lengths, steps, mode):
     """The package's rollout, with rotary angles in the model's own precision."""
-    rope, positions = model.config.rope_parameters, packed_positions(lengths)
-    dim = int(model.config.head_dim * rope["partial_rotary_factor"])
+    config, positions = model.config, packed_positions(lengths)
+    dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    dim = int(dim * config.rope_parameters.get("partial_rotary_factor", 1))
 
     def rotary(x, positions):
-        freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=hidden.dtype) / dim)
+        freq = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=hidden.dtype) / dim)
         angle = (positions[..., None].to(hidden.dtype) * freq).repeat(1, 1, 2)
         return angle.cos(), angle.sin()
 
@@ -76,7 +115,8 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
         h, e = hidden[0, start : start + n], embeds[0, start : start + n]
         for base in range(n - 1):
             depth = min(steps, n - 1 - base)
-            want = draft_with_cache(head, h, e, base, depth, **{"mask_position_zero": False, **switches})
+            switches = {"mask_position_zero": model.family.mask_position_zero, **switches}
+            want = draft_with_cache(head, h, e, base, depth, **switches)
             got = torch.stack([outputs[k, start + base] for k in range(depth)])
             worst = max(worst, float((got - want).detach().abs().max()))
         start += n
@@ -91,7 +131,7 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
     steps=st.integers(1, 5),
     seed=st.integers(0, 99),
 )
-def test_exact_equals_a_draft_with_a_kv_cache(exact_qwen, kind, lengths, heads, steps, seed):
+def test_exact_equals_a_draft_with_a_kv_cache(in_float64, kind, lengths, heads, steps, seed):
     model, hidden, embeds = case(kind, lengths, seed, heads)
     outputs = run(model, hidden, embeds, lengths, steps, "exact")
     assert worst_error(kind, model, hidden, embeds, lengths, steps, outputs) <= 1e-9
@@ -110,7 +150,12 @@ def test_exact_in_fp32_with_transformers_own_norms_and_routing(kind):
     head.w = {n: w.double() for n, w in head.w.items()}
     for base in range(13):
         want = draft_with_cache(
-            head, hidden[0].double(), embeds.double(), base, min(4, 13 - base), mask_position_zero=False
+            head,
+            hidden[0].double(),
+            embeds.double(),
+            base,
+            min(4, 13 - base),
+            mask_position_zero=model.family.mask_position_zero,
         )
         torch.testing.assert_close(outputs[: len(want), base], want, atol=1e-4, rtol=1e-4)
 
@@ -118,7 +163,7 @@ def test_exact_in_fp32_with_transformers_own_norms_and_routing(kind):
 @pytest.mark.parametrize(
     "change", [{"shift_positions": False}, {"own_chain": False}, {"mask_position_zero": True}, "order", "norms", "gate"]
 )
-def test_each_ingredient_is_needed(exact_qwen, change, monkeypatch):
+def test_each_ingredient_of_qwen_is_needed(in_float64, change, monkeypatch):
     """Taking one away must be far outside the tolerance, or the tests above prove nothing."""
     model, hidden, embeds = case("qwen3_next", [9, 7], 0)
     outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
@@ -134,9 +179,26 @@ def test_each_ingredient_is_needed(exact_qwen, change, monkeypatch):
     assert worst_error("qwen3_next", model, hidden, embeds, [9, 7], 4, outputs, **switches) > 1e-2
 
 
+@pytest.mark.parametrize("change", [{"mask_position_zero": False}, "order", "norm", "rope", "bias"])
+def test_each_ingredient_of_ernie_is_needed(in_float64, change, monkeypatch):
+    model, hidden, embeds = case("ernie4_5_moe", [9, 7], 0)
+    outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
+    fuse, linear = ErnieHead.fuse, ErnieHead.linear
+    other = {
+        "order": ("fuse", lambda self, hidden, embed: fuse(self, embed, hidden)),
+        "norm": ("final", lambda self, u: self.rms(u, "post_attention_layernorm")),
+        "rope": ("rope", Head.rope),
+        "bias": ("linear", lambda self, x, n: linear(self, x, n) - self.w[f"{n}.bias"] * (n == "mtp_linear_proj.0")),
+    }
+    if isinstance(change, str):
+        monkeypatch.setattr(ErnieHead, *other[change])
+    switches = change if isinstance(change, dict) else {}
+    assert worst_error("ernie4_5_moe", model, hidden, embeds, [9, 7], 4, outputs, **switches) > 1e-2
+
+
 @kinds
 @pytest.mark.parametrize("seed", range(2))
-def test_paper_equals_the_papers_equations(exact_qwen, kind, seed):
+def test_paper_equals_the_papers_equations(in_float64, kind, seed):
     model, hidden, embeds = case(kind, [9, 3], seed)
     head = KINDS[kind][1](model.head, model.config)
     outputs, start = run(model, hidden, embeds, [9, 3], 4, "paper"), 0
@@ -159,7 +221,7 @@ def test_only_the_head_gets_gradients(kind, mode):
 
 
 @kinds
-def test_padding_changes_nothing_and_packing_is_refused(kind):
+def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
     """Linear attention carries a state from row to row, so a packed row is not its documents."""
     model = KINDS[kind][0](5)
     model.fastmtp = FastMTPConfig(num_speculative_steps=4)
@@ -168,8 +230,16 @@ def test_padding_changes_nothing_and_packing_is_refused(kind):
     padded, mask = torch.nn.functional.pad(ids, (0, 5)), (torch.arange(18) < 13).long()[None]
     out = model(input_ids=padded, attention_mask=mask, labels=padded.masked_fill(mask == 0, -100))
     torch.testing.assert_close(out.step_loss[:, :, :13], alone.step_loss, atol=2e-5, rtol=1e-4)
-    with pytest.raises(FastMTPError, match="train without --packing and --padding_free"):
-        model(input_ids=ids, position_ids=packed_positions([6, 7]), labels=ids)
+    positions = packed_positions([6, 7])
+    if model.family.recurrent_backbone:
+        with pytest.raises(FastMTPError, match="train without --packing and --padding_free"):
+            model(input_ids=ids, position_ids=positions, labels=ids)
+        return
+    packed, one, two = (
+        model(input_ids=x, position_ids=p, labels=x).step_loss
+        for x, p in ((ids, positions), (ids[:, :6], positions[:, :6]), (ids[:, 6:], positions[:, 6:]))
+    )
+    torch.testing.assert_close(packed, torch.cat([one, two], 2), atol=2e-5, rtol=1e-4)
 
 
 def test_without_labels_it_is_the_plain_language_model():
@@ -189,9 +259,16 @@ def base(tmp_path_factory):
     return save_checkpoint(random_qwen3_next, tmp_path_factory.mktemp("qwen3_next") / "base")
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
-def each_base(request, tmp_path_factory):
-    return save_checkpoint(KINDS[request.param][0], tmp_path_factory.mktemp("each") / request.param)
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Every checkpoint by name, made when asked for."""
+    made, folder = {}, tmp_path_factory.mktemp("bases")
+    return lambda name: made.get(name) or made.setdefault(name, CHECKPOINTS[name](folder / name))
+
+
+@pytest.fixture(params=list(CHECKPOINTS))
+def each_base(request, bases):
+    return bases(request.param)
 
 
 def weights(folder):
@@ -211,14 +288,49 @@ def test_experts_split_as_transformers_splits_them(base):
     assert all(torch.equal(joined[n], p) for n, p in model.head_parameters().items())
 
 
-def test_trainers_that_read_checkpoints_themselves_find_the_experts(base):
+def test_trainers_that_read_checkpoints_themselves_find_every_tensor(each_base):
     """transformers' Trainer resumes with a lenient `load_state_dict` of the file's names."""
-    model, stored = load_model(base, torch.float32), weights(base)
+    model, stored = load_model(each_base, torch.float32), weights(each_base)
     for parameter in model.head_parameters().values():
         parameter.data.zero_()
-    found = model.load_state_dict({n: t for n, t in stored.items() if n.startswith(HEAD)}, strict=False)
-    assert not found.unexpected_keys and not [n for n in found.missing_keys if n.startswith(HEAD)]
-    assert all(torch.equal(p, stored[n].float()) for n, p in split_experts(model.head_parameters()).items())
+    owns = model.family.owns
+    found = model.load_state_dict({n: t for n, t in stored.items() if owns(n)}, strict=False)
+    assert not found.unexpected_keys and not [n for n in found.missing_keys if owns(n)]
+    parameters = model.head_parameters()
+    back = as_stored(parameters, head_shapes(each_base))
+    assert parameters and all(torch.equal(p, stored[n].float()) for n, p in back.items())
+
+
+@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if "vision" in n])
+def test_the_text_model_runs_as_it_does_beside_the_vision_tower(name, bases):
+    """The tower is not built; hidden states of text, and its positions, are those of the whole model."""
+    ours = load_model(bases(name), torch.float32)
+    whole = AutoModelForImageTextToText.from_pretrained(bases(name), dtype=torch.float32).eval()
+    assert not [n for n, _ in ours.named_modules() if "visual" in n]
+    ids, mask = torch.randint(100, 6000, (2, 12)), torch.ones(2, 12).long()
+    mask[1, 9:] = 0
+    positions, _ = whole.model.get_rope_index(ids, torch.zeros_like(ids), attention_mask=mask)
+    assert torch.equal(ours.get_rope_index(ids, mask)[0][:, mask.bool()], positions[:, mask.bool()])
+    with torch.no_grad():
+        want = whole.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        segments = segment_ids(positions[0], mask)
+        got = ours.backbone_states(ids, mask, positions[0], segments)
+        assert torch.equal(ours.lm_head.weight, whole.lm_head.weight)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=1e-5)
+    labels = ids.masked_fill(mask == 0, -100)
+    plain = ours(input_ids=ids, attention_mask=mask, labels=labels)
+    threefold = ours(input_ids=ids, attention_mask=mask, labels=labels, position_ids=positions)
+    assert torch.equal(plain.step_loss, threefold.step_loss)
+
+
+def test_rope_in_three_parts_is_plain_rope_for_text(bases):
+    """Every position of text has one number, whichever axis a frequency belongs to."""
+    rotary = load_model(bases("qwen3_5_vision"), torch.float32).model.rotary_emb
+    assert rotary.mrope_section == [2, 1, 1]
+    positions = torch.arange(30)[None]
+    cos, sin = rotary(torch.zeros(1), positions)
+    angle = (positions[..., None] * 10000.0 ** -(torch.arange(4) / 4)).repeat(1, 1, 2)
+    torch.testing.assert_close((cos, sin), (angle.cos(), angle.sin()))
 
 
 def test_native_keys_from_load_to_export(each_base, tmp_path):
@@ -229,7 +341,7 @@ def test_native_keys_from_load_to_export(each_base, tmp_path):
     model.fastmtp, model.model_dir = FastMTPConfig(), each_base
     model.freeze_backbone()
     model.train()
-    before = {n: p.clone() for n, p in model.named_parameters() if not n.startswith(HEAD)}
+    before = {n: p.clone() for n, p in model.named_parameters() if not model.family.owns(n)}
     optimizer = torch.optim.AdamW(model.head_parameters().values(), lr=1e-2)
     ids = torch.randint(0, 6000, (2, 16))
     model(input_ids=ids, labels=ids).loss.backward()
@@ -237,7 +349,7 @@ def test_native_keys_from_load_to_export(each_base, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
     trained, stored = load_file(tmp_path / "checkpoint/model.safetensors"), weights(each_base)
-    assert trained.keys() == head_shapes(each_base).keys() and len(trained) == KINDS[each_base.name][2]
+    assert trained.keys() == head_shapes(each_base).keys() and len(trained) == TENSORS[each_base.name]
     assert all(not torch.equal(t, stored[n].float()) for n, t in trained.items())  # every tensor has learnt
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
@@ -345,6 +457,7 @@ ERRORS = {
     "hidden size": (narrow, {}, "the MTP layer has hidden size 16, the model 32; it belongs to another model"),
     "lost": (lose_mtp, {}, "no tensor under 'mtp.'; this checkpoint lost its MTP layer"),
     "expert missing": (lambda t: t.pop(EXPERT), {}, f"MTP tensor {EXPERT} is missing"),
+    "backbone": (lambda t: t.pop("model.norm.weight"), {}, "model.norm.weight is in no file (1 such tensors)"),
     "tied": (None, {"tie_word_embeddings": True}, "tie_word_embeddings is true, but Qwen3NextForCausalLM has its own"),
 }  # fmt: skip
 
@@ -357,11 +470,31 @@ def test_one_clear_error(case, base, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("architecture", REFUSED)
-def test_families_that_engines_serve_otherwise_are_refused_with_the_reason(architecture):
-    why = "vision tower" if architecture.startswith("Qwen") else "SGLang serves it with its multi-layer worker"
-    with pytest.raises(FastMTPError, match=f"{architecture} cannot be trained here: .*{why}"):
-        find_family({"architectures": [architecture]})
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda row: row.name)
+def test_known_layouts_are_refused_with_their_reason(layout):
+    for name in layout.architectures:
+        with pytest.raises(FastMTPError) as error:
+            find_family({"architectures": [name]})
+        assert f"{name} cannot be trained here: {layout.reason}" in str(error.value)
+
+
+def test_keys_of_the_text_part_count():
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    with pytest.raises(FastMTPError, match="mtp_num_hidden_layers is 2"):
+        find_family({**config, "text_config": {"mtp_num_hidden_layers": 2}})
+    with pytest.raises(FastMTPError, match="tie_word_embeddings is True, and in text_config False"):
+        find_family({**config, "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
+    assert find_family({**config, "text_config": {"tie_word_embeddings": True}}).name == "qwen3_5"
+
+
+def test_the_block_is_the_engines_whatever_the_backbones_first_layer_is():
+    sparse = random_qwen3_next().config
+    sparse.mlp_only_layers, sparse.decoder_sparse_step = [0, 1], 2
+    dense = random_ernie().config
+    assert sparse.layer_types[0] == "linear_attention" and dense.moe_layer_start_index == 0
+    with torch.device("meta"):
+        heads = [build_class(match_family({"architectures": c.architectures}))(c).head for c in (sparse, dense)]
+    assert heads[0].layers[0].mlp.experts and not hasattr(heads[1].mtp_block[0].mlp, "experts")
 
 
 def test_the_page_is_made_from_the_table():
@@ -370,10 +503,12 @@ def test_the_page_is_made_from_the_table():
 
 
 def test_rows_do_not_share_an_architecture_or_a_path():
-    from swift_fastmtp.families import FAMILIES
-
-    names = [a for f in FAMILIES for a in f.architectures]
-    assert len(set(names)) == len(names) and not set(names) & set(REFUSED)
+    names = [a for row in (*FAMILIES, *LAYOUTS) for a in row.architectures]
+    assert len(set(names)) == len(names)
     for family in FAMILIES:
         assert match_family({"architectures": list(family.architectures)}) is family
-        assert re.fullmatch(r"[\w.]+\.\d+", family.layer_path) and family.layer_path.startswith(family.root)
+        for path in family.layer_paths:
+            assert re.fullmatch(r"[\w.]+\.0", path) and family.owns(f"{path}.weight")
+            assert not family.is_other_layer(f"{path}.weight")
+            assert family.is_other_layer(f"{path[:-1]}1.weight") and family.owns(f"{path[:-1]}1.weight")
+        assert not family.owns("model.layers.0.mlp.up_proj.weight") and not family.owns("model.norm.weight")

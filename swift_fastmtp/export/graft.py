@@ -79,7 +79,7 @@ def graft(
         notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
         from ..modeling import head_shapes  # builds the head on the meta device
 
-        expected = head_shapes(out)
+        expected = head_shapes(out, donor or model)
         weight_map = _copy_files(model, out, headers, stale)
         read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
         hashes = write_tensors(out / HEAD_FILE, expected, dtype, read)
@@ -109,7 +109,7 @@ def _family_of(config: dict[str, Any], model: Path) -> Family:
 
 
 def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> set[str]:
-    stale = headers.under(family.root)
+    stale = headers.under(*family.roots)
     if stale and not overwrite:
         raise FastMTPError(
             f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
@@ -272,11 +272,10 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> di
 def _fresh(
     model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    from transformers import AutoConfig
-
+    from ..modeling import load_config
     from .init_head import initial_head
 
-    return initial_head(model, AutoConfig.from_pretrained(out), family, expected)
+    return initial_head(model, load_config(out), family, expected)
 
 
 def _write_index(out: Path, weight_map: dict[str, str]) -> None:

@@ -45,12 +45,12 @@ def prepare_arguments(args: Any) -> None:
         args.tuner_type = "fastmtp"
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
-        projections = "|".join(re.escape(family.proj) for family in FAMILIES)
-        args.target_regex = rf"^({_prefixes()})\.(?!.*expert)(.*_proj|{projections})$"
+        projections = "|".join(re.escape(f"{family.prefix}.{family.proj}") for family in FAMILIES)
+        args.target_regex = rf"^(?!.*expert)(({_roots()})\..*_proj|{projections})$"
     frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
     if args.tuner_type == "full" and not frozen:
         args.freeze_parameters_ratio = 1.0
-        args.trainable_parameters_regex = rf"^({_prefixes()})\."
+        args.trainable_parameters_regex = rf"^({_roots()})\."
     if os.path.isdir(args.model or ""):
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
@@ -64,8 +64,8 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
-def _prefixes() -> str:
-    return "|".join(re.escape(family.prefix) for family in FAMILIES)
+def _roots() -> str:
+    return "|".join(re.escape(root) for family in FAMILIES for root in family.roots)
 
 
 def _check(args: Any) -> None:
