@@ -3,12 +3,12 @@
 
 Run by SGLang's Python with `stand_in/` on PYTHONPATH:
 
-    draft_class.py FOLDER IN.safetensors OUT.safetensors
+    draft_class.py FOLDER FULL IN.safetensors OUT.safetensors
 
 IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
 and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
 starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
-folder filled.
+folder filled. FULL is the whole checkpoint with the same head: the class must take the same parameters from it.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
@@ -66,6 +66,19 @@ from sglang.srt.server_args import ServerArgs
 SENTINEL = 12345.0
 
 
+built = loader._initialize_model
+
+
+def initialize(*a, **k):
+    model = built(*a, **k)
+    for parameter in model.parameters():
+        parameter.data.fill_(SENTINEL)
+    return model
+
+
+loader._initialize_model = initialize
+
+
 class Cache:
     """An attention backend: causal over what was written, which is one request."""
 
@@ -106,34 +119,31 @@ class Logits(torch.nn.Module):
         return hidden, hidden @ head.weight.T
 
 
-def load(folder):
+def start(folder):
     args = ServerArgs(model_path=folder, device="cpu", dtype="float32", disable_radix_cache=True)
     runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
     initialize_model_parallel()
     initialize_dp_attention(args)
+    return args
+
+
+def load(args, folder):
     config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=True)
-    built = loader._initialize_model
-
-    def initialize(*a, **k):
-        model = built(*a, **k)
-        for parameter in model.parameters():
-            parameter.data.fill_(SENTINEL)
-        return model
-
-    loader._initialize_model = initialize
     return loader.get_model_loader(LoadConfig(), config).load_model(
         model_config=config, device_config=DeviceConfig("cpu")
     )
 
 
-def main(folder, source, target):
-    given = load_file(source)
-    model = load(folder).eval()
+def main(folder, full, source, target):
+    given, args = load_file(source), start(folder)
+    model = load(args, folder).eval()
     print(type(model).__name__)
     own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
     print("unfilled:", unfilled)
+    whole = dict(load(args, full).named_parameters())
+    print("of the full folder:", "alike" if all(torch.equal(p, whole[n]) for n, p in own.items()) else "others")
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
