@@ -3,12 +3,13 @@
 
 Run by SGLang's Python with `stand_in/` on PYTHONPATH:
 
-    draft_class.py FOLDER FULL IN.safetensors OUT.safetensors
+    draft_class.py JOB...
 
-IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
-and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
-starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
-folder filled. FULL is the whole checkpoint with the same head: the class must take the same parameters from it.
+A job is a folder with `draft`, a draft-only checkpoint; `full`, the whole one with the same head, of which the class
+must take the same parameters; and `in.safetensors`: `ids` [base + K + 1], the text; `hidden` [base + 1, D], the
+target's hidden states of slots 0..base; `embed` and `lm_head`, which a draft takes from its target. There
+`out.safetensors` appears, with `logits` [K, V] and `hidden` [K, D] of the chain that starts at the last of these slots
+and reads the text. Printed are the parameters that no tensor of the folder filled.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
@@ -135,15 +136,14 @@ def load(args, folder):
     )
 
 
-def main(folder, full, source, target):
-    given, args = load_file(source), start(folder)
-    model = load(args, folder).eval()
-    print(type(model).__name__)
+def run(args, job):
+    given = load_file(f"{job}/in.safetensors")
+    model = load(args, f"{job}/draft").eval()
     own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
-    print("unfilled:", unfilled)
-    whole = dict(load(args, full).named_parameters())
-    print("of the full folder:", "alike" if all(torch.equal(p, whole[n]) for n, p in own.items()) else "others")
+    whole = dict(load(args, f"{job}/full").named_parameters())
+    others = [n for n, p in own.items() if not torch.equal(p, whole[n])]
+    print(f"{os.path.basename(job)}: {type(model).__name__}, unfilled {unfilled}, other in full {others}")
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
@@ -159,8 +159,10 @@ def main(folder, full, source, target):
             g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
             found.append((logits[0], g[0]))
     out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}
-    save_file({**out, "unfilled": torch.tensor(len(unfilled))}, target)
+    save_file(out, f"{job}/out.safetensors")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    arguments = start(f"{sys.argv[1]}/draft")
+    for folder in sys.argv[1:]:
+        run(arguments, folder)
