@@ -148,6 +148,14 @@ def save_checkpoint(make, folder):
     return folder
 
 
+# As Qwen3.5's renders a plain conversation, which tells ms-swift's templates apart.
+_THINKING = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}"
+    "{%- if enable_thinking is false %}{{- '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
+
+
 def save_vision_checkpoint(make, folder):
     """The same text model and head as Qwen publishes them: beside a vision tower, experts joined."""
     model = make(3, vocab=6144, std=0.1).bfloat16()
@@ -173,8 +181,11 @@ def save_vision_checkpoint(make, folder):
     folder.mkdir()
     save_torch_state_dict(tensors, folder, max_shard_size="100KB")
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "generation_config.json"):
         shutil.copyfile(TINY / name, folder / name)
+    tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": _THINKING}))
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
     assert len(Weights(folder).files) > 1 and "vision_config" in json.loads((folder / "config.json").read_text())
     return folder
 

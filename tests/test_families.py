@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, logged, sft_args, swift
+from conftest import ROOT, logged, sft_args, swift, swift_runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import (
@@ -388,40 +388,95 @@ def test_zero_centred_norms_may_be_zero(base, tmp_path):
     assert [f.what for f in examine(folder)] == ["mtp.fc.weight is all zeros"]
 
 
-def test_swift_trains_resumes_and_exports(each_base, rows, tmp_path):
-    """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
+@pytest.fixture(scope="module")
+def runs(bases, rows, tmp_path_factory):
+    """Every checkpoint trained, trained again from half-way, and exported; one with tuner type `full`, one with LoRA.
+
+    Returns the folder of all outputs, the errors by name and the log.
+    """
+    work = tmp_path_factory.mktemp("runs")
     options = {"max_steps": 4, "save_steps": 2, "template": "qwen"}
-    swift(*sft_args(each_base, rows, tmp_path / "run", **options))
-    assert len(logged(tmp_path / "run")) == 4 and logged(tmp_path / "run", "mtp_acc_3")
-    args = sft_args(each_base, rows, tmp_path / "again", **options)
-    swift(*args, "--resume_from_checkpoint", tmp_path / "run/checkpoint-2")
-    want, got = (load_file(tmp_path / r / "checkpoint-4/model.safetensors") for r in ("run", "again"))
-    assert want.keys() == got.keys() == head_shapes(each_base).keys()
+    jobs = {}
+    for name in CHECKPOINTS:
+        if name == BY_COMMAND:
+            continue
+        mine = {**options, "template": None if "vision" in name else "qwen"}
+        first, again = (sft_args(bases(name), rows, work / f"{name}-{run}", **mine) for run in ("run", "again"))
+        jobs[f"{name} run"] = first
+        jobs[f"{name} again"] = [*again, "--resume_from_checkpoint", work / f"{name}-run/checkpoint-2"]
+        jobs[f"{name} full"] = export_args(work / f"{name}-again/checkpoint-4", work / f"{name}-full")
+    for name in FULL:
+        args = sft_args(bases(name), rows, work / f"{name}-whole", **{**options, "tuner_type": "full"})
+        jobs[f"{name} whole"] = args
+        jobs[f"{name} whole full"] = [
+            *("export", "--model", work / f"{name}-whole/checkpoint-4"),
+            *("--output_dir", work / f"{name}-whole-full"),
+        ]
+    jobs["lora"] = sft_args(bases("qwen3_next"), rows, work / "lora", **{**options, "tuner_type": "lora"})
+    errors, log = swift_runs(work, jobs.values())
+    return work, dict(zip(jobs, errors, strict=True)), log
+
+
+# The one that goes through the command itself, and those whose whole model is saved too.
+BY_COMMAND, FULL = "qwen3_5_moe_vision", ("qwen3_next", "qwen3_5_vision", "ernie4_5_moe")
+
+
+def export_args(checkpoint, output_dir):
+    return ["export", "--adapters", checkpoint, "--output_dir", output_dir]
+
+
+def check_runs(base, work):
+    """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
+    name = base.name
+    assert len(logged(work / f"{name}-run")) == 4 and logged(work / f"{name}-run", "mtp_acc_3")
+    want, got = (load_file(work / f"{name}-{run}/checkpoint-4/model.safetensors") for run in ("run", "again"))
+    assert want.keys() == got.keys() == head_shapes(base).keys()
     assert all(torch.equal(want[n], got[n]) for n in want)
-    swift("export", "--adapters", tmp_path / "again/checkpoint-4", "--output_dir", tmp_path / "full")
-    before, after = weights(each_base), weights(tmp_path / "full")
+    before, after = weights(base), weights(work / f"{name}-full")
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed <= want.keys() and {n for n in want if "_proj" in n} <= changed
-    assert (tmp_path / "full/config.json").read_bytes() == (each_base / "config.json").read_bytes()
+    assert changed <= want.keys() and {n for n in want if "_proj" in n and not n.endswith(".bias")} <= changed
+    assert (work / f"{name}-full/config.json").read_bytes() == (base / "config.json").read_bytes()
 
 
-def test_the_backbone_in_memory_stays_bit_identical_in_training(base, rows, tmp_path):
+@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != BY_COMMAND])
+def test_swift_trains_resumes_and_exports(name, bases, runs):
+    work, errors, log = runs
+    assert [errors[f"{name} {job}"] for job in ("run", "again", "full")] == [None] * 3, log[-4000:]
+    check_runs(bases(name), work)
+
+
+def test_the_swift_command_does_the_same(bases, rows, tmp_path):
+    """By the command line; the chat template is found by how it renders, since the folder's name says nothing."""
+    base, options = bases(BY_COMMAND), {"max_steps": 4, "save_steps": 2}
+    done = swift(*sft_args(base, rows, tmp_path / f"{BY_COMMAND}-run", **options))
+    assert "template 'qwen3_5' renders like the tokenizer's chat template" in done.stdout + done.stderr
+    args = sft_args(base, rows, tmp_path / f"{BY_COMMAND}-again", **options)
+    swift(*args, "--resume_from_checkpoint", tmp_path / f"{BY_COMMAND}-run/checkpoint-2")
+    swift(*export_args(tmp_path / f"{BY_COMMAND}-again/checkpoint-4", tmp_path / f"{BY_COMMAND}-full"))
+    check_runs(base, tmp_path)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, runs):
     """Tuner type `full` saves the whole model, so its checkpoint shows what training did to every tensor."""
-    swift(*sft_args(base, rows, tmp_path / "run", max_steps=2, tuner_type="full", template="qwen"))
-    before, after = weights(base), weights(tmp_path / "run/checkpoint-2")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[n].float(), after[n]) for n in before if not n.startswith(HEAD))
-    assert not torch.equal(before[EXPERT].float(), after[EXPERT])
-    swift("export", "--model", tmp_path / "run/checkpoint-2", "--output_dir", tmp_path / "full")
-    assert examine(tmp_path / "full") == []
+    work, errors, log = runs
+    assert errors[f"{name} whole"] is None, log[-4000:]
+    family = match_family(json.loads((bases(name) / "config.json").read_text()))
+    before, after = weights(bases(name)), weights(work / f"{name}-whole/checkpoint-4")
+    rest = {n for n in before if ".visual." not in n}
+    assert rest == after.keys() and len(before) - len(rest) == (21 if "vision" in name else 0)
+    assert all(torch.equal(before[n].float(), after[n].float()) for n in rest if not family.owns(n))
+    assert any(not torch.equal(before[n].float(), after[n]) for n in rest if family.owns(n))
+    assert errors[f"{name} whole full"] is None and examine(work / f"{name}-whole-full") == []
+    full = weights(work / f"{name}-whole-full")
+    assert full.keys() == before.keys() and all(torch.equal(full[n], before[n]) for n in before if ".visual." in n)
 
 
-def test_lora_on_a_mixture_of_experts_is_refused(base, rows, tmp_path):
+def test_lora_on_a_mixture_of_experts_is_refused(runs):
     """peft turns the head's target regex into bare names that also match the backbone."""
-    args = sft_args(base, rows, tmp_path / "run", max_steps=2, tuner_type="lora", lora_rank=4, template="qwen")
-    done = swift(*args, check=False)
-    assert done.returncode == 1 and "would be trained; only the MTP head may be" in done.stderr
+    error = runs[1]["lora"]
+    assert "would be trained; only the MTP head may be: use --tuner_type fastmtp, and no --lora_... and" in error
 
 
 def broken(base, tmp_path, change=None, **config):

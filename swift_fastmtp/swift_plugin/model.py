@@ -84,10 +84,15 @@ class FastMTPModelMeta(ModelMeta):
             return None
         tokenizer.model_info, tokenizer.model_meta = model_info, self
         messages = [{"role": "user", "content": "1 + 1 = ?"}]
-        want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        def alike(candidate: str, **thinking: bool) -> bool:
+            want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+            template = get_template(tokenizer, template_type=candidate, **thinking)
+            return bool(tokenizer.decode(template.encode({"messages": messages})["input_ids"]) == want)
+
         for candidate in candidates:
-            ids = get_template(tokenizer, template_type=candidate).encode({"messages": messages})["input_ids"]
-            if tokenizer.decode(ids) == want:
+            # The two may have other defaults of whether the model thinks.
+            if alike(candidate) or all(alike(candidate, enable_thinking=on) for on in (True, False)):
                 logger.info(f"template {candidate!r} renders like the tokenizer's chat template")
                 return candidate
         return None
