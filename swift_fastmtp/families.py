@@ -188,6 +188,19 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="qwen3_5_moe_text",
         plain_model_type="qwen3_5_moe_text",
     ),
+    # No published checkpoint of this one has an MTP layer; `fastmtp graft` can make one.
+    replace(
+        _QWEN3_NEXT,
+        name="qwen3_moe",
+        architectures=("Qwen3MoeForCausalLM",),
+        backbone="transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeForCausalLM",
+        block="transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
+        zero_centred_norms=False,
+        config_model_type="qwen3_moe",
+        plain_model_type="qwen3_moe",
+        recurrent_backbone=False,
+        served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
+    ),
     # Fed back: what the block puts out. No norm follows it, and none stands before the output matrix.
     Family(
         name="ernie4_5_moe",

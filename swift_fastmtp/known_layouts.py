@@ -114,7 +114,6 @@ LAYOUTS: tuple[Layout, ...] = (
         f"{_NO_ROW}: Qwen3.5's layer beside a backbone that transformers runs with remote code only",
         r"^mtp.*",
     ),
-    Layout("qwen3-moe", ("Qwen3MoeForCausalLM",), ("mtp",), CHAIN, None, f"{_NO_ROW}: experts"),
     Layout(
         "qwen4-exp",
         ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
@@ -130,7 +129,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ("mtp",),
         CHAIN,
         "exaone_moe_mtp",
-        f"{_NO_ROW}: experts",
+        f"{_NO_ROW}: its MTP layer attends within the first layer's sliding window, which the exact rollout has not",
         r"mtp.*",
     ),
     Layout(

@@ -7,7 +7,13 @@ from functools import partial
 import torch
 from conftest import TINY
 from huggingface_hub import save_torch_state_dict
-from transformers import AutoModelForImageTextToText, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
@@ -50,7 +56,7 @@ def random_qwen3_next(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.
         tie_word_embeddings=False,
         architectures=["Qwen3NextForCausalLM"],
     )
-    return _random_qwen(seed, config, "qwen3_next", std, dtype)
+    return _random(seed, config, "qwen3_next", std, dtype)
 
 
 def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
@@ -58,13 +64,32 @@ def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.flo
     config = Qwen3_5TextConfig(
         **_hybrid(vocab, heads, kv), tie_word_embeddings=True, architectures=["Qwen3_5ForCausalLM"]
     )
-    return _random_qwen(seed, config, "qwen3_5", std, dtype)
+    return _random(seed, config, "qwen3_5", std, dtype)
 
 
 def random_qwen3_5_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
     """A text-only Qwen3.5 with experts."""
     config = Qwen3_5MoeTextConfig(**_hybrid(vocab, heads, kv), **_MIXTURE, architectures=["Qwen3_5MoeForCausalLM"])
-    return _random_qwen(seed, config, "qwen3_5_moe", std, dtype)
+    return _random(seed, config, "qwen3_5_moe", std, dtype)
+
+
+def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=16,
+        rope_theta=10000.0,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    return _random(seed, config, "qwen3_moe", std, dtype, norms=(0.3, 2.0))
 
 
 def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, bias=False):
@@ -87,15 +112,7 @@ def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float
         num_nextn_predict_layers=1,
         architectures=["Ernie4_5_MoeForCausalLM"],
     )
-    torch.manual_seed(seed)
-    model = build_class(next(f for f in FAMILIES if f.name == "ernie4_5_moe"))(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.3, 2.0)
-        else:
-            torch.nn.init.normal_(parameter, std=std)
-    model.freeze_backbone()
-    return model.to(dtype).eval()
+    return _random(seed, config, "ernie4_5_moe", std, dtype, norms=(0.3, 2.0))
 
 
 _MIXTURE = {
@@ -125,12 +142,12 @@ def _hybrid(vocab, heads, kv):
     }
 
 
-def _random_qwen(seed, config, family, std, dtype):
+def _random(seed, config, family, std, dtype, norms=(-0.7, 1.0)):
     torch.manual_seed(seed)
     model = build_class(next(f for f in FAMILIES if f.name == family))(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            torch.nn.init.uniform_(parameter, -0.7, 1.0)
+            torch.nn.init.uniform_(parameter, *norms)
         elif "A_log" not in name:
             torch.nn.init.normal_(parameter, std=std)
     model.freeze_backbone()
@@ -196,6 +213,7 @@ CHECKPOINTS = {
     "qwen3_5_vision": partial(save_vision_checkpoint, random_qwen3_5),
     "qwen3_5_moe": partial(save_checkpoint, random_qwen3_5_moe),
     "qwen3_5_moe_vision": partial(save_vision_checkpoint, random_qwen3_5_moe),
+    "qwen3_moe": partial(save_checkpoint, random_qwen3_moe),
     "ernie4_5_moe": partial(save_checkpoint, random_ernie),
 }
 

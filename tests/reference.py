@@ -73,7 +73,7 @@ class QwenHead(Head):
     def __init__(self, head, config):
         super().__init__(head, config)
         self.w = {n.removeprefix("layers.0."): w for n, w in self.w.items()}
-        self.rotary = int(self.dim * config.rope_parameters["partial_rotary_factor"])
+        self.rotary = int(self.dim * config.rope_parameters.get("partial_rotary_factor", 1))
         self.top = getattr(config, "num_experts_per_tok", None)
 
     def rms(self, x, name):
@@ -105,10 +105,13 @@ class QwenHead(Head):
     def mlp(self, x, gate, up, down):
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
+    def shared_expert(self, x):
+        out = self.mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        return out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+
     def feed_forward(self, x):
         """Row by row, expert by expert."""
-        out = self.mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
-        out = out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+        out = self.shared_expert(x)
         share = self.linear(x, "mlp.gate").softmax(-1)
         for i, row in enumerate(x):
             best = share[i].argsort(descending=True)[: self.top].tolist()
@@ -123,6 +126,19 @@ class QwenHead(Head):
         u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
         return self.rms(u, "norm")
+
+
+class Qwen3MoeHead(QwenHead):
+    """Plain norms, no output gate, RoPE on the whole head, no shared expert (SGLang `qwen3_moe_mtp.py`)."""
+
+    rms = Head.rms
+
+    def queries_and_gate(self, u):
+        q = self.linear(self.rms(u, "input_layernorm"), "self_attn.q_proj").view(len(u), self.heads, self.dim)
+        return q, torch.full_like(q, math.inf)
+
+    def shared_expert(self, x):
+        return torch.zeros_like(x)
 
 
 class ErnieHead(Head):

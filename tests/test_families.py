@@ -17,10 +17,11 @@ from models import (
     random_ernie,
     random_qwen3_5,
     random_qwen3_5_moe,
+    random_qwen3_moe,
     random_qwen3_next,
     save_checkpoint,
 )
-from reference import DenseQwenHead, ErnieHead, Head, QwenHead, draft_with_cache, paper_rollout
+from reference import DenseQwenHead, ErnieHead, Head, Qwen3MoeHead, QwenHead, draft_with_cache, paper_rollout
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -43,6 +44,7 @@ KINDS = {
     "qwen3_next": (random_qwen3_next, QwenHead),
     "qwen3_5": (random_qwen3_5, DenseQwenHead),
     "qwen3_5_moe": (random_qwen3_5_moe, QwenHead),
+    "qwen3_moe": (random_qwen3_moe, Qwen3MoeHead),
     "ernie4_5_moe": (partial(random_ernie, bias=True), ErnieHead),
 }
 # MTP tensors in a checkpoint; of the two forms of four experts, one has three tensors for each, one has two in all.
@@ -52,6 +54,7 @@ TENSORS = {
     "qwen3_5_vision": 15,
     "qwen3_5_moe": 29,
     "qwen3_5_moe_vision": 19,
+    "qwen3_moe": 25,
     "ernie4_5_moe": 12,
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -64,6 +67,7 @@ def in_float64(monkeypatch):
     from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
     from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as mixture
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as plain
     from transformers.models.qwen3_next import modeling_qwen3_next as following
 
     def norm(self, x):
@@ -83,9 +87,10 @@ def in_float64(monkeypatch):
 
     for cls in (dense.Qwen3_5RMSNorm, mixture.Qwen3_5MoeRMSNorm, following.Qwen3NextRMSNorm):
         monkeypatch.setattr(cls, "forward", norm)
-    for cls in (mixture.Qwen3_5MoeTopKRouter, following.Qwen3NextTopKRouter):
+    for cls in (mixture.Qwen3_5MoeTopKRouter, following.Qwen3NextTopKRouter, plain.Qwen3MoeTopKRouter):
         monkeypatch.setattr(cls, "forward", route)
-    monkeypatch.setattr(ernie.Ernie4_5_MoeRMSNorm, "forward", plain_norm)
+    for cls in (ernie.Ernie4_5_MoeRMSNorm, plain.Qwen3MoeRMSNorm):
+        monkeypatch.setattr(cls, "forward", plain_norm)
     monkeypatch.setattr(ernie, "apply_rotary_pos_emb", turn)
 
 
@@ -123,7 +128,7 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
     return worst
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kind=st.sampled_from(list(KINDS)),
     lengths=st.lists(st.integers(1, 8), min_size=1, max_size=3),

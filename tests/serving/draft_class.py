@@ -83,6 +83,8 @@ loader._initialize_model = initialize
 class Cache:
     """An attention backend: causal over what was written, which is one request."""
 
+    token_to_kv_pool = None
+
     def __init__(self):
         self.keys, self.values = [], []
 

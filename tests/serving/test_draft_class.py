@@ -21,7 +21,11 @@ from swift_fastmtp.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.rollout import segment_ids
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
-CLASSES = {"qwen3_next": "Qwen3NextForCausalLMMTP", "ernie4_5_moe": "Ernie4_5_MoeForCausalLMMTP"}
+CLASSES = {
+    "qwen3_next": "Qwen3NextForCausalLMMTP",
+    "qwen3_moe": "Qwen3MoeForCausalLMMTP",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLMMTP",
+}
 TRIED = "0.5.23"
 BASE, STEPS = 9, 4
 
