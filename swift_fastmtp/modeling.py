@@ -130,6 +130,12 @@ class FastMTPMixin:
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         return positions.expand(3, -1, -1), positions.new_zeros(len(positions), 1)
 
+    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', without what those templates add for images; positions follow from the attention mask."""
+        if "position_ids" in kwargs and kwargs["position_ids"].ndim == 3:
+            del kwargs["position_ids"]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def enable_input_require_grads(self) -> None:
         """Nothing: trainers call this for gradient checkpointing, and it would drag autograd through the backbone."""
 

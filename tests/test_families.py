@@ -28,14 +28,17 @@ from transformers import AutoModelForImageTextToText
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.evaluation.cost import read_cost
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
+from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.families import FAMILIES, find_family, match_family, refused_table, support_table
 from swift_fastmtp.head import as_stored, join_experts, split_experts
 from swift_fastmtp.known_layouts import LAYOUTS
 from swift_fastmtp.modeling import build_class, head_shapes, load_model
 from swift_fastmtp.rollout import rollout, segment_ids
+from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 HEAD = "mtp."
 EXPERT = "mtp.layers.0.mlp.experts.1.up_proj.weight"
@@ -326,6 +329,9 @@ def test_the_text_model_runs_as_it_does_beside_the_vision_tower(name, bases):
     plain = ours(input_ids=ids, attention_mask=mask, labels=labels)
     threefold = ours(input_ids=ids, attention_mask=mask, labels=labels, position_ids=positions)
     assert torch.equal(plain.step_loss, threefold.step_loss)
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    added = {"mm_token_type_ids": torch.zeros_like(ids[:1]), "position_ids": positions[:, :1]}  # by their templates
+    assert torch.equal(ours.generate(ids[:1], **greedy), ours.generate(ids[:1], **greedy, **added))
 
 
 def test_rope_in_three_parts_is_plain_rope_for_text(bases):
@@ -372,6 +378,16 @@ def test_native_keys_from_load_to_export(each_base, tmp_path):
         assert examine(tmp_path / folder) == []
     flags = command(serve_flags(tmp_path / "draft"))
     assert str(each_base) in flags and "--trust-remote-code" not in flags
+
+
+def test_whatever_reads_a_checkpoint_finds_the_text_part(each_base):
+    """`inspect`, the cost model and the vocabulary, where config.json has parts and where it has none."""
+    found = inspect_model(each_base)
+    assert found.trainable and found.mtp_layers == 1 and found.mtp_tensors == TENSORS[each_base.name]
+    assert found.engines["sglang"].startswith("yes") and found.own_matrices == [] and "drops" in found.lost_on_save
+    assert found.tied_head == ("lm_head.weight" not in Weights(each_base).file_of)
+    cost = read_cost(each_base)
+    assert cost.vocab_size == read_vocabulary(each_base).exists_V.shape[0] == 6144 and 0 < cost.draft < cost.verify
 
 
 def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
