@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import FastMTPError
-from .families import Family
+from .families import Family, config_value
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -71,12 +71,12 @@ class Weights:
 
     def has_backbone(self, config: dict[str, Any]) -> bool:
         """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
-        tied = bool(config.get("tie_word_embeddings"))
+        tied = bool(config_value(config, "tie_word_embeddings"))
         return any(n == "lm_head.weight" or (tied and n.endswith("embed_tokens.weight")) for n in self.file_of)
 
-    def under(self, prefix: str) -> list[str]:
-        """Names below a module path, sorted."""
-        return sorted(n for n in self.file_of if n.startswith(prefix + "."))
+    def under(self, *paths: str) -> list[str]:
+        """Names below module paths, sorted."""
+        return sorted(n for n in self.file_of if n.startswith(tuple(f"{path}." for path in paths)))
 
 
 def _open(path: Path) -> Any:
@@ -111,7 +111,7 @@ def head_reader(
     misshapen or not finite.
     """
     weights = Weights(folder)
-    found = sorted(n for n in weights.file_of if family.holds(n) and not family.is_copy(n))
+    found = sorted(n for n in weights.file_of if family.owns(n) and not family.is_copy(n))
     if not found:
         raise FastMTPError(
             f"{folder}: no tensor under '{family.prefix}.'; this checkpoint lost its MTP layer (saving through plain "
@@ -165,7 +165,7 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     weights = Weights(folder)
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
-    for name in sorted(n for n in weights.file_of if not family.holds(n)):
+    for name in sorted(n for n in weights.file_of if not family.owns(n)):
         path = weights.file_of[name]
         if path not in opened:
             opened[path] = _open(path)

@@ -1,16 +1,18 @@
 """The MTP head: one decoder block that reads a hidden state and the next token, at its native checkpoint path.
 
     u = proj(cat[norm_h(h), norm_e(embed)])     the order and the names come from the family's row
-    g = final_norm(block(u))                    g gives the logits, and is fed back as the next step's h
+    g = final_norm(block(u))                    gives the logits and is fed back as the next step's h
 
 The head has no embedding and no output matrix of its own: it shares the backbone's (frozen) ones.
 
-Checkpoints store each expert of a mixture by itself, transformers computes with all of them in one tensor;
-`split_experts` and `join_experts` lead from one to the other, and leave other tensors alone.
+Most checkpoints store each expert of a mixture by itself, transformers computes with all of them in one tensor;
+`split_experts` and `join_experts` lead from one to the other, and leave other tensors alone. `as_stored` gives what a
+checkpoint has.
 """
 
 import copy
 import re
+from collections.abc import Container
 from importlib import import_module
 from typing import Any
 
@@ -72,6 +74,11 @@ def place_module(module: nn.Module, path: str, child: nn.Module) -> None:
     module.add_module(name, child)
 
 
+def as_stored(tensors: dict[str, torch.Tensor], names: Container[str]) -> dict[str, torch.Tensor]:
+    """transformers' names → those of a checkpoint, which may have its experts joined too."""
+    return tensors if all(name in names for name in tensors) else split_experts(tensors)
+
+
 class MTPHead(nn.Module):
     """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.prefix`.
 
@@ -87,20 +94,23 @@ class MTPHead(nn.Module):
         if getattr(config, "layer_types", None):
             # Whatever the backbone's first layer is, engines draft with full attention.
             block_config.layer_types = ["full_attention"] * len(config.layer_types)
-        # As the backbone's last layer: the first ones may have a dense MLP where the head has experts.
-        block = import_class(family.block)(block_config, layer_idx=config.num_hidden_layers - 1)
+        for key, value in family.block_config:
+            setattr(block_config, key, list(value) if isinstance(value, tuple) else value)
+        block = import_class(family.block)(block_config, layer_idx=0)
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
         place_module(self, family.hidden_norm, norm_type(width, eps=eps))
         place_module(self, family.token_norm, norm_type(width, eps=eps))
-        place_module(self, family.proj, nn.Linear(2 * width, width, bias=False))
+        bias = bool(family.proj_bias and getattr(config, family.proj_bias))
+        place_module(self, family.proj, nn.Linear(2 * width, width, bias=bias))
         # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
         # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
         # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
         for name, child in block.named_children():
             place_module(self, f"{family.block_path}.{name}".lstrip("."), child)
-        place_module(self, family.final_norm, norm_type(width, eps=eps))
+        if family.final_norm:
+            place_module(self, family.final_norm, norm_type(width, eps=eps))
         # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
@@ -121,7 +131,7 @@ class MTPHead(nn.Module):
         state: "attention.RolloutState",
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One draft step for every row. Returns g [B, T, D], after the final norm.
+        """One draft step for every row. Returns g [B, T, D], after the final norm where the family has one.
 
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
@@ -138,7 +148,7 @@ class MTPHead(nn.Module):
         if rows is not None:
             u = u.flatten(0, 1)[rows][None]
         u = u + children["mlp"](children["post_attention_layernorm"](u))
-        out: torch.Tensor = self.get_submodule(self.family.final_norm)(u)
+        out: torch.Tensor = self.get_submodule(self.family.final_norm)(u) if self.family.final_norm else u
         return out
 
 

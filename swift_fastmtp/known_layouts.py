@@ -1,7 +1,7 @@
 """MTP layouts that exist and that this package does not train, each with the reason.
 
-`fastmtp inspect` names them instead of calling them unknown, so that nobody trains a chain for an engine that runs
-something else. Rows of `families.FAMILIES`, which are trained, win over rows here.
+`fastmtp inspect` names them instead of calling them unknown, and the trainer refuses them with the same words, so that
+nobody trains a chain for an engine that runs something else. What is trained has a row in `families.FAMILIES` instead.
 
 Which engine serves what was read in SGLang 0.5.23 (`configs/model_config.py` `_config_draft_model`,
 `arg_groups/overrides.py`, `model_overrides/`) and in vLLM's `config/speculative.py` (`MTPModelTypes`); what
@@ -105,21 +105,14 @@ LAYOUTS: tuple[Layout, ...] = (
         r"model\.mtp.*",
     ),
     Layout(
-        "qwen3.5",
-        (
-            "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForCausalLM",
-            "Qwen3_5MoeForConditionalGeneration",
-            "InternS2PreviewForConditionalGeneration",
-            "InternS2MobiusForConditionalGeneration",
-        ),
+        "intern-s2",
+        ("InternS2PreviewForConditionalGeneration", "InternS2MobiusForConditionalGeneration"),
         ("mtp",),
         CHAIN,
         "qwen3_5_mtp",
-        _NO_ROW,
+        f"{_NO_ROW}: Qwen3.5's layer beside a backbone that transformers runs with remote code only",
         r"^mtp.*",
     ),
-    Layout("qwen3-moe", ("Qwen3MoeForCausalLM",), ("mtp",), CHAIN, None, f"{_NO_ROW}: experts"),
     Layout(
         "qwen4-exp",
         ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
@@ -135,17 +128,8 @@ LAYOUTS: tuple[Layout, ...] = (
         ("mtp",),
         CHAIN,
         "exaone_moe_mtp",
-        f"{_NO_ROW}: experts",
+        f"{_NO_ROW}: its MTP layer attends within the first layer's sliding window, which the exact rollout has not",
         r"mtp.*",
-    ),
-    Layout(
-        "ernie-4.5",
-        ("Ernie4_5_MoeForCausalLM",),
-        ("model.mtp_block", "model.mtp_emb_norm", "model.mtp_hidden_norm", "model.mtp_linear_proj"),
-        CHAIN,
-        "ernie_mtp",
-        f"{_NO_ROW}: its chain has no final norm",
-        r"mtp",
     ),
     Layout(
         "nemotron-h",

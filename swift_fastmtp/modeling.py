@@ -23,8 +23,9 @@ from transformers.utils import ModelOutput
 from .checkpoints import read_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
-from .families import FAMILIES, Family, find_family, match_family, read_config
+from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
 from .head import MTPHead, import_class, join_experts, place_module, split_experts
+from .headers import Headers, read_headers
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .rollout import rollout, segment_ids, step_targets
@@ -65,6 +66,7 @@ class FastMTPMixin:
     """The part of the model class that does not depend on the family."""
 
     family: Family
+    head: MTPHead
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -75,21 +77,39 @@ class FastMTPMixin:
         self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
         self.family = self.family.at(config.num_hidden_layers)
-        # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
-        place_module(cast(nn.Module, self), self.family.prefix, MTPHead(config, self.family))
+        head = MTPHead(config, self.family)
+        # Not as a submodule of its own: every parameter has one name, its native one.
+        self.__dict__["head"] = head
+        if self.family.scattered:
+            for part, child in head.named_children():
+                cast(nn.Module, self).get_submodule(self.family.prefix).add_module(part, child)
+        else:
+            # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
+            place_module(cast(nn.Module, self), self.family.prefix, head)
         for module in cast(nn.Module, self).modules():
             if hasattr(module, "e_score_correction_bias"):
                 module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
 
-    @property
-    def head(self) -> MTPHead:
-        return cast(MTPHead, cast(nn.Module, self).get_submodule(self.family.prefix))
+    @classmethod
+    def from_pretrained(cls, model_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a tensor that no file holds is an error: it would be random, after a mere warning."""
+        parent = super().from_pretrained  # type: ignore[misc]
+        model, info = parent(model_dir, *args, **{**kwargs, "output_loading_info": True})
+        if missing := sorted(info["missing_keys"]):
+            raise FastMTPError(
+                f"{model_dir}: {missing[0]} is in no file ({len(missing)} such tensors); download the checkpoint again"
+            )
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the backbone is transformers' own, so the renamings that it has for checkpoints hold here too."""
+        return False
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The head's parameters under their checkpoint names, experts joined (`head.split_experts`)."""
-        prefix = self.family.prefix + "."
-        return {n: p for n, p in cast(nn.Module, self).named_parameters() if n.startswith(prefix)}
+        """The head's parameters under their checkpoint names, experts joined (`head.as_stored`)."""
+        return {n: p for n, p in cast(nn.Module, self).named_parameters() if self.family.owns(n)}
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
@@ -109,6 +129,20 @@ class FastMTPMixin:
             nn.Module.train(child, False)
         self.head.train(mode)
         return module
+
+    def get_rope_index(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [3, B, T] of text, which the chat templates of vision models ask their model for."""
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        return positions.expand(3, -1, -1), positions.new_zeros(len(positions), 1)
+
+    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', without what those templates add for images; positions follow from the attention mask."""
+        if "position_ids" in kwargs and kwargs["position_ids"].ndim == 3:
+            del kwargs["position_ids"]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
         """Nothing: trainers call this for gradient checkpointing, and it would drag autograd through the backbone."""
@@ -133,6 +167,8 @@ class FastMTPMixin:
         assert input_ids is not None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+        elif position_ids.ndim == 3:
+            position_ids = position_ids[0]  # time, height, width: alike for text
         segments = segment_ids(position_ids, attention_mask)
         targets, valid = step_targets(input_ids, segments, labels, self.fastmtp.num_speculative_steps)
         rows = valid.any(0).flatten().nonzero().squeeze(1)
@@ -275,7 +311,8 @@ def build_class(family: Family) -> type:
     """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
     backbone = import_class(family.backbone)
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
-    ignored = [p for p in backbone._keys_to_ignore_on_load_unexpected or [] if not re.match(p, f"{family.prefix}.")]
+    patterns = backbone._keys_to_ignore_on_load_unexpected or []
+    ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
     ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
     attributes = {
         "family": family,
@@ -294,19 +331,43 @@ def model_class(model_dir: str | Path) -> type:
     return next(build_class(row) for row in FAMILIES if row.name == family.name)
 
 
-def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that the head of a checkpoint must have."""
+def load_config(model_dir: str | Path) -> Any:
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several."""
+    return text_config(AutoConfig.from_pretrained(model_dir), model_dir)
+
+
+def text_config(config: Any, model_dir: str | Path) -> Any:
+    """The text part of a checkpoint's config, or the config itself where it has no parts."""
+    text = config.get_text_config()
+    if text is not config:
+        text.tie_word_embeddings = bool(config_value(read_config(model_dir), "tie_word_embeddings"))
+    return text
+
+
+def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that the head of a checkpoint must have.
+
+    `weights` is the folder whose tensors show whether experts are stored one by one or joined, by default the same.
+    """
     family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
-    config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
-        head = MTPHead(config, family)
-        tensors = split_experts({f"{family.prefix}.{n}": t for n, t in head.state_dict().items()})
+        head = MTPHead(load_config(model_dir), family)
+        tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
+        if not _experts_joined(weights or model_dir, family):
+            tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def keeps_float32(family: Family, name: str) -> bool:
     """Whether transformers holds this tensor in float32 in a model of any dtype, as published checkpoints do."""
     return any(part in name for part in import_class(family.backbone)._keep_in_fp32_modules_strict or ())
+
+
+def _experts_joined(folder: str | Path, family: Family) -> bool:
+    """By the names of the MTP layer, or of the backbone where there is none yet."""
+    headers = read_headers(folder) if any(Path(folder).glob("*.safetensors")) else Headers()
+    names = headers.under(*family.roots) or list(headers.entries)
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
 def load_head(model: Any, tensors: dict[str, torch.Tensor]) -> None:
@@ -324,7 +385,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.de
     """
     cls: Any = model_class(model_dir)
     read_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
-    model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
+    model = cls.from_pretrained(model_dir, config=load_config(model_dir), dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 
 

@@ -16,7 +16,7 @@ class Head:
     def __init__(self, head, config):
         self.w = {n: p.detach() for n, p in head.named_parameters()}
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
-        self.dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.dim, self.eps = getattr(config, "head_dim", config.hidden_size // self.heads), config.rms_norm_eps
         rope = config.rope_parameters
         self.rotary = int(self.dim * rope.get("partial_rotary_factor", 1))
         self.frequencies = rope["rope_theta"] ** -(torch.arange(0, self.rotary, 2).double() / self.rotary)
@@ -62,6 +62,9 @@ class Head:
         a = self.rms(u, "post_attention_layernorm")
         gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
         u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
+        return self.final(u)
+
+    def final(self, u):
         return self.rms(u, "final_layernorm")
 
 
@@ -98,10 +101,13 @@ class QwenHead(Head):
         q, k = self.rms(q, "self_attn.q_norm"), self.rms(k, "self_attn.k_norm")
         return self.rope(q, positions), self.rope(k, positions), v
 
+    def shared_expert(self, x):
+        out = mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        return out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+
     def feed_forward(self, x):
         """Row by row, expert by expert."""
-        out = mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
-        out = out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+        out = self.shared_expert(x)
         share = self.linear(x, "mlp.gate").softmax(-1)
         for i, row in enumerate(x):
             best = share[i].argsort(descending=True)[: self.top].tolist()
@@ -116,6 +122,41 @@ class QwenHead(Head):
         u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
         return self.rms(u, "norm")
+
+
+class Qwen3MoeHead(QwenHead):
+    """Plain norms, no output gate, RoPE on the whole head, no shared expert (SGLang `qwen3_moe_mtp.py`)."""
+
+    rms = Head.rms
+
+    def queries_and_gate(self, u):
+        q = self.linear(self.rms(u, "input_layernorm"), "self_attn.q_proj").view(len(u), self.heads, self.dim)
+        return q, torch.full_like(q, math.inf)
+
+    def shared_expert(self, x):
+        return torch.zeros_like(x)
+
+
+class ErnieHead(Head):
+    """[embed, hidden], RoPE on neighbouring pairs, a bias where the config says so, and no final norm
+    (SGLang `ernie4_eagle.py`, `ernie4.py`)."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.w = {n.removeprefix("mtp_block.0."): w for n, w in self.w.items()}
+
+    def rope(self, x, positions):
+        angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :]
+        a, b = x[..., 0::2], x[..., 1::2]
+        turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return torch.stack(turned, -1).flatten(-2)
+
+    def fuse(self, hidden, embed):
+        pair = self.rms(embed, "mtp_emb_norm.0"), self.rms(hidden, "mtp_hidden_norm.0")
+        return self.linear(torch.cat(pair, -1), "mtp_linear_proj.0")
+
+    def final(self, u):
+        return u
 
 
 class DenseQwenHead(QwenHead):

@@ -14,7 +14,7 @@ import torch
 
 from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json
 from ..errors import FastMTPError
-from ..families import Family, match_family, read_config
+from ..families import Family, config_value, match_family, read_config
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from .inspection import MTP_WORD
@@ -79,7 +79,7 @@ def examine(
 
 
 def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    layers = config.get(family.num_layers_key, None if family.num_layers_needed else 1)
+    layers = config_value(config, family.num_layers_key, None if family.num_layers_needed else 1)
     if layers != 1:
         yield Finding(
             "error",
@@ -101,7 +101,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
-    found = {n for n in weights.file_of if family.holds(n) and not family.is_copy(n)}
+    found = {n for n in weights.file_of if family.owns(n) and not family.is_copy(n)}
     for name in sorted(set(expected) - found):
         yield Finding(
             "error",
@@ -114,14 +114,14 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "error",
             f"{name} is not a tensor of the one MTP layer",
             "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
-            f"keep exactly the {len(expected)} tensors under {family.prefix}",
+            f"keep exactly the {len(expected)} tensors under {' and '.join(family.layer_paths)}",
         )
-    for name in sorted(n for n in weights.file_of if MTP_WORD.search(n) and not family.holds(n)):
+    for name in sorted(n for n in weights.file_of if MTP_WORD.search(n) and not family.owns(n)):
         yield Finding(
             "error",
             f"{name} looks like an MTP tensor under another name",
-            f"engines read {family.prefix}.* and ignore the rest",
-            f"rename it to {family.prefix}.…",
+            f"engines read {family.root}.* and ignore the rest",
+            f"rename it to {family.root}.…",
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
@@ -144,7 +144,7 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
 
 
 def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
-    quantised = config.get("quantization_config")
+    quantised = config_value(config, "quantization_config")
     kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names}
     if kinds - _PLAIN:
         yield Finding(
@@ -163,7 +163,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
                 'add the MTP layer to "ignore" (compressed-tensors) or "modules_to_not_convert"',
             )
         return
-    backbone = config.get("dtype") or config.get("torch_dtype")
+    backbone = config_value(config, "dtype") or config_value(config, "torch_dtype")
     if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
         yield Finding(
             "warning",
@@ -189,15 +189,16 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
         return
     here_config, base_config = read_config(folder), read_config(base)
     for key in _SHARED_KEYS:
-        if here_config.get(key) != base_config.get(key):
+        ours, theirs = config_value(here_config, key), config_value(base_config, key)
+        if ours != theirs:
             yield Finding(
                 "error",
-                f"config.json: {key} is {here_config.get(key)}, in {base} it is {base_config.get(key)}",
+                f"config.json: {key} is {ours}, in {base} it is {theirs}",
                 "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
                 "use the base model's value in both",
             )
     original = Weights(base)
-    names = [n for n in weights.under(family.prefix) if n in original.file_of and not family.is_copy(n)]
+    names = [n for n in weights.under(*family.roots) if n in original.file_of and not family.is_copy(n)]
     same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
     if names and len(same) == len(names):
         yield Finding(
@@ -221,14 +222,14 @@ def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
 
 def _map(path: Path, folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
-        ids = set(read_token_map(path, config["vocab_size"]).tolist())
+        ids = set(read_token_map(path, config_value(config, "vocab_size")).tolist())
         check_tokenizer(path, folder)
     except FastMTPError as error:
         why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
         yield Finding("error", str(error), why, "make the map from this model's own tokenizer")
         return
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    ends = ends if ends is not None else config.get("eos_token_id")
+    ends = ends if ends is not None else config_value(config, "eos_token_id")
     missing = sorted({e for e in (ends if isinstance(ends, list) else [ends]) if e is not None} - ids)
     if missing:
         what = f"{path}: does not hold the end token {', '.join(map(str, missing))}"
@@ -255,7 +256,7 @@ def _static_map(path: str | Path, config: dict[str, Any], tp_size: int) -> Itera
             "global ids index a head that is sharded: the server crashes (sglang #4328)",
             "serve with --tp-size 1, or without the map",
         )
-    if config.get("tie_word_embeddings"):
+    if config_value(config, "tie_word_embeddings"):
         yield Finding(
             "error",
             f"{path}: a token map for a model with tied embeddings",

@@ -83,7 +83,7 @@ def graft(
         notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
         from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
-        expected = head_shapes(out)
+        expected = head_shapes(out, donor or model)
         dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
         weight_map = _copy_files(model, out, headers, stale)
         read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
@@ -116,7 +116,7 @@ def _family_of(config: dict[str, Any], model: Path) -> Family:
 
 
 def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> set[str]:
-    stale = sorted(n for n in headers.entries if family.holds(n))
+    stale = sorted(n for n in headers.entries if family.owns(n))
     if stale and not overwrite:
         raise FastMTPError(
             f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
@@ -279,11 +279,10 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> di
 def _fresh(
     model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    from transformers import AutoConfig
-
+    from ..modeling import load_config
     from .init_head import initial_head
 
-    return initial_head(model, AutoConfig.from_pretrained(out), family, expected)
+    return initial_head(model, load_config(out), family, expected)
 
 
 def _write_index(out: Path, weight_map: dict[str, str]) -> None:

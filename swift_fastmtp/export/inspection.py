@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, find_family, match_family, read_config
+from ..families import FAMILIES, Family, config_value, find_family, match_family, read_config
 from ..headers import Headers, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
 
@@ -91,7 +91,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         mtp_files=sorted({e.file.name for e in head}),
         own_matrices=[n for n in names if _OWN_HEAD.search(n)],
         quantization=_quantization(config),
-        tied_head=bool(_value(config, "tie_word_embeddings")),
+        tied_head=bool(config_value(config, "tie_word_embeddings")),
         backbone_tensors=len(rest),
         backbone_bytes=sum(e.size for e in rest),
         files=len(headers.files),
@@ -103,7 +103,7 @@ def inspect_model(folder: str | Path) -> Inspection:
 
 def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
     """Names that look like MTP: a telling word, or a decoder layer beyond num_hidden_layers."""
-    layers = _value(config, "num_hidden_layers")
+    layers = config_value(config, "num_hidden_layers")
 
     def odd(name: str) -> bool:
         if MTP_WORD.search(name):
@@ -124,10 +124,10 @@ def _mtp_names(
     headers: Headers, config: dict[str, Any], family: Family | None, layout: Layout | None, suspicious: list[str]
 ) -> list[str]:
     if family:
-        return sorted(n for n in headers.entries if family.holds(n))
+        return sorted(n for n in headers.entries if family.owns(n))
     if layout is None:
         return []
-    first = _value(config, "num_hidden_layers") or 0
+    first = config_value(config, "num_hidden_layers") or 0
     found: set[str] = set()
     for prefix in layout.prefixes:
         pattern = re.escape(prefix).replace(r"\{N\}", r"(\d+)") + r"\."
@@ -154,7 +154,7 @@ def _reasons(
         find_family(config, folder / "config.json")
     except FastMTPError as error:
         reasons.append(str(error))
-    absent = [n for n in headers.absent if family.holds(n)]
+    absent = [n for n in headers.absent if family.owns(n)]
     if not names and not absent:
         mend = "put the base model's back with `fastmtp graft`"
         return [*reasons, f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {mend}"]
@@ -182,7 +182,7 @@ def _unknown(config: dict[str, Any]) -> str:
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if not rows:
         return "unknown layout: no row in families.py names its architectures"
-    lost = any(isinstance(_value(config, f.num_layers_key), int) for f in rows)
+    lost = any(isinstance(config_value(config, f.num_layers_key), int) for f in rows)
     what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
     names = " or ".join(f.name for f in rows)
     return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
@@ -201,19 +201,13 @@ def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _value(config: dict[str, Any], key: str) -> Any:
-    """A key of config.json, or of its text part where a model has several."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, dict) else None)
-
-
 def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
     keys = (family.num_layers_key,) if family else _LAYER_KEYS
-    return next((v for k in keys if isinstance(v := _value(config, k), int)), None)
+    return next((v for k in keys if isinstance(v := config_value(config, k), int)), None)
 
 
 def _quantization(config: dict[str, Any]) -> str | None:
-    found = _value(config, "quantization_config")
+    found = config_value(config, "quantization_config")
     return str(found.get("quant_method") or "yes") if isinstance(found, dict) and found else None
 
 

@@ -10,7 +10,7 @@ from transformers.utils import is_torch_mps_available
 
 from ..config import ENV_PREFIX, FastMTPConfig, knob_names
 from ..errors import FastMTPError
-from ..families import FAMILIES, match_family, read_config
+from ..families import FAMILIES, Family, match_family, read_config
 
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
@@ -45,12 +45,13 @@ def prepare_arguments(args: Any) -> None:
         args.tuner_type = "fastmtp"
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
-        projections = "|".join(re.escape(family.proj) for family in FAMILIES)
-        args.target_regex = rf"^({_prefixes(args.model)})\.(?!.*expert)(.*_proj|{projections})$"
+        families = _families(args.model)
+        projections = "|".join(re.escape(f"{family.prefix}.{family.proj}") for family in families)
+        args.target_regex = rf"^(?!.*expert)(({_roots(families)})\..*_proj|{projections})$"
     frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
     if args.tuner_type == "full" and not frozen:
         args.freeze_parameters_ratio = 1.0
-        args.trainable_parameters_regex = rf"^({_prefixes(args.model)})\."
+        args.trainable_parameters_regex = rf"^({_roots(_families(args.model))})\."
     if os.path.isdir(args.model or ""):
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
@@ -64,11 +65,15 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
-def _prefixes(model: str | None) -> str:
-    """Regex of the head's path: the model's own, or, where it is no folder yet, those that no config.json changes."""
+def _families(model: str | None) -> list[Family]:
+    """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
     if os.path.isdir(model or ""):
-        return re.escape(match_family(read_config(str(model)), os.path.join(str(model), "config.json")).prefix)
-    return "|".join(re.escape(family.prefix) for family in FAMILIES if "{N}" not in family.prefix)
+        return [match_family(read_config(str(model)), os.path.join(str(model), "config.json"))]
+    return [family for family in FAMILIES if "{N}" not in family.prefix]
+
+
+def _roots(families: list[Family]) -> str:
+    return "|".join(re.escape(root) for family in families for root in family.roots)
 
 
 def _check(args: Any) -> None:

@@ -13,7 +13,7 @@ from swift.tuner_plugin import Tuner
 
 from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, read_head, save_tensors, write_json
 from ..export.folders import settings
-from ..head import split_experts
+from ..head import as_stored
 from ..modeling import head_shapes, load_head
 
 
@@ -33,7 +33,7 @@ class FastMTPTuner(Tuner):
         folder, base = Path(save_directory), Path(model.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
         named = model.head_tensors()
-        tensors = split_experts({n: (state_dict or named)[n] for n in named})
+        tensors = as_stored({n: (state_dict or named)[n] for n in named}, head_shapes(base))
         for source in (base / "config.json", *base.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
         if not hasattr(model, "base_fingerprint"):

@@ -3,12 +3,13 @@
 
 Run by SGLang's Python with `stand_in/` on PYTHONPATH:
 
-    draft_class.py FOLDER IN.safetensors OUT.safetensors FULL
+    draft_class.py JOB...
 
-IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
-and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
-starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
-folder filled. FULL is the whole checkpoint that was exported beside it, from which the class must take the same.
+A job is a folder with `draft`, a draft-only checkpoint; `full`, the whole one with the same head, of which the class
+must take the same parameters; and `in.safetensors`: `ids` [base + K + 1], the text; `hidden` [base + 1, D], the
+target's hidden states of slots 0..base; `embed` and `lm_head`, which a draft takes from its target. There
+`out.safetensors` appears, with `logits` [K, V] and `hidden` [K, D] of the chain that starts at the last of these slots
+and reads the text. Printed are the parameters that no tensor of the folder filled.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
@@ -16,7 +17,6 @@ with its cache, which needs a whole server and is a few lines over a list here, 
 
 import os
 import sys
-from pathlib import Path
 
 os.environ.update(SGLANG_USE_CPU_ENGINE="1", TORCHDYNAMO_DISABLE="1")
 
@@ -67,6 +67,19 @@ from sglang.srt.server_args import ServerArgs
 SENTINEL = 12345.0
 
 
+built = loader._initialize_model
+
+
+def initialize(*a, **k):
+    model = built(*a, **k)
+    for parameter in model.parameters():
+        parameter.data.fill_(SENTINEL)
+    return model
+
+
+loader._initialize_model = initialize
+
+
 class Cache:
     """An attention backend: causal over what was written, which is one request.
 
@@ -75,6 +88,8 @@ class Cache:
     """
 
     prefill_attention_backend_str = decode_attention_backend_str = "triton"
+
+    token_to_kv_pool = None
 
     def __init__(self):
         self.keys, self.values = [], []
@@ -113,44 +128,30 @@ class Logits(torch.nn.Module):
         return hidden, hidden @ head.weight.T
 
 
-def load(folder):
+def start(folder):
     args = ServerArgs(model_path=folder, device="cpu", dtype="float32", disable_radix_cache=True)
     runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
     initialize_model_parallel()
     initialize_dp_attention(args)
+    return args
+
+
+def load(args, folder):
     config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=True)
-    built = loader._initialize_model
-
-    def initialize(*a, **k):
-        model = built(*a, **k)
-        for parameter in model.parameters():
-            parameter.data.fill_(SENTINEL)
-        return model
-
-    loader._initialize_model = initialize
     return loader.get_model_loader(LoadConfig(), config).load_model(
         model_config=config, device_config=DeviceConfig("cpu")
     )
 
 
-def takes_the_same(model, own, full):
-    """Whether `load_weights` fills the same parameters from all the tensors of a full checkpoint."""
-    before = {n: p.detach().clone() for n, p in own.items()}
-    for parameter in own.values():
-        parameter.data.fill_(SENTINEL)
-    model.load_weights(pair for file in sorted(Path(full).glob("*.safetensors")) for pair in load_file(file).items())
-    return all(torch.equal(p, before[n]) for n, p in own.items())
-
-
-def main(folder, source, target, full):
-    given = load_file(source)
-    model = load(folder).eval()
-    print(type(model).__name__)
+def run(args, job):
+    given = load_file(f"{job}/in.safetensors")
+    model = load(args, f"{job}/draft").eval()
     own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
-    print("unfilled:", unfilled)
-    print("the same from the full checkpoint:", takes_the_same(model, own, full))
+    whole = dict(load(args, f"{job}/full").named_parameters())
+    others = [n for n, p in own.items() if not torch.equal(p, whole[n])]
+    print(f"{os.path.basename(job)}: {type(model).__name__}, unfilled {unfilled}, other in full {others}")
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
@@ -166,8 +167,10 @@ def main(folder, source, target, full):
             g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
             found.append((logits[0], g[0]))
     out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}
-    save_file({**out, "unfilled": torch.tensor(len(unfilled))}, target)
+    save_file(out, f"{job}/out.safetensors")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    arguments = start(f"{sys.argv[1]}/draft")
+    for folder in sys.argv[1:]:
+        run(arguments, folder)
