@@ -433,7 +433,10 @@ def runs(bases, rows, tmp_path_factory):
             *("export", "--model", work / f"{name}-whole/checkpoint-4"),
             *("--output_dir", work / f"{name}-whole-full"),
         ]
-    jobs["lora"] = sft_args(bases("qwen3_next"), rows, work / "lora", **{**options, "tuner_type": "lora"})
+    for name in ("qwen3_next", "ernie4_5_moe", "qwen3_5_vision"):
+        lora = {**options, "tuner_type": "lora", "lora_rank": 4}
+        jobs[f"{name} lora"] = sft_args(bases(name), rows, work / f"{name}-lora", **lora)
+    jobs["lora full"] = export_args(work / "qwen3_5_vision-lora/checkpoint-4", work / "lora-full")
     errors, log = swift_runs(work, jobs.values())
     return work, dict(zip(jobs, errors, strict=True)), log
 
@@ -494,10 +497,17 @@ def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, run
     assert full.keys() == before.keys() and all(torch.equal(full[n], before[n]) for n in before if ".visual." in n)
 
 
-def test_lora_on_a_mixture_of_experts_is_refused(runs):
-    """peft turns the head's target regex into bare names that also match the backbone."""
-    error = runs[1]["lora"]
-    assert "would be trained; only the MTP head may be: use --tuner_type fastmtp, and no --lora_... and" in error
+def test_lora_is_for_dense_models(bases, runs):
+    """With experts anywhere, peft turns the head's target regex into bare names that also match the backbone."""
+    work, errors, log = runs
+    for name in ("qwen3_next", "ernie4_5_moe"):
+        assert "lora does not work with a mixture of experts" in errors[f"{name} lora"]
+        assert "use --tuner_type fastmtp" in errors[f"{name} lora"] and "\n" not in errors[f"{name} lora"]
+    assert errors["qwen3_5_vision lora"] is None and errors["lora full"] is None, log[-4000:]
+    before, after = weights(bases("qwen3_5_vision")), weights(work / "lora-full")
+    assert before.keys() == after.keys()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed and all(re.fullmatch(r"mtp\.(fc|.*_proj)\.weight", n) for n in changed)
 
 
 def broken(base, tmp_path, change=None, **config):
