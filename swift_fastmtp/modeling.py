@@ -65,6 +65,7 @@ class FastMTPMixin:
     """The part of the model class that does not depend on the family."""
 
     family: Family
+    _keep_in_fp32_modules_strict: set[str]
     head: MTPHead
     model: Any
     lm_head: nn.Linear
@@ -90,7 +91,14 @@ class FastMTPMixin:
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a tensor that no file holds is an error: it would be random, after a mere warning."""
+        """As transformers', but a tensor that no file holds is an error: it would be random, after a mere warning.
+
+        And tensors that the family keeps in float32 stay so, if the checkpoint stores them so.
+        """
+        stored = read_headers(model_dir).entries.items()
+        kept = {end for end in cls.family.kept_in_float32 for n, e in stored if n.endswith(end) and e.dtype == "F32"}
+        always = getattr(super(), "_keep_in_fp32_modules_strict", None) or ()
+        cls._keep_in_fp32_modules_strict = {*always, *kept}
         parent = super().from_pretrained  # type: ignore[misc]
         model, info = parent(model_dir, *args, **{**kwargs, "output_loading_info": True})
         if missing := sorted(info["missing_keys"]):
