@@ -64,7 +64,7 @@ class Family:
     block_config: tuple[tuple[str, Any], ...] = ()
     """Settings of config.json that engines take otherwise for the MTP layer's block."""
     kept_in_float32: tuple[str, ...] = ()
-    """Ends of backbone tensors that stay float32 in a bfloat16 model where they are stored so, as in the engines."""
+    """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
 
     @property
     def scattered(self) -> bool:
@@ -139,7 +139,7 @@ _QWEN3_NEXT = Family(
     # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
     # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
-    kept_in_float32=("linear_attn.A_log", "linear_attn.dt_bias", "linear_attn.norm.weight"),
+    kept_in_float32=("linear_attn.A_log",),
 )
 # As Qwen3-Next with a dense MLP; alone, or as the text model beside a vision tower, which is left on disk.
 _QWEN3_5 = replace(

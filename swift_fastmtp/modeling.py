@@ -65,7 +65,6 @@ class FastMTPMixin:
     """The part of the model class that does not depend on the family."""
 
     family: Family
-    _keep_in_fp32_modules_strict: set[str]
     head: MTPHead
     model: Any
     lm_head: nn.Linear
@@ -91,14 +90,7 @@ class FastMTPMixin:
 
     @classmethod
     def from_pretrained(cls, model_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', but a tensor that no file holds is an error: it would be random, after a mere warning.
-
-        And tensors that the family keeps in float32 stay so, if the checkpoint stores them so.
-        """
-        stored = read_headers(model_dir).entries.items()
-        kept = {end for end in cls.family.kept_in_float32 for n, e in stored if n.endswith(end) and e.dtype == "F32"}
-        always = getattr(super(), "_keep_in_fp32_modules_strict", None) or ()
-        cls._keep_in_fp32_modules_strict = {*always, *kept}
+        """As transformers', but a tensor that no file holds is an error: it would be random, after a mere warning."""
         parent = super().from_pretrained  # type: ignore[misc]
         model, info = parent(model_dir, *args, **{**kwargs, "output_loading_info": True})
         if missing := sorted(info["missing_keys"]):
@@ -310,6 +302,7 @@ def build_class(family: Family) -> type:
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],
         "_keys_to_ignore_on_load_unexpected": ignored or None,
+        "_keep_in_fp32_modules_strict": [*(backbone._keep_in_fp32_modules_strict or []), *family.kept_in_float32],
     }
     cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
