@@ -64,6 +64,8 @@ class Family:
     """config.json key that gives the projection a bias."""
     block_config: tuple[tuple[str, Any], ...] = ()
     """Settings of config.json that engines take otherwise for the MTP layer's block."""
+    kept_in_float32: tuple[str, ...] = ()
+    """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
     copies: tuple[str, ...] = ()
     """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
 
@@ -146,6 +148,8 @@ _QWEN3_NEXT = Family(
     not_shown=("a whole SGLang server", "a published checkpoint"),
     # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
+    # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
+    kept_in_float32=("linear_attn.A_log",),
 )
 # As Qwen3-Next with a dense MLP; alone, or as the text model beside a vision tower, which is left on disk.
 _QWEN3_5 = replace(

@@ -65,11 +65,11 @@ def join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def place_module(module: nn.Module, path: str, child: nn.Module) -> None:
-    """Make `child` the submodule at a dotted path, with plain modules on the way."""
-    *holders, name = path.split(".")
-    for holder in holders:
+    """Make `child` the submodule at a dotted path, with plain modules and lists on the way."""
+    *holders, name = parts = path.split(".")
+    for holder, after in zip(holders, parts[1:], strict=True):
         if holder not in module._modules:
-            module.add_module(holder, nn.Module())
+            module.add_module(holder, nn.ModuleList() if after == "0" else nn.Module())
         module = module.get_submodule(holder)
     module.add_module(name, child)
 

@@ -318,6 +318,7 @@ def build_class(family: Family) -> type:
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],
         "_keys_to_ignore_on_load_unexpected": ignored or None,
+        "_keep_in_fp32_modules_strict": [*(backbone._keep_in_fp32_modules_strict or []), *family.kept_in_float32],
     }
     cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.

@@ -246,7 +246,7 @@ _THINKING = (
 
 
 def save_vision_checkpoint(make, folder):
-    """The same text model and head as Qwen publishes them: beside a vision tower, experts joined."""
+    """The same text model and head as Qwen publishes them: beside a vision tower, experts joined, a little in fp32."""
     model = make(3, vocab=6144, std=0.1).bfloat16()
     text = {**model.config.to_dict(), "mtp_num_hidden_layers": 1}
     text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
@@ -266,7 +266,8 @@ def save_vision_checkpoint(make, folder):
     tensors = {n: t for n, t in whole.state_dict().items() if n.startswith("model.visual.")}
     for name, tensor in model.state_dict().items():
         if name != "lm_head.weight" or not text["tie_word_embeddings"]:
-            tensors[name.replace("model.", "model.language_model.", 1)] = tensor
+            wide = name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensor.float() + 1e-5 if wide else tensor
     folder.mkdir()
     save_torch_state_dict(tensors, folder, max_shard_size="100KB")
     config.save_pretrained(folder)

@@ -426,6 +426,16 @@ def test_the_text_model_runs_as_it_does_beside_the_vision_tower(name, bases):
     assert torch.equal(ours.generate(ids[:1], **greedy), ours.generate(ids[:1], **greedy, **added))
 
 
+def test_decay_rates_stay_in_float32_as_in_the_engine(bases):
+    model, stored = load_model(bases("qwen3_5_moe_vision"), torch.bfloat16), Weights(bases("qwen3_5_moe_vision"))
+    (wide,) = (n for n, p in model.named_parameters() if p.dtype == torch.float32)
+    rates = stored.read("model.language_model.layers.0.linear_attn.A_log")
+    assert wide == "model.layers.0.linear_attn.A_log" and torch.equal(model.get_parameter(wide), rates)
+    assert not torch.equal(rates, rates.bfloat16().float())
+    ids = torch.randint(0, 6000, (1, 12))
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+
+
 def test_rope_in_three_parts_is_plain_rope_for_text(bases):
     """Every position of text has one number, whichever axis a frequency belongs to."""
     rotary = load_model(bases("qwen3_5_vision"), torch.float32).model.rotary_emb

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from swift.utils import get_device_count
@@ -11,6 +12,7 @@ from transformers.utils import is_torch_mps_available
 from ..config import ENV_PREFIX, FastMTPConfig, knob_names
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
+from ..headers import read_headers
 
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
@@ -92,3 +94,13 @@ def _check(args: Any) -> None:
         raise FastMTPError(
             f"--tuner_type {args.tuner_type} is not supported with --model_type fastmtp; use fastmtp, full or lora"
         )
+    # For models with experts peft turns any target into bare names of modules, which the backbone has too.
+    if args.tuner_type == "lora" and any(".experts." in name for name in _tensor_names(args.model)):
+        raise FastMTPError(
+            "--tuner_type lora does not work with a mixture of experts: peft would put LoRA on the backbone too; use "
+            "--tuner_type fastmtp, which trains the whole MTP head, and leave out --lora_... and --target_..."
+        )
+
+
+def _tensor_names(model: str | None) -> list[str]:
+    return list(read_headers(model).entries) if model and any(Path(model).glob("*.safetensors")) else []

@@ -60,8 +60,6 @@ def _check_trainable(model: Any) -> None:
     mend = f"or --tuner_type full --freeze_parameters_ratio 1 --trainable_parameters {' '.join(roots)}"
     if any(".lora_" in n for n in names):
         mend = f"or, for LoRA, --target_regex '^({'|'.join(roots)})' without --target_modules"
-        if any(".experts." in n for n in model.head_parameters()):
-            mend = "and no --lora_... and --target_...: peft puts LoRA on the experts of every layer or of none"
     raise FastMTPError(f"{what}; only the MTP head may be: use --tuner_type fastmtp, {mend}")
 
 
