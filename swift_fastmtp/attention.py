@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from .flash import Documents, flash, flash_backward, per_kv_head, per_query_head
@@ -59,12 +60,15 @@ def rollout_attention(
     rollout: RolloutState,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: q [B, H, T, d], k and v [B, H_kv, T, d] → [B, T, H, d].
+    """transformers' attention interface: q [B, H, T, d], k [B, H_kv, T, d], v [B, H_kv, T, d_v] → [B, T, H, d_v].
 
     From step 2 of `exact` on, the batch is [1, N]: the chosen rows, flat.
     """
     # Under autocast RoPE may leave queries and keys in float32; kernels want one dtype.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    # And one width: latent attention has narrower values, whose added zero columns come out as zero columns.
+    width = value.shape[-1]
+    value = pad(value, (0, max(query.shape[-1] - width, 0)))
     rows = None
     if rollout.rollout == "exact":
         rollout.keys.append(key)
@@ -75,7 +79,7 @@ def rollout_attention(
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
         query, key, value, chain_keys, chain_values, rows, rollout.documents, scaling
     )
-    return out.transpose(1, 2), None
+    return out[..., :width].transpose(1, 2), None
 
 
 AttentionInterface.register(NAME, rollout_attention)

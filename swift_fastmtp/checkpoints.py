@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from . import fp8
 from .errors import FastMTPError
-from .families import Family, read_config
+from .families import Family, config_value, read_config
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -72,12 +72,12 @@ class Weights:
 
     def has_backbone(self, config: dict[str, Any]) -> bool:
         """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
-        tied = bool(config.get("tie_word_embeddings"))
+        tied = bool(config_value(config, "tie_word_embeddings"))
         return any(n == "lm_head.weight" or (tied and n.endswith("embed_tokens.weight")) for n in self.file_of)
 
-    def under(self, prefix: str) -> list[str]:
-        """Names below a module path, sorted."""
-        return sorted(n for n in self.file_of if n.startswith(prefix + "."))
+    def under(self, *paths: str) -> list[str]:
+        """Names below module paths, sorted."""
+        return sorted(n for n in self.file_of if n.startswith(tuple(f"{path}." for path in paths)))
 
 
 def _open(path: Path) -> Any:
@@ -119,10 +119,10 @@ def head_reader(
     is missing or unknown; the function, if the one it reads is misshapen, quantised otherwise or not finite.
     """
     weights = Weights(folder)
-    found = weights.under(family.root)
+    found = sorted(n for n in weights.file_of if family.owns(n) and not family.is_copy(n))
     if not found:
         raise FastMTPError(
-            f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
+            f"{folder}: no tensor under '{family.prefix}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
     projection = f"{family.prefix}.{family.proj}.weight"
@@ -191,7 +191,7 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     weights = Weights(folder)
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
-    for name in sorted(n for n in weights.file_of if not n.startswith(family.root + ".")):
+    for name in sorted(n for n in weights.file_of if not family.owns(n)):
         path = weights.file_of[name]
         if path not in opened:
             opened[path] = _open(path)

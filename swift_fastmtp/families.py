@@ -6,11 +6,13 @@ asks which family it has.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import FastMTPError
+from .known_layouts import LAYOUTS, known_layout
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,15 @@ class Family:
     block: str
     """Decoder block of the head, as 'module:Class'."""
     prefix: str
-    """Path of the head in the checkpoint, without the trailing dot."""
+    """Path of the head in the checkpoint, without the trailing dot; `{N}` is the number of decoder layers (`at`)."""
     block_path: str
     """Where the block's tensors lie; "" is beside the norms and the projection."""
     hidden_norm: str
     token_norm: str
     proj: str
-    final_norm: str
+    """Where this ends in the layer's number, the parts have no path of their own: each is a list under `prefix`."""
+    final_norm: str | None
+    """None: the block's output is fed back, and projected to logits, as it is."""
     hidden_first: bool
     """Order of the fused input: [hidden, embed] if true, else [embed, hidden]."""
     zero_centred_norms: bool
@@ -56,22 +60,141 @@ class Family:
     """What the tests of this repository run for the family, for docs/families.md."""
     not_shown: tuple[str, ...]
     """What nobody has run."""
+    proj_bias: str | None = None
+    """config.json key that gives the projection a bias."""
+    block_config: tuple[tuple[str, Any], ...] = ()
+    """Settings of config.json that engines take otherwise for the MTP layer's block."""
+    kept_in_float32: tuple[str, ...] = ()
+    """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
+    copies: tuple[str, ...] = ()
+    """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
+
+    def at(self, num_hidden_layers: int) -> "Family":
+        """The row for a model of that many decoder layers, after which some families number their MTP layer."""
+        return replace(self, prefix=self.prefix.replace("{N}", str(num_hidden_layers)))
 
     @property
-    def layer_path(self) -> str:
-        """Path of the one MTP layer, which ends in its number."""
-        return f"{self.prefix}.{self.block_path}" if self.block_path else self.prefix
+    def scattered(self) -> bool:
+        """Whether the parts lie beside the backbone's modules, not under a path of their own."""
+        return "." in self.proj
+
+    @property
+    def layer_paths(self) -> tuple[str, ...]:
+        """Paths of the one MTP layer that end in its number."""
+        if self.scattered:
+            return tuple(f"{self.prefix}.{p}" for p in (self.block_path, self.token_norm, self.hidden_norm, self.proj))
+        return (f"{self.prefix}.{self.block_path}" if self.block_path else self.prefix,)
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Paths below which every tensor belongs to the one MTP layer."""
+        return self.layer_paths if self.scattered else (self.prefix,)
 
     @property
     def root(self) -> str:
-        """Path below which every tensor belongs to some MTP layer."""
-        return self.prefix if self.block_path else self.prefix.rsplit(".", 1)[0]
+        """The first of `roots`, for messages."""
+        return self.roots[0]
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor or module belongs to an MTP layer, this one or one after it."""
+        return name.startswith(tuple(f"{root}." for root in self.roots)) or self.is_other_layer(name)
 
     def is_other_layer(self, name: str) -> bool:
-        """Whether a tensor belongs to an MTP layer of another number."""
-        layers = self.layer_path.rsplit(".", 1)[0]
-        return name.startswith(f"{layers}.") and not name.startswith(f"{self.layer_path}.")
+        """Whether a tensor belongs to an MTP layer after the first."""
+        for path in self.layer_paths:
+            layers, _, number = path.rpartition(".")
+            match = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+            if match and int(match[1]) > int(number):
+                return True
+        return False
 
+    def is_copy(self, name: str) -> bool:
+        """Whether a tensor is one of `copies`."""
+        return name.removeprefix(f"{self.prefix}.") in self.copies
+
+
+_CLASS_RUNS = (
+    "native keys, load to export",
+    "`exact` against a draft with a KV cache",
+    "`swift sft`, resume, `swift export`",
+    "SGLang's draft class on a CPU, K steps in fp32",
+)
+
+
+# A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
+# the same function as MiMo's, and a mixture of experts behind it. Fed back: the output of `mtp.norm`.
+_QWEN3_NEXT = Family(
+    name="qwen3_next",
+    architectures=("Qwen3NextForCausalLM",),
+    backbone="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextForCausalLM",
+    block="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
+    prefix="mtp",
+    block_path="layers.0",
+    hidden_norm="pre_fc_norm_hidden",
+    token_norm="pre_fc_norm_embedding",
+    proj="fc",
+    final_norm="norm",
+    hidden_first=False,
+    zero_centred_norms=True,
+    mask_position_zero=False,
+    config_model_type="qwen3_next",
+    num_layers_key="num_nextn_predict_layers",
+    num_layers_needed=False,
+    plain_model_type="qwen3_next",
+    tied_embeddings=False,
+    recurrent_backbone=True,
+    served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
+    shown=_CLASS_RUNS,
+    not_shown=("a whole SGLang server", "a published checkpoint"),
+    # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
+    block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
+    # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
+    kept_in_float32=("linear_attn.A_log",),
+)
+# As Qwen3-Next with a dense MLP; alone, or as the text model beside a vision tower, which is left on disk.
+_QWEN3_5 = replace(
+    _QWEN3_NEXT,
+    name="qwen3_5",
+    architectures=("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+    backbone="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5ForCausalLM",
+    block="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
+    config_model_type="qwen3_5_text",
+    num_layers_key="mtp_num_hidden_layers",
+    plain_model_type="qwen3_5_text",
+    tied_embeddings=True,
+    served_as="qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
+    block_config=(),
+)
+
+# The layout that DeepSeek-V3 began: the MTP layer is one decoder layer more, with `enorm`, `hnorm`, `eh_proj` and
+# `shared_head` beside its parts. It has experts whatever the first layers have. Fed back: the output of
+# `shared_head.norm`. Here grouped heads; the other models of the layout have latent attention (MLA).
+_GLM4_MOE = Family(
+    name="glm4_moe",
+    architectures=("Glm4MoeForCausalLM",),
+    backbone="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeForCausalLM",
+    block="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
+    prefix="model.layers.{N}",
+    block_path="",
+    hidden_norm="hnorm",
+    token_norm="enorm",
+    proj="eh_proj",
+    final_norm="shared_head.norm",
+    hidden_first=False,
+    zero_centred_norms=False,
+    mask_position_zero=False,
+    config_model_type="glm4_moe",
+    num_layers_key="num_nextn_predict_layers",
+    num_layers_needed=True,
+    plain_model_type="glm4_moe",
+    tied_embeddings=False,
+    recurrent_backbone=False,
+    served_as="glm4_moe_nextn.py: Glm4MoeForCausalLMNextN",
+    shown=_CLASS_RUNS,
+    not_shown=("a whole SGLang server", "a published checkpoint"),
+    block_config=(("first_k_dense_replace", 0),),
+    copies=("embed_tokens.weight", "shared_head.head.weight"),
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -95,96 +218,84 @@ FAMILIES: tuple[Family, ...] = (
         tied_embeddings=False,
         recurrent_backbone=False,
         served_as="mimo_mtp.py: MiMoMTP",
-        shown=(
-            "native keys, load to export",
-            "`exact` against a draft with a KV cache",
-            "`swift sft`, resume, `swift export`",
-            "an SGLang server on a CPU",
-        ),
+        shown=(*_CLASS_RUNS[:3], "an SGLang server on a CPU"),
         not_shown=("weights of MiMo-7B itself",),
     ),
-    # A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
-    # the same function as MiMo's, and a mixture of experts behind it. Fed back: the output of `mtp.norm`.
+    _QWEN3_NEXT,
+    _QWEN3_5,
+    replace(
+        _QWEN3_5,
+        name="qwen3_5_moe",
+        architectures=("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+        backbone="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeForCausalLM",
+        block="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer",
+        config_model_type="qwen3_5_moe_text",
+        plain_model_type="qwen3_5_moe_text",
+    ),
+    # No published checkpoint of this one has an MTP layer; `fastmtp graft` can make one.
+    replace(
+        _QWEN3_NEXT,
+        name="qwen3_moe",
+        architectures=("Qwen3MoeForCausalLM",),
+        backbone="transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeForCausalLM",
+        block="transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
+        zero_centred_norms=False,
+        config_model_type="qwen3_moe",
+        plain_model_type="qwen3_moe",
+        recurrent_backbone=False,
+        served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
+    ),
+    # Fed back: what the block puts out. No norm follows it, and none stands before the output matrix.
     Family(
-        name="qwen3_next",
-        architectures=("Qwen3NextForCausalLM",),
-        backbone="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextForCausalLM",
-        block="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
-        prefix="mtp",
-        block_path="layers.0",
-        hidden_norm="pre_fc_norm_hidden",
-        token_norm="pre_fc_norm_embedding",
-        proj="fc",
-        final_norm="norm",
+        name="ernie4_5_moe",
+        architectures=("Ernie4_5_MoeForCausalLM",),
+        backbone="transformers.models.ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeForCausalLM",
+        block="transformers.models.ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeDecoderLayer",
+        prefix="model",
+        block_path="mtp_block.0",
+        hidden_norm="mtp_hidden_norm.0",
+        token_norm="mtp_emb_norm.0",
+        proj="mtp_linear_proj.0",
+        final_norm=None,
         hidden_first=False,
-        zero_centred_norms=True,
-        mask_position_zero=False,
-        config_model_type="qwen3_next",
+        zero_centred_norms=False,
+        mask_position_zero=True,
+        config_model_type="ernie4_5_moe",
         num_layers_key="num_nextn_predict_layers",
-        num_layers_needed=False,
-        plain_model_type="qwen3_next",
-        tied_embeddings=False,
-        recurrent_backbone=True,
-        served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
-        shown=(
-            "native keys, load to export",
-            "`exact` against a draft with a KV cache",
-            "`swift sft`, resume, `swift export`",
-            "SGLang's draft class on a CPU, K steps in fp32",
-        ),
-        not_shown=("a whole SGLang server", "a published checkpoint"),
-    ),
-    # As Qwen3-Next with a dense MLP. The text-only checkpoints; see REFUSED for those with a vision tower.
-    Family(
-        name="qwen3_5",
-        architectures=("Qwen3_5ForCausalLM",),
-        backbone="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5ForCausalLM",
-        block="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
-        prefix="mtp",
-        block_path="layers.0",
-        hidden_norm="pre_fc_norm_hidden",
-        token_norm="pre_fc_norm_embedding",
-        proj="fc",
-        final_norm="norm",
-        hidden_first=False,
-        zero_centred_norms=True,
-        mask_position_zero=False,
-        config_model_type="qwen3_5_text",
-        num_layers_key="mtp_num_hidden_layers",
-        num_layers_needed=False,
-        plain_model_type="qwen3_5_text",
+        num_layers_needed=True,
+        plain_model_type="ernie4_5_moe",
         tied_embeddings=True,
-        recurrent_backbone=True,
-        served_as="qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
-        shown=(
-            "native keys, load to export",
-            "`exact` against a draft with a KV cache",
-            "`swift sft`, resume, `swift export`",
-            "SGLang's draft class on a CPU, K steps in fp32",
-        ),
+        recurrent_backbone=False,
+        served_as="ernie4_eagle.py: Ernie4_5_MoeForCausalLMMTP",
+        shown=_CLASS_RUNS,
         not_shown=("a whole SGLang server", "a published checkpoint"),
+        proj_bias="use_bias",
+        # Dense in the engines (`ernie4.py`, `is_mtp`), wherever the backbone's experts start.
+        block_config=(("moe_layer_start_index", 1),),
+    ),
+    _GLM4_MOE,
+    replace(
+        _GLM4_MOE,
+        name="deepseek_v3",
+        architectures=("DeepseekV3ForCausalLM",),
+        backbone="transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3ForCausalLM",
+        block="transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
+        config_model_type="deepseek_v3",
+        plain_model_type="deepseek_v3",
+        served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+    ),
+    replace(
+        _GLM4_MOE,
+        name="glm4_moe_lite",
+        architectures=("Glm4MoeLiteForCausalLM",),
+        backbone="transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteForCausalLM",
+        block="transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
+        config_model_type="glm4_moe_lite",
+        plain_model_type="glm4_moe_lite",
+        served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
+        block_config=(("mlp_layer_types", ("sparse",)),),
     ),
 )
-
-_MULTI_LAYER = (
-    "SGLang serves it with its multi-layer worker, where every depth has a layer, a KV cache and a context of its own; "
-    "one layer applied to its own output would be trained for a graph that nobody runs"
-)
-_NO_FINAL_NORM = "and what it feeds back is the state before the final norm, on which its layers were trained"
-_WITH_VISION = (
-    "it holds a vision tower beside the text model; only text-only checkpoints (Qwen3_5ForCausalLM) are trained so far"
-)
-# Checkpoints that hold MTP layers and are recognised in order to be refused, with the reason (SGLang
-# `multi_layer_eagle_worker_v2.py`; which models it is switched on for: `arg_groups/overrides.py`, `model_overrides/`).
-REFUSED: dict[str, str] = {
-    "MiMoV2ForCausalLM": _MULTI_LAYER,
-    "MiMoV2FlashForCausalLM": _MULTI_LAYER,
-    "Step3p5ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
-    "Step3p7ForConditionalGeneration": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
-    "GigaChat35ForCausalLM": f"{_MULTI_LAYER}; {_NO_FINAL_NORM}",
-    "Qwen3_5ForConditionalGeneration": _WITH_VISION,
-    "Qwen3_5MoeForConditionalGeneration": _WITH_VISION,
-}
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
@@ -199,18 +310,26 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
+    """A key of config.json, or of its text part where a model has several."""
+    text = config.get("text_config")
+    return config.get(key, text.get(key, default) if isinstance(text, dict) else default)
+
+
 def match_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
-    """The row whose architectures a checkpoint's config.json names.
+    """The row whose architectures a checkpoint's config.json names, for its number of layers.
 
     Raises `FastMTPError` if there is none, with the reason where engines serve the model's MTP layers otherwise.
     """
     architectures = config.get("architectures") or []
     for family in FAMILIES:
         if any(a in family.architectures for a in architectures):
-            return family
-    for name in architectures:
-        if name in REFUSED:
-            raise FastMTPError(f"{where}: {name} cannot be trained here: {REFUSED[name]}")
+            layers = config_value(config, "num_hidden_layers")
+            if "{N}" in family.prefix and not isinstance(layers, int):
+                raise FastMTPError(f"{where}: num_hidden_layers is {layers}; the MTP layer is numbered after it")
+            return family.at(layers or 0)
+    if layout := known_layout(architectures):
+        raise FastMTPError(f"{where}: {architectures[0]} cannot be trained here: {layout.reason}")
     known = ", ".join(a for f in FAMILIES for a in f.architectures)
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
 
@@ -219,11 +338,11 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     """The row for a checkpoint that we can train.
 
     Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
-    one that FastMTP shares between all steps, if it is quantised otherwise than in FP8 blocks (`fp8.read_blocks`), or
-    if it ties its output matrix to the embedding where the engines do not.
+    one that FastMTP shares between all steps, if it is quantised otherwise than in FP8 blocks (`fp8.read_blocks`), if
+    it ties its output matrix to the embedding where the engines do not, or says two things of that.
     """
     family = match_family(config, where)
-    layers = config.get(family.num_layers_key, 1)
+    layers = config_value(config, family.num_layers_key, 1)
     if layers != 1:
         raise FastMTPError(
             f"{where}: {family.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
@@ -232,7 +351,13 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     from .fp8 import read_blocks  # this module alone needs no torch
 
     read_blocks(config, where)
-    if config.get("tie_word_embeddings") and not family.tied_embeddings:
+    tied = [c["tie_word_embeddings"] for c in (config, config.get("text_config") or {}) if "tie_word_embeddings" in c]
+    if len(set(tied)) > 1:
+        raise FastMTPError(
+            f"{where}: tie_word_embeddings is {tied[0]}, and in text_config {tied[1]}; the target goes by the first, "
+            "SGLang's draft by the second: set both alike"
+        )
+    if any(tied) and not family.tied_embeddings:
         raise FastMTPError(
             f"{where}: tie_word_embeddings is true, but {family.architectures[0]} has its own lm_head in every "
             "engine; set it to false and store lm_head.weight"
@@ -245,8 +370,9 @@ def support_table() -> str:
     lines = ["| | layout | SGLang's class | run by the tests | not run |", "|---|---|---|---|---|"]
     for f in FAMILIES:
         order = "[hidden, embed]" if f.hidden_first else "[embed, hidden]"
-        notes = [f"`{f.prefix}.*`", order]
-        notes += ["norms 1 + w"] * f.zero_centred_norms + ["embedding zeroed at position 0"] * f.mask_position_zero
+        notes = [*(f"`{path}.*`" for path in (f.layer_paths if f.scattered else (f.prefix,))), order]
+        notes += ["norms 1 + w"] * f.zero_centred_norms + ["no final norm"] * (f.final_norm is None)
+        notes += ["embedding zeroed at position 0"] * f.mask_position_zero
         notes += ["output matrix may be tied"] * f.tied_embeddings
         cells = (", ".join(f"`{a}`" for a in f.architectures), ", ".join(notes), f"`{f.served_as}`")
         lines.append(f"| {' | '.join(cells)} | {'; '.join(f.shown)} | {'; '.join(f.not_shown)} |")
@@ -254,10 +380,9 @@ def support_table() -> str:
 
 
 def refused_table() -> str:
-    """The second table of docs/families.md."""
-    reasons = dict.fromkeys(REFUSED.values())
-    lines = ["| | why |", "|---|---|"]
-    for reason in reasons:
-        names = ", ".join(f"`{name}`" for name, why in REFUSED.items() if why == reason)
-        lines.append(f"| {names} | {reason} |")
+    """The second table of docs/families.md: what is recognised in order to be refused."""
+    lines = ["| | MTP tensors | why |", "|---|---|---|"]
+    for row in LAYOUTS:
+        names, paths = (", ".join(f"`{x}`" for x in y) for y in (row.architectures, row.prefixes))
+        lines.append(f"| {names} | {paths} | {row.reason} |")
     return "\n".join(lines)

@@ -1,17 +1,18 @@
 """The MTP head: one decoder block that reads a hidden state and the next token, at its native checkpoint path.
 
     u = proj(cat[norm_h(h), norm_e(embed)])     the order and the names come from the family's row
-    g = final_norm(block(u))                    g gives the logits, and is fed back as the next step's h
+    g = final_norm(block(u))                    gives the logits and is fed back as the next step's h
 
 The head has no embedding and no output matrix of its own: it shares the backbone's (frozen) ones.
 
-Checkpoints store each expert of a mixture by itself, transformers computes with all of them in one tensor;
-`split_experts` and `join_experts` lead from one to the other, and leave other tensors alone.
+Most checkpoints store each expert of a mixture by itself, transformers computes with all of them in one tensor;
+`split_experts` and `join_experts` lead from one to the other, and leave other tensors alone. `as_stored` gives what a
+checkpoint has.
 """
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -75,6 +76,21 @@ def fill(parameter: torch.Tensor, names: Iterable[str], read: Callable[[str], to
         start += len(values)
 
 
+def place_module(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Make `child` the submodule at a dotted path, with plain modules and lists on the way."""
+    *holders, name = parts = path.split(".")
+    for holder, after in zip(holders, parts[1:], strict=True):
+        if holder not in module._modules:
+            module.add_module(holder, nn.ModuleList() if after == "0" else nn.Module())
+        module = module.get_submodule(holder)
+    module.add_module(name, child)
+
+
+def as_stored(tensors: dict[str, torch.Tensor], names: Container[str]) -> dict[str, torch.Tensor]:
+    """transformers' names → those of a checkpoint, which may have its experts joined too."""
+    return tensors if all(name in names for name in tensors) else split_experts(tensors)
+
+
 class MTPHead(nn.Module):
     """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.prefix`.
 
@@ -90,23 +106,23 @@ class MTPHead(nn.Module):
         if getattr(config, "layer_types", None):
             # Whatever the backbone's first layer is, engines draft with full attention.
             block_config.layer_types = ["full_attention"] * len(config.layer_types)
+        for key, value in family.block_config:
+            setattr(block_config, key, list(value) if isinstance(value, tuple) else value)
         block = import_class(family.block)(block_config, layer_idx=0)
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
-        self.add_module(family.hidden_norm, norm_type(width, eps=eps))
-        self.add_module(family.token_norm, norm_type(width, eps=eps))
-        self.add_module(family.proj, nn.Linear(2 * width, width, bias=False))
+        place_module(self, family.hidden_norm, norm_type(width, eps=eps))
+        place_module(self, family.token_norm, norm_type(width, eps=eps))
+        bias = bool(family.proj_bias and getattr(config, family.proj_bias))
+        place_module(self, family.proj, nn.Linear(2 * width, width, bias=bias))
         # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
         # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
         # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
-        holder: nn.Module = self
-        if family.block_path:
-            holder, (layers, _) = nn.Module(), family.block_path.split(".")  # layers . 0
-            self.add_module(layers, nn.ModuleList([holder]))
         for name, child in block.named_children():
-            holder.add_module(name, child)
-        self.add_module(family.final_norm, norm_type(width, eps=eps))
+            place_module(self, f"{family.block_path}.{name}".lstrip("."), child)
+        if family.final_norm:
+            place_module(self, family.final_norm, norm_type(width, eps=eps))
         # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
@@ -127,7 +143,7 @@ class MTPHead(nn.Module):
         state: "attention.RolloutState",
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One draft step for every row. Returns g [B, T, D], after the final norm.
+        """One draft step for every row. Returns g [B, T, D], after the final norm where the family has one.
 
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
@@ -144,7 +160,7 @@ class MTPHead(nn.Module):
         if rows is not None:
             u = u.flatten(0, 1)[rows][None]
         u = u + children["mlp"](children["post_attention_layernorm"](u))
-        out: torch.Tensor = self.get_submodule(self.family.final_norm)(u)
+        out: torch.Tensor = self.get_submodule(self.family.final_norm)(u) if self.family.final_norm else u
         return out
 
 

@@ -47,9 +47,9 @@ class Headers:
     """Name → file of tensors that the index lists in a file that is not there."""
     problems: list[str] = field(default_factory=list)
 
-    def under(self, prefix: str) -> list[str]:
-        """Names below a module path, sorted."""
-        return sorted(n for n in self.entries if n.startswith(prefix + "."))
+    def under(self, *paths: str) -> list[str]:
+        """Names below module paths, sorted."""
+        return sorted(n for n in self.entries if n.startswith(tuple(f"{path}." for path in paths)))
 
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:

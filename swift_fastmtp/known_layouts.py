@@ -1,7 +1,7 @@
 """MTP layouts that exist and that this package does not train, each with the reason.
 
-`fastmtp inspect` names them instead of calling them unknown, so that nobody trains a chain for an engine that runs
-something else. Rows of `families.FAMILIES`, which are trained, win over rows here.
+`fastmtp inspect` names them instead of calling them unknown, and the trainer refuses them with the same words, so that
+nobody trains a chain for an engine that runs something else. What is trained has a row in `families.FAMILIES` instead.
 
 Which engine serves what was read in SGLang 0.5.23 (`configs/model_config.py` `_config_draft_model`,
 `arg_groups/overrides.py`, `model_overrides/`) and in vLLM's `config/speculative.py` (`MTPModelTypes`); what
@@ -43,21 +43,12 @@ _NUMBERED_IGNORED = r"model\.layers\.N.*"
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
-        "deepseek",
-        ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
+        "deepseek-v3.2",
+        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
         _NUMBERED,
         CHAIN,
         "deepseek_mtp",
-        f"{_NO_ROW}: MLA, experts and FP8 weights",
-        _NUMBERED_IGNORED,
-    ),
-    Layout(
-        "glm4-moe",
-        ("Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"),
-        _NUMBERED,
-        CHAIN,
-        "glm4_moe_mtp",
-        f"{_NO_ROW}: experts",
+        "its MTP layer attends to the keys that an indexer picks, the rollouts here to all keys",
         _NUMBERED_IGNORED,
     ),
     Layout(
@@ -86,7 +77,15 @@ LAYOUTS: tuple[Layout, ...] = (
         "bailing_hybrid_mtp",
         f"{_NO_ROW}: experts, and backbones that transformers runs with remote code only",
     ),
-    Layout("hunyuan-v3", ("HYV3ForCausalLM",), _NUMBERED, CHAIN, "hy_v3_mtp", f"{_NO_ROW}: experts", _NUMBERED_IGNORED),
+    Layout(
+        "hunyuan-v3",
+        ("HYV3ForCausalLM",),
+        _NUMBERED,
+        CHAIN,
+        "hy_v3_mtp",
+        f"{_NO_ROW}: checkpoints name router and shared expert otherwise than transformers' modules do",
+        _NUMBERED_IGNORED,
+    ),
     Layout(
         "hunyuan-v4",
         ("HYV4ForCausalLM",),
@@ -102,25 +101,18 @@ LAYOUTS: tuple[Layout, ...] = (
         ("model.mtp",),
         CHAIN,
         "longcat_flash_mtp",
-        f"{_NO_ROW}: MLA",
+        f"{_NO_ROW}: its MTP layer, one attention and a dense MLP, is none of the backbone's, which have two of each",
         r"model\.mtp.*",
     ),
     Layout(
-        "qwen3.5",
-        (
-            "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForCausalLM",
-            "Qwen3_5MoeForConditionalGeneration",
-            "InternS2PreviewForConditionalGeneration",
-            "InternS2MobiusForConditionalGeneration",
-        ),
+        "intern-s2",
+        ("InternS2PreviewForConditionalGeneration", "InternS2MobiusForConditionalGeneration"),
         ("mtp",),
         CHAIN,
         "qwen3_5_mtp",
-        _NO_ROW,
+        f"{_NO_ROW}: Qwen3.5's layer beside a backbone that transformers runs with remote code only",
         r"^mtp.*",
     ),
-    Layout("qwen3-moe", ("Qwen3MoeForCausalLM",), ("mtp",), CHAIN, None, f"{_NO_ROW}: experts"),
     Layout(
         "qwen4-exp",
         ("Qwen4ExpForCausalLM", "Qwen4ExpForConditionalGeneration"),
@@ -136,17 +128,8 @@ LAYOUTS: tuple[Layout, ...] = (
         ("mtp",),
         CHAIN,
         "exaone_moe_mtp",
-        f"{_NO_ROW}: experts",
+        f"{_NO_ROW}: its MTP layer attends within the first layer's sliding window, which the exact rollout has not",
         r"mtp.*",
-    ),
-    Layout(
-        "ernie-4.5",
-        ("Ernie4_5_MoeForCausalLM",),
-        ("model.mtp_block", "model.mtp_emb_norm", "model.mtp_hidden_norm", "model.mtp_linear_proj"),
-        CHAIN,
-        "ernie_mtp",
-        f"{_NO_ROW}: its chain has no final norm",
-        r"mtp",
     ),
     Layout(
         "nemotron-h",

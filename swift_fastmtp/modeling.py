@@ -9,11 +9,12 @@ and returns per-row losses and matches instead of logits.
 import copy
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -27,8 +28,9 @@ from . import placement
 from .checkpoints import check_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
-from .families import FAMILIES, Family, find_family, match_family, read_config
-from .head import MTPHead, fill, import_class, split_experts
+from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
+from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
+from .headers import Headers, read_headers
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .partitioned import load_partitioned, sources
@@ -71,6 +73,7 @@ class FastMTPMixin:
 
     family: Family
     config_class: Any
+    head: MTPHead
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -80,18 +83,28 @@ class FastMTPMixin:
         self.fastmtp = FastMTPConfig()
         self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
-        head: nn.Module = MTPHead(config, self.family)
-        holder, _, name = self.family.prefix.rpartition(".")
-        if name.isdigit():  # model.mtp_layers . 0
-            head, (holder, _, name) = nn.ModuleList([head]), holder.rpartition(".")
-        cast(nn.Module, self).get_submodule(holder).add_module(name, head)
+        self.family = self.family.at(config.num_hidden_layers)
+        head = MTPHead(config, self.family)
+        # Not as a submodule of its own: every parameter has one name, its native one.
+        self.__dict__["head"] = head
+        if self.family.scattered:
+            for part, child in head.named_children():
+                cast(nn.Module, self).get_submodule(self.family.prefix).add_module(part, child)
+        else:
+            # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
+            place_module(cast(nn.Module, self), self.family.prefix, head)
+        for module in cast(nn.Module, self).modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
 
     @classmethod
+    @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
-        one parameter at a time (`partitioned.py`), and an automatic device map keeps the head (`placement.py`)."""
-        config = copy.deepcopy(config) or cls.config_class.from_pretrained(model_dir)
+        one parameter at a time (`partitioned.py`), an automatic device map keeps the head (`placement.py`), and a
+        tensor that no file holds is an error: it would be random, after a mere warning."""
+        config = copy.deepcopy(config) or load_config(model_dir)
         if isinstance(kwargs.get("dtype"), torch.dtype):
             config.dtype = kwargs["dtype"]
         quantised = getattr(config, "quantization_config", None) is not None
@@ -102,7 +115,7 @@ class FastMTPMixin:
             mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
             kwargs["device_map"] = mapping
         elif isinstance(mapping, dict):
-            placement.check_map(mapping, cls.family.prefix)
+            placement.check_map(mapping, cls.family.at(config.num_hidden_layers).roots)
         if quantised:
             from .fp8_loading import dequantised, saved_plain
 
@@ -111,21 +124,31 @@ class FastMTPMixin:
         if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
             folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
             kwargs["offload_folder"] = folder.name
-        model = super().from_pretrained(model_dir, *args, config=config, **kwargs)  # type: ignore[misc]
+        parent = super().from_pretrained  # type: ignore[misc]
+        model, info = parent(model_dir, *args, config=config, **{**kwargs, "output_loading_info": True})
+        if missing := sorted(info["missing_keys"]):
+            raise FastMTPError(
+                f"{model_dir}: {missing[0]} is in no file ({len(missing)} such tensors); download the checkpoint again"
+            )
         if quantised:
             saved_plain(model)
         if len(getattr(model, "hf_device_map", ())) > 1:
             placement.keep(model, folder)
-        return model
+        return (model, info) if kwargs.get("output_loading_info") else model
 
-    @property
-    def head(self) -> MTPHead:
-        return cast(MTPHead, cast(nn.Module, self).get_submodule(self.family.prefix))
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the backbone is transformers' own, so the renamings that it has for checkpoints hold here too."""
+        return False
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The head's parameters under their checkpoint names, experts joined (`head.split_experts`)."""
-        prefix = self.family.prefix + "."
-        return {n: p for n, p in cast(nn.Module, self).named_parameters() if n.startswith(prefix)}
+        """The head's parameters under their checkpoint names, experts joined (`head.as_stored`)."""
+        return {n: p for n, p in cast(nn.Module, self).named_parameters() if self.family.owns(n)}
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
+        routers of DeepSeek's kind choose experts)."""
+        return {f"{self.family.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
 
     def freeze_backbone(self) -> None:
         """Only the head gets gradients."""
@@ -140,6 +163,20 @@ class FastMTPMixin:
             nn.Module.train(child, False)
         self.head.train(mode)
         return module
+
+    def get_rope_index(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [3, B, T] of text, which the chat templates of vision models ask their model for."""
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        return positions.expand(3, -1, -1), positions.new_zeros(len(positions), 1)
+
+    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', without what those templates add for images; positions follow from the attention mask."""
+        if "position_ids" in kwargs and kwargs["position_ids"].ndim == 3:
+            del kwargs["position_ids"]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def enable_input_require_grads(self) -> None:
         """Nothing: trainers call this for gradient checkpointing, and it would drag autograd through the backbone."""
@@ -164,6 +201,8 @@ class FastMTPMixin:
         assert input_ids is not None
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+        elif position_ids.ndim == 3:
+            position_ids = position_ids[0]  # time, height, width: alike for text
         segments = segment_ids(position_ids, attention_mask)
         targets, valid = step_targets(input_ids, segments, labels, self.fastmtp.num_speculative_steps)
         rows = valid.any(0).flatten().nonzero().squeeze(1)
@@ -285,7 +324,14 @@ class FastMTPMixin:
         return found
 
 
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+def _without_autocast(router: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """Routers of DeepSeek's kind compute in float32 in transformers and in engines. Under autocast their product would
+    be bfloat16 all the same, and a near tie would be trained with one expert and served with another."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return type(router).forward(router, hidden_states)
+
+
+def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
     """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
@@ -299,11 +345,14 @@ def build_class(family: Family) -> type:
     """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
     backbone = import_class(family.backbone)
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
-    ignored = [p for p in backbone._keys_to_ignore_on_load_unexpected or [] if not re.match(p, f"{family.prefix}.")]
+    patterns = backbone._keys_to_ignore_on_load_unexpected or []
+    ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
+    ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],
         "_keys_to_ignore_on_load_unexpected": ignored or None,
+        "_keep_in_fp32_modules_strict": [*(backbone._keep_in_fp32_modules_strict or []), *family.kept_in_float32],
     }
     cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
@@ -313,27 +362,67 @@ def build_class(family: Family) -> type:
 
 def model_class(model_dir: str | Path) -> type:
     """The class for a checkpoint folder. Raises `FastMTPError` if its layout is unknown."""
-    return build_class(find_family(read_config(model_dir), Path(model_dir) / "config.json"))
+    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+    return next(build_class(row) for row in FAMILIES if row.name == family.name)
 
 
-def head_shapes(model_dir: str | Path) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that the head of a checkpoint must have."""
+def load_config(model_dir: str | Path) -> Any:
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several."""
+    return text_config(AutoConfig.from_pretrained(model_dir), model_dir)
+
+
+def text_config(config: Any, model_dir: str | Path) -> Any:
+    """The text part of a checkpoint's config, or the config itself where it has no parts."""
+    text = config.get_text_config()
+    if text is not config:
+        stored = read_config(model_dir)
+        text.tie_word_embeddings = bool(config_value(stored, "tie_word_embeddings"))
+        if quantization := config_value(stored, "quantization_config"):
+            text.quantization_config = quantization
+    return text
+
+
+def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that the head of a checkpoint must have.
+
+    `weights` is the folder whose tensors show whether experts are stored one by one or joined, by default the same.
+    """
     family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
-    config = AutoConfig.from_pretrained(model_dir)
     with torch.device("meta"):
-        head = MTPHead(config, family)
-        tensors = split_experts({f"{family.prefix}.{n}": p for n, p in head.named_parameters()})
+        head = MTPHead(load_config(model_dir), family)
+        tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
+        if not _experts_joined(weights or model_dir, family):
+            tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def load_head(model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor]) -> None:
-    """Put head tensors (checkpoint names, or what reads them) into a model. Works under ZeRO-3 too, where parameters
-    are partitioned."""
-    read = tensors if callable(tensors) else tensors.__getitem__
-    for name, parameter in model.head_parameters().items():
-        whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape), device="meta")
-        with _gathered([parameter]), torch.no_grad():
-            fill(parameter, split_experts({name: whole}), read)
+def keeps_float32(family: Family, name: str) -> bool:
+    """Whether transformers holds this tensor in float32 in a model of any dtype, as published checkpoints do."""
+    return any(part in name for part in import_class(family.backbone)._keep_in_fp32_modules_strict or ())
+
+
+def _experts_joined(folder: str | Path, family: Family) -> bool:
+    """By the names of the MTP layer, or of the backbone where there is none yet."""
+    headers = read_headers(folder) if any(Path(folder).glob("*.safetensors")) else Headers()
+    names = headers.under(*family.roots) or list(headers.entries)
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
+
+
+def load_head(
+    model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor], stored: Container[str] = ()
+) -> None:
+    """Put head tensors into a model, one at a time. Works under ZeRO-3 too, where parameters are partitioned.
+
+    Args:
+        model: the model.
+        tensors: by their names in a checkpoint, or what reads them.
+        stored: these names, where `tensors` is a function.
+    """
+    read, stored = (tensors, stored) if callable(tensors) else (tensors.__getitem__, tensors)
+    for name, target in model.head_tensors().items():
+        whole = torch.empty(getattr(target, "ds_shape", target.shape), device="meta")
+        with _gathered([target]), torch.no_grad():
+            fill(target, as_stored({name: whole}, stored), read)
 
 
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
@@ -342,7 +431,7 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.de
     Raises `FastMTPError` if the layout is unknown or an MTP tensor is missing, misshapen or not finite.
     """
     cls: Any = model_class(model_dir)
-    check_head(model_dir, cls.family, head_shapes(model_dir))
+    check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
     model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 

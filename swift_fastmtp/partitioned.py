@@ -16,7 +16,7 @@ from transformers.utils.generic import ContextManagers
 
 from .checkpoints import Weights, read_plain
 from .fp8 import SCALE
-from .head import fill, split_experts
+from .head import as_stored, fill
 from .headers import read_headers
 
 
@@ -31,7 +31,7 @@ def sources(cls: Any, model_dir: str | Path, config: Any) -> dict[str, list[str]
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        parts = {n: tuple(t.shape) for n, t in split_experts({name: tensor}).items()}
+        parts = {n: tuple(t.shape) for n, t in as_stored({name: tensor}, stored).items()}
         if any(stored.get(n) != shape for n, shape in parts.items()):
             return None
         found[name] = list(parts)
@@ -55,6 +55,8 @@ def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[s
     for name, names in parts.items():
         target = targets[name]
         partitioned = hasattr(target, "ds_id")
+        if not partitioned and any(part in name for part in cls._keep_in_fp32_modules_strict or ()):
+            target.data = target.data.float()
         with zero.GatheredParameters([target], modifier_rank=0) if partitioned else nullcontext(), torch.no_grad():
             if not partitioned or get_rank() == 0:
                 fill(target, names, partial(read_plain, weights))

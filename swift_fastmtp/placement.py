@@ -59,10 +59,10 @@ def device_map(
     return found if len(set(found.values())) > 1 else {"": main}
 
 
-def check_map(mapping: dict[str, Any], prefix: str) -> None:
+def check_map(mapping: dict[str, Any], roots: tuple[str, ...]) -> None:
     """Raises `FastMTPError` if a map of the user's own offloads what must stay."""
     main = next((d for d in mapping.values() if d not in ("cpu", "disk")), "cpu")
-    for part in (prefix, "lm_head", "model.embed_tokens"):
+    for part in (*roots, "lm_head", "model.embed_tokens"):
         keys = [key for key in mapping if not key or f"{part}.".startswith(f"{key}.")]
         device = mapping[max(keys, key=len)] if keys else main
         if device == "disk" or (device == "cpu" and main != "cpu"):

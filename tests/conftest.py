@@ -107,6 +107,16 @@ def swift(*args, env=None, check=True, processes=1):
     return done
 
 
+def swift_runs(folder, jobs, env=None):
+    """Several `swift` commands in one process (`swift_runs.py`): the error of each, or None, and all their output."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+    (folder / "jobs.json").write_text(json.dumps([[str(word) for word in job] for job in jobs]))
+    command = [sys.executable, ROOT / "tests/swift_runs.py", folder / "jobs.json", folder / "errors.json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads((folder / "errors.json").read_text()), done.stdout + done.stderr
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

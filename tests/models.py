@@ -2,11 +2,25 @@
 
 import json
 import shutil
+from functools import partial
 
 import torch
 from conftest import TINY
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    Glm4MoeLiteConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5_MoeConfig
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
+from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.families import FAMILIES
@@ -41,15 +55,13 @@ def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, d
 
 def random_qwen3_next(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
     """A Qwen3-Next with one linear and one full-attention layer, four experts of which a token reads two."""
-    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     config = Qwen3NextConfig(
         **_hybrid(vocab, heads, kv),
-        **mixture,
-        shared_expert_intermediate_size=24,
+        **_MIXTURE,
         tie_word_embeddings=False,
         architectures=["Qwen3NextForCausalLM"],
     )
-    return _random_qwen(seed, config, "qwen3_next", std, dtype)
+    return _random(seed, config, "qwen3_next", std, dtype)
 
 
 def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
@@ -57,7 +69,124 @@ def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.flo
     config = Qwen3_5TextConfig(
         **_hybrid(vocab, heads, kv), tie_word_embeddings=True, architectures=["Qwen3_5ForCausalLM"]
     )
-    return _random_qwen(seed, config, "qwen3_5", std, dtype)
+    return _random(seed, config, "qwen3_5", std, dtype)
+
+
+def random_qwen3_5_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    """A text-only Qwen3.5 with experts."""
+    config = Qwen3_5MoeTextConfig(**_hybrid(vocab, heads, kv), **_MIXTURE, architectures=["Qwen3_5MoeForCausalLM"])
+    return _random(seed, config, "qwen3_5_moe", std, dtype)
+
+
+def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    config = Qwen3MoeConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        head_dim=16,
+        rope_theta=10000.0,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    return _random(seed, config, "qwen3_moe", std, dtype, norms=(0.3, 2.0))
+
+
+def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, bias=False):
+    """An ERNIE-4.5 whose backbone has experts from its first layer on, and a dense MTP layer."""
+    config = Ernie4_5_MoeConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        rope_theta=10000.0,
+        use_bias=bias,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_intermediate_size=16,
+        moe_num_shared_experts=1,
+        moe_layer_start_index=0,
+        tie_word_embeddings=True,
+        num_nextn_predict_layers=1,
+        architectures=["Ernie4_5_MoeForCausalLM"],
+    )
+    return _random(seed, config, "ernie4_5_moe", std, dtype, norms=(0.3, 2.0))
+
+
+_MIXTURE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+
+
+def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    """A GLM-4.5: one dense layer, one with six experts in two groups; QK-norm and biases, as the large one has."""
+    config = Glm4MoeConfig(
+        **_sizes(vocab, heads),
+        **_EXPERTS,
+        num_key_value_heads=kv,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        architectures=["Glm4MoeForCausalLM"],
+    )
+    return _random(seed, config, "glm4_moe", std, dtype, norms=(0.3, 2.0))
+
+
+def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+    """A DeepSeek-V3: latent attention whose value heads are narrower than its query heads; YaRN."""
+    published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
+    config = DeepseekV3Config(
+        **_sizes(vocab, heads),
+        **_EXPERTS,
+        **_latent(8, heads),
+        max_position_embeddings=64,
+        rope_parameters=rope,
+        **published,
+        architectures=["DeepseekV3ForCausalLM"],
+    )
+    return _random(seed, config, "deepseek_v3", std, dtype, norms=(0.3, 2.0))
+
+
+def random_glm4_moe_lite(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+    """A GLM-4.7-Flash: latent attention with heads of one width."""
+    mtp = {"num_nextn_predict_layers": 1}
+    config = Glm4MoeLiteConfig(
+        **_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **mtp, architectures=["Glm4MoeLiteForCausalLM"]
+    )
+    return _random(seed, config, "glm4_moe_lite", std, dtype, norms=(0.3, 2.0))
+
+
+_EXPERTS = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "routed_scaling_factor": 1.5,
+}
+
+
+def _sizes(vocab, heads):
+    sizes = {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return {**sizes, "num_attention_heads": heads, "tie_word_embeddings": False}
+
+
+def _latent(v_head_dim, heads):
+    ranks = {"q_lora_rank": 12, "kv_lora_rank": 10, "num_key_value_heads": heads}
+    return {**ranks, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": v_head_dim}
 
 
 def _hybrid(vocab, heads, kv):
@@ -79,23 +208,31 @@ def _hybrid(vocab, heads, kv):
     }
 
 
-def _random_qwen(seed, config, family, std, dtype):
+def _random(seed, config, family, std, dtype, norms=(-0.7, 1.0)):
     torch.manual_seed(seed)
     model = build_class(next(f for f in FAMILIES if f.name == family))(config)
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "norm" in name:
-            torch.nn.init.uniform_(parameter, -0.7, 1.0)
-        elif "A_log" not in name:
-            torch.nn.init.normal_(parameter, std=std)
+            torch.nn.init.uniform_(tensor, *norms)
+        elif "A_log" not in name and "inv_freq" not in name:
+            torch.nn.init.normal_(tensor, std=std)
     model.freeze_backbone()
     return model.to(dtype).eval()
 
 
 def save_checkpoint(make, folder):
-    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer."""
+    """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer.
+
+    Beside a numbered MTP layer, copies of the embedding and the output matrix; the routers' biases are float32.
+    """
     model = make(3, vocab=6144, std=0.1)
     model.config.eos_token_id = 6082
-    model.bfloat16().save_pretrained(folder, max_shard_size="100KB")
+    kept = {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    state = {**model.bfloat16().state_dict(), **kept}
+    matrices = {"embed_tokens": model.model.embed_tokens, "shared_head.head": model.lm_head}
+    copies = {f"{n}.weight": module.weight.detach().clone() for n, module in matrices.items()}
+    state |= {f"{model.family.prefix}.{n}": t for n, t in copies.items() if n in model.family.copies}
+    model.save_pretrained(folder, state_dict=state, max_shard_size="100KB")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     assert len(Weights(folder).files) > 1
@@ -125,6 +262,63 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
     old = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**old, "quantization_config": settings, **config}, indent=2))
     return target
+
+
+# As Qwen3.5's renders a plain conversation, which tells ms-swift's templates apart.
+_THINKING = (
+    "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}"
+    "{%- if enable_thinking is false %}{{- '\\n</think>\\n\\n' }}{%- endif %}{%- endif %}"
+)
+
+
+def save_vision_checkpoint(make, folder):
+    """The same text model and head as Qwen publishes them: beside a vision tower, experts joined, a little in fp32."""
+    model = make(3, vocab=6144, std=0.1).bfloat16()
+    text = {**model.config.to_dict(), "mtp_num_hidden_layers": 1}
+    text["rope_parameters"] |= {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "num_position_embeddings": 16}
+    tokens = {"image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+    cls = Qwen3_5MoeConfig if "moe" in text["model_type"] else Qwen3_5Config
+    config = cls(
+        text_config=text,
+        vision_config={**vision, "patch_size": 4, "out_hidden_size": text["hidden_size"]},
+        tie_word_embeddings=text["tie_word_embeddings"],
+        eos_token_id=6082,
+        dtype="bfloat16",
+        **tokens,
+    )
+    whole = AutoModelForImageTextToText.from_config(config).bfloat16()
+    config.architectures = [type(whole).__name__]
+    tensors = {n: t for n, t in whole.state_dict().items() if n.startswith("model.visual.")}
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight" or not text["tie_word_embeddings"]:
+            wide = name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensor.float() + 1e-5 if wide else tensor
+    folder.mkdir()
+    save_torch_state_dict(tensors, folder, max_shard_size="100KB")
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": _THINKING}))
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
+    assert len(Weights(folder).files) > 1 and "vision_config" in json.loads((folder / "config.json").read_text())
+    return folder
+
+
+CHECKPOINTS = {
+    "qwen3_next": partial(save_checkpoint, random_qwen3_next),
+    "qwen3_5": partial(save_checkpoint, random_qwen3_5),
+    "qwen3_5_vision": partial(save_vision_checkpoint, random_qwen3_5),
+    "qwen3_5_moe": partial(save_checkpoint, random_qwen3_5_moe),
+    "qwen3_5_moe_vision": partial(save_vision_checkpoint, random_qwen3_5_moe),
+    "qwen3_moe": partial(save_checkpoint, random_qwen3_moe),
+    "ernie4_5_moe": partial(save_checkpoint, random_ernie),
+    "glm4_moe": partial(save_checkpoint, random_glm4_moe),
+    "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
+    "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
+}
 
 
 def packed_positions(lengths):

@@ -1,8 +1,8 @@
 """The method written out plainly, sharing nothing with the package: what the fast paths must equal.
 
-A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), a Qwen3-Next
-head where it differs, the paper's rollout as a loop over steps, and a token-by-token draft with a KV cache as a server
-does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
+A MiMo head in a few functions over its raw weights (RMSNorm, rotate-half RoPE, grouped heads, SwiGLU), the heads of
+other families where they differ, the paper's rollout as a loop over steps, and a token-by-token draft with a KV cache
+as a server does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
 """
 
 import math
@@ -16,8 +16,11 @@ class Head:
     def __init__(self, head, config):
         self.w = {n: p.detach() for n, p in head.named_parameters()}
         self.heads, self.kv = config.num_attention_heads, config.num_key_value_heads
-        self.dim, self.eps = config.head_dim, config.rms_norm_eps
-        self.theta = config.rope_parameters["rope_theta"]
+        self.dim, self.eps = getattr(config, "head_dim", config.hidden_size // self.heads), config.rms_norm_eps
+        rope = config.rope_parameters
+        self.rotary = int(self.dim * rope.get("partial_rotary_factor", 1))
+        self.frequencies = rope["rope_theta"] ** -(torch.arange(0, self.rotary, 2).double() / self.rotary)
+        self.scale, self.amplitude = self.dim**-0.5, 1.0
 
     def rms(self, x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.w[name + ".weight"]
@@ -27,11 +30,11 @@ class Head:
         return y + self.w[name + ".bias"] if name + ".bias" in self.w else y
 
     def rope(self, x, positions):
-        """x [n, heads, dim], positions [n]."""
-        freq = 1.0 / self.theta ** (torch.arange(0, self.dim, 2, dtype=x.dtype) / self.dim)
-        angle = (positions.to(x.dtype)[:, None] * freq)[:, None, :].repeat(1, 1, 2)
-        a, b = x.chunk(2, -1)
-        return x * angle.cos() + torch.cat([-b, a], -1) * angle.sin()
+        """x [n, heads, dim], positions [n]; the first `rotary` of dim turn, in halves."""
+        angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :].repeat(1, 1, 2)
+        turned, rest = x[..., : self.rotary], x[..., self.rotary :]
+        a, b = turned.chunk(2, -1)
+        return torch.cat([turned * angle.cos() + torch.cat([-b, a], -1) * angle.sin(), rest], -1)
 
     def fuse(self, hidden, embed):
         return self.linear(
@@ -47,10 +50,10 @@ class Head:
 
     def attend(self, q, k, v, visible):
         """One softmax per head; visible [n_queries, n_keys]."""
-        out = torch.empty_like(q)
+        out = q.new_empty(*q.shape[:2], v.shape[-1])
         for h in range(self.heads):
             g = h * self.kv // self.heads
-            scores = (q[:, h] @ k[:, g].T / math.sqrt(self.dim)).masked_fill(~visible, float("-inf"))
+            scores = (q[:, h] @ k[:, g].T * self.scale).masked_fill(~visible, float("-inf"))
             out[:, h] = scores.softmax(-1) @ v[:, g]
         return out
 
@@ -59,7 +62,14 @@ class Head:
         a = self.rms(u, "post_attention_layernorm")
         gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
         u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
+        return self.final(u)
+
+    def final(self, u):
         return self.rms(u, "final_layernorm")
+
+
+def mlp(x, gate, up, down):
+    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
 class QwenHead(Head):
@@ -70,18 +80,10 @@ class QwenHead(Head):
     def __init__(self, head, config):
         super().__init__(head, config)
         self.w = {n.removeprefix("layers.0."): w for n, w in self.w.items()}
-        self.rotary = int(self.dim * config.rope_parameters["partial_rotary_factor"])
         self.top = getattr(config, "num_experts_per_tok", None)
 
     def rms(self, x, name):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.w[name + ".weight"])
-
-    def rope(self, x, positions):
-        freq = 1.0 / self.theta ** (torch.arange(0, self.rotary, 2, dtype=x.dtype) / self.rotary)
-        angle = (positions.to(x.dtype)[:, None] * freq)[:, None, :].repeat(1, 1, 2)
-        turned, rest = x[..., : self.rotary], x[..., self.rotary :]
-        a, b = turned.chunk(2, -1)
-        return torch.cat([turned * angle.cos() + torch.cat([-b, a], -1) * angle.sin(), rest], -1)
 
     def fuse(self, hidden, embed):
         pair = self.rms(embed, "pre_fc_norm_embedding"), self.rms(hidden, "pre_fc_norm_hidden")
@@ -99,19 +101,19 @@ class QwenHead(Head):
         q, k = self.rms(q, "self_attn.q_norm"), self.rms(k, "self_attn.k_norm")
         return self.rope(q, positions), self.rope(k, positions), v
 
-    def mlp(self, x, gate, up, down):
-        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    def shared_expert(self, x):
+        out = mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        return out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
 
     def feed_forward(self, x):
         """Row by row, expert by expert."""
-        out = self.mlp(x, *(self.w[f"mlp.shared_expert.{n}_proj.weight"] for n in ("gate", "up", "down")))
-        out = out * torch.sigmoid(self.linear(x, "mlp.shared_expert_gate"))
+        out = self.shared_expert(x)
         share = self.linear(x, "mlp.gate").softmax(-1)
         for i, row in enumerate(x):
             best = share[i].argsort(descending=True)[: self.top].tolist()
             for e in best:
                 gate, up = self.w["mlp.experts.gate_up_proj"][e].chunk(2)
-                y = self.mlp(row[None], gate, up, self.w["mlp.experts.down_proj"][e])[0]
+                y = mlp(row[None], gate, up, self.w["mlp.experts.down_proj"][e])[0]
                 out[i] += y * share[i, e] / share[i, best].sum()
         return out
 
@@ -122,11 +124,154 @@ class QwenHead(Head):
         return self.rms(u, "norm")
 
 
+class Qwen3MoeHead(QwenHead):
+    """Plain norms, no output gate, RoPE on the whole head, no shared expert (SGLang `qwen3_moe_mtp.py`)."""
+
+    rms = Head.rms
+
+    def queries_and_gate(self, u):
+        q = self.linear(self.rms(u, "input_layernorm"), "self_attn.q_proj").view(len(u), self.heads, self.dim)
+        return q, torch.full_like(q, math.inf)
+
+    def shared_expert(self, x):
+        return torch.zeros_like(x)
+
+
+class ErnieHead(Head):
+    """[embed, hidden], RoPE on neighbouring pairs, a bias where the config says so, and no final norm
+    (SGLang `ernie4_eagle.py`, `ernie4.py`)."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.w = {n.removeprefix("mtp_block.0."): w for n, w in self.w.items()}
+
+    def rope(self, x, positions):
+        angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :]
+        a, b = x[..., 0::2], x[..., 1::2]
+        turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return torch.stack(turned, -1).flatten(-2)
+
+    def fuse(self, hidden, embed):
+        pair = self.rms(embed, "mtp_emb_norm.0"), self.rms(hidden, "mtp_hidden_norm.0")
+        return self.linear(torch.cat(pair, -1), "mtp_linear_proj.0")
+
+    def final(self, u):
+        return u
+
+
 class DenseQwenHead(QwenHead):
     """Qwen3.5: the same with a dense MLP."""
 
     def feed_forward(self, x):
-        return self.mlp(x, *(self.w[f"mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        return mlp(x, *(self.w[f"mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
+
+
+class GlmHead(Head):
+    """[embed, hidden], QK-norm, RoPE on a part of each head, and experts in groups, chosen by a score with a bias that
+    does not weigh them (SGLang `glm4_moe_nextn.py`, `glm4_moe.py`, `layers/moe/topk.py`)."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.bias = head.state_dict()["mlp.gate.e_score_correction_bias"]
+        self.top, self.routed_scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.groups, self.open_groups = config.n_group, config.topk_group
+
+    def fuse(self, hidden, embed):
+        return self.linear(torch.cat([self.rms(embed, "enorm"), self.rms(hidden, "hnorm")], -1), "eh_proj")
+
+    def qkv(self, u, positions):
+        a = self.rms(u, "input_layernorm")
+        q = self.linear(a, "self_attn.q_proj").view(len(u), self.heads, self.dim)
+        k = self.linear(a, "self_attn.k_proj").view(len(u), self.kv, self.dim)
+        v = self.linear(a, "self_attn.v_proj").view(len(u), self.kv, self.dim)
+        q, k = self.rms(q, "self_attn.q_norm"), self.rms(k, "self_attn.k_norm")
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def feed_forward(self, x):
+        """Row by row, expert by expert."""
+        out = mlp(x, *(self.w[f"mlp.shared_experts.{n}_proj.weight"] for n in ("gate", "up", "down")))
+        for i, row in enumerate(x):
+            score = torch.sigmoid(self.w["mlp.gate.weight"] @ row)
+            rank = (score + self.bias.to(score.dtype)).view(self.groups, -1)
+            best_groups = rank.topk(2, -1).values.sum(-1).topk(self.open_groups).indices.tolist()
+            for g in set(range(self.groups)) - set(best_groups):
+                rank[g] = float("-inf")
+            best = rank.flatten().topk(self.top).indices.tolist()
+            for e in best:
+                gate, up = self.w["mlp.experts.gate_up_proj"][e].chunk(2)
+                y = mlp(row[None], gate, up, self.w["mlp.experts.down_proj"][e])[0]
+                out[i] += y * self.routed_scale * score[e] / score[best].sum()
+        return out
+
+    def heads_out(self, attended):
+        return attended.flatten(1)
+
+    def tail(self, u, attended):
+        u = u + self.linear(self.heads_out(attended), "self_attn.o_proj")
+        u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
+        return self.rms(u, "shared_head.norm")
+
+
+class LatentHead(GlmHead):
+    """DeepSeek's attention as a server runs it: one key per token for all heads, which is the latent beside a rotary
+    part; the matrices that would widen the latent are applied to query and output instead (DeepSeek-V2, section 2.1).
+    """
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.kv, self.rank, self.nope, self.rotary = 1, config.kv_lora_rank, config.qk_nope_head_dim, self.dim
+        self.scale = (self.nope + self.rotary) ** -0.5
+        rope = config.rope_parameters
+        if rope["rope_type"] == "yarn":
+            self.yarn(rope)
+
+    def yarn(self, rope):
+        """Peng et al. 2023, section 3.2: slow frequencies are divided by the factor. DeepSeek scales the logits by the
+        square of a factor that their `mscale_all_dim` says, and what turns by the ratio of two."""
+
+        def turns(n):
+            return self.rotary * math.log(rope["original_max_position_embeddings"] / (n * 2 * math.pi)) / 2 / log_theta
+
+        def factor(mscale):
+            return 0.1 * mscale * math.log(rope["factor"]) + 1
+
+        log_theta = math.log(rope["rope_theta"])
+        low, high = math.floor(turns(rope["beta_fast"])), math.ceil(turns(rope["beta_slow"]))
+        low, high = max(low, 0), min(high, self.rotary - 1)
+        slow = ((torch.arange(self.rotary // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+        self.frequencies = self.frequencies * (1 - slow + slow / rope["factor"])
+        self.amplitude = factor(rope["mscale"]) / factor(rope["mscale_all_dim"])
+        self.scale *= factor(rope["mscale_all_dim"]) ** 2
+
+    def rms(self, x, name):
+        """The latents' own norms do not read `rms_norm_eps`."""
+        eps = 1e-6 if "_a_layernorm" in name else self.eps
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.w[name + ".weight"]
+
+    def rope(self, x, positions):
+        """Neighbours turn together."""
+        angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :]
+        a, b = x[..., 0::2], x[..., 1::2]
+        pairs = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+        return torch.stack(pairs, -1).flatten(-2) * self.amplitude
+
+    def widening(self):
+        """Of keys [heads, nope, rank] and of values [heads, v, rank]."""
+        both = self.w["self_attn.kv_b_proj.weight"].view(self.heads, -1, self.rank)
+        return both[:, : self.nope], both[:, self.nope :]
+
+    def qkv(self, u, positions):
+        a = self.rms(u, "input_layernorm")
+        q = self.rms(self.linear(a, "self_attn.q_a_proj"), "self_attn.q_a_layernorm")
+        q = self.linear(q, "self_attn.q_b_proj").view(len(u), self.heads, -1)
+        latent, turning = self.linear(a, "self_attn.kv_a_proj_with_mqa").split([self.rank, self.rotary], -1)
+        latent = self.rms(latent, "self_attn.kv_a_layernorm")[:, None]
+        narrowed = torch.einsum("nhd,hdr->nhr", q[..., : self.nope], self.widening()[0])
+        queries = torch.cat([narrowed, self.rope(q[..., self.nope :], positions)], -1)
+        return queries, torch.cat([latent, self.rope(turning[:, None], positions)], -1), latent
+
+    def heads_out(self, attended):
+        return torch.einsum("nhr,hvr->nhv", attended, self.widening()[1]).flatten(1)
 
 
 def merged_attention(query, keys, values, chain_keys, chain_values, visible, scale):

@@ -10,10 +10,12 @@ import torch
 from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import CHECKPOINTS
 from safetensors.torch import load_file, save_file
 from test_benchmarks import load
 from test_checkpoints import HEAD, shard
 from test_errors import broken_model, lose_mtp
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.errors import FastMTPError
@@ -22,6 +24,7 @@ from swift_fastmtp.export.graft import HEAD_FILE, graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import serve_flags
 from swift_fastmtp.export.shards import copy_without, tensor_hashes, write_tensors
+from swift_fastmtp.families import find_family
 from swift_fastmtp.modeling import load_model
 
 
@@ -265,6 +268,40 @@ def test_the_measured_page_is_the_results():
     results = ROOT / "docs" / "results" / "huge_checkpoint.json"
     page = load("export/huge.py").page(json.loads(results.read_text()))
     assert page == results.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_vision", "qwen3_5_moe_vision", "ernie4_5_moe"])
+def test_other_families_saved_through_transformers(name, tmp_path):
+    """The vision tower stays, experts have the form of the donor, and scattered parts come back to their places."""
+    base = CHECKPOINTS[name](tmp_path / "base")
+    auto = AutoModelForImageTextToText if "vision" in name else AutoModelForCausalLM
+    auto.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
+    assert any("lost its MTP layer" in r for r in inspect_model(tmp_path / "tuned").reasons)
+    graft(tmp_path / "tuned", tmp_path / "out", base)
+    donor, after, before = Weights(base), Weights(tmp_path / "out"), Weights(tmp_path / "tuned")
+    family = find_family(json.loads((base / "config.json").read_text()))
+    head = {n for n in donor.file_of if family.owns(n)}
+    assert set(after.file_of) == set(before.file_of) | head and not set(before.file_of) & head
+    assert all(torch.equal(after.read(n), donor.read(n)) for n in head)
+    assert all(torch.equal(after.read(n), before.read(n)) for n in before.file_of)
+    assert inspect_model(tmp_path / "out").trainable and load_model(tmp_path / "out", torch.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_moe_vision", "qwen3_moe"])
+def test_a_layer_is_made_for_a_mixture_of_experts(name, tmp_path):
+    base = CHECKPOINTS[name](tmp_path / "base")
+    auto = AutoModelForImageTextToText if "vision" in name else AutoModelForCausalLM
+    auto.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
+    graft(tmp_path / "tuned", tmp_path / "out", init_from_last_layer=True)
+    model = load_model(tmp_path / "out", torch.float32)
+    assert torch.equal(model.head.layers[0].mlp.experts.down_proj, model.model.layers[-1].mlp.experts.down_proj)
+    assert torch.equal(model.head.norm.weight, model.model.norm.weight)
+
+
+def test_no_layer_is_made_where_the_last_one_is_of_another_kind(tmp_path):
+    base = CHECKPOINTS["ernie4_5_moe"](tmp_path / "base")
+    with pytest.raises(FastMTPError, match="the last decoder layer is no ernie4_5_moe block"):
+        graft(base, tmp_path / "out", init_from_last_layer=True, overwrite=True)
 
 
 NAMES = st.text("abc.", min_size=1, max_size=6)

@@ -136,7 +136,7 @@ def simulate(
         groups |= _groups(texts, rows, tokenizer, by)
     results: list[HeadResult] = []
     for name, head in heads.items():
-        load_head(model, head)
+        load_head(model, head, expected)
         shared = (model, texts, tokenizer.pad_token_id, batch_size)
         found_by = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
         if temperature > 0:

@@ -5,7 +5,6 @@ names it does not know, and keeps random values where some are missing (SGLang `
 check here is a failure that users of the engines have met.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ import torch
 
 from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json, read_plain
 from ..errors import FastMTPError
-from ..families import Family, match_family, read_config
+from ..families import Family, config_value, match_family, read_config
 from ..fp8 import DTYPE as FP8
 from ..fp8 import SCALE
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
+from .inspection import MTP_WORD
 
 _LEFT_OUT = ("ignore", "modules_to_not_convert", "ignored_layers")
 _PLAIN = {"bfloat16", "float16", "float32"}
@@ -82,7 +82,7 @@ def examine(
 
 
 def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    layers = config.get(family.num_layers_key, None if family.num_layers_needed else 1)
+    layers = config_value(config, family.num_layers_key, None if family.num_layers_needed else 1)
     if layers != 1:
         yield Finding(
             "error",
@@ -101,12 +101,11 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
 
 
 def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    from ..modeling import head_shapes  # builds the head on the meta device
+    from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
-    parent = family.root
-    block = parent.rsplit(".", 1)[-1]
-    found = {n for n in weights.under(parent) if n.removesuffix(SCALE) not in expected or n in expected}
+    found = {n for n in weights.file_of if family.owns(n) and not family.is_copy(n)}
+    found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
     for name in sorted(set(expected) - found):
         yield Finding(
             "error",
@@ -119,15 +118,14 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "error",
             f"{name} is not a tensor of the one MTP layer",
             "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
-            f"keep exactly the {len(expected)} tensors under {family.prefix}",
+            f"keep exactly the {len(expected)} tensors under {' and '.join(family.layer_paths)}",
         )
-    odd = re.compile(rf"(^|\.)({block}|mtp)\.")
-    for name in sorted(n for n in weights.file_of if odd.search(n) and not n.startswith(parent + ".")):
+    for name in sorted(n for n in weights.file_of if MTP_WORD.search(n) and not family.owns(n)):
         yield Finding(
             "error",
             f"{name} looks like an MTP tensor under another name",
-            f"engines read {family.prefix}.* and ignore the rest",
-            f"rename it to {family.prefix}.…",
+            f"engines read {family.root}.* and ignore the rest",
+            f"rename it to {family.root}.…",
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
@@ -138,7 +136,8 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
             "start from a checkpoint that leaves it out of the quantisation",
         )
-    yield from _dtypes(weights, config, sorted(found & set(expected)))
+    named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
+    yield from _dtypes(weights, config, named)
 
 
 def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
@@ -158,12 +157,12 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding(
             "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
         )
-    elif not bool(tensor.any()) and not (family.zero_centred_norms and len(shape) == 1):
+    elif not bool(tensor.any()) and not name.endswith("bias") and not (family.zero_centred_norms and len(shape) == 1):
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
 def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
-    quantised = config.get("quantization_config")
+    quantised = config_value(config, "quantization_config")
     blocks = {n for n in names if n + SCALE in weights.file_of}
     kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names if n not in blocks}
     if kinds - _PLAIN:
@@ -184,7 +183,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
                 '"ignore" (compressed-tensors) or "modules_to_not_convert"',
             )
         return
-    backbone = config.get("dtype") or config.get("torch_dtype")
+    backbone = config_value(config, "dtype") or config_value(config, "torch_dtype")
     if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
         yield Finding(
             "warning",
@@ -210,15 +209,16 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
         return
     here_config, base_config = read_config(folder), read_config(base)
     for key in _SHARED_KEYS:
-        if here_config.get(key) != base_config.get(key):
+        ours, theirs = config_value(here_config, key), config_value(base_config, key)
+        if ours != theirs:
             yield Finding(
                 "error",
-                f"config.json: {key} is {here_config.get(key)}, in {base} it is {base_config.get(key)}",
+                f"config.json: {key} is {ours}, in {base} it is {theirs}",
                 "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
                 "use the base model's value in both",
             )
     original = Weights(base)
-    names = [n for n in weights.under(family.prefix) if n in original.file_of]
+    names = [n for n in weights.under(*family.roots) if n in original.file_of and not family.is_copy(n)]
     yield from _forms(weights, original, here_config, base, names)
     same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
     if names and len(same) == len(names):
@@ -260,14 +260,14 @@ def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
 
 def _map(path: Path, folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
-        ids = set(read_token_map(path, config["vocab_size"]).tolist())
+        ids = set(read_token_map(path, config_value(config, "vocab_size")).tolist())
         check_tokenizer(path, folder)
     except FastMTPError as error:
         why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
         yield Finding("error", str(error), why, "make the map from this model's own tokenizer")
         return
     ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    ends = ends if ends is not None else config.get("eos_token_id")
+    ends = ends if ends is not None else config_value(config, "eos_token_id")
     missing = sorted({e for e in (ends if isinstance(ends, list) else [ends]) if e is not None} - ids)
     if missing:
         what = f"{path}: does not hold the end token {', '.join(map(str, missing))}"
@@ -294,7 +294,7 @@ def _static_map(path: str | Path, config: dict[str, Any], tp_size: int) -> Itera
             "global ids index a head that is sharded: the server crashes (sglang #4328)",
             "serve with --tp-size 1, or without the map",
         )
-    if config.get("tie_word_embeddings"):
+    if config_value(config, "tie_word_embeddings"):
         yield Finding(
             "error",
             f"{path}: a token map for a model with tied embeddings",

@@ -33,7 +33,7 @@ from ..checkpoints import (
 )
 from ..config import FastMTPConfig
 from ..errors import FastMTPError
-from ..families import Family, find_family, read_config
+from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
 from ..headers import read_headers
 from ..vocab.languages import check_names
@@ -157,7 +157,7 @@ def _add_maps(folder: Path, token_maps: str | Path) -> None:
     (folder / MAPS_FOLDER).mkdir()
     for language, path in maps.items():
         check_tokenizer(path, folder)
-        read_token_map(path, config["vocab_size"])
+        read_token_map(path, config_value(config, "vocab_size"))
         named[language] = f"{MAPS_FOLDER}/{language}.pt"
         shutil.copyfile(path, folder / named[language])
         if sidecar(path).exists():

@@ -70,25 +70,30 @@ def graft(
         raise FastMTPError(f"{model}: is quantised; graft into the unquantised checkpoint and quantise the result")
     theirs = read_config(donor) if donor else None
     family = find_family(theirs, Path(donor) / "config.json") if donor and theirs else _family_of(config, model)
-    stale = _stale(headers, family, model, overwrite)
     new_config, notes = _with_head(config, theirs, family, model)
-    find_family(new_config, model / "config.json")
+    if family.prefix != find_family(new_config, model / "config.json").prefix:
+        raise FastMTPError(
+            f"{model / 'config.json'}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
+            f"{(theirs or {}).get('num_hidden_layers')}; the MTP layer is numbered after it"
+        )
+    stale = _stale(headers, family, model, overwrite)
     if theirs:
         notes += _compare(config, theirs, model, Path(donor or ""))
     dtype = _dtype(headers, config, model)
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
         notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
-        from ..modeling import head_shapes  # builds the head on the meta device
+        from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
-        expected = head_shapes(out)
+        expected = head_shapes(out, donor or model)
+        dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
         weight_map = _copy_files(model, out, headers, stale)
         read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
-        hashes = write_tensors(out / HEAD_FILE, {n: (dtype, shape) for n, shape in expected.items()}, read)
+        hashes = write_tensors(out / HEAD_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
         _write_index(out, weight_map)
-        _verify(out, headers, stale, expected, hashes, dtype)
-    nbytes = sum(torch.Size(s).numel() for s in expected.values()) * dtype.itemsize
+        _verify(out, headers, stale, expected, hashes, dtypes)
+    nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {donor}" if donor else "made from the last decoder layer"
     first = f"{len(expected)} MTP tensors, {size(nbytes)} of {_name(dtype)}, {come_from}"
     return Graft(family.name, len(expected), nbytes, [first, *notes])
@@ -107,11 +112,13 @@ def _family_of(config: dict[str, Any], model: Path) -> Family:
     """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
-    return rows[0] if len(rows) == 1 else match_family(config, model / "config.json")
+    if len(rows) == 1:
+        config = {**config, "architectures": rows[0].architectures}
+    return match_family(config, model / "config.json")
 
 
 def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> set[str]:
-    stale = headers.under(family.root)
+    stale = sorted(n for n in headers.entries if family.owns(n))
     if stale and not overwrite:
         raise FastMTPError(
             f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
@@ -274,11 +281,10 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> di
 def _fresh(
     model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    from transformers import AutoConfig
-
+    from ..modeling import load_config
     from .init_head import initial_head
 
-    return initial_head(model, AutoConfig.from_pretrained(out), family, expected)
+    return initial_head(model, load_config(out), family, expected)
 
 
 def _write_index(out: Path, weight_map: dict[str, str]) -> None:
@@ -292,14 +298,14 @@ def _verify(
     stale: set[str],
     expected: dict[str, tuple[int, ...]],
     hashes: dict[str, str],
-    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
 ) -> None:
     """Read the result back: the backbone's tensors as they were, and exactly these MTP tensors with these bytes."""
     after = read_headers(out)
     if after.problems:
         raise FastMTPError(f"{out}: {after.problems[0]}")
     kept = {n: (e.dtype, e.shape) for n, e in before.entries.items() if n not in stale}
-    want = {**kept, **{n: (DTYPES[dtype], s) for n, s in expected.items()}}
+    want = {**kept, **{n: (DTYPES[dtypes[n]], s) for n, s in expected.items()}}
     got = {n: (e.dtype, e.shape) for n, e in after.entries.items()}
     if got != want:
         odd = sorted(n for n in {**got, **want} if got.get(n) != want.get(n))

@@ -10,7 +10,6 @@ The average, not the hidden state alone, because a block that does not see the n
 again. It is a place to start training from, not a draft.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ def initial_head(
     weights = Weights(folder)
     with torch.device("meta"):
         head = MTPHead(config, family)
-    number = _text(config).num_hidden_layers - 1
+    number = config.num_hidden_layers - 1
     stems = sorted({n.split(f"layers.{number}.")[0] for n in weights.file_of if f"layers.{number}." in n}, key=len)
     stem = stems[0] if stems else "model."
     norm = f"{stem}norm.weight"
@@ -52,7 +51,8 @@ def initial_head(
         part = local.rsplit(".", 1)[0]
         if part in (family.hidden_norm, family.token_norm, family.proj):
             continue
-        own = norm if part == family.final_norm else f"{stem}layers.{number}.{re.sub(r'^layers[.]0[.]', '', local)}"
+        own = f"{stem}layers.{number}.{local.removeprefix(f'{family.block_path}.')}"
+        own = norm if part == family.final_norm else own
         if own not in weights.file_of:
             raise FastMTPError(f"{folder}: {own} is missing; the last decoder layer is no {family.name} block")
         if weights.shape(own) != expected[name]:
@@ -66,13 +66,11 @@ def initial_head(
         if local == f"{family.proj}.weight":
             half = torch.eye(expected[name][0]) / 2
             return torch.cat([half, half], dim=1)
+        if local == f"{family.proj}.bias":
+            return torch.zeros(expected[name])
         module = head.get_submodule(local.rsplit(".", 1)[0])
         fresh = type(module)(expected[name][0])  # plain norms start at one, Gemma's at zero
         parameter: torch.Tensor = fresh.get_parameter(local.rsplit(".", 1)[1])
         return parameter.detach()
 
     return read
-
-
-def _text(config: Any) -> Any:
-    return getattr(config, "text_config", None) or config

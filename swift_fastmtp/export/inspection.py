@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, find_family, read_config
+from ..families import FAMILIES, Family, config_value, find_family, match_family, read_config
+from ..fp8 import SCALE
 from ..headers import Headers, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
 
-_ODD_PART = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
+MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
 _OWN_HEAD = re.compile(r"\.(shared_head\.(head|output)|lm_head|embed_tokens|output)\.weight$")
@@ -67,7 +68,8 @@ def inspect_model(folder: str | Path) -> Inspection:
     config = read_config(folder)
     headers = read_headers(folder)
     architectures = [str(a) for a in config.get("architectures") or []]
-    family = next((f for f in FAMILIES if set(architectures) & set(f.architectures)), None)
+    known = any(set(architectures) & set(f.architectures) for f in FAMILIES)
+    family = match_family(config, folder / "config.json") if known else None
     layout = None if family else known_layout(architectures)
     suspicious = odd_names(headers, config)
     names = _mtp_names(headers, config, family, layout, suspicious)
@@ -90,7 +92,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         mtp_files=sorted({e.file.name for e in head}),
         own_matrices=[n for n in names if _OWN_HEAD.search(n)],
         quantization=_quantization(config),
-        tied_head=bool(_value(config, "tie_word_embeddings")),
+        tied_head=bool(config_value(config, "tie_word_embeddings")),
         backbone_tensors=len(rest),
         backbone_bytes=sum(e.size for e in rest),
         files=len(headers.files),
@@ -102,10 +104,10 @@ def inspect_model(folder: str | Path) -> Inspection:
 
 def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
     """Names that look like MTP: a telling word, or a decoder layer beyond num_hidden_layers."""
-    layers = _value(config, "num_hidden_layers")
+    layers = config_value(config, "num_hidden_layers")
 
     def odd(name: str) -> bool:
-        if _ODD_PART.search(name):
+        if MTP_WORD.search(name):
             return True
         numbers = [int(n) for n in _LAYER.findall(name)]
         return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not _TOWER.search(name)
@@ -123,10 +125,10 @@ def _mtp_names(
     headers: Headers, config: dict[str, Any], family: Family | None, layout: Layout | None, suspicious: list[str]
 ) -> list[str]:
     if family:
-        return headers.under(family.root)
+        return sorted(n for n in headers.entries if family.owns(n))
     if layout is None:
         return []
-    first = _value(config, "num_hidden_layers") or 0
+    first = config_value(config, "num_hidden_layers") or 0
     found: set[str] = set()
     for prefix in layout.prefixes:
         pattern = re.escape(prefix).replace(r"\{N\}", r"(\d+)") + r"\."
@@ -153,10 +155,10 @@ def _reasons(
         find_family(config, folder / "config.json")
     except FastMTPError as error:
         reasons.append(str(error))
-    absent = [n for n in headers.absent if n.startswith(family.root + ".")]
+    absent = [n for n in headers.absent if family.owns(n)]
     if not names and not absent:
         mend = "put the base model's back with `fastmtp graft`"
-        return [*reasons, f"no tensor under '{family.root}.': the checkpoint lost its MTP layer; {mend}"]
+        return [*reasons, f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {mend}"]
     matrices = {n for n in (*headers.entries, *headers.absent) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
     if not matrices - set(names):
         reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
@@ -165,7 +167,8 @@ def _reasons(
     except FastMTPError as error:
         return [*reasons, str(error)]
     reasons += [f"{n} is missing" for n in expected if n not in headers.entries and n not in headers.absent]
-    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n.removesuffix("_scale_inv") not in expected]
+    known = {n for n in names if n.removesuffix(SCALE) in expected or family.is_copy(n)}
+    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in known]
     for name in (n for n in names if n in expected):
         entry = headers.entries[name]
         if entry.shape != expected[name]:
@@ -182,7 +185,7 @@ def _unknown(config: dict[str, Any]) -> str:
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if not rows:
         return "unknown layout: no row in families.py names its architectures"
-    lost = any(isinstance(_value(config, f.num_layers_key), int) for f in rows)
+    lost = any(isinstance(config_value(config, f.num_layers_key), int) for f in rows)
     what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
     names = " or ".join(f.name for f in rows)
     return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
@@ -201,19 +204,13 @@ def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _value(config: dict[str, Any], key: str) -> Any:
-    """A key of config.json, or of its text part where a model has several."""
-    text = config.get("text_config")
-    return config.get(key, text.get(key) if isinstance(text, dict) else None)
-
-
 def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
     keys = (family.num_layers_key,) if family else _LAYER_KEYS
-    return next((v for k in keys if isinstance(v := _value(config, k), int)), None)
+    return next((v for k in keys if isinstance(v := config_value(config, k), int)), None)
 
 
 def _quantization(config: dict[str, Any]) -> str | None:
-    found = _value(config, "quantization_config")
+    found = config_value(config, "quantization_config")
     return str(found.get("quant_method") or "yes") if isinstance(found, dict) and found else None
 
 
@@ -223,7 +220,7 @@ def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
         from ..head import import_class
 
         patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
-        pattern = next((p for p in patterns if "mtp" in p), None)
+        pattern = next((p for p in patterns if re.match(p, f"{family.prefix}.")), None)
     how = f"silently (its class ignores {pattern})" if pattern else "after one warning about unused weights"
     return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
 

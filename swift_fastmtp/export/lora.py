@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..checkpoints import head_reader
 from ..errors import FastMTPError
-from ..head import split_experts
-from ..modeling import head_shapes, load_head, model_class
+from ..families import match_family, read_config
+from ..head import as_stored
+from ..modeling import head_shapes, load_config, load_head, model_class
 
 
 def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -21,15 +21,18 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     cls: Any = model_class(base)
+    family = match_family(read_config(base))
     with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-        outside = [n for n in file.keys() if f".{cls.family.prefix}." not in n]  # noqa: SIM118 (not a dict)
+        names = [n.removeprefix("base_model.model.") for n in file.keys()]  # noqa: SIM118 (not a dict)
+    outside = [n for n in names if not family.owns(n)]
     if outside:
         raise FastMTPError(
             f"{checkpoint}: adapter tensor {outside[0]} lies outside the MTP head; it cannot be exported"
         )
     with torch.device("meta"):
-        model = cls(AutoConfig.from_pretrained(base))
+        model = cls(load_config(base))
     model.head.to_empty(device="cpu")
-    load_head(model, head_reader(base, cls.family, head_shapes(base)))
+    expected = head_shapes(base)
+    load_head(model, head_reader(base, family, expected), expected)
     merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-    return split_experts({n: p.detach() for n, p in merged.head_parameters().items()})
+    return as_stored({n: p.detach() for n, p in merged.head_tensors().items()}, expected)

@@ -113,7 +113,7 @@ def make_card(
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
-    head = sum(math.prod(weights.shape(name)) for name in weights.under(family.prefix))
+    head = sum(math.prod(weights.shape(n)) for n in weights.under(*family.roots) if not family.is_copy(n))
     steps = info.get("num_speculative_steps", 3)
     what = (
         f"{linked} with its multi-token-prediction (MTP) layer fine-tuned by FastMTP ([paper]"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
-from ..families import match_family, read_config
+from ..families import config_value, match_family, read_config
 from ..vocab.maps import CONFIG_KEY
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
@@ -46,8 +46,8 @@ def serve_flags(
     config = read_config(folder)
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
-    if not weights.under(family.prefix):
-        raise FastMTPError(f"{folder}: holds no tensor under {family.prefix}; nothing to draft with")
+    if not weights.under(*family.roots):
+        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
     full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)
@@ -58,7 +58,7 @@ def serve_flags(
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
     by_language = CONFIG_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
-    if token_map and config.get("tie_word_embeddings"):
+    if token_map and config_value(config, "tie_word_embeddings"):
         raise FastMTPError(
             f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
             "and ids go through the short table); serve without the map"

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from swift.utils import get_device_count
@@ -10,7 +11,8 @@ from transformers.utils import is_torch_mps_available
 
 from ..config import ENV_PREFIX, FastMTPConfig, knob_names
 from ..errors import FastMTPError
-from ..families import FAMILIES
+from ..families import FAMILIES, Family, match_family, read_config
+from ..headers import read_headers
 
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
@@ -45,12 +47,13 @@ def prepare_arguments(args: Any) -> None:
         args.tuner_type = "fastmtp"
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
-        projections = "|".join(re.escape(family.proj) for family in FAMILIES)
-        args.target_regex = rf"^({_prefixes()})\.(?!.*expert)(.*_proj|{projections})$"
+        families = _families(args.model)
+        projections = "|".join(re.escape(f"{family.prefix}.{family.proj}") for family in families)
+        args.target_regex = rf"^(?!.*expert)(({_roots(families)})\..*_proj|{projections})$"
     frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
     if args.tuner_type == "full" and not frozen:
         args.freeze_parameters_ratio = 1.0
-        args.trainable_parameters_regex = rf"^({_prefixes()})\."
+        args.trainable_parameters_regex = rf"^({_roots(_families(args.model))})\."
     if os.path.isdir(args.model or ""):
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
@@ -64,8 +67,15 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
-def _prefixes() -> str:
-    return "|".join(re.escape(family.prefix) for family in FAMILIES)
+def _families(model: str | None) -> list[Family]:
+    """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
+    if os.path.isdir(model or ""):
+        return [match_family(read_config(str(model)), os.path.join(str(model), "config.json"))]
+    return [family for family in FAMILIES if "{N}" not in family.prefix]
+
+
+def _roots(families: list[Family]) -> str:
+    return "|".join(re.escape(root) for family in families for root in family.roots)
 
 
 def _check(args: Any) -> None:
@@ -84,3 +94,13 @@ def _check(args: Any) -> None:
         raise FastMTPError(
             f"--tuner_type {args.tuner_type} is not supported with --model_type fastmtp; use fastmtp, full or lora"
         )
+    # For models with experts peft turns any target into bare names of modules, which the backbone has too.
+    if args.tuner_type == "lora" and any(".experts." in name for name in _tensor_names(args.model)):
+        raise FastMTPError(
+            "--tuner_type lora does not work with a mixture of experts: peft would put LoRA on the backbone too; use "
+            "--tuner_type fastmtp, which trains the whole MTP head, and leave out --lora_... and --target_..."
+        )
+
+
+def _tensor_names(model: str | None) -> list[str]:
+    return list(read_headers(model).entries) if model and any(Path(model).glob("*.safetensors")) else []

@@ -51,16 +51,16 @@ def _compute_loss(original: Any, model: Any, inputs: dict[str, Any], *args: Any,
 
 def _check_trainable(model: Any) -> None:
     """Frozen means frozen: everything that trains must lie inside the head."""
-    prefix = f"{model.family.prefix}."
+    roots = model.family.roots
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    outside = [n for n in names if prefix not in n]
-    if outside or not names:
-        what = f"{outside[0]} would be trained" if outside else "nothing would be trained"
-        raise FastMTPError(
-            f"{what}; only the MTP head may be: use --tuner_type fastmtp, or with --tuner_type full "
-            f"--freeze_parameters_ratio 1 --trainable_parameters {model.family.prefix}, or with --tuner_type lora "
-            f"--target_regex '^{model.family.prefix}'"
-        )
+    outside = [n for n in names if not any(f"{root}." in n for root in roots)]
+    if names and not outside:
+        return
+    what = f"{outside[0]} would be trained" if outside else "nothing would be trained"
+    mend = f"or --tuner_type full --freeze_parameters_ratio 1 --trainable_parameters {' '.join(roots)}"
+    if any(".lora_" in n for n in names):
+        mend = f"or, for LoRA, --target_regex '^({'|'.join(roots)})' without --target_modules"
+    raise FastMTPError(f"{what}; only the MTP head may be: use --tuner_type fastmtp, {mend}")
 
 
 class FastMTPMetric(Metric):

@@ -12,8 +12,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import check_head
 from ..config import FastMTPConfig
-from ..families import find_family, read_config
-from ..modeling import head_shapes, model_class
+from ..families import find_family, match_family, read_config
+from ..modeling import head_shapes, model_class, text_config
 from ..vocab.maps import read_token_map
 
 logger = get_logger()
@@ -24,15 +24,18 @@ class FastMTPLoader(ModelLoader):
 
     def get_config(self, model_dir: str) -> Any:
         find_family(read_config(model_dir), os.path.join(model_dir, "config.json"))
-        return super().get_config(model_dir)
+        return text_config(super().get_config(model_dir), model_dir)
+
+    def get_processor(self, model_dir: str, config: Any) -> Any:
+        self.auto_tokenizer_cls = AutoTokenizer  # rows are text, whatever else the model sees
+        return super().get_processor(model_dir, config)
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
-        cls: Any = model_class(model_dir)
-        check_head(model_dir, cls.family, head_shapes(model_dir))
+        check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
         settings = FastMTPConfig.from_env()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
-        self.auto_model_cls = cls
+        self.auto_model_cls = model_class(model_dir)
         model_kwargs["dtype"] = self.model_info.torch_dtype  # of FP8 checkpoints ms-swift would take the stored one
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
@@ -61,15 +64,15 @@ class FastMTPModelMeta(ModelMeta):
         model_dir = model_info.model_dir
         self.additional_saved_files = sorted(f for f in os.listdir(model_dir) if f.endswith(".py"))
         base = get_matched_model_meta(model_dir)
-        if base is None:
-            architectures = read_config(model_dir).get("architectures")
-            types = [t for t in get_matched_model_types(architectures) if t != self.model_type]
-            base = MODEL_MAPPING[types[0]] if len(types) == 1 else None
-        if base is None:
+        # By every name of the family: a text model has the chat template of the one with a vision tower.
+        names = () if base else match_family(read_config(model_dir)).architectures
+        bases = [base] if base else [MODEL_MAPPING[t] for name in names for t in get_matched_model_types([name])]
+        if not bases:
             return
-        self.model_arch = base.model_arch
-        self.candidate_templates = base.candidate_templates
-        self.template = base.template or self._matching_template(model_info)
+        self.model_arch = next((b.model_arch for b in bases if not b.is_multimodal), None)
+        self.candidate_templates = list(dict.fromkeys(t for b in bases for t in b.candidate_templates))
+        named = [b.template for b in bases if b.template]
+        self.template = named[0] if len(bases) == len(named) == 1 else self._matching_template(model_info)
 
     def _matching_template(self, model_info: Any) -> str | None:
         """The first candidate that renders a conversation as the tokenizer's own chat template does."""
@@ -81,10 +84,15 @@ class FastMTPModelMeta(ModelMeta):
             return None
         tokenizer.model_info, tokenizer.model_meta = model_info, self
         messages = [{"role": "user", "content": "1 + 1 = ?"}]
-        want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+        def alike(candidate: str, **thinking: bool) -> bool:
+            want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
+            template = get_template(tokenizer, template_type=candidate, **thinking)
+            return bool(tokenizer.decode(template.encode({"messages": messages})["input_ids"]) == want)
+
         for candidate in candidates:
-            ids = get_template(tokenizer, template_type=candidate).encode({"messages": messages})["input_ids"]
-            if tokenizer.decode(ids) == want:
+            # The two may have other defaults of whether the model thinks.
+            if alike(candidate) or all(alike(candidate, enable_thinking=on) for on in (True, False)):
                 logger.info(f"template {candidate!r} renders like the tokenizer's chat template")
                 return candidate
         return None

@@ -15,7 +15,7 @@ from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, head_reader,
 from ..export.folders import settings
 from ..families import read_config
 from ..fp8 import read_blocks, without_quantization
-from ..head import split_experts
+from ..head import as_stored
 from ..modeling import head_shapes, load_head
 
 
@@ -34,8 +34,8 @@ class FastMTPTuner(Tuner):
     def save_pretrained(model: Any, save_directory: str, state_dict: dict[str, Any] | None = None, **_: Any) -> None:
         folder, base = Path(save_directory), Path(model.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        named = model.head_parameters()
-        tensors = split_experts({n: (state_dict or named)[n] for n in named})
+        named = model.head_tensors()
+        tensors = as_stored({n: (state_dict or named)[n] for n in named}, head_shapes(base))
         for source in (base / "config.json", *base.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
         config = read_config(base)
@@ -55,7 +55,8 @@ class FastMTPTuner(Tuner):
             if not _uses_deepspeed():
                 _upcast_head(model)
             _head_only_deepspeed_checkpoints()
-        load_head(model, head_reader(model_id, model.family, head_shapes(model.model_dir)))
+        expected = head_shapes(model.model_dir)
+        load_head(model, head_reader(model_id, model.family, expected), expected)
         return model
 
 

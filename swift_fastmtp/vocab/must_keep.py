@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoints import file_hash, read_json
 from ..data.conversation import load_tokenizer
 from ..errors import FastMTPError
-from ..families import read_config
+from ..families import config_value, read_config
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Kept where the vocabulary has them as one token, whether or not the tokenizer says that they were added."""
@@ -51,7 +51,7 @@ def read_vocabulary(model_dir: str | Path) -> Vocabulary:
     """
     folder = Path(model_dir)
     config = read_config(folder)
-    rows = config.get("vocab_size")
+    rows = config_value(config, "vocab_size")
     if not isinstance(rows, int) or rows < 1:
         raise FastMTPError(
             f"{folder / 'config.json'}: vocab_size is {rows!r}; it must be the rows of the output matrix"
@@ -97,5 +97,5 @@ def tokenizer_hash(model_dir: str | Path) -> str:
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:
-    found = [read_json(folder / "generation_config.json").get("eos_token_id"), config.get("eos_token_id")]
+    found = [read_json(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
     return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}

@@ -3,12 +3,17 @@
 
 Run by SGLang's Python with `stand_in/` on PYTHONPATH:
 
-    draft_class.py FOLDER IN.safetensors OUT.safetensors
+    draft_class.py JOB...
 
-IN holds `ids` [base + K + 1], the text; `hidden` [base + 1, D], the target's hidden states of slots 0..base; `embed`
-and `lm_head`, which a draft takes from its target. OUT gets `logits` [K, V] and `hidden` [K, D] of the chain that
-starts at the last of these slots and reads the text, and `unfilled`, the number of parameters that no tensor of the
-folder filled.
+A job is a folder with `draft`, a draft-only checkpoint; `full`, the whole one with the same head, of which the class
+must take the same parameters; and `in.safetensors`: `ids` [base + K + 1], the text; `hidden` [base + 1, D], the
+target's hidden states of slots 0..base; `embed` and `lm_head`, which a draft takes from its target. There
+`out.safetensors` appears, with `logits` [K, V] and `hidden` [K, D] of the chain that starts at the last of these slots
+and reads the text. Printed are the parameters that no tensor of the folder filled.
+
+    draft_class.py FOLDER OUT.safetensors
+
+only loads a draft-only folder, in FP8 for one, and writes the class's parameters.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
@@ -66,17 +71,38 @@ from sglang.srt.server_args import ServerArgs
 SENTINEL = 12345.0
 
 
+built = loader._initialize_model
+
+
+def initialize(*a, **k):
+    model = built(*a, **k)
+    for parameter in model.parameters():
+        parameter.data.fill_(SENTINEL if parameter.element_size() > 1 else float("nan"))
+    return model
+
+
+loader._initialize_model = initialize
+
+
 class Cache:
-    """An attention backend: causal over what was written, which is one request."""
+    """An attention backend: causal over what was written, which is one request.
+
+    Latent attention asks for the backend's name to choose how it computes: with this one, after a verification, it
+    writes and reads latents.
+    """
+
+    prefill_attention_backend_str = decode_attention_backend_str = "triton"
+
+    token_to_kv_pool = None
 
     def __init__(self):
         self.keys, self.values = [], []
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
-        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         before = sum(map(len, self.keys))
-        self.keys.append(k.view(-1, layer.tp_k_head_num, layer.head_dim))
-        self.values.append(v.view(-1, layer.tp_k_head_num, layer.head_dim))
+        self.keys.append(k.reshape(-1, layer.tp_k_head_num, layer.head_dim))
+        self.values.append(v.reshape(-1, layer.tp_k_head_num, layer.v_head_dim))
         groups = layer.tp_q_head_num // layer.tp_k_head_num
         keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in (self.keys, self.values))
         scores = torch.einsum("qhd,khd->hqk", q, keys) * layer.scaling
@@ -106,22 +132,17 @@ class Logits(torch.nn.Module):
         return hidden, hidden @ head.weight.T
 
 
-def load(folder, dtype="float32"):
+def start(folder, dtype="float32"):
     args = ServerArgs(model_path=folder, device="cpu", dtype=dtype, disable_radix_cache=True)
     runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
     initialize_model_parallel()
     initialize_dp_attention(args)
+    return args
+
+
+def load(args, folder):
     config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=True)
-    built = loader._initialize_model
-
-    def initialize(*a, **k):
-        model = built(*a, **k)
-        for parameter in model.parameters():
-            parameter.data.fill_(SENTINEL if parameter.element_size() > 1 else float("nan"))
-        return model
-
-    loader._initialize_model = initialize
     return loader.get_model_loader(LoadConfig(), config).load_model(
         model_config=config, device_config=DeviceConfig("cpu")
     )
@@ -133,19 +154,20 @@ def parameters(folder, target):
 
     for method in (fp8.Fp8LinearMethod, fp8.Fp8MoEMethod):
         method.process_weights_after_loading = lambda *_: None  # lays them out for a kernel
-    model = load(folder, "bfloat16")
+    model = load(start(folder, "bfloat16"), folder)
     print(type(model).__name__)
     own = {n: p.detach() for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     save_file({n: p.contiguous() for n, p in own.items()}, target)
 
 
-def main(folder, source, target):
-    given = load_file(source)
-    model = load(folder).eval()
-    print(type(model).__name__)
+def run(args, job):
+    given = load_file(f"{job}/in.safetensors")
+    model = load(args, f"{job}/draft").eval()
     own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
-    print("unfilled:", unfilled)
+    whole = dict(load(args, f"{job}/full").named_parameters())
+    others = [n for n, p in own.items() if not torch.equal(p, whole[n])]
+    print(f"{os.path.basename(job)}: {type(model).__name__}, unfilled {unfilled}, other in full {others}")
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
@@ -154,15 +176,20 @@ def main(folder, source, target):
     set_forward_context(ForwardContext(attn_backend=Cache()))
     found = []
     with torch.no_grad():
-        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.EXTEND, hidden))
+        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.DRAFT_EXTEND_V2, hidden))
         found.append((logits[-1], g[-1]))
         for k in range(2, len(ids) - base):
             batch = Batch(ForwardMode.DECODE, found[-1][1][None])
             g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
             found.append((logits[0], g[0]))
     out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}
-    save_file({**out, "unfilled": torch.tensor(len(unfilled))}, target)
+    save_file(out, f"{job}/out.safetensors")
 
 
 if __name__ == "__main__":
-    (main if len(sys.argv) == 4 else parameters)(*sys.argv[1:])
+    if sys.argv[-1].endswith(".safetensors"):
+        parameters(*sys.argv[1:])
+    else:
+        arguments = start(f"{sys.argv[1]}/draft")
+        for folder in sys.argv[1:]:
+            run(arguments, folder)
