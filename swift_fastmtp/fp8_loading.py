@@ -15,7 +15,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
-from .fp8 import Blocks, dequantise
+from .errors import FastMTPError
+from .fp8 import DTYPE, Blocks, dequantise
 
 _METHOD = "fastmtp_fp8"
 
@@ -49,6 +50,15 @@ def dequantised(config: Any) -> None:
     config.quantization_config = {**config.quantization_config, "quant_method": _METHOD, "dequantize": True}
 
 
-def saved_plain(model: Any) -> None:
-    """Let a dequantised model save the weights that it has; transformers would quantise them again."""
+def saved_plain(model: Any, model_dir: Any) -> None:
+    """Let a dequantised model save the weights that it has; transformers would quantise them again.
+
+    Raises `FastMTPError` if it is not dequantised: of experts that are stored joined, transformers ignores the scales.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == DTYPE:
+            raise FastMTPError(
+                f"{model_dir}: {name} is in FP8, joined, which transformers cannot read; store one tensor per expert "
+                "or start from the unquantised checkpoint"
+            )
     model._weight_conversions = get_model_conversion_mapping(model)

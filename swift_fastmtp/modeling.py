@@ -131,7 +131,7 @@ class FastMTPMixin:
                 f"{model_dir}: {missing[0]} is in no file ({len(missing)} such tensors); download the checkpoint again"
             )
         if quantised:
-            saved_plain(model)
+            saved_plain(model, model_dir)
         if len(getattr(model, "hf_device_map", ())) > 1:
             placement.keep(model, folder)
         return (model, info) if kwargs.get("output_loading_info") else model

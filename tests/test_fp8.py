@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, logged, sft_args, swift
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import quantised, random_qwen3_5, random_qwen3_next, save_checkpoint
+from models import CHECKPOINTS, quantised
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import Weights, read_head, read_plain
@@ -22,27 +22,25 @@ from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.fp8 import DTYPE, SCALE, Blocks, dequantise, quantise, read_blocks, requantise
 from swift_fastmtp.head import join_experts
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.modeling import head_shapes, keeps_float32, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
-# Name → a tiny model, block size, and what stays plain: what published checkpoints of the family leave out.
+# Name → block size, and what stays plain: what published checkpoints of the family leave out.
 KINDS = {
-    "mimo": (None, (128, 128), ("norm", "embed_tokens", "lm_head", "input_proj")),
-    "qwen3_next": (
-        random_qwen3_next,
-        (24, 20),
-        ("norm", "embed", "lm_head", "conv", "fc.", "mlp.gate.", "expert_gate"),
-    ),
-    "qwen3_5": (random_qwen3_5, (16, 32), ("norm", "embed", "conv", "mtp.fc")),
+    "mimo": ((128, 128), ("norm", "embed_tokens", "lm_head", "input_proj")),
+    "qwen3_next": ((24, 20), ("norm", "embed", "lm_head", "conv", "fc.", "mlp.gate.", "expert_gate")),
+    "qwen3_5": ((16, 32), ("norm", "embed", "conv", "mtp.fc")),
+    "qwen3_5_vision": ((16, 24), ("norm", "embed", "lm_head", "conv", "mtp.fc", "visual")),
+    "deepseek_v3": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
 }
 tiny = st.sampled_from([0.0, 1e-45, 1e-38, 1e-30, 1e-4, 1.0, 1e30, 3e38])
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def base(request, tmp_path_factory):
-    make, size, plain = KINDS[request.param]
+    size, plain = KINDS[request.param]
     folder = tmp_path_factory.mktemp("fp8")
-    source = save_checkpoint(make, folder / "plain") if make else TINY
+    source = TINY if request.param == "mimo" else CHECKPOINTS[request.param](folder / "plain")
     return quantised(source, folder / request.param, size, plain, power_of_two=request.param == "qwen3_5")
 
 
@@ -103,9 +101,14 @@ def test_the_loaded_model_is_the_dequantised_one(base):
     """Backbone and head, through transformers' loader and through our reader, ragged edges and experts included."""
     model = load_model(base, torch.float32)
     weights = Weights(base)
-    want = join_experts({n: read_plain(weights, n) for n in weights.file_of if not n.endswith(SCALE)})
+    names = [
+        n for n in weights.file_of if not n.endswith(SCALE) and ".visual." not in n and not model.family.is_copy(n)
+    ]
+    want = join_experts({n: read_plain(weights, n) for n in names})
+    want = {n.replace("model.language_model.", "model."): t for n, t in want.items()}
     want.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
-    got = dict(model.named_parameters())
+    buffers = {n: b for n, b in model.named_buffers() if n in want}  # by which routers of DeepSeek's kind choose
+    got = {**dict(model.named_parameters()), **buffers}
     assert got.keys() == want.keys() and sum(t.dtype == DTYPE for t in raw(base).values()) > 10
     assert all(torch.equal(p, want[n].float()) for n, p in got.items())
     head = read_head(base, model.family, head_shapes(base))
@@ -129,7 +132,7 @@ def test_from_training_to_what_is_served(base, tmp_path):
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
     checkpoint = load_file(tmp_path / "checkpoint/model.safetensors")
     assert "quantization_config" not in json.loads((tmp_path / "checkpoint/config.json").read_text())
-    assert all(t.dtype == torch.bfloat16 for t in checkpoint.values())
+    assert {t.dtype for n, t in checkpoint.items() if not keeps_float32(model.family, n)} == {torch.bfloat16}
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
     before, full, draft = raw(base), raw(tmp_path / "full"), raw(tmp_path / "draft")
@@ -162,11 +165,19 @@ def test_from_training_to_what_is_served(base, tmp_path):
 
 
 def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
-    donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][2])
+    donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][1])
     graft(TINY, tmp_path / "out", donor, overwrite=True)
     weights, got = Weights(donor), raw(tmp_path / "out")
     assert all(torch.equal(got[n], read_plain(weights, n).bfloat16()) for n in got if ".mtp_layers." in n)
     assert not any(n.endswith(SCALE) for n in got)
+
+
+def test_joined_experts_in_fp8_are_refused(tmp_path):
+    """transformers would leave the backbone's in FP8, with a warning, and fail in the first step."""
+    plain = ("norm", "embed", "lm_head", "conv", "mtp.fc", "mlp.gate.", "expert_gate", "visual")
+    source = CHECKPOINTS["qwen3_5_moe_vision"](tmp_path / "plain")
+    with pytest.raises(FastMTPError, match=r"experts\.\w+_proj is in FP8, joined, .* one tensor per expert"):
+        load_model(quantised(source, tmp_path / "model", (16, 24), plain), torch.float32)
 
 
 def test_a_quantised_projection_is_found(tmp_path):
@@ -189,7 +200,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_checkpoints_are_one_line(case, tmp_path):
-    folder = quantised(TINY, tmp_path / "model", plain=KINDS["mimo"][2])
+    folder = quantised(TINY, tmp_path / "model", plain=KINDS["mimo"][1])
     name, change, message = BROKEN[case]
     tensors = load_file(folder / "model.safetensors")
     if name:
@@ -204,7 +215,7 @@ def test_broken_checkpoints_are_one_line(case, tmp_path):
 
 
 def test_swift_trains_resumes_and_exports(tmp_path, rows):
-    base = quantised(TINY, tmp_path / "base", plain=KINDS["mimo"][2])
+    base = quantised(TINY, tmp_path / "base", plain=KINDS["mimo"][1])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = {"max_steps": 2, "save_steps": 1}
     swift(*sft_args(base, rows, whole, **common))
