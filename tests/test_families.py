@@ -774,6 +774,23 @@ def test_the_page_is_made_from_the_table():
     assert support_table() in page and refused_table() in page
 
 
+def test_the_table_claims_what_is_run(bases):
+    """Every architecture of every row is a checkpoint here and in serving/test_draft_class.py; MiMo has tests of its
+    own everywhere."""
+    rows = {row.name: row for row in FAMILIES if row.name != "mimo"}
+    ran = {read_config(bases(name))["architectures"][0] for name in CHECKPOINTS}
+    assert rows.keys() == KINDS.keys() and ran == {a for row in rows.values() for a in row.architectures}
+    claims = {row.shown for row in rows.values()}
+    assert claims == {
+        (
+            "native keys, load to export",
+            "`exact` against a draft with a KV cache",
+            "`swift sft`, resume, `swift export`",
+            "SGLang's draft class on a CPU, K steps in fp32",
+        )
+    }
+
+
 def test_rows_do_not_share_an_architecture_or_a_path():
     names = [a for row in (*FAMILIES, *LAYOUTS) for a in row.architectures]
     assert len(set(names)) == len(names)
