@@ -119,6 +119,8 @@ _CLASS_RUNS = (
     "`swift sft`, resume, `swift export`",
     "SGLang's draft class on a CPU, K steps in fp32",
 )
+_NOT_RUN = ("a whole SGLang server", "a published checkpoint")
+_SERVER = "an SGLang server on a CPU"
 
 
 # A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
@@ -145,7 +147,7 @@ _QWEN3_NEXT = Family(
     recurrent_backbone=True,
     served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
     shown=_CLASS_RUNS,
-    not_shown=("a whole SGLang server", "a published checkpoint"),
+    not_shown=_NOT_RUN,
     # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
     # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
@@ -190,8 +192,8 @@ _GLM4_MOE = Family(
     tied_embeddings=False,
     recurrent_backbone=False,
     served_as="glm4_moe_nextn.py: Glm4MoeForCausalLMNextN",
-    shown=_CLASS_RUNS,
-    not_shown=("a whole SGLang server", "a published checkpoint"),
+    shown=(*_CLASS_RUNS, _SERVER),
+    not_shown=_NOT_RUN[1:],
     block_config=(("first_k_dense_replace", 0),),
     copies=("embed_tokens.weight", "shared_head.head.weight"),
 )
@@ -218,7 +220,7 @@ FAMILIES: tuple[Family, ...] = (
         tied_embeddings=False,
         recurrent_backbone=False,
         served_as="mimo_mtp.py: MiMoMTP",
-        shown=(*_CLASS_RUNS[:3], "an SGLang server on a CPU"),
+        shown=(*_CLASS_RUNS[:3], _SERVER),
         not_shown=("weights of MiMo-7B itself",),
     ),
     _QWEN3_NEXT,
@@ -244,6 +246,8 @@ FAMILIES: tuple[Family, ...] = (
         plain_model_type="qwen3_moe",
         recurrent_backbone=False,
         served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
+        shown=(*_CLASS_RUNS, _SERVER),
+        not_shown=_NOT_RUN[1:],
     ),
     # Fed back: what the block puts out. No norm follows it, and none stands before the output matrix.
     Family(
@@ -267,8 +271,8 @@ FAMILIES: tuple[Family, ...] = (
         tied_embeddings=True,
         recurrent_backbone=False,
         served_as="ernie4_eagle.py: Ernie4_5_MoeForCausalLMMTP",
-        shown=_CLASS_RUNS,
-        not_shown=("a whole SGLang server", "a published checkpoint"),
+        shown=(*_CLASS_RUNS, _SERVER),
+        not_shown=_NOT_RUN[1:],
         proj_bias="use_bias",
         # Dense in the engines (`ernie4.py`, `is_mtp`), wherever the backbone's experts start.
         block_config=(("moe_layer_start_index", 1),),
@@ -283,6 +287,8 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="deepseek_v3",
         plain_model_type="deepseek_v3",
         served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+        shown=_CLASS_RUNS,
+        not_shown=_NOT_RUN,
     ),
     replace(
         _GLM4_MOE,
@@ -293,6 +299,8 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="glm4_moe_lite",
         plain_model_type="glm4_moe_lite",
         served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
+        shown=_CLASS_RUNS,
+        not_shown=_NOT_RUN,
         block_config=(("mlp_layer_types", ("sparse",)),),
     ),
 )

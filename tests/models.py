@@ -319,6 +319,8 @@ CHECKPOINTS = {
     "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
     "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
 }
+# Those that a whole SGLang server on a CPU runs: it has plain attention, not the linear and the latent kind.
+SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe")
 
 
 def packed_positions(lengths):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import (
     CHECKPOINTS,
+    SERVED,
     packed_positions,
     random_deepseek_v3,
     random_ernie,
@@ -775,13 +776,14 @@ def test_the_page_is_made_from_the_table():
 
 
 def test_the_table_claims_what_is_run(bases):
-    """Every architecture of every row is a checkpoint here and in serving/test_draft_class.py; MiMo has tests of its
-    own everywhere."""
+    """Every architecture of every row is a checkpoint here and in serving/test_draft_class.py, some are served in
+    serving/test_families_engine.py; MiMo has tests of its own everywhere."""
     rows = {row.name: row for row in FAMILIES if row.name != "mimo"}
     ran = {read_config(bases(name))["architectures"][0] for name in CHECKPOINTS}
     assert rows.keys() == KINDS.keys() and ran == {a for row in rows.values() for a in row.architectures}
-    claims = {row.shown for row in rows.values()}
-    assert claims == {
+    whole_server = {row.name for row in rows.values() if "an SGLang server on a CPU" in row.shown}
+    assert whole_server == set(SERVED) == {r.name for r in rows.values() if "a whole SGLang server" not in r.not_shown}
+    assert {row.shown[:4] for row in rows.values()} == {
         (
             "native keys, load to export",
             "`exact` against a draft with a KV cache",

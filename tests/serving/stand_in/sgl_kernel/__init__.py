@@ -1,5 +1,5 @@
-"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run a dense, unquantised
-model in SGLang 0.5.19 - 0.5.23 on CPU, including EAGLE/NEXTN speculative decoding.
+"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain
+attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU, including EAGLE/NEXTN speculative decoding.
 
 PyPI only carries the CUDA builds (sgl-kernel / sglang-kernel).  SGLang's own CPU path
 (``SGLANG_USE_CPU_ENGINE=1``, ``--device cpu``, attention backend ``intel_amx``) needs a small set of
@@ -87,6 +87,35 @@ def rotary_embedding_cpu(positions, query, key, head_size, cos_sin_cache, is_neo
 def store_cache_cpu(k, v, k_cache, v_cache, indices, row_dim=0):
     for new, cache in ((k, k_cache), (v, v_cache)):
         cache.index_copy_(0, indices.long(), new.reshape(-1, *cache.shape[1:]).to(cache.dtype))
+
+
+# ------------------------------------------------------ mixtures of experts
+@_op
+def topk_softmax_cpu(hidden_states, gating_output, topk, renormalize, correction_bias=None):
+    scores = gating_output.float().softmax(-1)
+    ids = (scores if correction_bias is None else scores + correction_bias).topk(topk, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, ids.int()
+
+
+@_op
+def biased_grouped_topk_cpu(
+    hidden, gating, bias, topk, renormalize, groups, topk_groups, num_fused_shared, scaling, num_token_non_padded=None
+):
+    """DeepSeek-V3's routing: experts of the best groups, chosen by sigmoid score + bias, weighted by the score."""
+    if num_fused_shared:
+        raise NotImplementedError("sgl_kernel stand-in: fused shared experts")
+    scores = gating.float().sigmoid()
+    biased = (scores + bias.float()).unflatten(-1, (groups, -1))
+    best = biased.topk(2, dim=-1).values.sum(-1).topk(topk_groups, dim=-1).indices
+    chosen = torch.zeros(biased.shape[:-1], dtype=torch.bool).scatter_(-1, best, True)
+    ids = biased.masked_fill(~chosen[..., None], float("-inf")).flatten(-2).topk(topk, dim=-1).indices
+    weights = scores.gather(-1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * (scaling or 1.0), ids.int()
 
 
 def _missing(name):  # looked up when SGLang imports its vision modules, never called by a text model

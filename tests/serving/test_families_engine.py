@@ -1,0 +1,57 @@
+"""Families other than MiMo behind whole SGLang servers: those whose attention a CPU server has.
+
+Random models say nothing that a draft could learn but by heart, so the head is trained on the very answers.
+"""
+
+import pytest
+import torch
+from conftest import TINY
+from engine import Server
+from models import CHECKPOINTS, SERVED
+from transformers import AutoTokenizer
+
+from swift_fastmtp.checkpoints import read_head
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
+from swift_fastmtp.export.folders import export_full
+from swift_fastmtp.export.serve_args import command, serve_flags
+from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+
+TOKENS, STEPS = 24, 3
+PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?"]
+
+
+def learn(model, texts):
+    """The head learns the answers by heart."""
+    model.freeze_backbone()
+    model.train()
+    optimizer = torch.optim.Adam(model.head_parameters().values(), lr=3e-3)
+    for _ in range(60):
+        for text in texts:
+            ids = torch.tensor([text.ids])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_lossless_and_as_the_simulator_said(name, tmp_path):
+    base = CHECKPOINTS[name](tmp_path / "base")
+    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS), base
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
+    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 4)
+    learn(model, texts)
+    FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
+    export_full(tmp_path / "checkpoint", tmp_path / "full")
+    load_head(model, read_head(tmp_path / "full", model.family, head_shapes(base)))  # as served: in bfloat16
+    rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4)[STEPS - 1]
+    with Server(command(serve_flags(tmp_path / "full", num_steps=STEPS)), tmp_path / "log") as server:
+        records = server.generate([t.ids[: t.start] for t in texts], TOKENS)
+    for record, text, want in zip(records, texts, rounds, strict=True):
+        assert record["output_ids"] == text.ids[text.start : text.end]
+        assert record["meta_info"]["spec_verify_ct"] == len(want)
+        assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
+    assert sum(map(sum, rounds)) > 2 * len(texts)
