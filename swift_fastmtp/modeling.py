@@ -99,7 +99,6 @@ class FastMTPMixin:
         cast(PreTrainedModel, self).post_init()
 
     @classmethod
-    @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
         one parameter at a time (`partitioned.py`), an automatic device map keeps the head (`placement.py`), and a
