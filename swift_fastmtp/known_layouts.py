@@ -5,8 +5,8 @@ nobody trains a chain for an engine that runs something else. What is trained ha
 
 Which engine serves what was read in SGLang 0.5.23 (`configs/model_config.py` `_config_draft_model`,
 `arg_groups/overrides.py`, `model_overrides/`) and in vLLM's `config/speculative.py` (`MTPModelTypes`); what
-transformers ignores, in the `_keys_to_ignore_on_load_unexpected` of transformers 5.19. Nothing here was run, except that
-LongCat's draft class was built.
+transformers ignores, in the `_keys_to_ignore_on_load_unexpected` of transformers 5.19. Nothing here was run, but
+that LongCat's draft class was built.
 """
 
 from dataclasses import dataclass
