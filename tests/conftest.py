@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ TINY = ROOT / "examples" / "tiny-mimo"
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+from swift_fastmtp.evaluation.servers import free_port  # noqa: E402 (the libraries below it read these when imported)
 
 LONGEST_FIRST = ["test_docs.py", "test_plugin.py", "test_engine.py", "test_distributed.py", "test_paper_recipe.py"]
 
@@ -115,12 +115,6 @@ def swift_runs(folder, jobs, env=None):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / "errors.json").read_text()), done.stdout + done.stderr
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def sft_args(model, dataset, output_dir, **changes):

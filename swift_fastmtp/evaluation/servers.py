@@ -6,6 +6,7 @@ or kill -9 (on Linux the kernel then ends the server too).
 
 import ctypes
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -47,15 +48,26 @@ class Started:
         return (telling or lines or ["it said nothing"])[-1][:300]
 
 
+def free_port() -> int:
+    """A port that nobody listens on, below those that systems hand out themselves (from 32768 on Linux): a server binds
+    its port only when its model is loaded, and by then one of those may be somebody's."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+
+
 @contextmanager
 def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Iterator[Started]:
     """The server of a plan, ready to answer. Its output goes to `log`.
 
     Raises `FastMTPError` if it cannot be started, ends, or is not ready after `start_seconds`.
     """
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     words = [word.replace("{port}", port) for word in launch.command]
     if words == launch.command:
         words += ["--host", "127.0.0.1", "--port", port]

@@ -7,13 +7,14 @@ GPU-only packages. The server listens on 127.0.0.1 and ends with its own process
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
 from pathlib import Path
 
 import yaml
+
+from swift_fastmtp.evaluation.servers import free_port
 
 HERE = Path(__file__).parent
 START_SECONDS = 180
@@ -50,9 +51,7 @@ class Server:
     def __init__(self, command, log, environment=None):
         self.log = Path(log)
         self.environment = environment or {}
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
 
     def __enter__(self):
