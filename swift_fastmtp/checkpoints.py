@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from . import fp8
 from .errors import FastMTPError
 from .families import Family, config_value, read_config
+from .headers import entries_of
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,15 +57,7 @@ class Weights:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by the files' headers."""
-        found = {}
-        for path in self.files:
-            with open(path, "rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            for name, entry in header.items():
-                if name in self.file_of:
-                    start, end = entry["data_offsets"]
-                    found[name] = end - start
-        return found
+        return {name: entry.size for path in self.files for name, entry in entries_of(path).items()}
 
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = _open(self.file_of[name]).get_tensor(name)
@@ -122,7 +115,7 @@ def head_reader(
     found = sorted(n for n in weights.file_of if family.owns(n) and not family.is_copy(n))
     if not found:
         raise FastMTPError(
-            f"{folder}: no tensor under '{family.prefix}.'; this checkpoint lost its MTP layer (saving through plain "
+            f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
     projection = f"{family.prefix}.{family.proj}.weight"

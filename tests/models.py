@@ -80,11 +80,7 @@ def random_qwen3_5_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch
 
 def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
     config = Qwen3MoeConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
+        **_sizes(vocab, heads),
         num_key_value_heads=kv,
         head_dim=16,
         rope_theta=10000.0,
@@ -100,11 +96,7 @@ def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.f
 def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, bias=False):
     """An ERNIE-4.5 whose backbone has experts from its first layer on, and a dense MTP layer."""
     config = Ernie4_5_MoeConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=heads,
+        **{**_sizes(vocab, heads), "tie_word_embeddings": True},
         num_key_value_heads=kv,
         rope_theta=10000.0,
         use_bias=bias,
@@ -113,7 +105,6 @@ def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float
         moe_intermediate_size=16,
         moe_num_shared_experts=1,
         moe_layer_start_index=0,
-        tie_word_embeddings=True,
         num_nextn_predict_layers=1,
         architectures=["Ernie4_5_MoeForCausalLM"],
     )
@@ -321,6 +312,12 @@ CHECKPOINTS = {
 }
 # Those that a whole SGLang server on a CPU runs: it has plain attention, not the linear and the latent kind.
 SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe")
+
+
+def tensors_of(folder):
+    """Every tensor of a checkpoint, by name."""
+    found = Weights(folder)
+    return {name: found.read(name) for name in found.file_of}
 
 
 def packed_positions(lengths):

@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 
 from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.evaluation.plan import make_plan, read_plan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"
@@ -77,6 +78,14 @@ COMMANDS = [(page.name, block) for page in PAGES for block in blocks(page, "bash
 @pytest.mark.parametrize(("page", "block"), COMMANDS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(COMMANDS)])
 def test_command(page, block, clone, quickstart):
     bash(block, clone)
+
+
+def test_the_plan_of_the_healed_model_finds_what_its_script_left(clone, quickstart, monkeypatch):
+    """Its servers are started by hand (docs/graft.md); the script is one of the commands above."""
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("SGLANG", sys.executable)
+    plan = make_plan(read_plan(["examples/heal_plan.yaml", "tests/serving/cpu_plan.yaml"]))
+    assert list(plan.launches) == ["lost", "grafted-k3", "healed-k3"]
 
 
 def test_readme_names_the_quickstart_and_ci_runs_the_readmes_commands():

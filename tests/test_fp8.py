@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, logged, sft_args, swift
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CHECKPOINTS, quantised
+from models import CHECKPOINTS, quantised, tensors_of
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import Weights, read_head, read_plain
@@ -42,11 +42,6 @@ def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fp8")
     source = TINY if request.param == "mimo" else CHECKPOINTS[request.param](folder / "plain")
     return quantised(source, folder / request.param, size, plain, power_of_two=request.param == "qwen3_5")
-
-
-def raw(folder):
-    found = Weights(folder)
-    return {n: found.read(n) for n in found.file_of}
 
 
 def same_bytes(a, b):
@@ -109,7 +104,7 @@ def test_the_loaded_model_is_the_dequantised_one(base):
     want.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     buffers = {n: b for n, b in model.named_buffers() if n in want}  # by which routers of DeepSeek's kind choose
     got = {**dict(model.named_parameters()), **buffers}
-    assert got.keys() == want.keys() and sum(t.dtype == DTYPE for t in raw(base).values()) > 10
+    assert got.keys() == want.keys() and sum(t.dtype == DTYPE for t in tensors_of(base).values()) > 10
     assert all(torch.equal(p, want[n].float()) for n, p in got.items())
     head = read_head(base, model.family, head_shapes(base))
     load_head(model, head)
@@ -135,7 +130,7 @@ def test_from_training_to_what_is_served(base, tmp_path):
     assert {t.dtype for n, t in checkpoint.items() if not keeps_float32(model.family, n)} == {torch.bfloat16}
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
-    before, full, draft = raw(base), raw(tmp_path / "full"), raw(tmp_path / "draft")
+    before, full, draft = tensors_of(base), tensors_of(tmp_path / "full"), tensors_of(tmp_path / "draft")
     assert full.keys() == before.keys()
     blocks = read_blocks(json.loads((base / "config.json").read_text()))
     moved = 0
@@ -167,7 +162,7 @@ def test_from_training_to_what_is_served(base, tmp_path):
 def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
     donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][1])
     graft(TINY, tmp_path / "out", donor, overwrite=True)
-    weights, got = Weights(donor), raw(tmp_path / "out")
+    weights, got = Weights(donor), tensors_of(tmp_path / "out")
     assert all(torch.equal(got[n], read_plain(weights, n).bfloat16()) for n in got if ".mtp_layers." in n)
     assert not any(n.endswith(SCALE) for n in got)
 
@@ -226,7 +221,7 @@ def test_swift_trains_resumes_and_exports(tmp_path, rows):
     assert {t.dtype for t in want.values()} == {torch.float32}
     swift("export", "--adapters", whole / "checkpoint-2", "--output_dir", tmp_path / "full")
     assert examine(tmp_path / "full") == []
-    before, after = raw(base), raw(tmp_path / "full")
+    before, after = tensors_of(base), tensors_of(tmp_path / "full")
     moved = {n for n in before if not same_bytes(before[n], after[n])}
     assert after.keys() == before.keys() and len(moved) > 16 and all(n.startswith("model.mtp_layers.") for n in moved)
     with open(rows) as file, open(tmp_path / "few.jsonl", "w") as few:

@@ -10,7 +10,6 @@ anonymous memory (`RssAnon`) every 5 ms.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import huge
 
 from swift_fastmtp.checkpoints import write_json
 from swift_fastmtp.evaluation.provenance import provenance
+from swift_fastmtp.evaluation.servers import free_port
 
 SIZE = {
     "num_hidden_layers": 16,
@@ -104,10 +104,7 @@ def make(folder, size, shard_bytes):
 
 def measure(way, folder):
     """Peak and time of one way; of ZeRO-3 those of the rank that takes most."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", _CHILD, way, str(folder / "base")],
