@@ -56,10 +56,6 @@ class Family:
     """Backbone layers carry a state from row to row (linear attention): documents packed into one row would leak."""
     served_as: str
     """SGLang's draft class, as 'file: class'."""
-    shown: tuple[str, ...]
-    """What the tests of this repository run for the family, for docs/families.md."""
-    not_shown: tuple[str, ...]
-    """What nobody has run."""
     proj_bias: str | None = None
     """config.json key that gives the projection a bias."""
     block_config: tuple[tuple[str, Any], ...] = ()
@@ -113,16 +109,6 @@ class Family:
         return name.removeprefix(f"{self.prefix}.") in self.copies
 
 
-_CLASS_RUNS = (
-    "native keys, load to export",
-    "`exact` against a draft with a KV cache",
-    "`swift sft`, resume, `swift export`",
-    "SGLang's draft class on a CPU, K steps in fp32",
-)
-_NOT_RUN = ("a whole SGLang server", "a published checkpoint")
-_SERVER = "an SGLang server on a CPU"
-
-
 # A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
 # the same function as MiMo's, and a mixture of experts behind it. Fed back: the output of `mtp.norm`.
 _QWEN3_NEXT = Family(
@@ -146,8 +132,6 @@ _QWEN3_NEXT = Family(
     tied_embeddings=False,
     recurrent_backbone=True,
     served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
-    shown=_CLASS_RUNS,
-    not_shown=_NOT_RUN,
     # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
     # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
@@ -192,8 +176,6 @@ _GLM4_MOE = Family(
     tied_embeddings=False,
     recurrent_backbone=False,
     served_as="glm4_moe_nextn.py: Glm4MoeForCausalLMNextN",
-    shown=(*_CLASS_RUNS, _SERVER),
-    not_shown=_NOT_RUN[1:],
     block_config=(("first_k_dense_replace", 0),),
     copies=("embed_tokens.weight", "shared_head.head.weight"),
 )
@@ -220,8 +202,6 @@ FAMILIES: tuple[Family, ...] = (
         tied_embeddings=False,
         recurrent_backbone=False,
         served_as="mimo_mtp.py: MiMoMTP",
-        shown=(*_CLASS_RUNS[:3], _SERVER),
-        not_shown=("weights of MiMo-7B itself",),
     ),
     _QWEN3_NEXT,
     _QWEN3_5,
@@ -246,8 +226,6 @@ FAMILIES: tuple[Family, ...] = (
         plain_model_type="qwen3_moe",
         recurrent_backbone=False,
         served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
-        shown=(*_CLASS_RUNS, _SERVER),
-        not_shown=_NOT_RUN[1:],
     ),
     # Fed back: what the block puts out. No norm follows it, and none stands before the output matrix.
     Family(
@@ -271,8 +249,6 @@ FAMILIES: tuple[Family, ...] = (
         tied_embeddings=True,
         recurrent_backbone=False,
         served_as="ernie4_eagle.py: Ernie4_5_MoeForCausalLMMTP",
-        shown=(*_CLASS_RUNS, _SERVER),
-        not_shown=_NOT_RUN[1:],
         proj_bias="use_bias",
         # Dense in the engines (`ernie4.py`, `is_mtp`), wherever the backbone's experts start.
         block_config=(("moe_layer_start_index", 1),),
@@ -287,8 +263,6 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="deepseek_v3",
         plain_model_type="deepseek_v3",
         served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
-        shown=_CLASS_RUNS,
-        not_shown=_NOT_RUN,
     ),
     replace(
         _GLM4_MOE,
@@ -299,8 +273,6 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="glm4_moe_lite",
         plain_model_type="glm4_moe_lite",
         served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
-        shown=_CLASS_RUNS,
-        not_shown=_NOT_RUN,
         block_config=(("mlp_layer_types", ("sparse",)),),
     ),
 )
@@ -373,22 +345,21 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     return family
 
 
-def support_table() -> str:
-    """The table of docs/families.md, made from the rows above."""
-    lines = ["| | layout | SGLang's class | run by the tests | not run |", "|---|---|---|---|---|"]
+def layout_table() -> str:
+    """The first table of docs/families.md, made from the rows above."""
+    lines = ["| | layout | SGLang's class |", "|---|---|---|"]
     for f in FAMILIES:
         order = "[hidden, embed]" if f.hidden_first else "[embed, hidden]"
         notes = [*(f"`{path}.*`" for path in (f.layer_paths if f.scattered else (f.prefix,))), order]
         notes += ["norms 1 + w"] * f.zero_centred_norms + ["no final norm"] * (f.final_norm is None)
         notes += ["embedding zeroed at position 0"] * f.mask_position_zero
         notes += ["output matrix may be tied"] * f.tied_embeddings
-        cells = (", ".join(f"`{a}`" for a in f.architectures), ", ".join(notes), f"`{f.served_as}`")
-        lines.append(f"| {' | '.join(cells)} | {'; '.join(f.shown)} | {'; '.join(f.not_shown)} |")
+        lines.append(f"| {', '.join(f'`{a}`' for a in f.architectures)} | {', '.join(notes)} | `{f.served_as}` |")
     return "\n".join(lines)
 
 
 def refused_table() -> str:
-    """The second table of docs/families.md: what is recognised in order to be refused."""
+    """The last table of docs/families.md: what is recognised in order to be refused."""
     lines = ["| | MTP tensors | why |", "|---|---|---|"]
     for row in LAYOUTS:
         names, paths = (", ".join(f"`{x}`" for x in y) for y in (row.architectures, row.prefixes))

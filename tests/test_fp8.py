@@ -113,7 +113,7 @@ def test_the_loaded_model_is_the_dequantised_one(base):
     assert inspect_model(base).trainable and inspect_model(base).quantization == "fp8"
 
 
-def test_from_training_to_what_is_served(base, tmp_path):
+def test_from_training_to_what_is_served(base, tmp_path, shown):
     """A step, the checkpoint, both exports: plain while it trains, in the base's own form when it is served."""
     model = load_model(base, torch.bfloat16)
     model.fastmtp, model.model_dir = FastMTPConfig(), base
@@ -157,6 +157,7 @@ def test_from_training_to_what_is_served(base, tmp_path):
     served = read_head(tmp_path / "draft", model.family, head_shapes(base))
     for name, tensor in served.items():  # what an engine computes with is near what was trained
         torch.testing.assert_close(tensor, checkpoint[name].to(tensor.dtype), rtol=1 / 8, atol=2e-3)
+    shown("FP8 base", json.loads((base / "config.json").read_text())["architectures"])
 
 
 def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):

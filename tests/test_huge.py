@@ -56,7 +56,7 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_from_disk_give_the_same_head(kind, bases):
+def test_layers_from_disk_give_the_same_head(kind, bases, shown):
     cls = model_class(bases[kind])
     memory = {"cpu": least_memory(cls, cls.config_class.from_pretrained(bases[kind]))}
     model = cls.from_pretrained(bases[kind], dtype=torch.float32, device_map="auto", max_memory=memory)
@@ -67,6 +67,7 @@ def test_layers_from_disk_give_the_same_head(kind, bases):
     got = loss_and_gradients(model)
     assert all(torch.equal(got[n], t) for n, t in want.items())
     assert model.to("cpu") is model  # trainers do this
+    shown("layers on disk", model.config.architectures)
 
 
 def test_layers_fill_devices_in_order(bases):

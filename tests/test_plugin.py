@@ -96,7 +96,7 @@ def test_checkpoint_is_a_draft_folder_with_only_the_head(run):
     assert sum(f.stat().st_size for f in folder.iterdir()) < (TINY / "model.safetensors").stat().st_size
 
 
-def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path):
+def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path, shown):
     out = tmp_path / "run"
     args = sft_args(TINY, rows, out, val_dataset=f"{rows}#8", eval_steps=2, metric_for_best_model="mtp_tau")
     command = [str(Path(sys.executable).parent / "swift"), *args]
@@ -116,6 +116,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path):
     got = load_file(out / "checkpoint-6" / "model.safetensors")
     for name in want:
         assert torch.equal(got[name], want[name]), name
+    shown("swift", ["MiMoForCausalLM"])
 
 
 def test_explicit_plugin_without_autoload(run, rows, tmp_path):
@@ -138,7 +139,7 @@ def test_infer_from_a_checkpoint_needs_no_flags_and_gives_the_base_models_text(r
     assert answers == [json.loads(line)["response"] for line in plain.read_text().splitlines()] and len(answers) == 2
 
 
-def test_swift_export_writes_a_full_checkpoint(run, tmp_path):
+def test_swift_export_writes_a_full_checkpoint(run, tmp_path, shown):
     out = tmp_path / "full"
     swift("export", "--adapters", run[0] / "checkpoint-6", "--output_dir", out)
     assert_only_the_head_changed(out)
@@ -146,6 +147,7 @@ def test_swift_export_writes_a_full_checkpoint(run, tmp_path):
     assert (out / "tokenizer.json").samefile(TINY / "tokenizer.json")  # a hard link, not a copy
     again = swift("export", "--adapters", run[0] / "checkpoint-6", "--output_dir", out, check=False)
     assert again.returncode and "already exists" in again.stderr
+    shown("keys", ["MiMoForCausalLM"])
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora"])

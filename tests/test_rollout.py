@@ -56,10 +56,11 @@ def worst_error(model, hidden, embeds, lengths, steps, outputs, **switches):
 
 @few
 @given(lengths=DOCUMENTS, heads=HEADS, steps=st.integers(1, 7), seed=st.integers(0, 99))
-def test_exact_equals_a_draft_with_a_kv_cache(exact_norms, lengths, heads, steps, seed):
+def test_exact_equals_a_draft_with_a_kv_cache(exact_norms, shown, lengths, heads, steps, seed):
     model, hidden, embeds = case(lengths, heads, seed)
     outputs = run(model, hidden, embeds, lengths, steps, "exact")
     assert worst_error(model, hidden, embeds, lengths, steps, outputs) <= 1e-9
+    shown("exact", model.config.architectures)
 
 
 @pytest.mark.parametrize("missing", ["shift_positions", "own_chain", "mask_position_zero"])

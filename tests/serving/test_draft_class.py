@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from swift_fastmtp.checkpoints import read_head
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.export.folders import export_draft, export_full
+from swift_fastmtp.families import read_config
 from swift_fastmtp.fp8 import SCALE, Blocks, dequantise
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.rollout import segment_ids
@@ -65,7 +66,7 @@ def prepare(name, job):
     return want, want @ model.lm_head.weight.T
 
 
-def test_the_engines_class_drafts_what_we_trained(tmp_path):
+def test_the_engines_class_drafts_what_we_trained(tmp_path, shown):
     """In one process: most of the time is SGLang's import."""
     if engine_version() != TRIED:
         pytest.skip(f"draft_class.py was tried with SGLang {TRIED} only")
@@ -80,6 +81,7 @@ def test_the_engines_class_drafts_what_we_trained(tmp_path):
         got = load_file(tmp_path / name / "out.safetensors")
         torch.testing.assert_close(got["hidden"], hidden, atol=2e-5, rtol=1e-5, msg=lambda text, name=name: name + text)
         torch.testing.assert_close(got["logits"], logits, atol=2e-5, rtol=1e-5, msg=lambda text, name=name: name + text)
+        shown("draft class", read_config(tmp_path / name / "base")["architectures"])
 
 
 def test_the_engines_class_loads_a_head_in_fp8_blocks(tmp_path):

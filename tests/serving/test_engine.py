@@ -96,7 +96,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "steps", "mapped"), CASES)
-def test_lossless_and_as_the_simulator_said(name, steps, mapped, heads, texts, token_map, plain, work):
+def test_lossless_and_as_the_simulator_said(name, steps, mapped, heads, texts, token_map, plain, work, shown):
     rows, model, tokenizer = texts
     folder = Path(heads[name])
     ids = read_token_map(token_map, model.config.vocab_size) if mapped else None
@@ -114,6 +114,7 @@ def test_lossless_and_as_the_simulator_said(name, steps, mapped, heads, texts, t
         assert record["meta_info"]["spec_correct_drafts_histogram"] == histogram
         accepted += sum(want)
     assert accepted > len(rows)  # drafts are really accepted: the equality above is not that of zeros
+    shown("server", model.config.architectures)
 
 
 def temperature_zero_is_all_the_cpu_engine_can_show(server, prompt):

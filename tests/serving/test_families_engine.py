@@ -37,7 +37,7 @@ def learn(model, texts):
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_lossless_and_as_the_simulator_said(name, tmp_path):
+def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     base = CHECKPOINTS[name](tmp_path / "base")
     model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
     model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS), base
@@ -55,3 +55,4 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path):
         assert record["meta_info"]["spec_verify_ct"] == len(want)
         assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
     assert sum(map(sum, rounds)) > 2 * len(texts)
+    shown("server", model.config.architectures)
