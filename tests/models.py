@@ -136,13 +136,13 @@ def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.fl
 def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
     """A DeepSeek-V3: latent attention whose value heads are narrower than its query heads; YaRN."""
     published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
     config = DeepseekV3Config(
         **_sizes(vocab, heads),
         **_EXPERTS,
         **_latent(8, heads),
-        max_position_embeddings=64,
+        max_position_embeddings=2048,
         rope_parameters=rope,
         **published,
         architectures=["DeepseekV3ForCausalLM"],
@@ -310,8 +310,8 @@ CHECKPOINTS = {
     "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
     "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
 }
-# Those that a whole SGLang server on a CPU runs: it has plain attention, not the linear and the latent kind.
-SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe")
+# Those that a whole SGLang server on a CPU runs: it has plain and latent attention, not the linear kind.
+SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "glm4_moe_lite")
 
 
 def tensors_of(folder):

@@ -1,7 +1,7 @@
 """SGLang's own draft classes load what we export, and draft what we trained, in fp32.
 
-For families whose server does not run on a CPU (linear attention, mixtures of experts): the class alone, over a chain
-of K steps, with the exact rollout's hidden states and logits.
+The class alone, over a chain of K steps, with the exact rollout's hidden states and logits, of which a whole server
+shows no more than the tokens they lead to.
 """
 
 import os

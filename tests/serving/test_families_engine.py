@@ -26,8 +26,8 @@ def learn(model, texts):
     """The head learns the answers by heart."""
     model.freeze_backbone()
     model.train()
-    optimizer = torch.optim.Adam(model.head_parameters().values(), lr=3e-3)
-    for _ in range(60):
+    optimizer = torch.optim.Adam(model.head_parameters().values(), lr=1e-2)
+    for _ in range(20):
         for text in texts:
             ids = torch.tensor([text.ids])
             model(input_ids=ids, labels=ids).loss.backward()
@@ -40,7 +40,8 @@ def learn(model, texts):
 def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     base = CHECKPOINTS[name](tmp_path / "base")
     model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
-    model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS), base
+    # The default loss learns the model's own distribution, which is nearly flat here: no draft would be accepted.
+    model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS, loss="ce"), base
     rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
     texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 4)
     learn(model, texts)
@@ -54,5 +55,5 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
         assert record["output_ids"] == text.ids[text.start : text.end]
         assert record["meta_info"]["spec_verify_ct"] == len(want)
         assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
-    assert sum(map(sum, rounds)) > 2 * len(texts)
+    assert {0, STEPS} <= {accepted for answer in rounds for accepted in answer}
     shown("server", model.config.architectures)

@@ -1,11 +1,12 @@
-"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain
+"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain or latent
 attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU, including EAGLE/NEXTN speculative decoding.
 
 PyPI only carries the CUDA builds (sgl-kernel / sglang-kernel).  SGLang's own CPU path
 (``SGLANG_USE_CPU_ENGINE=1``, ``--device cpu``, attention backend ``intel_amx``) needs a small set of
 ops from the CPU build; they are written here in plain torch, following SGLang's call sites, its Triton
 kernels and its CPU sources (Apache-2.0; nothing copied).  SGLang itself is not modified.
-Slow but exact: no weight packing, any float dtype, any CPU.
+Slow but exact: no weight packing, any float dtype, any CPU. Experts and latent attention in float32 only: where their
+weights are of 16 bits, SGLang calls fused operations that are not here.
 """
 
 import ctypes
@@ -162,11 +163,13 @@ def extend_attention_cpu(*args):
     for i in range(seq_lens.numel()):
         n, total, start = int(extend_seq_lens[i]), int(seq_lens[i]), int(extend_start_loc[i])
         prefix = total - n
-        rows = req_to_token[int(req_pool_indices[i]), :total].long()
+        rows = req_to_token[int(req_pool_indices[i]), : total if k is None else prefix].long()
         ks, vs = k_buffer[rows], v_buffer[rows]
         if k is not None:  # the new rows need not be in the cache yet
-            ks = torch.cat((ks[:prefix], k[start : start + n].view(n, *ks.shape[1:])))
-            vs = torch.cat((vs[:prefix], v[start : start + n].view(n, *vs.shape[1:])))
+            new = k[start : start + n], v[start : start + n]
+            # With no row cached before them they may be of another kind: latent attention then passes keys and values
+            # widened to all heads, where its cache holds latents.
+            ks, vs = map(torch.cat, zip((ks, vs), new, strict=True)) if prefix else new
         qpos, kpos = torch.arange(prefix, total).unsqueeze(1), torch.arange(total).unsqueeze(0)
         mask = (kpos <= qpos) if is_causal else torch.ones(n, total, dtype=torch.bool)
         if tree_mask is not None:  # [bs, n, n] over the draft tokens
