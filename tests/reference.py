@@ -243,11 +243,6 @@ class LatentHead(GlmHead):
         self.amplitude = factor(rope["mscale"]) / factor(rope["mscale_all_dim"])
         self.scale *= factor(rope["mscale_all_dim"]) ** 2
 
-    def rms(self, x, name):
-        """The latents' own norms do not read `rms_norm_eps`."""
-        eps = 1e-6 if "_a_layernorm" in name else self.eps
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.w[name + ".weight"]
-
     def rope(self, x, positions):
         """Neighbours turn together."""
         angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :]
