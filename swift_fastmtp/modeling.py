@@ -346,7 +346,7 @@ def build_class(family: Family) -> type:
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
     patterns = backbone._keys_to_ignore_on_load_unexpected or []
     ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
-    ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
+    ignored += [re.escape(f"{family.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],
@@ -366,7 +366,14 @@ def model_class(model_dir: str | Path) -> type:
 
 
 def load_config(model_dir: str | Path) -> Any:
-    """transformers' config of what is trained and run: the text model's, where a checkpoint has several."""
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
+
+    Raises `FastMTPError` if config.json has no model_type, as LongCat-Flash-Thinking-2601's once had not.
+    """
+    path, stored = Path(model_dir) / "config.json", read_config(model_dir)
+    if not stored.get("model_type"):
+        known = match_family(stored, path).config_model_type
+        raise FastMTPError(f'{path}: has no model_type; add "model_type": "{known}"')
     return text_config(AutoConfig.from_pretrained(model_dir), model_dir)
 
 

@@ -29,6 +29,7 @@ CLASSES = {
     "glm4_moe": "Glm4MoeForCausalLMNextN",
     "deepseek_v3": "DeepseekV3ForCausalLMNextN",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLMNextN",
+    "longcat_flash": "LongcatFlashForCausalLMNextN",
 }
 TRIED = "0.5.23"
 BASE, STEPS = 9, 4
