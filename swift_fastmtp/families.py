@@ -382,11 +382,14 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
 def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
     """The row for a checkpoint that we can train.
 
-    Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
-    one that FastMTP shares between all steps, if it is quantised otherwise than in FP8 blocks (`fp8.read_blocks`), if
-    it ties its output matrix to the embedding where the engines do not, or says two things of that.
+    Raises `FastMTPError` if no row matches, if config.json has no `model_type`, if the checkpoint says it has another
+    number of MTP layers than the one that FastMTP shares between all steps, if it is quantised otherwise than in FP8
+    blocks (`fp8.read_blocks`), if it ties its output matrix to the embedding where the engines do not, or says two
+    things of that.
     """
     family = match_family(config, where)
+    if not config_value(config, "model_type"):  # LongCat-Flash-Thinking-2601's once had none
+        raise FastMTPError(f'{where}: has no model_type; add "model_type": "{family.config_model_type}"')
     layers = config_value(config, family.num_layers_key, 1)
     if layers != 1:
         raise FastMTPError(

@@ -366,14 +366,7 @@ def model_class(model_dir: str | Path) -> type:
 
 
 def load_config(model_dir: str | Path) -> Any:
-    """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
-
-    Raises `FastMTPError` if config.json has no model_type, as LongCat-Flash-Thinking-2601's once had not.
-    """
-    path, stored = Path(model_dir) / "config.json", read_config(model_dir)
-    if not stored.get("model_type"):
-        known = match_family(stored, path).config_model_type
-        raise FastMTPError(f'{path}: has no model_type; add "model_type": "{known}"')
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several."""
     return text_config(AutoConfig.from_pretrained(model_dir), model_dir)
 
 

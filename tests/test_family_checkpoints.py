@@ -473,7 +473,7 @@ def test_known_layouts_are_refused_with_their_reason(layout):
 
 
 def test_keys_of_the_text_part_count():
-    config = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
     with pytest.raises(FastMTPError, match="mtp_num_hidden_layers is 2"):
         find_family({**config, "text_config": {"mtp_num_hidden_layers": 2}})
     with pytest.raises(FastMTPError, match="tie_word_embeddings is True, and in text_config False"):
