@@ -346,7 +346,7 @@ def build_class(family: Family) -> type:
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
     patterns = backbone._keys_to_ignore_on_load_unexpected or []
     ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
-    ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
+    ignored += [re.escape(f"{family.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],

@@ -14,6 +14,7 @@ from models import (
     random_ernie,
     random_glm4_moe,
     random_glm4_moe_lite,
+    random_longcat_flash,
     random_qwen3_5,
     random_qwen3_5_moe,
     random_qwen3_moe,
@@ -25,11 +26,13 @@ from reference import (
     GlmHead,
     Head,
     LatentHead,
+    LongcatHead,
     Qwen3MoeHead,
     QwenHead,
     draft_with_cache,
     paper_rollout,
 )
+from transformers.models.longcat_flash import modeling_longcat_flash
 
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
@@ -46,6 +49,7 @@ KINDS = {
     "glm4_moe": (random_glm4_moe, GlmHead),
     "deepseek_v3": (random_deepseek_v3, LatentHead),
     "glm4_moe_lite": (random_glm4_moe_lite, LatentHead),
+    "longcat_flash": (random_longcat_flash, LongcatHead),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -72,7 +76,7 @@ def in_float64(monkeypatch):
     from transformers.models.qwen3_moe import modeling_qwen3_moe as plain
     from transformers.models.qwen3_next import modeling_qwen3_next as following
 
-    for module in (modeling_glm4_moe, modeling_deepseek_v3, modeling_glm4_moe_lite):
+    for module in (modeling_glm4_moe, modeling_deepseek_v3, modeling_glm4_moe_lite, modeling_longcat_flash):
         monkeypatch.setattr(module, "torch", Wide())
 
     def norm(self, x):
@@ -248,6 +252,17 @@ def test_each_ingredient_of_the_numbered_layer_is_needed(in_float64, kind, chang
     assert worst_error(kind, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
 
 
+@pytest.mark.parametrize("change", ["order", "scaled latents", "norm"])
+def test_each_ingredient_of_longcat_is_needed(in_float64, change, monkeypatch):
+    fuse = GlmHead.fuse
+    other = {
+        "order": ("fuse", lambda self, hidden, embed: fuse(self, embed, hidden)),
+        "scaled latents": ("rms", Head.rms),
+        "norm": ("final", lambda self, u: u),
+    }
+    assert error_without("longcat_flash", change, other, monkeypatch) > 1e-2
+
+
 @kinds
 @pytest.mark.parametrize("seed", range(2))
 def test_paper_equals_the_papers_equations(in_float64, kind, seed):
@@ -305,6 +320,18 @@ def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
         for x, p in ((ids, positions), (ids[:, :6], positions[:, :6]), (ids[:, 6:], positions[:, 6:]))
     )
     torch.testing.assert_close(packed, torch.cat([one, two], 2), atol=2e-5, rtol=1e-4)
+
+
+def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads():
+    """Its class has rows for the experts that pass their input on; no checkpoint does."""
+    model = random_longcat_flash(2)
+    plain = modeling_longcat_flash.LongcatFlashForCausalLM(model.config).eval()
+    state = {n: t for n, t in model.state_dict().items() if not model.family.owns(n)}
+    rows = plain.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].fill_(torch.nan)
+    rows[:4] = state["model.layers.0.mlp.experts.gate_up_proj"]
+    plain.load_state_dict({**state, "model.layers.0.mlp.experts.gate_up_proj": rows})
+    ids = torch.randint(0, 97, (2, 10))
+    assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "deepseek_v3"])
