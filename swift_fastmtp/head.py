@@ -111,8 +111,6 @@ class MTPHead(nn.Module):
         block = import_class(family.block)(block_config, layer_idx=0)
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
-        for norm in (m for m in block.modules() if hasattr(m, "variance_epsilon")):
-            norm.variance_epsilon = eps  # also of latents, which transformers gives a constant and engines do not
         self.family = family
         place_module(self, family.hidden_norm, norm_type(width, eps=eps))
         place_module(self, family.token_norm, norm_type(width, eps=eps))

@@ -94,6 +94,9 @@ class FastMTPMixin:
             # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
             place_module(cast(nn.Module, self), self.family.prefix, head)
         for module in cast(nn.Module, self).modules():
+            if hasattr(module, "variance_epsilon"):
+                # Those of latents too: transformers gives them a constant, engines the configuration's.
+                module.variance_epsilon = config.rms_norm_eps
             if hasattr(module, "e_score_correction_bias"):
                 module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()

@@ -323,13 +323,16 @@ def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
 
 
 def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads():
-    """Its class has rows for the experts that pass their input on; no checkpoint does."""
+    """Its class has rows for the experts that pass their input on; no checkpoint does. Norms of latents read
+    rms_norm_eps in SGLang (`longcat_flash.py`, `deepseek_v2.py`), and so here."""
     model = random_longcat_flash(2)
     plain = modeling_longcat_flash.LongcatFlashForCausalLM(model.config).eval()
     state = {n: t for n, t in model.state_dict().items() if not model.family.owns(n)}
     rows = plain.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].fill_(torch.nan)
     rows[:4] = state["model.layers.0.mlp.experts.gate_up_proj"]
     plain.load_state_dict({**state, "model.layers.0.mlp.experts.gate_up_proj": rows})
+    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
+        norm.variance_epsilon = model.config.rms_norm_eps
     ids = torch.randint(0, 97, (2, 10))
     assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
