@@ -9,7 +9,8 @@ A job is a folder with `draft`, a draft-only checkpoint; `full`, the whole one w
 must take the same parameters; and `in.safetensors`: `ids` [base + K + 1], the text; `hidden` [base + 1, D], the
 target's hidden states of slots 0..base; `embed` and `lm_head`, which a draft takes from its target. There
 `out.safetensors` appears, with `logits` [K, V] and `hidden` [K, D] of the chain that starts at the last of these slots
-and reads the text. Printed are the parameters that no tensor of the folder filled.
+and reads the text; and, where the job holds a file `backbone`, `backbone` [base + 1, D]: the target's hidden states as
+SGLang's own class computes them. Printed are the parameters that no tensor of the folder filled.
 
     draft_class.py FOLDER OUT.safetensors
 
@@ -24,6 +25,7 @@ with its cache, which needs a whole server and is a few lines over a list here, 
 
 import os
 import sys
+from collections import defaultdict
 
 os.environ.update(SGLANG_USE_CPU_ENGINE="1", TORCHDYNAMO_DISABLE="1")
 
@@ -107,15 +109,16 @@ class Cache:
     token_to_kv_pool = None
 
     def __init__(self):
-        self.keys, self.values = [], []
+        self.layers = defaultdict(lambda: ([], []))
 
     def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
-        before = sum(map(len, self.keys))
-        self.keys.append(k.reshape(-1, layer.tp_k_head_num, layer.head_dim))
-        self.values.append(v.reshape(-1, layer.tp_k_head_num, layer.v_head_dim))
+        written = self.layers[layer.layer_id]
+        before = sum(map(len, written[0]))
+        written[0].append(k.reshape(-1, layer.tp_k_head_num, layer.head_dim))
+        written[1].append(v.reshape(-1, layer.tp_k_head_num, layer.v_head_dim))
         groups = layer.tp_q_head_num // layer.tp_k_head_num
-        keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in (self.keys, self.values))
+        keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in written)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * layer.scaling
         visible = torch.ones(len(q), len(keys)).tril(before).bool()
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
@@ -139,12 +142,12 @@ class Batch:
 class Logits(torch.nn.Module):
     """What the class hands to its logits processor, which feeds the first back."""
 
-    def forward(self, ids, hidden, head, batch):
+    def forward(self, ids, hidden, head, batch, aux_hidden_states=None):
         return hidden, hidden @ head.weight.T
 
 
 def start(folder, dtype="float32"):
-    args = ServerArgs(model_path=folder, device="cpu", dtype=dtype, disable_radix_cache=True)
+    args = ServerArgs(model_path=folder, device="cpu", dtype=dtype, disable_radix_cache=True, trust_remote_code=True)
     runtime_context.publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
     init_distributed_environment(1, 0, "tcp://127.0.0.1:" + os.environ["PORT"], 0, "gloo")
     initialize_model_parallel()
@@ -152,8 +155,8 @@ def start(folder, dtype="float32"):
     return args
 
 
-def load(args, folder):
-    config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=True)
+def load(args, folder, draft=True):
+    config = ModelConfig.from_server_args(args, model_path=folder, is_draft_model=draft)
     return loader.get_model_loader(LoadConfig(), config).load_model(
         model_config=config, device_config=DeviceConfig("cpu")
     )
@@ -167,14 +170,28 @@ def parameters(folder, target):
         method.process_weights_after_loading = lambda *_: None  # lays them out for a kernel
     model = load(start(folder, "bfloat16"), folder)
     print(type(model).__name__)
-    own = {n: p.detach() for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
-    save_file({n: p.contiguous() for n, p in own.items()}, target)
+    save_file({n: p.detach().contiguous() for n, p in own_parameters(model).items()}, target)
+
+
+def own_parameters(model):
+    """Without the matrices that a draft takes from its target."""
+    shared = ("embed_tokens", "word_embeddings", "lm_head")
+    return {n: p for n, p in model.named_parameters() if not any(name in n for name in shared)}
+
+
+def backbone(args, folder, ids):
+    """Hidden states [n, D] of a text's tokens [n], by the target's class."""
+    model = load(args, folder, draft=False).eval()
+    model.logits_processor = Logits()
+    set_forward_context(ForwardContext(attn_backend=Cache()))
+    with torch.no_grad():
+        return model(ids, torch.arange(len(ids)), Batch(ForwardMode.DRAFT_EXTEND_V2, None))[0]
 
 
 def run(args, job):
     given = load_file(f"{job}/in.safetensors")
     model = load(args, f"{job}/draft").eval()
-    own = {n: p for n, p in model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n}
+    own = own_parameters(model)
     unfilled = [n for n, p in own.items() if bool((p == SENTINEL).any())]
     whole = dict(load(args, f"{job}/full").named_parameters())
     others = [n for n, p in own.items() if not torch.equal(p, whole[n])]
@@ -194,6 +211,8 @@ def run(args, job):
             g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
             found.append((logits[0], g[0]))
     out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}
+    if os.path.exists(f"{job}/backbone"):
+        out["backbone"] = backbone(args, f"{job}/full", ids[: base + 1])
     save_file(out, f"{job}/out.safetensors")
 
 
