@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from . import fp8
 from .errors import FastMTPError
-from .families import Family, config_value, read_config
+from .families import Family, config_value, is_embedding, read_config
 from .headers import entries_of
 
 SETTINGS_FILE = "fastmtp.json"
@@ -66,7 +66,7 @@ class Weights:
     def has_backbone(self, config: dict[str, Any]) -> bool:
         """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
         tied = bool(config_value(config, "tie_word_embeddings"))
-        return any(n == "lm_head.weight" or (tied and n.endswith("embed_tokens.weight")) for n in self.file_of)
+        return any(n == "lm_head.weight" or (tied and is_embedding(n)) for n in self.file_of)
 
     def under(self, *paths: str) -> list[str]:
         """Names below module paths, sorted."""

@@ -70,6 +70,10 @@ class Family:
     """The block's feed-forward part, by its path in the block."""
     copies: tuple[str, ...] = ()
     """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
+    attention: str = "self_attn"
+    """The block's attention."""
+    only: tuple[tuple[str, Any], ...] = ()
+    """Settings of config.json of which the classes above know this one value; a missing one is taken for it."""
 
     def at(self, num_hidden_layers: int) -> "Family":
         """The row for a model of that many decoder layers, after which some families number their MTP layer."""
@@ -310,7 +314,35 @@ FAMILIES: tuple[Family, ...] = (
         mlp="transformer_layer.mlp",
         copies=("embed_tokens.weight",),
     ),
+    # Ling 2.0 and Ring 2.0: GLM-4.5's layer under other names, all of them the checkpoints' own (`bailing.py`).
+    replace(
+        _GLM4_MOE,
+        name="bailing_moe_v2",
+        architectures=("BailingMoeV2ForCausalLM",),
+        backbone="swift_fastmtp.bailing:BailingMoeV2ForCausalLM",
+        block="swift_fastmtp.bailing:BailingMoeV2DecoderLayer",
+        final_norm="final_layernorm",
+        config_model_type="bailing_moe",
+        plain_model_type=None,
+        served_as="bailing_moe_nextn.py: BailingMoeForCausalLMNextN",
+        proj_in_fp8=True,
+        copies=(),
+        attention="attention",
+        only=(
+            ("model_type", "bailing_moe"),
+            ("score_function", "sigmoid"),
+            ("moe_router_enable_expert_bias", True),
+            ("router_type", "topN"),
+            ("multi_gate", False),
+            ("hidden_act", "silu"),
+            ("use_bias", False),
+            ("norm_head", False),
+            ("norm_softmax", False),
+        ),
+    ),
 )
+EMBEDDINGS = ("embed_tokens", "word_embeddings")
+"""What the embedding's module is called, in one family or another."""
 
 
 def read_config(model_dir: str | Path) -> dict[str, Any]:
@@ -329,6 +361,11 @@ def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
     """A key of config.json, or of its text part where a model has several."""
     text = config.get("text_config")
     return config.get(key, text.get(key, default) if isinstance(text, dict) else default)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is an embedding matrix: the model's, or a copy in the MTP layer."""
+    return name.endswith(tuple(f"{module}.weight" for module in EMBEDDINGS))
 
 
 def match_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
@@ -364,8 +401,14 @@ def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Fa
     if layers != 1:
         raise FastMTPError(
             f"{where}: {family.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
-            f"so the checkpoint must have exactly 1"
+            f"so the checkpoint must have exactly 1{'' if layers else ': `fastmtp graft` puts one in'}"
         )
+    for key, value in family.only:
+        if (found := config_value(config, key, value)) != value:
+            raise FastMTPError(
+                f"{where}: {key} is {json.dumps(found)}; {family.architectures[0]} can be trained with "
+                f"{json.dumps(value)} only"
+            )
     from .fp8 import read_blocks  # this module alone needs no torch
 
     read_blocks(config, where)

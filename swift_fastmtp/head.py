@@ -150,7 +150,7 @@ class MTPHead(nn.Module):
         """
         block = self.get_submodule(self.family.block_path)
         u = self.fuse(hidden_BTD, embeds_BTD)
-        attended, _ = block.get_submodule("self_attn")(
+        attended, _ = block.get_submodule(self.family.attention)(
             hidden_states=block.get_submodule("input_layernorm")(u),
             position_embeddings=position_embeddings,
             attention_mask=None,

@@ -71,11 +71,29 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     Layout(
         "bailing",
-        ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM", "BailingMoeV2_5ForCausalLM", "BailingMoeV3ForCausalLM"),
+        ("BailingMoeForCausalLM",),
+        _NUMBERED,
+        CHAIN,
+        None,
+        f"{_NO_ROW}: Ling 1.0 and 1.5, whose routers choose by softmax and which are published without an MTP layer",
+    ),
+    Layout(
+        "bailing-v2.5",
+        ("BailingMoeV2_5ForCausalLM",),
         _NUMBERED,
         CHAIN,
         "bailing_hybrid_mtp",
-        f"{_NO_ROW}: experts, and backbones that transformers runs with remote code only",
+        f"{_NO_ROW}: latent attention (MLA), after a backbone with linear attention that transformers runs with remote "
+        "code only",
+    ),
+    Layout(
+        "bailing-v3",
+        ("BailingMoeV3ForCausalLM",),
+        _NUMBERED,
+        CHAIN,
+        "bailing_hybrid_v3_mtp",
+        f"{_NO_ROW}: gated latent attention (MLA), after a backbone with linear attention (KDA) that transformers runs "
+        "with remote code only",
     ),
     Layout(
         "hunyuan-v3",

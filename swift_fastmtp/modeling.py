@@ -24,7 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
-from . import placement
+from . import bailing, placement  # noqa: F401 (the first registers what transformers has no classes for)
 from .checkpoints import check_head
 from .config import FastMTPConfig
 from .errors import FastMTPError

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .errors import FastMTPError
+from .families import EMBEDDINGS
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of a head in fp32: itself, its gradient, Adam's two moments, and a copy in the model's dtype.
@@ -62,7 +63,7 @@ def device_map(
 def check_map(mapping: dict[str, Any], roots: tuple[str, ...]) -> None:
     """Raises `FastMTPError` if a map of the user's own offloads what must stay."""
     main = next((d for d in mapping.values() if d not in ("cpu", "disk")), "cpu")
-    for part in (*roots, "lm_head", "model.embed_tokens"):
+    for part in (*roots, "lm_head", *(f"model.{name}" for name in EMBEDDINGS)):
         keys = [key for key in mapping if not key or f"{part}.".startswith(f"{key}.")]
         device = mapping[max(keys, key=len)] if keys else main
         if device == "disk" or (device == "cpu" and main != "cpu"):

@@ -23,6 +23,7 @@ from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
+from swift_fastmtp.bailing import BailingMoeV2Config
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.families import FAMILIES
 from swift_fastmtp.fp8 import SCALE, Blocks, quantise
@@ -182,6 +183,69 @@ def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=
     return _random(seed, config, "longcat_flash", std, dtype, norms=(0.3, 2.0))
 
 
+def random_ling(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+    """A Ling 2.0 with the layers of `random_glm4_moe`."""
+    return _random(seed, BailingMoeV2Config(**_ling(vocab, heads, kv)), "bailing_moe_v2", std, dtype, norms=(0.3, 2.0))
+
+
+def _ling(vocab, heads, kv):
+    """config.json as published, but for the sizes and the bias of the queries, keys and values."""
+    experts = {**_EXPERTS, "num_experts": _EXPERTS["n_routed_experts"], "num_shared_experts": 1}
+    del experts["n_routed_experts"]
+    return {
+        **_sizes(vocab, heads),
+        **experts,
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_bailing_moe_v2.BailingMoeV2Config"},
+        "embedding_dropout": 0.0,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "model_type": "bailing_moe",
+        "moe_router_enable_expert_bias": True,
+        "moe_shared_expert_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "num_key_value_heads": kv,
+        "num_nextn_predict_layers": 1,
+        "partial_rotary_factor": 0.5,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 600000,
+        "router_dtype": "fp32",
+        "score_function": "sigmoid",
+        "use_bias": False,
+        "use_qk_norm": True,
+        "use_qkv_bias": True,
+    }
+
+
+# What its publishers' configuration class does; for SGLang, and nothing of ours runs it.
+_CONFIGURATION = """import sglang
+from transformers import PretrainedConfig
+
+
+class BailingMoeV2Config(PretrainedConfig):
+    model_type = "bailing_moe"
+
+    def __init__(self, rope_theta=10000.0, rope_scaling=None, **kwargs):
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        super().__init__(**kwargs)
+"""
+
+
+def save_ling(folder):
+    """As inclusionAI publishes them, with the YaRN that they recommend for long texts.
+
+    Without a `routed_scaling_factor`: SGLang's class leaves it to the experts' kernel, and that for a CPU has none.
+    """
+    save_checkpoint(random_ling, folder)
+    config = {**_ling(6144, 4, 2), "routed_scaling_factor": 1.0, "eos_token_id": 6082, "dtype": "bfloat16"}
+    config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "configuration_bailing_moe_v2.py").write_text(_CONFIGURATION)
+    return folder
+
+
 _EXPERTS = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 6,
@@ -234,6 +298,10 @@ def _random(seed, config, family, std, dtype, norms=(-0.7, 1.0)):
     return model.to(dtype).eval()
 
 
+# The bias by which routers choose experts, which no gradient trains.
+ROUTER_BIAS = ("e_score_correction_bias", "expert_bias")
+
+
 def save_checkpoint(make, folder):
     """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer.
 
@@ -241,7 +309,7 @@ def save_checkpoint(make, folder):
     """
     model = make(3, vocab=6144, std=0.1)
     model.config.eos_token_id = 6082
-    kept = {n: b.clone() for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    kept = {n: b.clone() for n, b in model.named_buffers() if n.endswith(ROUTER_BIAS)}
     state = {**model.bfloat16().state_dict(), **kept}
     matrices = {"embed_tokens": model.model.embed_tokens, "shared_head.head": model.lm_head}
     copies = {f"{n}.weight": module.weight.detach().clone() for n, module in matrices.items()}
@@ -344,9 +412,10 @@ CHECKPOINTS = {
     "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
     "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
     "longcat_flash": save_longcat_flash,
+    "bailing_moe_v2": save_ling,
 }
 # Those that a whole SGLang server on a CPU runs: it has plain and latent attention, not the linear kind.
-SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "glm4_moe_lite")
+SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "glm4_moe_lite", "bailing_moe_v2")
 
 
 def tensors_of(folder):

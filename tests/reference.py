@@ -171,9 +171,11 @@ class GlmHead(Head):
     """[embed, hidden], QK-norm, RoPE on a part of each head, and experts in groups, chosen by a score with a bias that
     does not weigh them (SGLang `glm4_moe_nextn.py`, `glm4_moe.py`, `layers/moe/topk.py`)."""
 
+    router_bias, output, last_norm = "e_score_correction_bias", "self_attn.o_proj", "shared_head.norm"
+
     def __init__(self, head, config):
         super().__init__(head, config)
-        self.bias = head.state_dict()["mlp.gate.e_score_correction_bias"]
+        self.bias = head.state_dict()[f"mlp.gate.{self.router_bias}"]
         self.top, self.routed_scale = config.num_experts_per_tok, config.routed_scaling_factor
         self.groups, self.open_groups = config.n_group, config.topk_group
 
@@ -208,12 +210,24 @@ class GlmHead(Head):
         return attended.flatten(1)
 
     def tail(self, u, attended):
-        u = u + self.linear(self.heads_out(attended), "self_attn.o_proj")
+        u = u + self.linear(self.heads_out(attended), self.output)
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
         return self.final(u)
 
     def final(self, u):
-        return self.rms(u, "shared_head.norm")
+        return self.rms(u, self.last_norm)
+
+
+class LingHead(GlmHead):
+    """GLM-4.5's under other names; one matrix for queries, keys and values, in this order (SGLang `bailing_moe.py`)."""
+
+    router_bias, output, last_norm = "expert_bias", "attention.dense", "final_layernorm"
+
+    def qkv(self, u, positions):
+        both = self.linear(self.rms(u, "input_layernorm"), "attention.query_key_value").view(len(u), -1, self.dim)
+        q, k, v = both.split([self.heads, self.kv, self.kv], 1)
+        q, k = self.rms(q, "attention.query_layernorm"), self.rms(k, "attention.key_layernorm")
+        return self.rope(q, positions), self.rope(k, positions), v
 
 
 class LatentHead(GlmHead):

@@ -14,6 +14,7 @@ from models import (
     random_ernie,
     random_glm4_moe,
     random_glm4_moe_lite,
+    random_ling,
     random_longcat_flash,
     random_qwen3_5,
     random_qwen3_5_moe,
@@ -26,6 +27,7 @@ from reference import (
     GlmHead,
     Head,
     LatentHead,
+    LingHead,
     LongcatHead,
     Qwen3MoeHead,
     QwenHead,
@@ -50,6 +52,7 @@ KINDS = {
     "deepseek_v3": (random_deepseek_v3, LatentHead),
     "glm4_moe_lite": (random_glm4_moe_lite, LatentHead),
     "longcat_flash": (random_longcat_flash, LongcatHead),
+    "bailing_moe_v2": (random_ling, LingHead),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -226,7 +229,7 @@ def test_each_ingredient_of_ernie_is_needed(in_float64, change, monkeypatch):
     assert error_without("ernie4_5_moe", change, other, monkeypatch) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3", "bailing_moe_v2"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -276,9 +279,10 @@ def test_paper_equals_the_papers_equations(in_float64, kind, seed):
         start += n
 
 
-def test_autocast_leaves_routers_in_float32():
+@pytest.mark.parametrize("make", [random_glm4_moe, random_ling])
+def test_autocast_leaves_routers_in_float32(make):
     """As engines compute them; in the backbone and in the head, and in a copy of the model."""
-    model = copy.deepcopy(random_glm4_moe(1, dtype=torch.bfloat16))
+    model = copy.deepcopy(make(1, dtype=torch.bfloat16))
     routers = [m for m in model.modules() if hasattr(m, "e_score_correction_bias")]
     hidden = torch.randn(1, 50, 32).bfloat16()
     want = [router(hidden) for router in routers]
@@ -337,7 +341,7 @@ def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads()
     assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "bailing_moe_v2"])
 def test_without_labels_it_is_the_plain_language_model(kind):
     """Also where the head's path is that of a decoder layer: the backbone does not run it."""
     model = KINDS[kind][0](2)

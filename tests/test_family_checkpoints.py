@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, logged, sft_args, swift, swift_runs
 from models import (
     CHECKPOINTS,
+    ROUTER_BIAS,
     random_ernie,
     random_glm4_moe,
     random_qwen3_5,
@@ -34,7 +35,7 @@ from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.families import FAMILIES, find_family, layout_table, match_family, read_config, refused_table
 from swift_fastmtp.head import as_stored, import_class, join_experts, split_experts
 from swift_fastmtp.known_layouts import LAYOUTS
-from swift_fastmtp.modeling import build_class, head_shapes, load_model
+from swift_fastmtp.modeling import build_class, head_shapes, load_config, load_model
 from swift_fastmtp.rollout import segment_ids
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
@@ -55,6 +56,7 @@ TENSORS = {
     "deepseek_v3": 36,
     "glm4_moe_lite": 36,
     "longcat_flash": 16,
+    "bailing_moe_v2": 34,
 }
 STOPS = ("longcat_flash",)  # Not drafted with by stock SGLang.
 
@@ -169,7 +171,7 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
     trained, stored = load_file(tmp_path / "checkpoint/model.safetensors"), tensors_of(each_base)
     assert trained.keys() == head_shapes(each_base).keys() and len(trained) == TENSORS[each_base.name]
     changed = {n for n, t in trained.items() if not torch.equal(t, stored[n].float())}
-    assert changed == {n for n in trained if not n.endswith("e_score_correction_bias")}  # every weight has learnt
+    assert changed == {n for n in trained if not n.endswith(ROUTER_BIAS)}  # every weight has learnt
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
     full, draft = tensors_of(tmp_path / "full"), tensors_of(tmp_path / "draft")
@@ -186,8 +188,12 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
         assert (tmp_path / folder / "config.json").read_bytes() == (each_base / "config.json").read_bytes()
         assert [f.why for f in examine(tmp_path / folder)] == [model.family.sglang_gap] * (each_base.name in STOPS)
     flags = serve_flags(tmp_path / "draft")
-    assert str(each_base) in command(flags) and "--trust-remote-code" not in command(flags)
+    assert str(each_base) in command(flags)
+    assert ("--trust-remote-code" in command(flags)) == ("auto_map" in read_config(each_base))
     assert (model.family.sglang_gap in [flag.why for flag in flags]) == (each_base.name in STOPS)
+    if not model.family.plain_model_type:
+        with pytest.raises(FastMTPError, match="has no configuration without remote code; keep it"):
+            export_draft(tmp_path / "checkpoint", tmp_path / "plain", remote_code=False)
     shown("keys", read_config(each_base)["architectures"])
 
 
@@ -234,6 +240,33 @@ def test_a_numbered_layer_is_made_after_the_last_one(kind, tmp_path):
         FastMTPError, match=r"num_hidden_layers is 1, in .* it is 2; the MTP layer is numbered after it"
     ):
         graft(tmp_path / "tuned", tmp_path / "other", base)
+
+
+def test_a_chat_model_without_the_layer_gets_that_of_the_base_model(bases, tmp_path, shown):
+    """As Ling 2.0 is published."""
+    base = bases("bailing_moe_v2")
+    chat = broken(base, tmp_path, lose_mtp, num_nextn_predict_layers=0)
+    shutil.copyfile(base / "configuration_bailing_moe_v2.py", chat / "configuration_bailing_moe_v2.py")
+    with pytest.raises(FastMTPError, match="exactly 1: `fastmtp graft` puts one in"):
+        load_model(chat, torch.float32)
+    graft(chat, tmp_path / "whole", base)
+    model, (want, whole) = load_model(tmp_path / "whole", torch.bfloat16), map(tensors_of, (base, tmp_path / "whole"))
+    assert model.family.name == "bailing_moe_v2" and examine(tmp_path / "whole") == []
+    assert want.keys() == whole.keys() and all(torch.equal(whole[n], want[n]) for n in want)
+    shown("graft", model.config.architectures)
+
+
+def test_ling_without_groups_and_without_a_width_of_heads(bases, tmp_path):
+    """`n_group` 0 is what inclusionAI's converter writes for a router without groups."""
+    config = load_config(broken(bases("bailing_moe_v2"), tmp_path, n_group=0, topk_group=0, head_dim=None))
+    assert (config.n_group, config.topk_group, config.head_dim) == (1, 1, 8)
+
+
+@pytest.mark.parametrize("key", [key for row in FAMILIES for key, _ in row.only])
+def test_settings_that_the_classes_do_not_know_are_refused(key, bases):
+    config = read_config(bases("bailing_moe_v2"))
+    with pytest.raises(FastMTPError, match=f'^config.json: {key} is "other"; BailingMoeV2ForCausalLM can be trained'):
+        find_family({**config, key: "other"})
 
 
 def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
@@ -379,7 +412,7 @@ def narrow(tensors):
 
 
 def lose_mtp(tensors):
-    for name in [n for n in tensors if n.startswith(HEAD)]:
+    for name in [n for n in tensors if n.startswith((HEAD, LAYER))]:
         del tensors[name]
 
 
@@ -408,11 +441,7 @@ NUMBERED_ERRORS = {
         {},
         "the MTP layer has hidden size 16, the model 32; it belongs to another model",
     ),
-    "lost": (
-        lambda t: [t.pop(n) for n in list(t) if n.startswith(LAYER)],
-        {},
-        "no tensor under 'model.layers.2.'; this checkpoint lost its MTP layer",
-    ),
+    "lost": (lose_mtp, {}, "no tensor under 'model.layers.2.'; this checkpoint lost its MTP layer"),
     "no bias": (lambda t: t.pop(BIAS), {}, f"MTP tensor {BIAS} is missing"),
     "another depth": (None, {"num_hidden_layers": 3}, "no tensor under 'model.layers.3.'"),
     "no depth": (None, {"num_hidden_layers": None}, "num_hidden_layers is None; the MTP layer is numbered after it"),

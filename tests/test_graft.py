@@ -271,7 +271,7 @@ def test_the_measured_page_is_the_results():
     assert page == results.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != "bailing_moe_v2"])  # transformers has no class for it
 def test_other_families_saved_through_transformers(name, tmp_path, shown):
     """A vision tower stays, experts have the form of the donor, and scattered parts come back to their places."""
     base = CHECKPOINTS[name](tmp_path / "base")

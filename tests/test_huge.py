@@ -12,14 +12,14 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY, free_port, logged, sft_args, swift
-from models import quantised, random_qwen3_5, random_qwen3_next, save_checkpoint
+from models import quantised, random_qwen3_5, random_qwen3_next, save_checkpoint, save_ling
 
 from swift_fastmtp import placement
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.modeling import model_class
 
-KINDS = ("mimo", "mimo, FP8", "qwen3_next, FP8", "qwen3_5")
+KINDS = ("mimo", "mimo, FP8", "qwen3_next, FP8", "qwen3_5", "bailing_moe_v2")
 PLAIN = ("norm", "embed", "lm_head", "conv", "fc.", "input_proj", "mlp.gate.", "expert_gate")
 
 
@@ -32,6 +32,7 @@ def bases(tmp_path_factory):
         "mimo, FP8": quantised(TINY, folder / "mimo-fp8", (100, 64), PLAIN),
         "qwen3_next, FP8": quantised(mixture, folder / "qwen3_next-fp8", (24, 20), PLAIN),
         "qwen3_5": save_checkpoint(random_qwen3_5, folder / "qwen3_5"),
+        "bailing_moe_v2": save_ling(folder / "bailing_moe_v2"),
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checkpoints import Weights
 from ..errors import FastMTPError
-from ..families import config_value, match_family, read_config
+from ..families import config_value, is_embedding, match_family, read_config
 
 # Config keys of mixtures of experts: how many there are, and how many a token reads.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -77,13 +77,13 @@ def read_cost(model_dir: str | Path) -> StepCost:
     number, read = (next((v for k in keys if (v := config_value(config, k))), 1) for keys in (_EXPERTS, _READ))
     share = min(1.0, read / number)
     # One row of the embedding is read, and where the two are one tensor it is the output matrix.
-    embedding = next((n for n in sizes if n.endswith("embed_tokens.weight") and not family.owns(n)), None)
+    embedding = next((n for n in sizes if is_embedding(n) and not family.owns(n)), None)
     head = "lm_head.weight" if "lm_head.weight" in sizes else embedding
     if head is None or not any(family.owns(n) for n in sizes):
         raise FastMTPError(f"{model_dir}: holds no output matrix or no MTP layer; its steps cannot be compared")
     verify = draft = 0.0
     for name, size in sizes.items():
-        if "embed_tokens" in name or name == head or name.endswith("shared_head.head.weight") or ".visual." in name:
+        if is_embedding(name) or name == head or name.endswith("shared_head.head.weight") or ".visual." in name:
             continue
         cost = size * (share if ".experts." in name else 1.0)
         if family.owns(name):

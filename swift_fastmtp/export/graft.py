@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, write_json
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, find_family, match_family, read_config
+from ..families import FAMILIES, Family, find_family, is_embedding, match_family, read_config
 from ..fp8 import read_blocks
 from ..headers import INDEX_FILE, Headers, entries_of, read_headers
 from .folders import RUN_FILES
@@ -217,9 +217,9 @@ def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
 
 def _dtype(headers: Headers, config: dict[str, Any], model: Path) -> torch.dtype:
     """The backbone's dtype, by its embedding. Raises `FastMTPError` if that does not have config.json's rows."""
-    name = next((n for n in headers.entries if n.endswith("embed_tokens.weight")), None)
+    name = next(filter(is_embedding, headers.entries), None)
     if name is None:
-        raise FastMTPError(f"{model}: no tensor embed_tokens.weight; graft into a full checkpoint")
+        raise FastMTPError(f"{model}: no embedding matrix; graft into a full checkpoint")
     entry, ours = headers.entries[name], _text(config)
     want = (ours.get("vocab_size"), ours.get("hidden_size"))
     if entry.shape != want:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, config_value, find_family, match_family, read_config
+from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
 from ..fp8 import SCALE
 from ..headers import Headers, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
@@ -159,7 +159,8 @@ def _reasons(
     if not names and not absent:
         mend = "put the base model's back with `fastmtp graft`"
         return [*reasons, f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {mend}"]
-    matrices = {n for n in (*headers.entries, *headers.absent) if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    every = (*headers.entries, *headers.absent)
+    matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
     if not matrices - set(names):
         reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
     try:
