@@ -16,7 +16,8 @@ and reads the text. Printed are the parameters that no tensor of the folder fill
 only loads a draft-only folder, in FP8 for one, and writes the class's parameters.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
-with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
+with its cache, which needs a whole server and is a few lines over a list here, the scores of sparse attention's
+indexer, and three fused GPU kernels.
 """
 
 import os
@@ -117,12 +118,14 @@ class Cache:
 
 
 def pick(self, x, q_lora, positions, forward_batch, layer_id):
-    """In place of the indexer's kernels, with its own projections, norm and RoPE: scores in float32, without the Hadamard
-    rotation of queries and keys alike, which is there for FP8."""
+    """In place of the indexer's kernels, with its own projections, norm and RoPE: scores in float32, and no rotation
+    (Hadamard) of queries and keys alike, which is there for FP8."""
     query = self.wq_b(q_lora)[0].view(1, len(x), -1, self.head_dim)
     key = self.k_norm(self.wk(x)[0])[None, :, None]
     turned = self.rotary_emb(positions[None], query[..., : self.rope_head_dim], key[..., : self.rope_head_dim])
-    query, key = (torch.cat([a, b[..., self.rope_head_dim :]], -1)[0] for a, b in zip(turned, (query, key)))
+    query, key = (
+        torch.cat([a, b[..., self.rope_head_dim :]], -1)[0] for a, b in zip(turned, (query, key), strict=True)
+    )
     cache = get_attn_backend()
     before = sum(map(len, cache.index_keys))
     cache.index_keys.append(key[:, 0])
