@@ -8,12 +8,12 @@ projections, norms, RoPE and grouped heads are transformers' own, and only "who 
   both. This is what a server computes: the draft's KV cache holds step-1 entries for committed tokens, and a
   draft chain adds its own (SGLang `eagle_worker_v2.py`; EAGLE-3 calls it training-time test).
 
-In both, rows see only their own document, and where the block has an indexer (`indexer.py`), only the keys it picks. A
-model whose engines pick once for a chain (`index_share_for_mtp_iteration` of config.json: SGLang `eagle_worker_v2.py`)
-attends at every later step to what step 1 picked, which has no key of the chain.
+In both, rows see only their own document, and where the block has an indexer (`indexer.py`), only the keys it picks.
+Where engines pick once for a chain (`index_share_for_mtp_iteration` of config.json: SGLang `eagle_worker_v2.py`), all
+its later steps attend to what step 1 picked, which has no key of the chain.
 
-All of it is a flash kernel over the shared keys, which returns its
-log-sum-exp, and a merge with the few chain keys; no [T, T] tensor exists, but for the mask of such a pick:
+All of it is a flash kernel over the shared keys, which returns its log-sum-exp, and a merge with the few chain keys; no
+[T, T] tensor exists, but for the mask of a pick:
 
     l = logsumexp(l_1, s_2 .. s_k);   o = o_1 e^(l_1 - l) + sum_m e^(s_m - l) v_m
 

@@ -50,8 +50,8 @@ def flash(
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, T, d], k [B, H_kv, T, d], v [B, H_kv, T, d_v] → output [B, H, T, d_v], log-sum-exp [B, H, T].
 
-    The log-sum-exp is float32, or float64 for float64 inputs. With `visible` [B, T, T] every query attends to those of
-    its document's keys only; a query without any has a log-sum-exp near the least number there is.
+    The log-sum-exp is float32, or float64 for float64 inputs. `visible` [B, T, T], if given, says in place of
+    `documents` which keys each query attends to; one without any has a log-sum-exp near the least number there is.
     """
     if visible is not None:
         return _blocked(query, key, value, scale, visible)

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from .flash import Documents
 
-_BLOCK = 128
+_BLOCK = 128  # queries that are scored at once
 
 
 @dataclass
@@ -96,7 +96,8 @@ def pick(
         top: `index_topk`.
 
     Returns `(visible [B, T, T], chain [M, B or 1, 1, T or N])`: for each query the keys of step 1, none for rows not
-    asked for, and the keys of its chain; `(None, None)` where every key that may be seen is picked.
+    asked for, and the keys of its chain; `(None, None)` where every query whose chain ends within its document picks
+    all that it may see.
     """
     if documents.longest <= top:
         return None, None
