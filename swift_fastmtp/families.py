@@ -65,6 +65,12 @@ class Family:
     indexer_rope: str | None = None
     """Rotary embedding of the indexer that picks the keys which the block attends to (`indexer.py`), as
     'module:function'; None: it attends to all."""
+    proj_in_fp8: bool = False
+    """SGLang reads FP8 blocks of the projection; elsewhere it has a plain matrix there, whatever config.json says."""
+    sglang_gap: str | None = None
+    """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
+    mlp: str = "mlp"
+    """The block's feed-forward part, by its path in the block."""
     copies: tuple[str, ...] = ()
     """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
 
@@ -75,7 +81,7 @@ class Family:
     @property
     def scattered(self) -> bool:
         """Whether the parts lie beside the backbone's modules, not under a path of their own."""
-        return "." in self.proj
+        return self.proj[-1].isdigit()
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
@@ -305,6 +311,35 @@ FAMILIES: tuple[Family, ...] = (
         block_config=(("mlp_layer_types", ("sparse",)), ("indexer_types", ("full",))),
         indexer_rope="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:apply_rotary_pos_emb_interleave",
     ),
+    # Latent attention as DeepSeek's, with scaled latents, and a dense MLP, beside a backbone of another kind.
+    Family(
+        name="longcat_flash",
+        architectures=("LongcatFlashForCausalLM",),
+        backbone="swift_fastmtp.longcat:LongcatFlashForCausalLM",
+        block="swift_fastmtp.longcat:LongcatFlashDenseLayer",
+        prefix="model.mtp",
+        block_path="layers.0",
+        hidden_norm="layers.0.hnorm.m",
+        token_norm="layers.0.enorm.m",
+        proj="layers.0.eh_proj",
+        final_norm="norm",
+        hidden_first=False,
+        zero_centred_norms=False,
+        mask_position_zero=False,
+        config_model_type="longcat_flash",
+        num_layers_key="num_nextn_predict_layers",
+        num_layers_needed=False,
+        plain_model_type="longcat_flash",
+        tied_embeddings=False,
+        recurrent_backbone=False,
+        served_as="longcat_flash_nextn.py: LongcatFlashForCausalLMNextN",
+        kept_in_float32=("mlp.router.",),
+        proj_in_fp8=True,
+        sglang_gap="the draft layer of 0.5.23 (longcat_flash_nextn.py) leaves out the projection to latents: its "
+        "attention stops at an assertion, or reads what the target's last layer left",
+        mlp="transformer_layer.mlp",
+        copies=("embed_tokens.weight",),
+    ),
 )
 
 
@@ -347,11 +382,14 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
 def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
     """The row for a checkpoint that we can train.
 
-    Raises `FastMTPError` if no row matches, if the checkpoint says it has another number of MTP layers than the
-    one that FastMTP shares between all steps, if it is quantised otherwise than in FP8 blocks (`fp8.read_blocks`), if
-    it ties its output matrix to the embedding where the engines do not, or says two things of that.
+    Raises `FastMTPError` if no row matches, if config.json has no `model_type`, if the checkpoint says it has another
+    number of MTP layers than the one that FastMTP shares between all steps, if it is quantised otherwise than in FP8
+    blocks (`fp8.read_blocks`), if it ties its output matrix to the embedding where the engines do not, or says two
+    things of that.
     """
     family = match_family(config, where)
+    if not config_value(config, "model_type"):  # LongCat-Flash-Thinking-2601's once had none
+        raise FastMTPError(f'{where}: has no model_type; add "model_type": "{family.config_model_type}"')
     layers = config_value(config, family.num_layers_key, 1)
     if layers != 1:
         raise FastMTPError(

@@ -151,10 +151,10 @@ class MTPHead(nn.Module):
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
         """
-        children = dict(self.get_submodule(self.family.block_path).named_children())
+        block = self.get_submodule(self.family.block_path)
         u = self.fuse(hidden_BTD, embeds_BTD)
-        attended, *_ = children["self_attn"](
-            hidden_states=children["input_layernorm"](u),
+        attended, *_ = block.get_submodule("self_attn")(
+            hidden_states=block.get_submodule("input_layernorm")(u),
             position_embeddings=position_embeddings,
             attention_mask=u.new_empty(1, 1, 1, 1),  # read by nobody; sparse attention takes a part of it
             rollout=state,
@@ -162,7 +162,7 @@ class MTPHead(nn.Module):
         u = u + attended
         if rows is not None:
             u = u.flatten(0, 1)[rows][None]
-        u = u + children["mlp"](children["post_attention_layernorm"](u))
+        u = u + block.get_submodule(self.family.mlp)(block.get_submodule("post_attention_layernorm")(u))
         out: torch.Tensor = self.get_submodule(self.family.final_norm)(u) if self.family.final_norm else u
         return out
 

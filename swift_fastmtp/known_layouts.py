@@ -5,8 +5,7 @@ nobody trains a chain for an engine that runs something else. What is trained ha
 
 Which engine serves what was read in SGLang 0.5.23 (`configs/model_config.py` `_config_draft_model`,
 `arg_groups/overrides.py`, `model_overrides/`) and in vLLM's `config/speculative.py` (`MTPModelTypes`); what
-transformers ignores, in the `_keys_to_ignore_on_load_unexpected` of transformers 5.19. Nothing here was run, but
-that LongCat's draft class was built.
+transformers ignores, in the `_keys_to_ignore_on_load_unexpected` of transformers 5.19. Nothing here was run.
 """
 
 from dataclasses import dataclass
@@ -86,16 +85,6 @@ LAYOUTS: tuple[Layout, ...] = (
         "hy_v4_mtp",
         f"{_NO_ROW}: MLA and experts",
         r"model\.mtp_layers\..*",
-    ),
-    Layout(
-        "longcat",
-        ("LongcatFlashForCausalLM",),
-        ("model.mtp",),
-        CHAIN,
-        "longcat_flash_mtp",
-        f"{_NO_ROW}: its MTP layer, one attention and a dense MLP, is none of the backbone's, which have two of each; "
-        "and SGLang 0.5.23 with transformers 5.19 stops at its draft class (`longcat_flash_nextn.py`: a key of None)",
-        r"model\.mtp.*",
     ),
     Layout(
         "intern-s2",

@@ -95,6 +95,9 @@ class FastMTPMixin:
             # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
             place_module(cast(nn.Module, self), self.family.prefix, head)
         for module in cast(nn.Module, self).modules():
+            if hasattr(module, "variance_epsilon"):
+                # Those of latents too: transformers gives them a constant, engines the configuration's.
+                module.variance_epsilon = config.rms_norm_eps
             if hasattr(module, "e_score_correction_bias"):
                 module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
@@ -350,7 +353,7 @@ def build_class(family: Family) -> type:
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
     patterns = backbone._keys_to_ignore_on_load_unexpected or []
     ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
-    ignored += [rf"\.\d+\.{re.escape(name)}$" for name in family.copies]
+    ignored += [re.escape(f"{family.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.config_model_type],

@@ -15,6 +15,7 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
+    LongcatFlashConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
@@ -170,6 +171,29 @@ def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=to
 # Every step of a chain attends to what its first one has picked.
 random_glm_5_2 = partial(random_glm_moe_dsa, index_share_for_mtp_iteration=True)
 
+
+def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+    """A LongCat-Flash: latents scaled to the model's width, experts of which some do nothing, a dense MTP layer."""
+    config = LongcatFlashConfig(
+        vocab_size=vocab,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_layers=1,
+        num_attention_heads=heads,
+        **_latent(8, heads),
+        head_dim=8,
+        rope_theta=10000.0,
+        moe_topk=2,
+        n_routed_experts=4,
+        zero_expert_num=2,
+        expert_ffn_hidden_size=16,
+        mla_scale_q_lora=True,
+        mla_scale_kv_lora=True,
+        architectures=["LongcatFlashForCausalLM"],
+    )
+    return _random(seed, config, "longcat_flash", std, dtype, norms=(0.3, 2.0))
+
+
 _PUBLISHED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
 _EXPERTS = {
     "first_k_dense_replace": 1,
@@ -323,6 +347,17 @@ def save_vision_checkpoint(make, folder):
     return folder
 
 
+def save_longcat_flash(folder):
+    """RoPE under the keys that published ones have: SGLang's configuration class reads no others. It does not take
+    plain RoPE either, but YaRN by a factor of one, which is the same."""
+    path = save_checkpoint(random_longcat_flash, folder) / "config.json"
+    config = json.loads(path.read_text())
+    scaling = {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 131072}
+    theta = config.pop("rope_parameters")["rope_theta"]
+    path.write_text(json.dumps({**config, "rope_theta": theta, "rope_scaling": scaling}))
+    return folder
+
+
 CHECKPOINTS = {
     "qwen3_next": partial(save_checkpoint, random_qwen3_next),
     "qwen3_5": partial(save_checkpoint, random_qwen3_5),
@@ -336,6 +371,7 @@ CHECKPOINTS = {
     "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
     "deepseek_v32": partial(save_checkpoint, random_deepseek_v32),
     "glm_moe_dsa": partial(save_checkpoint, random_glm_moe_dsa),
+    "longcat_flash": save_longcat_flash,
 }
 # Those that a whole SGLang server on a CPU runs: it has plain and latent attention, not the linear kind.
 SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "glm4_moe_lite")

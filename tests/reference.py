@@ -6,6 +6,7 @@ as a server does it (SGLang `eagle_worker_v2.py`: one extend pass over the commi
 """
 
 import math
+import re
 
 import torch
 
@@ -209,6 +210,9 @@ class GlmHead(Head):
     def tail(self, u, attended):
         u = u + self.linear(self.heads_out(attended), "self_attn.o_proj")
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
+        return self.final(u)
+
+    def final(self, u):
         return self.rms(u, "shared_head.norm")
 
 
@@ -219,6 +223,9 @@ class LatentHead(GlmHead):
 
     def __init__(self, head, config):
         super().__init__(head, config)
+        self.latents(config)
+
+    def latents(self, config):
         self.kv, self.rank, self.nope, self.rotary = 1, config.kv_lora_rank, config.qk_nope_head_dim, self.dim
         self.scale = (self.nope + self.rotary) ** -0.5
         rope = config.rope_parameters
@@ -242,11 +249,6 @@ class LatentHead(GlmHead):
         self.frequencies = self.frequencies * (1 - slow + slow / rope["factor"])
         self.amplitude = factor(rope["mscale"]) / factor(rope["mscale_all_dim"])
         self.scale *= factor(rope["mscale_all_dim"]) ** 2
-
-    def rms(self, x, name):
-        """The latents' own norms do not read `rms_norm_eps`."""
-        eps = 1e-6 if "_a_layernorm" in name else self.eps
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.w[name + ".weight"]
 
     def rope(self, x, positions):
         """Neighbours turn together."""
@@ -330,6 +332,27 @@ class SharingHead(GlmSparseHead):
             self.seed = found[-1]
             return found
         return torch.nn.functional.pad(self.seed, (0, len(keys) - len(self.seed)))[None]
+
+
+class LongcatHead(LatentHead):
+    """The latents are scaled to the model's width, the MLP is dense (SGLang `longcat_flash_nextn.py`)."""
+
+    def __init__(self, head, config):
+        Head.__init__(self, head, config)
+        self.latents(config)
+        self.w = {re.sub(r"^layers\.0\.|transformer_layer\.|\.m(?=\.)", "", n): w for n, w in self.w.items()}
+        self.widths = {
+            "self_attn.q_a_layernorm": (config.hidden_size / config.q_lora_rank) ** 0.5,
+            "self_attn.kv_a_layernorm": (config.hidden_size / config.kv_lora_rank) ** 0.5,
+        }
+
+    def rms(self, x, name):
+        return super().rms(x, name) * self.widths.get(name, 1.0)
+
+    feed_forward = DenseQwenHead.feed_forward
+
+    def final(self, u):
+        return self.rms(u, "norm")
 
 
 def merged_attention(query, keys, values, chain_keys, chain_values, visible, scale):

@@ -17,6 +17,7 @@ from models import (
     random_glm4_moe_lite,
     random_glm_5_2,
     random_glm_moe_dsa,
+    random_longcat_flash,
     random_qwen3_5,
     random_qwen3_5_moe,
     random_qwen3_moe,
@@ -29,6 +30,7 @@ from reference import (
     GlmSparseHead,
     Head,
     LatentHead,
+    LongcatHead,
     Qwen3MoeHead,
     QwenHead,
     SharingHead,
@@ -36,6 +38,7 @@ from reference import (
     draft_with_cache,
     paper_rollout,
 )
+from transformers.models.longcat_flash import modeling_longcat_flash
 
 from swift_fastmtp import flash, indexer
 from swift_fastmtp.config import FastMTPConfig
@@ -56,6 +59,7 @@ KINDS = {
     "deepseek_v32": (random_deepseek_v32, SparseHead),
     "glm_moe_dsa": (random_glm_moe_dsa, GlmSparseHead),
     "glm_5_2": (random_glm_5_2, SharingHead),  # glm_moe_dsa with another setting
+    "longcat_flash": (random_longcat_flash, LongcatHead),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -90,6 +94,7 @@ def in_float64(monkeypatch):
         modeling_glm4_moe_lite,
         modeling_deepseek_v32,
         modeling_glm_moe_dsa,
+        modeling_longcat_flash,
     ):
         monkeypatch.setattr(module, "torch", Wide())
 
@@ -309,6 +314,17 @@ def test_config_json_says_whether_a_chain_picks_once(in_float64, kind, other):
     assert worst_error(other, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
 
 
+@pytest.mark.parametrize("change", ["order", "scaled latents", "norm"])
+def test_each_ingredient_of_longcat_is_needed(in_float64, change, monkeypatch):
+    fuse = GlmHead.fuse
+    other = {
+        "order": ("fuse", lambda self, hidden, embed: fuse(self, embed, hidden)),
+        "scaled latents": ("rms", Head.rms),
+        "norm": ("final", lambda self, u: u),
+    }
+    assert error_without("longcat_flash", change, other, monkeypatch) > 1e-2
+
+
 @kinds
 @pytest.mark.parametrize("seed", range(2))
 def test_paper_equals_the_papers_equations(in_float64, kind, seed):
@@ -366,6 +382,21 @@ def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
         for x, p in ((ids, positions), (ids[:, :6], positions[:, :6]), (ids[:, 6:], positions[:, 6:]))
     )
     torch.testing.assert_close(packed, torch.cat([one, two], 2), atol=2e-5, rtol=1e-4)
+
+
+def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads():
+    """Its class has rows for the experts that pass their input on; no checkpoint does. Norms of latents read
+    rms_norm_eps in SGLang (`longcat_flash.py`, `deepseek_v2.py`), and so here."""
+    model = random_longcat_flash(2)
+    plain = modeling_longcat_flash.LongcatFlashForCausalLM(model.config).eval()
+    state = {n: t for n, t in model.state_dict().items() if not model.family.owns(n)}
+    rows = plain.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].fill_(torch.nan)
+    rows[:4] = state["model.layers.0.mlp.experts.gate_up_proj"]
+    plain.load_state_dict({**state, "model.layers.0.mlp.experts.gate_up_proj": rows})
+    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
+        norm.variance_epsilon = model.config.rms_norm_eps
+    ids = torch.randint(0, 97, (2, 10))
+    assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"])

@@ -57,7 +57,9 @@ TENSORS = {
     "glm4_moe_lite": 36,
     "deepseek_v32": 41,
     "glm_moe_dsa": 41,
+    "longcat_flash": 16,
 }
+STOPS = ("longcat_flash",)  # Not drafted with by stock SGLang.
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_the_text_model_runs_as_it_does_beside_the_vision_tower(name, bases):
     assert torch.equal(ours.generate(ids[:1], **greedy), ours.generate(ids[:1], **greedy, **added))
 
 
-def test_decay_rates_stay_in_float32_as_in_the_engine(bases):
+def test_decay_rates_and_routers_stay_in_float32_as_in_the_engine(bases):
     model, stored = load_model(bases("qwen3_5_moe_vision"), torch.bfloat16), Weights(bases("qwen3_5_moe_vision"))
     (wide,) = (n for n, p in model.named_parameters() if p.dtype == torch.float32)
     rates = stored.read("model.language_model.layers.0.linear_attn.A_log")
@@ -135,12 +137,17 @@ def test_decay_rates_stay_in_float32_as_in_the_engine(bases):
     assert not torch.equal(rates, rates.bfloat16().float())
     ids = torch.randint(0, 6000, (1, 12))
     assert model(input_ids=ids, labels=ids).loss.isfinite()
+    longcat = load_model(bases("longcat_flash"), torch.bfloat16)
+    wide = {n.rsplit("router.")[-1] for n, t in longcat.state_dict().items() if t.dtype == torch.float32}
+    assert wide == {"classifier.weight", "e_score_correction_bias"}
+    assert longcat(input_ids=ids, labels=ids).loss.isfinite()
 
 
-def test_rope_in_three_parts_is_plain_rope_for_text(bases):
+@pytest.mark.parametrize("name", ["qwen3_5_vision", "longcat_flash"])
+def test_rope_in_three_parts_is_plain_rope_for_text_and_so_is_yarn_by_one(name, bases):
     """Every position of text has one number, whichever axis a frequency belongs to."""
-    rotary = load_model(bases("qwen3_5_vision"), torch.float32).model.rotary_emb
-    assert rotary.mrope_section == [2, 1, 1]
+    rotary = load_model(bases(name), torch.float32).model.rotary_emb
+    assert rotary.mrope_section == [2, 1, 1] if name == "qwen3_5_vision" else rotary.rope_type == "yarn"
     positions = torch.arange(30)[None]
     cos, sin = rotary(torch.zeros(1), positions)
     angle = (positions[..., None] * 10000.0 ** -(torch.arange(4) / 4)).repeat(1, 1, 2)
@@ -180,9 +187,10 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
         assert copy.samefile(file) == (file not in rewritten) and copy.stat().st_size == file.stat().st_size
     for folder in ("full", "draft"):
         assert (tmp_path / folder / "config.json").read_bytes() == (each_base / "config.json").read_bytes()
-        assert examine(tmp_path / folder) == []
-    flags = command(serve_flags(tmp_path / "draft"))
-    assert str(each_base) in flags and "--trust-remote-code" not in flags
+        assert [f.why for f in examine(tmp_path / folder)] == [model.family.sglang_gap] * (each_base.name in STOPS)
+    flags = serve_flags(tmp_path / "draft")
+    assert str(each_base) in command(flags) and "--trust-remote-code" not in command(flags)
+    assert (model.family.sglang_gap in [flag.why for flag in flags]) == (each_base.name in STOPS)
     shown("keys", read_config(each_base)["architectures"])
 
 
@@ -191,7 +199,8 @@ def test_whatever_reads_a_checkpoint_finds_the_text_part(each_base):
     found = inspect_model(each_base)
     assert found.trainable and found.mtp_layers == 1
     assert found.mtp_tensors == TENSORS[each_base.name] + len(found.own_matrices)
-    assert found.engines["sglang"].startswith("yes") and "drops" in found.lost_on_save
+    assert found.engines["sglang"].startswith("no: the draft layer" if each_base.name in STOPS else "yes")
+    assert found.engines["vllm"].startswith("yes") and "drops" in found.lost_on_save
     assert found.tied_head == ("lm_head.weight" not in Weights(each_base).file_of)
     cost = read_cost(each_base)
     assert cost.vocab_size == read_vocabulary(each_base).exists_V.shape[0] == 6144 and 0 < cost.draft < cost.verify
@@ -428,6 +437,17 @@ NUMBERED_ERRORS = {
 }
 
 
+LONGCAT_ERRORS = {
+    "two layers, by the config": (None, {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2; FastMTP"),
+    "two layers, by the tensors": (
+        lambda t: t.update({"model.mtp.layers.1.enorm.m.weight": torch.ones(32)}),
+        {},
+        "unexpected MTP tensor model.mtp.layers.1.enorm.m.weight; it is of a second MTP layer",
+    ),
+    "no model type": (None, {"model_type": None}, 'has no model_type; add "model_type": "longcat_flash"'),
+}
+
+
 def one_clear_error(case, base, tmp_path):
     change, config, message = case
     with pytest.raises(FastMTPError) as error:
@@ -443,6 +463,11 @@ def test_one_clear_error(case, base, tmp_path):
 @pytest.mark.parametrize("case", NUMBERED_ERRORS)
 def test_one_clear_error_of_a_numbered_layer(case, bases, tmp_path):
     one_clear_error(NUMBERED_ERRORS[case], bases("deepseek_v3"), tmp_path)
+
+
+@pytest.mark.parametrize("case", LONGCAT_ERRORS)
+def test_one_clear_error_of_longcat(case, bases, tmp_path):
+    one_clear_error(LONGCAT_ERRORS[case], bases("longcat_flash"), tmp_path)
 
 
 def test_a_numbered_head_is_named_by_the_folder_alone(bases):
@@ -463,7 +488,7 @@ def test_known_layouts_are_refused_with_their_reason(layout):
 
 
 def test_keys_of_the_text_part_count():
-    config = {"architectures": ["Qwen3_5ForConditionalGeneration"]}
+    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
     with pytest.raises(FastMTPError, match="mtp_num_hidden_layers is 2"):
         find_family({**config, "text_config": {"mtp_num_hidden_layers": 2}})
     with pytest.raises(FastMTPError, match="tie_word_embeddings is True, and in text_config False"):

@@ -234,7 +234,8 @@ def _engines(family: Family | None, layout: Layout | None, names: list[str], rea
     if family:
         unsound = [r for r in reasons if r.startswith(family.prefix.split(".")[0]) or family.num_layers_key in r]
         verdict = f"no: {unsound[0]}" if unsound else f"yes: {chain}"
-        return {"sglang": verdict, "vllm": verdict}
+        stops = family.sglang_gap and not unsound
+        return {"sglang": f"no: {family.sglang_gap}" if stops else verdict, "vllm": verdict}
     assert layout is not None
     sglang = {
         None: "no",

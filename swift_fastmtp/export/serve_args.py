@@ -78,7 +78,10 @@ def serve_flags(
     if config.get("auto_map"):
         flags.append(Flag(("--trust-remote-code",), _REMOTE))
     flags += [
-        Flag(("--speculative-algorithm", "NEXTN"), "the MTP layer drafts; the same code path as EAGLE"),
+        Flag(
+            ("--speculative-algorithm", "NEXTN"),
+            family.sglang_gap or "the MTP layer drafts; the same code path as EAGLE",
+        ),
         Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
         Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
         Flag(("--speculative-num-draft-tokens", str(steps + 1)), "K drafts and the bonus token"),

@@ -11,6 +11,7 @@ from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
 from swift.model import register_model
 from swift.tuner_plugin import tuners_map
+from transformers import PreTrainedConfig, trainer
 
 from ..errors import FastMTPError
 from .arguments import prepare_arguments
@@ -39,6 +40,7 @@ def register() -> None:
     _hook_arguments()
     _hook_sft()
     _hook_export()
+    _hook_resume()
     _one_line_errors()
 
 
@@ -118,6 +120,16 @@ def _hook_export() -> None:
         return export_checkpoint(args)
 
     SwiftExport.run = run
+
+
+class _AnyConfig(PreTrainedConfig):
+    max_position_embeddings: int | None = None
+
+
+def _hook_resume() -> None:
+    """transformers' trainer reads a checkpoint's config.json with its bare class, to learn who wrote it. In 5.19 that
+    class stops at YaRN under the keys of DeepSeek-V3's, `rope_scaling` and `rope_theta`: it lacks one attribute."""
+    trainer.PreTrainedConfig = _AnyConfig
 
 
 def _one_line_errors() -> None:

@@ -15,6 +15,9 @@ and reads the text. Printed are the parameters that no tensor of the folder fill
 
 only loads a draft-only folder, in FP8 for one, and writes the class's parameters.
 
+One class is mended: LongCat's layer does not hand the projection to latents to its attention, which then stops (SGLang
+0.5.23 `longcat_flash_nextn.py`; the layers of `longcat_flash.py` do). `hand_latents` does it instead.
+
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
 with its cache, which needs a whole server and is a few lines over a list here, the scores of sparse attention's
 indexer, and three fused GPU kernels.
@@ -64,6 +67,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
 from sglang.srt.layers.attention.dsa import dsa_indexer
 from sglang.srt.layers.dp_attention import initialize_dp_attention
+from sglang.srt.layers.layer_boundary.adapters.attention import AttentionInputs, get_attn_tp_context
 from sglang.srt.layers.rotary_embedding import factory
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, get_attn_backend, set_forward_context
@@ -81,7 +85,14 @@ def initialize(*a, **k):
     model = built(*a, **k)
     for parameter in model.parameters():
         parameter.data.fill_(SENTINEL if parameter.element_size() > 1 else float("nan"))
+    if type(model).__name__ == "LongcatFlashForCausalLMNextN":
+        model.model.decoder.self_attn.register_forward_pre_hook(hand_latents, with_kwargs=True)
     return model
+
+
+def hand_latents(attention, _, given):
+    inputs = AttentionInputs(given["hidden_states"], given["forward_batch"], attention.prepare_qkv_latent)
+    get_attn_tp_context().set_attn_inputs(inputs)
 
 
 loader._initialize_model = initialize
