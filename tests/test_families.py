@@ -384,17 +384,22 @@ def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
     torch.testing.assert_close(packed, torch.cat([one, two], 2), atol=2e-5, rtol=1e-4)
 
 
+def plain_model(cls, config):
+    """transformers' own, with norms of latents that read rms_norm_eps, as in SGLang (`deepseek_v2.py`)."""
+    plain = cls(config).eval()
+    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
+        norm.variance_epsilon = config.rms_norm_eps
+    return plain
+
+
 def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads():
-    """Its class has rows for the experts that pass their input on; no checkpoint does. Norms of latents read
-    rms_norm_eps in SGLang (`longcat_flash.py`, `deepseek_v2.py`), and so here."""
+    """Its class has rows for the experts that pass their input on; no checkpoint does."""
     model = random_longcat_flash(2)
-    plain = modeling_longcat_flash.LongcatFlashForCausalLM(model.config).eval()
+    plain = plain_model(modeling_longcat_flash.LongcatFlashForCausalLM, model.config)
     state = {n: t for n, t in model.state_dict().items() if not model.family.owns(n)}
     rows = plain.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].fill_(torch.nan)
     rows[:4] = state["model.layers.0.mlp.experts.gate_up_proj"]
     plain.load_state_dict({**state, "model.layers.0.mlp.experts.gate_up_proj": rows})
-    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
-        norm.variance_epsilon = model.config.rms_norm_eps
     ids = torch.randint(0, 97, (2, 10))
     assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
@@ -403,7 +408,7 @@ def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads()
 def test_without_labels_it_is_the_plain_language_model(kind):
     """Also where the head's path is that of a decoder layer: the backbone does not run it."""
     model = KINDS[kind][0](2)
-    plain = import_class(model.family.backbone)(model.config).eval()
+    plain = plain_model(import_class(model.family.backbone), model.config)
     plain.load_state_dict({n: p for n, p in model.state_dict().items() if not model.family.owns(n)})
     ids = torch.randint(0, 97, (2, 10))
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
