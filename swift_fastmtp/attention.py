@@ -8,8 +8,12 @@ projections, norms, RoPE and grouped heads are transformers' own, and only "who 
   both. This is what a server computes: the draft's KV cache holds step-1 entries for committed tokens, and a
   draft chain adds its own (SGLang `eagle_worker_v2.py`; EAGLE-3 calls it training-time test).
 
-In both, rows see only their own document. All of it is a flash kernel over the shared keys, which returns its
-log-sum-exp, and a merge with the few chain keys; no [T, T] tensor exists:
+In both, rows see only their own document, and where the block has an indexer (`indexer.py`), only the keys it picks.
+Where engines pick once for a chain (`index_share_for_mtp_iteration` of config.json: SGLang `eagle_worker_v2.py`), all
+its later steps attend to what step 1 picked, which has no key of the chain.
+
+All of it is a flash kernel over the shared keys, which returns its log-sum-exp, and a merge with the few chain keys; no
+[T, T] tensor exists, but for the mask of a pick:
 
     l = logsumexp(l_1, s_2 .. s_k);   o = o_1 e^(l_1 - l) + sum_m e^(s_m - l) v_m
 
@@ -27,6 +31,7 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface
 
 from .flash import Documents, flash, flash_backward, per_kv_head, per_query_head
+from .indexer import Index, pick
 
 NAME = "fastmtp_rollout"
 
@@ -40,6 +45,8 @@ class RolloutState:
         documents: who may see whom.
         rows: flat indices into [B * T] of the N rows that steps ≥ 2 of `exact` compute; None is all.
         keys, values: of each step so far (`exact` only): [B, H_kv, T, d] of step 1, [1, H_kv, N, d] of later ones.
+        index_keys: those of the indexer, without heads.
+        picked: what `indexer.pick` returned last.
     """
 
     rollout: str
@@ -47,10 +54,12 @@ class RolloutState:
     rows: Tensor | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    index_keys: list[Tensor] = field(default_factory=list)
+    picked: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def rollout_attention(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -58,6 +67,7 @@ def rollout_attention(
     *,
     scaling: float,
     rollout: RolloutState,
+    indices: Index | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, T, d], k [B, H_kv, T, d], v [B, H_kv, T, d_v] → [B, T, H, d_v].
@@ -69,15 +79,21 @@ def rollout_attention(
     # And one width: latent attention has narrower values, whose added zero columns come out as zero columns.
     width = value.shape[-1]
     value = pad(value, (0, max(query.shape[-1] - width, 0)))
-    rows = None
-    if rollout.rollout == "exact":
-        rollout.keys.append(key)
-        rollout.values.append(value)
+    exact = rollout.rollout == "exact"
+    follows = exact and bool(rollout.keys)
+    rows = rollout.rows if follows else None
+    if not (follows and getattr(module.config, "index_share_for_mtp_iteration", False)):
+        if exact:
+            rollout.keys.append(key)
+            rollout.values.append(value)
+        if indices is not None:
+            rollout.index_keys = [*rollout.index_keys, indices.keys] if exact else [indices.keys]
+            rollout.picked = pick(indices, rollout.index_keys, rows, rollout.documents, module.config.index_topk)
+    if exact:
         key, value = rollout.keys[0], rollout.values[0]
-        rows = rollout.rows if len(rollout.keys) > 1 else None
     chain_keys, chain_values = (torch.stack(x[1:]) if len(x) > 1 else None for x in (rollout.keys, rollout.values))
     out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, chain_keys, chain_values, rows, rollout.documents, scaling
+        query, key, value, chain_keys, chain_values, rows, rollout.documents, scaling, *rollout.picked
     )
     return out[..., :width].transpose(1, 2), None
 
@@ -89,7 +105,8 @@ class _Attention(torch.autograd.Function):
     """softmax over the causal context and the row's own chain, in one.
 
     query [B, H, T, d], or [1, H, N, d] of the rows `rows`; key and value [B, H_kv, T, d]; chain_keys and chain_values
-    [M, B, H_kv, T, d] (or [M, 1, H_kv, N, d]) or None. Returns the shape of the query.
+    [M, B, H_kv, T, d] (or [M, 1, H_kv, N, d]) or None; visible and chain_visible come from `indexer.pick`. Returns the
+    shape of the query.
     """
 
     @staticmethod
@@ -103,30 +120,32 @@ class _Attention(torch.autograd.Function):
         rows: Tensor | None,
         documents: Documents,
         scale: float,
+        visible: Tensor | None = None,
+        chain_visible: Tensor | None = None,
     ) -> Tensor:
-        out, lse = flash(_scatter(query, key, rows), key, value, documents, scale)
+        out, lse = flash(_scatter(query, key, rows), key, value, documents, scale, visible)
         out, lse = _gather(out, rows), _gather(lse, rows)
         if chain_keys is not None and chain_values is not None:
-            scores = _chain_scores(query, chain_keys, scale)
+            scores = _chain_scores(query, chain_keys, scale, chain_visible)
             total = torch.logaddexp(lse, scores.logsumexp(0))
             merged = out * (lse - total).exp()[..., None].to(out.dtype)
             weights = (scores - total).exp().to(out.dtype)
             for weight, v in zip(weights, chain_values, strict=True):
                 merged += weight[..., None] * per_query_head(v, query)
             out, lse = merged, total
-        ctx.save_for_backward(query, key, value, chain_keys, chain_values, rows, out, lse)
+        ctx.save_for_backward(query, key, value, chain_keys, chain_values, rows, out, lse, visible, chain_visible)
         ctx.documents, ctx.scale = documents, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        query, key, value, chain_keys, chain_values, rows, out, lse = ctx.saved_tensors
+        query, key, value, chain_keys, chain_values, rows, out, lse, visible, chain_visible = ctx.saved_tensors
         g, q, o, z = (_scatter(x, key, rows) for x in (grad, query, out, lse))
-        dq, dk, dv = flash_backward(g, q, key, value, o, z, ctx.documents, ctx.scale)
+        dq, dk, dv = flash_backward(g, q, key, value, o, z, ctx.documents, ctx.scale, visible)
         dq = _gather(dq, rows)
         if chain_keys is None:
-            return dq, dk, dv, None, None, None, None, None
-        weights = (_chain_scores(query, chain_keys, ctx.scale) - lse).exp()
+            return dq, dk, dv, *(None,) * 7
+        weights = (_chain_scores(query, chain_keys, ctx.scale, chain_visible) - lse).exp()
         delta = _rowsum(grad, out)
         d_keys, d_values = torch.empty_like(chain_keys), torch.empty_like(chain_values)
         for m, weight in enumerate(weights):
@@ -135,7 +154,7 @@ class _Attention(torch.autograd.Function):
             d_scores = (weight * (_rowsum(grad, v) - delta) * ctx.scale)[..., None].to(query.dtype)
             dq = dq + d_scores * k
             d_keys[m] = per_kv_head(d_scores * query, chain_keys[m])
-        return dq, dk, dv, d_keys, d_values, None, None, None
+        return dq, dk, dv, d_keys, d_values, *(None,) * 5
 
 
 def _scatter(x: Tensor, like: Tensor, rows: Tensor | None) -> Tensor:
@@ -158,9 +177,10 @@ def _gather(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)[rows].transpose(0, 1)[None]
 
 
-def _chain_scores(query: Tensor, chain_keys: Tensor, scale: float) -> Tensor:
+def _chain_scores(query: Tensor, chain_keys: Tensor, scale: float, visible: Tensor | None) -> Tensor:
     """[M, B, H, T], at least float32."""
-    return torch.stack([_rowsum(query, per_query_head(k, query)) for k in chain_keys]) * scale
+    scores = torch.stack([_rowsum(query, per_query_head(k, query)) for k in chain_keys]) * scale
+    return scores if visible is None else scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
 
 
 def _rowsum(a: Tensor, b: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ class Family:
     """Settings of config.json that engines take otherwise for the MTP layer's block."""
     kept_in_float32: tuple[str, ...] = ()
     """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
+    indexer_rope: str | None = None
+    """Rotary embedding of the indexer that picks the keys which the block attends to (`indexer.py`), as
+    'module:function'; None: it attends to all."""
     proj_in_fp8: bool = False
     """SGLang reads FP8 blocks of the projection; elsewhere it has a plain matrix there, whatever config.json says."""
     sglang_gap: str | None = None
@@ -189,6 +192,19 @@ _GLM4_MOE = Family(
     block_config=(("first_k_dense_replace", 0),),
     copies=("embed_tokens.weight", "shared_head.head.weight"),
 )
+# DeepSeek-V3 with sparse attention, in the MTP layer too.
+_DEEPSEEK_V32 = replace(
+    _GLM4_MOE,
+    name="deepseek_v32",
+    architectures=("DeepseekV32ForCausalLM",),
+    backbone="transformers.models.deepseek_v32.modeling_deepseek_v32:DeepseekV32ForCausalLM",
+    block="transformers.models.deepseek_v32.modeling_deepseek_v32:DeepseekV32DecoderLayer",
+    config_model_type="deepseek_v32",
+    plain_model_type="deepseek_v32",
+    served_as="deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+    block_config=(("mlp_layer_types", ("sparse",)),),
+    indexer_rope="transformers.models.deepseek_v32.modeling_deepseek_v32:apply_rotary_pos_emb",
+)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -284,6 +300,20 @@ FAMILIES: tuple[Family, ...] = (
         plain_model_type="glm4_moe_lite",
         served_as="glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
         block_config=(("mlp_layer_types", ("sparse",)),),
+    ),
+    _DEEPSEEK_V32,
+    # Layers of the backbone may share an indexer; engines give the MTP layer its own.
+    replace(
+        _DEEPSEEK_V32,
+        name="glm_moe_dsa",
+        architectures=("GlmMoeDsaForCausalLM",),
+        backbone="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:GlmMoeDsaForCausalLM",
+        block="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:GlmMoeDsaDecoderLayer",
+        config_model_type="glm_moe_dsa",
+        plain_model_type="glm_moe_dsa",
+        served_as="glm4_moe.py: GlmMoeDsaForCausalLMNextN",
+        block_config=(("mlp_layer_types", ("sparse",)), ("indexer_types", ("full",))),
+        indexer_rope="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:apply_rotary_pos_emb_interleave",
     ),
     # Latent attention as DeepSeek's, with scaled latents, and a dense MLP, beside a backbone of another kind.
     Family(

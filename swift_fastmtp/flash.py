@@ -21,6 +21,8 @@ class Documents:
         segment_ids_BT: document number of every row; padding is -1.
 
     Attributes:
+        segments: what was given, [B, T].
+        longest: rows of the longest document, with the padding behind it where `spans` is None.
         spans: (batch row, start, end) of every run; None where plain causal attention over all T is the same. It is
             when every batch row holds one document with padding at its end only: no real row can see that padding,
             and what padding rows see does not matter.
@@ -31,9 +33,10 @@ class Documents:
         one_document = (segment_ids_BT == segment_ids_BT[:, :1]) | ~real
         padding_last = real[:, :1].all() & (real[:, 1:] <= real[:, :-1]).all()
         self.spans: list[tuple[int, int, int]] | None = None
+        self.segments = segment_ids_BT
+        self.longest = T = segment_ids_BT.shape[1]
         if bool(one_document.all() & padding_last):
             return
-        T = segment_ids_BT.shape[1]
         starts = torch.ones_like(real)
         starts[:, 1:] = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
         edges = [*starts.flatten().nonzero().squeeze(1).tolist(), segment_ids_BT.numel()]
@@ -42,11 +45,16 @@ class Documents:
         self.longest = max(end - start for _, start, end in self.spans)
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> tuple[Tensor, Tensor]:
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """q [B, H, T, d], k [B, H_kv, T, d], v [B, H_kv, T, d_v] → output [B, H, T, d_v], log-sum-exp [B, H, T].
 
-    The log-sum-exp is float32, or float64 for float64 inputs.
+    The log-sum-exp is float32, or float64 for float64 inputs. `visible` [B, T, T], if given, says in place of
+    `documents` which keys each query attends to; one without any has a log-sum-exp near the least number there is.
     """
+    if visible is not None:
+        return _blocked(query, key, value, scale, visible)
     if _cuda_kernel_fits(query, value):
         return _cuda(query, key, value, documents, scale)
     kernel = _cpu if _cpu_kernel_fits(query, value) else _blocked
@@ -69,12 +77,15 @@ def flash_backward(
     lse: Tensor,
     documents: Documents,
     scale: float,
+    visible: Tensor | None = None,
 ) -> _Grads:
     """Gradients for query, key and value, given the gradient of the output.
 
     `out` and `lse` may be those of a softmax over more keys than these (see `attention`): then the gradients are
     this part's share.
     """
+    if visible is not None:
+        return _blocked_backward(grad, query, key, value, out, lse, scale, visible)
     if _cuda_kernel_fits(query, value):
         return _cuda_backward(grad, query, key, value, out, lse, documents, scale)
     kernel = _cpu_backward if _cpu_kernel_fits(query, value) else _blocked_backward
@@ -174,21 +185,27 @@ def _cuda_backward(
     return dq, dk, dv
 
 
-def _blocked_scores(query: Tensor, key: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """Scores of queries start..end over keys 0..end, [B, H, end - start, end], -inf above the diagonal."""
+def _blocked_scores(query: Tensor, key: Tensor, start: int, end: int, scale: float, visible: Tensor | None) -> Tensor:
+    """Scores of queries start..end over keys 0..end, [B, H, end - start, end]; the least number above the diagonal, or
+    where `visible` says no (infinity would make NaN of a query that sees none)."""
     scores = (query[:, :, start:end] @ key[:, :, :end].transpose(-1, -2)).to(_wide(query)) * scale
-    hidden = torch.ones(end - start, end, dtype=torch.bool, device=query.device).triu(start + 1)
-    return scores.masked_fill(hidden, float("-inf"))
+    if visible is None:
+        hidden = torch.ones(end - start, end, dtype=torch.bool, device=query.device).triu(start + 1)
+    else:
+        hidden = ~visible[:, None, start:end, :end]
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
 
 
-def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _blocked(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, visible: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     T = query.shape[2]
     key, value = per_query_head(key, query), per_query_head(value, query)
     out = query.new_empty(*query.shape[:3], value.shape[-1])
     lse = query.new_empty(query.shape[:3], dtype=_wide(query))
     for start in range(0, T, _BLOCK):
         end = min(start + _BLOCK, T)
-        scores = _blocked_scores(query, key, start, end, scale)
+        scores = _blocked_scores(query, key, start, end, scale, visible)
         lse[:, :, start:end] = scores.logsumexp(-1)
         weights = (scores - lse[:, :, start:end, None]).exp()
         out[:, :, start:end] = weights.to(value.dtype) @ value[:, :, :end]
@@ -196,7 +213,14 @@ def _blocked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
 
 
 def _blocked_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    visible: Tensor | None = None,
 ) -> _Grads:
     T, wide = query.shape[2], _wide(query)
     k, v = per_query_head(key, query), per_query_head(value, query)
@@ -206,7 +230,7 @@ def _blocked_backward(
     for start in range(0, T, _BLOCK):
         end = min(start + _BLOCK, T)
         rows = slice(start, end)
-        weights = (_blocked_scores(query, k, start, end, scale) - lse[:, :, rows, None]).exp()
+        weights = (_blocked_scores(query, k, start, end, scale, visible) - lse[:, :, rows, None]).exp()
         d_weights = (grad[:, :, rows] @ v[:, :, :end].transpose(-1, -2)).to(wide)
         d_scores = (weights * (d_weights - delta[:, :, rows]) * scale).to(query.dtype)
         dq[:, :, rows] = d_scores @ k[:, :, :end]

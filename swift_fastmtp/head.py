@@ -21,10 +21,11 @@ from torch import nn
 
 from . import attention
 from .families import Family
+from .indexer import Indexer
 
 
 def import_class(path: str) -> Any:
-    """'module:Class' → the class."""
+    """'module:Class' → the class, or function."""
     module, name = path.split(":")
     return getattr(import_module(module), name)
 
@@ -109,6 +110,8 @@ class MTPHead(nn.Module):
         for key, value in family.block_config:
             setattr(block_config, key, list(value) if isinstance(value, tuple) else value)
         block = import_class(family.block)(block_config, layer_idx=0)
+        if family.indexer_rope:
+            block.self_attn.indexer = Indexer(block.self_attn.indexer, import_class(family.indexer_rope))
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
@@ -150,10 +153,10 @@ class MTPHead(nn.Module):
         """
         block = self.get_submodule(self.family.block_path)
         u = self.fuse(hidden_BTD, embeds_BTD)
-        attended, _ = block.get_submodule(self.family.attention)(
+        attended, *_ = block.get_submodule(self.family.attention)(
             hidden_states=block.get_submodule("input_layernorm")(u),
             position_embeddings=position_embeddings,
-            attention_mask=None,
+            attention_mask=u.new_empty(1, 1, 1, 1),  # read by nobody; sparse attention takes a part of it
             rollout=state,
         )
         u = u + attended

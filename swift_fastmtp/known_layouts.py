@@ -43,15 +43,6 @@ _NUMBERED_IGNORED = r"model\.layers\.N.*"
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
-        "deepseek-v3.2",
-        ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"),
-        _NUMBERED,
-        CHAIN,
-        "deepseek_mtp",
-        "its MTP layer attends to the keys that an indexer picks, the rollouts here to all keys",
-        _NUMBERED_IGNORED,
-    ),
-    Layout(
         "glm-ocr",
         ("GlmOcrForConditionalGeneration",),
         ("model.language_model.layers.{N}", "model.layers.{N}"),

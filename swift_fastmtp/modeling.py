@@ -74,6 +74,7 @@ class FastMTPMixin:
     family: Family
     config_class: Any
     head: MTPHead
+    _keep_in_fp32_modules_strict: set[str]
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -100,6 +101,9 @@ class FastMTPMixin:
             if hasattr(module, "e_score_correction_bias"):
                 module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
+        if self.family.indexer_rope:
+            # What is carried along must come out as it went in, whatever the run's dtype.
+            self._keep_in_fp32_modules_strict.add(f"{self.family.prefix}.self_attn.indexer")
 
     @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -149,7 +153,7 @@ class FastMTPMixin:
 
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
-        routers of DeepSeek's kind choose experts)."""
+        routers of DeepSeek's kind choose experts, the indexer of sparse attention)."""
         return {f"{self.family.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
 
     def freeze_backbone(self) -> None:
@@ -399,8 +403,10 @@ def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dic
 
 
 def keeps_float32(family: Family, name: str) -> bool:
-    """Whether transformers holds this tensor in float32 in a model of any dtype, as published checkpoints do."""
-    return any(part in name for part in import_class(family.backbone)._keep_in_fp32_modules_strict or ())
+    """Whether this tensor is float32 in a model of any dtype: in transformers, as published checkpoints have it, or in
+    engines, as they have the norm of an indexer."""
+    parts = import_class(family.backbone)._keep_in_fp32_modules_strict or ()
+    return any(part in name for part in (*parts, "indexer.k_norm."))
 
 
 def _experts_joined(folder: str | Path, family: Family) -> bool:

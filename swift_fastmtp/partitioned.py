@@ -55,7 +55,7 @@ def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[s
     for name, names in parts.items():
         target = targets[name]
         partitioned = hasattr(target, "ds_id")
-        if not partitioned and any(part in name for part in cls._keep_in_fp32_modules_strict or ()):
+        if not partitioned and any(part in name for part in model._keep_in_fp32_modules_strict):
             target.data = target.data.float()
         with zero.GatheredParameters([target], modifier_rank=0) if partitioned else nullcontext(), torch.no_grad():
             if not partitioned or get_rank() == 0:

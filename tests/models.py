@@ -1,6 +1,7 @@
 """Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     DeepseekV3Config,
+    DeepseekV32Config,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
     LongcatFlashConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
@@ -137,17 +140,8 @@ def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.fl
 
 def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
     """A DeepSeek-V3: latent attention whose value heads are narrower than its query heads; YaRN."""
-    published = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
-    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
     config = DeepseekV3Config(
-        **_sizes(vocab, heads),
-        **_EXPERTS,
-        **_latent(8, heads),
-        max_position_embeddings=2048,
-        rope_parameters=rope,
-        **published,
-        architectures=["DeepseekV3ForCausalLM"],
+        **_sizes(vocab, heads), **_EXPERTS, **_latent(8, heads), **_yarn(), architectures=["DeepseekV3ForCausalLM"]
     )
     return _random(seed, config, "deepseek_v3", std, dtype, norms=(0.3, 2.0))
 
@@ -159,6 +153,25 @@ def random_glm4_moe_lite(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=
         **_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **mtp, architectures=["Glm4MoeLiteForCausalLM"]
     )
     return _random(seed, config, "glm4_moe_lite", std, dtype, norms=(0.3, 2.0))
+
+
+def random_deepseek_v32(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4):
+    """A DeepSeek-V3.2: the same, attending to the four best keys."""
+    mtp = {"num_nextn_predict_layers": 1, "architectures": ["DeepseekV32ForCausalLM"]}
+    config = DeepseekV32Config(**_sizes(vocab, heads), **_EXPERTS, **_latent(8, heads), **_yarn(), **_index(top), **mtp)
+    return _random(seed, config, "deepseek_v32", std, dtype, norms=(0.3, 2.0))
+
+
+def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4, **more):
+    """A GLM-5 whose second layer attends to what the first has picked, as in GLM-5.2."""
+    types = {"indexer_types": ["full", "shared"], "indexer_rope_interleave": True}
+    mtp = {"num_nextn_predict_layers": 1, "architectures": ["GlmMoeDsaForCausalLM"], **_PUBLISHED, **more}
+    config = GlmMoeDsaConfig(**_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **_index(top), **types, **mtp)
+    return _random(seed, config, "glm_moe_dsa", std, dtype, norms=(0.3, 2.0))
+
+
+# Every step of a chain attends to what its first one has picked.
+random_glm_5_2 = partial(random_glm_moe_dsa, index_share_for_mtp_iteration=True)
 
 
 def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
@@ -246,6 +259,7 @@ def save_ling(folder):
     return folder
 
 
+_PUBLISHED = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}  # SGLang reads them
 _EXPERTS = {
     "first_k_dense_replace": 1,
     "n_routed_experts": 6,
@@ -265,6 +279,17 @@ def _sizes(vocab, heads):
 def _latent(v_head_dim, heads):
     ranks = {"q_lora_rank": 12, "kv_lora_rank": 10, "num_key_value_heads": heads}
     return {**ranks, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": v_head_dim}
+
+
+def _yarn():
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.7}
+    return {"max_position_embeddings": 2048, "rope_parameters": rope, **_PUBLISHED}
+
+
+def _index(top):
+    """So many heads that no two scores of a query are 0, of which either could be picked."""
+    return {"index_topk": top, "index_n_heads": 16, "index_head_dim": 16}
 
 
 def _hybrid(vocab, heads, kv):
@@ -298,18 +323,20 @@ def _random(seed, config, family, std, dtype, norms=(-0.7, 1.0)):
     return model.to(dtype).eval()
 
 
-# The bias by which routers choose experts, which no gradient trains.
-ROUTER_BIAS = ("e_score_correction_bias", "expert_bias")
+# What no gradient trains: the bias by which routers choose experts, and an indexer; of those, what is float32.
+CARRIED = re.compile(r"(e_score_correction_bias|expert_bias)$|\.indexer\.")
+WIDE = re.compile(r"(e_score_correction_bias|expert_bias|indexer\.k_norm\.(weight|bias))$")
 
 
 def save_checkpoint(make, folder):
     """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer.
 
-    Beside a numbered MTP layer, copies of the embedding and the output matrix; the routers' biases are float32.
+    Beside a numbered MTP layer, copies of the embedding and the output matrix; the routers' biases are float32, and so
+    is the norm of the layer's indexer.
     """
     model = make(3, vocab=6144, std=0.1)
     model.config.eos_token_id = 6082
-    kept = {n: b.clone() for n, b in model.named_buffers() if n.endswith(ROUTER_BIAS)}
+    kept = {n: b.clone() for n, b in model.named_buffers() if WIDE.search(n)}
     state = {**model.bfloat16().state_dict(), **kept}
     matrices = {"embed_tokens": model.model.embed_tokens, "shared_head.head": model.lm_head}
     copies = {f"{n}.weight": module.weight.detach().clone() for n, module in matrices.items()}
@@ -411,6 +438,8 @@ CHECKPOINTS = {
     "glm4_moe": partial(save_checkpoint, random_glm4_moe),
     "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
     "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
+    "deepseek_v32": partial(save_checkpoint, random_deepseek_v32),
+    "glm_moe_dsa": partial(save_checkpoint, random_glm_moe_dsa),
     "longcat_flash": save_longcat_flash,
     "bailing_moe_v2": save_ling,
 }

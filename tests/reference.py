@@ -290,6 +290,64 @@ class LatentHead(GlmHead):
         return torch.einsum("nhr,hvr->nhv", attended, self.widening()[1]).flatten(1)
 
 
+class SparseHead(LatentHead):
+    """Attends to the keys that an indexer picks (DeepSeek-V3.2, section 2.1; SGLang `dsa_indexer.py`). Index keys lie
+    beside the latent ones in the cache; index queries and their weights come with the others."""
+
+    def __init__(self, head, config):
+        super().__init__(head, config)
+        self.w |= {n: t for n, t in head.state_dict().items() if ".indexer." in n}
+        self.index_heads, self.keys = config.index_n_heads, config.index_topk
+
+    def qkv(self, u, positions):
+        q, key, latent = super().qkv(u, positions)
+        a = self.rms(u, "input_layernorm")
+        r = self.rms(self.linear(a, "self_attn.q_a_proj"), "self_attn.q_a_layernorm")
+        index_q = self.linear(r, "self_attn.indexer.wq_b").view(len(u), self.index_heads, -1)
+        k = self.linear(a, "self_attn.indexer.wk")
+        k = (k - k.mean(-1, keepdim=True)) / (k.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        k = k * self.w["self_attn.indexer.k_norm.weight"] + self.w["self_attn.indexer.k_norm.bias"]
+        index_q, k = self.turn(index_q, positions), self.turn(k[:, None], positions)
+        return (q, index_q, self.linear(a, "self_attn.indexer.weights_proj")), torch.cat([key, k], -1), latent
+
+    def turn(self, x, positions):
+        return torch.cat([self.index_rope(x[..., : self.rotary], positions), x[..., self.rotary :]], -1)
+
+    def index_rope(self, x, positions):
+        return Head.rope(self, x, positions) * self.amplitude
+
+    def attend(self, queries, keys, values, visible):
+        q, index_q, weights = queries
+        keys, index_keys = keys.split([q.shape[-1], index_q.shape[-1]], -1)
+        return super().attend(q, keys, values, self.picked(index_q, index_keys[:, 0], weights, visible))
+
+    def picked(self, q, keys, weights, visible):
+        """Query by query."""
+        found = torch.zeros_like(visible)
+        for t, seen in enumerate(visible):
+            score = (torch.relu(keys @ q[t].T) @ weights[t]).masked_fill(~seen, float("-inf"))
+            found[t, score.argsort(descending=True)[: self.keys]] = True
+        return found & visible
+
+
+class GlmSparseHead(SparseHead):
+    """Its indexer turns neighbours together."""
+
+    index_rope = LatentHead.rope
+
+
+class SharingHead(GlmSparseHead):
+    """Picks in the first pass only; a later query of the chain attends to what the last row of it has picked (SGLang
+    `eagle_worker_v2.py`, `index_share_for_mtp_iteration`)."""
+
+    def picked(self, q, keys, weights, visible):
+        if len(q) == len(keys):
+            found = super().picked(q, keys, weights, visible)
+            self.seed = found[-1]
+            return found
+        return torch.nn.functional.pad(self.seed, (0, len(keys) - len(self.seed)))[None]
+
+
 class LongcatHead(LatentHead):
     """The latents are scaled to the model's width, the MLP is dense (SGLang `longcat_flash_nextn.py`)."""
 

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from models import (
     packed_positions,
     random_deepseek_v3,
+    random_deepseek_v32,
     random_ernie,
     random_glm4_moe,
     random_glm4_moe_lite,
+    random_glm_5_2,
+    random_glm_moe_dsa,
     random_ling,
     random_longcat_flash,
     random_qwen3_5,
@@ -25,17 +28,21 @@ from reference import (
     DenseQwenHead,
     ErnieHead,
     GlmHead,
+    GlmSparseHead,
     Head,
     LatentHead,
     LingHead,
     LongcatHead,
     Qwen3MoeHead,
     QwenHead,
+    SharingHead,
+    SparseHead,
     draft_with_cache,
     paper_rollout,
 )
 from transformers.models.longcat_flash import modeling_longcat_flash
 
+from swift_fastmtp import flash, indexer
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.head import import_class
@@ -51,6 +58,9 @@ KINDS = {
     "glm4_moe": (random_glm4_moe, GlmHead),
     "deepseek_v3": (random_deepseek_v3, LatentHead),
     "glm4_moe_lite": (random_glm4_moe_lite, LatentHead),
+    "deepseek_v32": (random_deepseek_v32, SparseHead),
+    "glm_moe_dsa": (random_glm_moe_dsa, GlmSparseHead),
+    "glm_5_2": (random_glm_5_2, SharingHead),  # glm_moe_dsa with another setting
     "longcat_flash": (random_longcat_flash, LongcatHead),
     "bailing_moe_v2": (random_ling, LingHead),
 }
@@ -71,15 +81,24 @@ def in_float64(monkeypatch):
     """transformers computes norms, routing and ERNIE's RoPE in float32 whatever it is given; float64 comparisons need
     float64."""
     from transformers.models.deepseek_v3 import modeling_deepseek_v3
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32
     from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
     from transformers.models.glm4_moe import modeling_glm4_moe
     from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
+    from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
     from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as mixture
     from transformers.models.qwen3_moe import modeling_qwen3_moe as plain
     from transformers.models.qwen3_next import modeling_qwen3_next as following
 
-    for module in (modeling_glm4_moe, modeling_deepseek_v3, modeling_glm4_moe_lite, modeling_longcat_flash):
+    for module in (
+        modeling_glm4_moe,
+        modeling_deepseek_v3,
+        modeling_glm4_moe_lite,
+        modeling_deepseek_v32,
+        modeling_glm_moe_dsa,
+        modeling_longcat_flash,
+    ):
         monkeypatch.setattr(module, "torch", Wide())
 
     def norm(self, x):
@@ -255,6 +274,49 @@ def test_each_ingredient_of_the_numbered_layer_is_needed(in_float64, kind, chang
     assert worst_error(kind, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
 
 
+sparse = pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "glm_5_2"])
+
+
+@sparse
+@pytest.mark.parametrize("top", [1, 8, 20])
+def test_sparse_attention_picks_what_a_draft_with_a_kv_cache_picks(in_float64, kind, top, monkeypatch):
+    """Also where the chain's keys drive out all others; and where every key is picked it is dense attention, unless the
+    first step's pick goes for all."""
+    for module in (indexer, flash):
+        monkeypatch.setattr(module, "_BLOCK", 4)
+    model, lengths = KINDS[kind][0](0, top=top, dtype=torch.float64), [20, 9]
+    hidden, embeds = torch.randn(2, 1, 29, 32, dtype=torch.float64)
+    outputs = run(model, hidden, embeds, lengths, 4, "exact")
+    assert worst_error(kind, model, hidden, embeds, lengths, 4, outputs) <= 1e-9
+    dense = worst_error("deepseek_v3", model, hidden, embeds, lengths, 4, outputs)
+    assert dense <= 1e-9 if top == 20 and kind != "glm_5_2" else dense > 1e-2
+
+
+@sparse
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("turn", lambda self, x, positions: x),
+        ("index_rope", lambda self, *x: (Head if isinstance(self, GlmSparseHead) else LatentHead).rope(self, *x)),
+        ("picked", lambda self, q, keys, weights, visible: visible),
+        ("picked", lambda self, q, k, weights, seen, picked=SparseHead.picked: picked(self, q, k, weights.abs(), seen)),
+    ],
+    ids=["no rope", "other rope", "every key", "weights"],
+)
+def test_each_ingredient_of_the_pick_is_needed(in_float64, kind, change, monkeypatch):
+    model, hidden, embeds = case(kind, [9, 7], 0)
+    outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
+    monkeypatch.setattr(KINDS[kind][1], *change)
+    assert worst_error(kind, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "other"), [("glm_moe_dsa", "glm_5_2"), ("glm_5_2", "glm_moe_dsa")])
+def test_config_json_says_whether_a_chain_picks_once(in_float64, kind, other):
+    model, hidden, embeds = case(kind, [9, 7], 0)
+    outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
+    assert worst_error(other, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
+
+
 @pytest.mark.parametrize("change", ["order", "scaled latents", "norm"])
 def test_each_ingredient_of_longcat_is_needed(in_float64, change, monkeypatch):
     fuse = GlmHead.fuse
@@ -326,26 +388,33 @@ def test_padding_changes_nothing_and_packing_is_exact_or_refused(kind):
     torch.testing.assert_close(packed, torch.cat([one, two], 2), atol=2e-5, rtol=1e-4)
 
 
+def plain_model(cls, config):
+    """transformers' own, with norms of latents that read rms_norm_eps, as in SGLang (`deepseek_v2.py`)."""
+    plain = cls(config).eval()
+    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
+        norm.variance_epsilon = config.rms_norm_eps
+    return plain
+
+
 def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads():
-    """Its class has rows for the experts that pass their input on; no checkpoint does. Norms of latents read
-    rms_norm_eps in SGLang (`longcat_flash.py`, `deepseek_v2.py`), and so here."""
+    """Its class has rows for the experts that pass their input on; no checkpoint does."""
     model = random_longcat_flash(2)
-    plain = modeling_longcat_flash.LongcatFlashForCausalLM(model.config).eval()
+    plain = plain_model(modeling_longcat_flash.LongcatFlashForCausalLM, model.config)
     state = {n: t for n, t in model.state_dict().items() if not model.family.owns(n)}
     rows = plain.state_dict()["model.layers.0.mlp.experts.gate_up_proj"].fill_(torch.nan)
     rows[:4] = state["model.layers.0.mlp.experts.gate_up_proj"]
     plain.load_state_dict({**state, "model.layers.0.mlp.experts.gate_up_proj": rows})
-    for norm in (m for m in plain.modules() if hasattr(m, "variance_epsilon")):
-        norm.variance_epsilon = model.config.rms_norm_eps
     ids = torch.randint(0, 97, (2, 10))
     assert len(rows) == 6 and torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "bailing_moe_v2"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "bailing_moe_v2"]
+)
 def test_without_labels_it_is_the_plain_language_model(kind):
     """Also where the head's path is that of a decoder layer: the backbone does not run it."""
     model = KINDS[kind][0](2)
-    plain = import_class(model.family.backbone)(model.config).eval()
+    plain = plain_model(import_class(model.family.backbone), model.config)
     plain.load_state_dict({n: p for n, p in model.state_dict().items() if not model.family.owns(n)})
     ids = torch.randint(0, 97, (2, 10))
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)

@@ -32,6 +32,7 @@ KINDS = {
     "qwen3_5": ((16, 32), ("norm", "embed", "conv", "mtp.fc")),
     "qwen3_5_vision": ((16, 24), ("norm", "embed", "lm_head", "conv", "mtp.fc", "visual")),
     "deepseek_v3": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
+    "deepseek_v32": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.", "weights_proj")),
     "longcat_flash": ((16, 24), ("norm", "embed", "lm_head", "router")),
 }
 tiny = st.sampled_from([0.0, 1e-45, 1e-38, 1e-30, 1e-4, 1.0, 1e30, 3e38])
@@ -128,7 +129,8 @@ def test_from_training_to_what_is_served(base, tmp_path, shown):
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
     checkpoint = load_file(tmp_path / "checkpoint/model.safetensors")
     assert "quantization_config" not in json.loads((tmp_path / "checkpoint/config.json").read_text())
-    assert {t.dtype for n, t in checkpoint.items() if not keeps_float32(model.family, n)} == {torch.bfloat16}
+    trained = {n for n in checkpoint if ".indexer." not in n and not keeps_float32(model.family, n)}
+    assert {checkpoint[n].dtype for n in trained} == {torch.bfloat16}
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     export_draft(tmp_path / "checkpoint", tmp_path / "draft")
     before, full, draft = tensors_of(base), tensors_of(tmp_path / "full"), tensors_of(tmp_path / "draft")

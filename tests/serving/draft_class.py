@@ -20,7 +20,8 @@ One class is mended: LongCat's layer does not hand the projection to latents to 
 0.5.23 `longcat_flash_nextn.py`; the layers of `longcat_flash.py` do). `hand_latents` does it instead.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel
-with its cache, which needs a whole server and is a few lines over a list here, and three fused GPU kernels.
+with its cache, which needs a whole server and is a few lines over a list here, the scores of sparse attention's
+indexer, and three fused GPU kernels.
 """
 
 import os
@@ -66,10 +67,12 @@ from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from sglang.srt.layers.attention.dsa import dsa_indexer
 from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.layer_boundary.adapters.attention import AttentionInputs, get_attn_tp_context
+from sglang.srt.layers.rotary_embedding import factory
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from sglang.srt.model_executor.forward_context import ForwardContext, set_forward_context
+from sglang.srt.model_executor.forward_context import ForwardContext, get_attn_backend, set_forward_context
 from sglang.srt.model_loader import loader
 from sglang.srt.models import qwen2_moe
 from sglang.srt.server_args import ServerArgs
@@ -109,9 +112,9 @@ class Cache:
     token_to_kv_pool = None
 
     def __init__(self):
-        self.layers = defaultdict(lambda: ([], []))
+        self.layers, self.index_keys = defaultdict(lambda: ([], [])), []
 
-    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
+    def forward(self, q, k, v, layer, forward_batch, save_kv_cache=True, topk_indices=None, **_):
         q = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
         written = self.layers[layer.layer_id]
         before = sum(map(len, written[0]))
@@ -121,16 +124,47 @@ class Cache:
         keys, values = (torch.cat(x).repeat_interleave(groups, 1) for x in written)
         scores = torch.einsum("qhd,khd->hqk", q, keys) * layer.scaling
         visible = torch.ones(len(q), len(keys)).tril(before).bool()
+        if topk_indices is not None:
+            picked = torch.zeros(len(q), len(keys) + 1).scatter(1, topk_indices % (len(keys) + 1), 1)  # -1 is no key
+            visible &= picked[:, :-1].bool()
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
+
+
+def pick(self, x, q_lora, positions, forward_batch, layer_id):
+    """In place of the indexer's kernels, with its own projections, norm and RoPE: scores in float32, and no rotation
+    (Hadamard) of queries and keys alike, which is there for FP8."""
+    query = self.wq_b(q_lora)[0].view(1, len(x), -1, self.head_dim)
+    key = self.k_norm(self.wk(x)[0])[None, :, None]
+    turned = self.rotary_emb(positions[None], query[..., : self.rope_head_dim], key[..., : self.rope_head_dim])
+    query, key = (
+        torch.cat([a, b[..., self.rope_head_dim :]], -1)[0] for a, b in zip(turned, (query, key), strict=True)
+    )
+    cache = get_attn_backend()
+    before = sum(map(len, cache.index_keys))
+    cache.index_keys.append(key[:, 0])
+    products = torch.einsum("qhd,kd->qkh", query, torch.cat(cache.index_keys)).relu()
+    scores = torch.einsum("qkh,qh->qk", products, x @ self.weights_proj.weight.float().T)
+    scores = scores.masked_fill(~torch.ones_like(scores).tril(before).bool(), float("-inf"))
+    best = scores.topk(min(self.index_topk, scores.shape[1]))
+    indices = best.indices.masked_fill(best.values == float("-inf"), -1)
+    return torch.nn.functional.pad(indices, (0, self.index_topk - indices.shape[1]), value=-1)
+
+
+dsa_indexer.Indexer.forward_native = pick
+rope_of_cpus = factory.get_rope_cpu  # knows YaRN only
+factory.get_rope_cpu = lambda *a: rope_of_cpus(*a) if a[5] else factory.get_rope(*a[:-1])
 
 
 class Batch:
     """A forward batch of one request; what it does not say is not set."""
 
-    def __init__(self, mode, hidden):
+    def __init__(self, mode, hidden, seed=None):
         self.forward_mode, self.residual_stream = mode, None
-        self.spec_info = type("Spec", (), {"hidden_states": hidden})()
+        decodes = mode == ForwardMode.DECODE
+        self.reuse_dsa_topk_indices = decodes and seed is not None
+        picks = {"dsa_topk_indices" if decodes else "dsa_seed_topk_capture": seed, "dsa_seed_topk_select": None}
+        self.spec_info = type("Spec", (), {"hidden_states": hidden, "dsa_seed_topk_capture": None, **picks})()
 
     def contains_mm_inputs(self):
         return False
@@ -202,12 +236,14 @@ def run(args, job):
     ids, hidden = given["ids"], given["hidden"]
     base = len(hidden) - 1
     set_forward_context(ForwardContext(attn_backend=Cache()))
-    found = []
+    found, seed = [], None
+    if getattr(model.config, "index_share_for_mtp_iteration", False):
+        seed = torch.full((base + 1, model.config.index_topk), -1)
     with torch.no_grad():
-        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.DRAFT_EXTEND_V2, hidden))
+        g, logits = model(ids[1 : base + 2], torch.arange(base + 1), Batch(ForwardMode.DRAFT_EXTEND_V2, hidden, seed))
         found.append((logits[-1], g[-1]))
         for k in range(2, len(ids) - base):
-            batch = Batch(ForwardMode.DECODE, found[-1][1][None])
+            batch = Batch(ForwardMode.DECODE, found[-1][1][None], None if seed is None else seed[-1:])
             g, logits = model(ids[base + k : base + k + 1], torch.tensor([base + k - 1]), batch)
             found.append((logits[0], g[0]))
     out = {"logits": torch.stack([x for x, _ in found]), "hidden": torch.stack([x for _, x in found])}

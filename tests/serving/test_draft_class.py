@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import free_port
 from engine import HERE, engine_python, engine_version
-from models import CHECKPOINTS, SERVED, quantised
+from models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import read_head
@@ -31,9 +31,14 @@ CLASSES = {
     "glm4_moe": "Glm4MoeForCausalLMNextN",
     "deepseek_v3": "DeepseekV3ForCausalLMNextN",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLMNextN",
+    "deepseek_v32": "DeepseekV3ForCausalLMNextN",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLMNextN",
+    "glm_5_2": "GlmMoeDsaForCausalLMNextN",
     "longcat_flash": "LongcatFlashForCausalLMNextN",
     "bailing_moe_v2": "BailingMoeForCausalLMNextN",
 }
+# Name → what makes a checkpoint.
+JOBS = {**CHECKPOINTS, "glm_5_2": partial(save_checkpoint, random_glm_5_2)}
 TRIED = "0.5.23"
 BASE, STEPS = 9, 4
 
@@ -49,7 +54,7 @@ def run_draft_class(*files):
 
 def prepare(name, job):
     """A job of draft_class.py, and what the trainer makes of it: hidden and logits of the chain, hidden of the text."""
-    base = CHECKPOINTS[name](job / "base")
+    base = JOBS[name](job / "base")
     model = load_model(base, torch.float32)
     model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS), base
     for parameter in model.head_parameters().values():
@@ -76,10 +81,10 @@ def test_the_engines_class_drafts_what_we_trained(tmp_path, shown):
     if engine_version() != TRIED:
         pytest.skip(f"draft_class.py was tried with SGLang {TRIED} only")
     want = {}
-    for name in CHECKPOINTS:
+    for name in JOBS:
         (tmp_path / name).mkdir()
         want[name] = prepare(name, tmp_path / name)
-    done = run_draft_class(*(tmp_path / name for name in CHECKPOINTS))
+    done = run_draft_class(*(tmp_path / name for name in JOBS))
     for name, (hidden, logits, backbone) in want.items():
         loaded = f"{name}: {CLASSES.get(name, 'Qwen3_5ForCausalLMMTP')}, unfilled [], other in full []"
         assert loaded in done.stdout.splitlines()
