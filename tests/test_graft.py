@@ -25,6 +25,7 @@ from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import serve_flags
 from swift_fastmtp.export.shards import copy_without, tensor_hashes, write_tensors
 from swift_fastmtp.families import find_family, read_config
+from swift_fastmtp.head import import_class
 from swift_fastmtp.modeling import load_model
 
 
@@ -271,16 +272,16 @@ def test_the_measured_page_is_the_results():
     assert page == results.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != "bailing_moe_v2"])  # transformers has no class for it
+@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != "bailing_moe_v2"])  # not one of transformers
 def test_other_families_saved_through_transformers(name, tmp_path, shown):
     """A vision tower stays, experts have the form of the donor, and scattered parts come back to their places."""
     base = CHECKPOINTS[name](tmp_path / "base")
-    auto = AutoModelForImageTextToText if "vision" in name else AutoModelForCausalLM
-    auto.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
+    family = find_family(read_config(base))
+    cls = AutoModelForImageTextToText if "vision" in name else import_class(family.backbone)
+    cls.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
     assert any("lost its MTP layer" in r for r in inspect_model(tmp_path / "tuned").reasons)
     graft(tmp_path / "tuned", tmp_path / "out", base)
     donor, after, before = Weights(base), Weights(tmp_path / "out"), Weights(tmp_path / "tuned")
-    family = find_family(read_config(base))
     head = {n for n in donor.file_of if family.owns(n) and not family.is_copy(n)}
     assert set(after.file_of) == set(before.file_of) | head and not set(before.file_of) & head
     for name in after.file_of:  # routers' biases stay float32
