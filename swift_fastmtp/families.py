@@ -69,6 +69,8 @@ class Family:
     """SGLang reads FP8 blocks of the projection; elsewhere it has a plain matrix there, whatever config.json says."""
     sglang_gap: str | None = None
     """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
+    vllm: bool = True
+    """vLLM drafts with it (`config/speculative.py` `MTPModelTypes`; read, not run)."""
     mlp: str = "mlp"
     """The block's feed-forward part, by its path in the block."""
     copies: tuple[str, ...] = ()
@@ -252,6 +254,7 @@ FAMILIES: tuple[Family, ...] = (
         plain_model_type="qwen3_moe",
         recurrent_backbone=False,
         served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
+        vllm=False,
     ),
     # Fed back: what the block puts out. No norm follows it, and none stands before the output matrix.
     Family(
@@ -355,6 +358,7 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="bailing_moe",
         plain_model_type=None,
         served_as="bailing_moe_nextn.py: BailingMoeForCausalLMNextN",
+        vllm=False,
         proj_in_fp8=True,
         copies=(),
         attention="attention",

@@ -226,6 +226,9 @@ def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
     return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
 
 
+_NO_METHOD = "it has no method for this architecture"
+
+
 def _engines(family: Family | None, layout: Layout | None, names: list[str], reasons: list[str]) -> dict[str, str]:
     if family is None and layout is None:
         return dict.fromkeys(("sglang", "vllm"), "unknown")
@@ -234,16 +237,16 @@ def _engines(family: Family | None, layout: Layout | None, names: list[str], rea
     chain = "the one layer, applied to its own output"
     if family:
         unsound = [r for r in reasons if r.startswith(family.prefix.split(".")[0]) or family.num_layers_key in r]
-        verdict = f"no: {unsound[0]}" if unsound else f"yes: {chain}"
-        stops = family.sglang_gap and not unsound
-        return {"sglang": f"no: {family.sglang_gap}" if stops else verdict, "vllm": verdict}
+        gaps = {"sglang": family.sglang_gap, "vllm": None if family.vllm else _NO_METHOD}
+        why = {engine: unsound[0] if unsound else gap for engine, gap in gaps.items()}
+        return {engine: f"no: {gap}" if gap else f"yes: {chain}" for engine, gap in why.items()}
     assert layout is not None
     sglang = {
         None: "no",
         CHAIN: f"yes: {chain}",
         FROZEN_KV: "another scheme: an assistant that reads the target's keys and values",
     }.get(layout.sglang, "another scheme: multi-layer, a layer and a KV cache for each depth")
-    return {"sglang": sglang, "vllm": f"yes: method mtp ({layout.vllm})" if layout.vllm else "no method of that name"}
+    return {"sglang": sglang, "vllm": f"yes: method mtp ({layout.vllm})" if layout.vllm else f"no: {_NO_METHOD}"}
 
 
 def text(found: Inspection) -> str:

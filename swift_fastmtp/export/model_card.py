@@ -141,7 +141,7 @@ def make_card(
         f"## Training\n\n{_data(info)}\n",
         _rows(knobs),
         *_measurements(measured),
-        _serving(folder, base, full),
+        _serving(folder, base, full, family.vllm),
         _limits(linked, steps, measured),
     ]
     return "\n".join(parts)
@@ -238,7 +238,7 @@ def _measurements(results: Merged | None) -> list[str]:
     return ["## Measured\n\n" + "\n".join(lines) + "\n", *(markdown(table, 3) for table in tables if table)]
 
 
-def _serving(folder: Path, base: str, full: bool) -> str:
+def _serving(folder: Path, base: str, full: bool, vllm: bool) -> str:
     """Launch commands of `serve_args`, with names where it has this machine's paths."""
 
     def shown(flags: list[Flag]) -> str:
@@ -249,7 +249,7 @@ def _serving(folder: Path, base: str, full: bool) -> str:
     text = "## Serve\n\n" + ("" if full else f"`{base}` is the base model's folder, `{folder.name}` this one.\n\n")
     # The target of a draft-only folder is only a name here.
     text += f"Stock SGLang:\n\n```sh\n{shown(serve_flags(folder, model=None if full else base))}\n```\n"
-    if full:
+    if full and vllm:
         text += f"\nvLLM (not run by this project so far):\n\n```sh\n{shown(serve_flags(folder, 'vllm'))}\n```\n"
     return text
 

@@ -55,6 +55,8 @@ def serve_flags(
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":
+        if not family.vllm:
+            raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
     by_language = CONFIG_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
