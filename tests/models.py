@@ -299,6 +299,7 @@ def _hybrid(vocab, heads, kv):
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "layer_types": ["linear_attention", "full_attention"],
+        "full_attention_interval": 2,  # the same to SGLang, which does not read layer_types
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": 16,
@@ -443,8 +444,8 @@ CHECKPOINTS = {
     "longcat_flash": save_longcat_flash,
     "bailing_moe_v2": save_ling,
 }
-# Those that a whole SGLang server on a CPU runs: it has plain and latent attention, not the linear kind.
-SERVED = ("glm4_moe", "qwen3_moe", "ernie4_5_moe", "deepseek_v3", "glm4_moe_lite", "bailing_moe_v2")
+# Those that a whole SGLang server on a CPU runs: no sparse attention; and stock SGLang does not draft with LongCat.
+SERVED = [name for name in CHECKPOINTS if name not in ("deepseek_v32", "glm_moe_dsa", "longcat_flash")]
 
 
 def tensors_of(folder):

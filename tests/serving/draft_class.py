@@ -32,34 +32,9 @@ os.environ.update(SGLANG_USE_CPU_ENGINE="1", TORCHDYNAMO_DISABLE="1")
 
 import torch
 
-# SGLang's layers in plain PyTorch, on every CPU: the stand-in has no kernels for these norms and experts.
-sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__module__ != "sitecustomize"]
+# SGLang's layers in plain PyTorch, on every CPU, as far as it has them: not the stand-in's kernels.
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_OnSglang"]
 torch.cpu._is_amx_tile_supported = lambda: False
-import sgl_kernel
-
-# The fused kernels on the way of these classes, after SGLang's Triton ones.
-
-
-def add_gated(hidden, gate_weight, shared, out):
-    out += torch.sigmoid(hidden @ gate_weight)[:, None] * shared
-
-
-@sgl_kernel._op
-def fused_sigmoid_mul_cpu(x, gate):
-    x *= torch.sigmoid(gate.reshape(x.shape))
-
-
-@sgl_kernel._op
-def fused_qk_gemma_rmsnorm_with_gate_cpu(q_gate, k, q_weight, k_weight, eps, head_dim, num_heads):
-    def norm(x, weight):
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1 + weight)
-
-    q, gate = q_gate.view(-1, num_heads, 2 * head_dim).chunk(2, -1)
-    return norm(q, q_weight).flatten(1), norm(k.reshape(len(k), -1, head_dim), k_weight).flatten(1), gate.flatten(1)
-
-
-for name in ("fused_qk_gemma_rmsnorm_cpu", "fused_qkvzba_split_reshape_cat_contiguous_cpu", "fused_input_proj_cpu"):
-    sgl_kernel._op(sgl_kernel._missing(name))
 
 from safetensors.torch import load_file, save_file
 from sglang.srt import runtime_context
@@ -74,7 +49,6 @@ from sglang.srt.layers.rotary_embedding import factory
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, get_attn_backend, set_forward_context
 from sglang.srt.model_loader import loader
-from sglang.srt.models import qwen2_moe
 from sglang.srt.server_args import ServerArgs
 
 SENTINEL = 12345.0
@@ -232,7 +206,7 @@ def run(args, job):
     print(f"{os.path.basename(job)}: {type(model).__name__}, unfilled {unfilled}, other in full {others}")
     torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
-    model.logits_processor, qwen2_moe.fused_gate_sigmoid_mul_add = Logits(), add_gated
+    model.logits_processor = Logits()
     ids, hidden = given["ids"], given["hidden"]
     base = len(hidden) - 1
     set_forward_context(ForwardContext(attn_backend=Cache()))

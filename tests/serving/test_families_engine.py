@@ -15,6 +15,7 @@ from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.serve_args import command, serve_flags
+from swift_fastmtp.families import read_config
 from swift_fastmtp.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
@@ -49,11 +50,14 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     export_full(tmp_path / "checkpoint", tmp_path / "full")
     load_head(model, read_head(tmp_path / "full", model.family, head_shapes(base)))  # as served: in bfloat16
     rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4)[STEPS - 1]
-    with Server(command(serve_flags(tmp_path / "full", num_steps=STEPS)), tmp_path / "log") as server:
+    words = command(serve_flags(tmp_path / "full", num_steps=STEPS))
+    if model.family.recurrent_backbone:  # SGLang's prefix cache would lend their drafts a row of another text
+        words.append("--disable-radix-cache")
+    with Server(words, tmp_path / "log") as server:
         records = server.generate([t.ids[: t.start] for t in texts], TOKENS)
     for record, text, want in zip(records, texts, rounds, strict=True):
         assert record["output_ids"] == text.ids[text.start : text.end]
         assert record["meta_info"]["spec_verify_ct"] == len(want)
         assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
     assert {0, STEPS} <= {accepted for answer in rounds for accepted in answer}
-    shown("server", model.config.architectures)
+    shown("server", read_config(base)["architectures"])

@@ -1,5 +1,6 @@
-"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain or latent
-attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU, including EAGLE/NEXTN speculative decoding.
+"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain, latent
+or linear attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU (linear attention: 0.5.23), including
+EAGLE/NEXTN speculative decoding.
 
 PyPI only carries the CUDA builds (sgl-kernel / sglang-kernel).  SGLang's own CPU path
 (``SGLANG_USE_CPU_ENGINE=1``, ``--device cpu``, attention backend ``intel_amx``) needs a small set of
@@ -127,7 +128,7 @@ def _missing(name):  # looked up when SGLang imports its vision modules, never c
     return fn
 
 
-for _name in ("apply_rotary_pos_emb_cpu", "conv3d_embed_cpu", "flash_attn_varlen_func", "fused_sigmoid_mul_cpu"):
+for _name in ("apply_rotary_pos_emb_cpu", "conv3d_embed_cpu", "flash_attn_varlen_func"):
     _op(_missing(_name))
 
 
@@ -307,3 +308,6 @@ def rotate_input_ids_cpu(input_ids, extend_start_loc, extend_seq_lens, topk_inde
         if n > 0:
             input_ids[s : s + n - 1] = input_ids[s + 1 : s + n].clone()
             input_ids[s + n - 1 if select_index is None else int(select_index[i])] = topk_index.reshape(-1)[i]
+
+
+from . import gated  # noqa: E402, F401 (made of the ops above; `mamba` is imported by SGLang itself)
