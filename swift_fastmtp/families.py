@@ -60,6 +60,8 @@ class Family:
     """config.json key that gives the projection a bias."""
     block_config: tuple[tuple[str, Any], ...] = ()
     """Settings of config.json that engines take otherwise for the MTP layer's block."""
+    needed_keys: tuple[str, ...] = ()
+    """Further config.json keys without which engines do not start; a save through transformers may lose them."""
     kept_in_float32: tuple[str, ...] = ()
     """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
     indexer_rope: str | None = None
@@ -149,6 +151,8 @@ _QWEN3_NEXT = Family(
     served_as="qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
     # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
+    # SGLang does not read layer_types, which transformers makes of it.
+    needed_keys=("full_attention_interval",),
     # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
     kept_in_float32=("linear_attn.A_log",),
 )
@@ -253,6 +257,7 @@ FAMILIES: tuple[Family, ...] = (
         config_model_type="qwen3_moe",
         plain_model_type="qwen3_moe",
         recurrent_backbone=False,
+        needed_keys=(),
         served_as="qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
         vllm=False,
     ),

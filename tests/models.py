@@ -343,6 +343,10 @@ def save_checkpoint(make, folder):
     copies = {f"{n}.weight": module.weight.detach().clone() for n, module in matrices.items()}
     state |= {f"{model.family.prefix}.{n}": t for n, t in copies.items() if n in model.family.copies}
     model.save_pretrained(folder, state_dict=state, max_shard_size="100KB")
+    config = json.loads((folder / "config.json").read_text())
+    if "full_attention_interval" in config:  # transformers makes the layers' types of it, and does not save it then
+        del config["layer_types"]
+        (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     assert len(Weights(folder).files) > 1

@@ -288,6 +288,7 @@ def test_other_families_saved_through_transformers(name, tmp_path, shown):
         tensor, want = after.read(name), (donor if name in head else before).read(name)
         assert tensor.dtype == want.dtype and torch.equal(tensor, want)
     assert inspect_model(tmp_path / "out").trainable and load_model(tmp_path / "out", torch.float32)
+    assert "error" not in {finding.level for finding in examine(tmp_path / "out")}
     shown("graft", read_config(base)["architectures"])
 
 

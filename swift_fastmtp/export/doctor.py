@@ -97,6 +97,14 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
             family.sglang_gap,
             "put the line that docs/families.md gives into that file",
         )
+    for key in family.needed_keys:
+        if config_value(config, key) is None:
+            yield Finding(
+                "error",
+                f"config.json: {key} is missing",
+                "SGLang stops at start-up without it; plain transformers may lose it when it saves",
+                "copy it from the base model's config.json",
+            )
     known = family.plain_model_type in (None, family.config_model_type)
     if config.get("model_type") == family.config_model_type and not config.get("auto_map") and not known:
         yield Finding(

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, write_json
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, find_family, is_embedding, match_family, read_config
+from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
 from ..fp8 import read_blocks
 from ..headers import INDEX_FILE, Headers, entries_of, read_headers
 from .folders import RUN_FILES
@@ -156,6 +156,12 @@ def _with_head(
     if new.get("model_type") == family.config_model_type and not new.get("auto_map") and family.plain_model_type:
         new["model_type"] = family.plain_model_type  # transformers does not know the other one without remote code
     text = new.get("text_config")
+    missing = [k for k in family.needed_keys if config_value(config, k) is None]
+    lost = {k: value for k in missing if (value := config_value(theirs or {}, k)) is not None}
+    if isinstance(text, dict):
+        new["text_config"] = text = {**text, **lost}
+    else:
+        new.update(lost)
     if isinstance(text, dict) and family.num_layers_key in ((theirs or {}).get("text_config") or text):
         new["text_config"] = {**text, family.num_layers_key: 1}
     else:
