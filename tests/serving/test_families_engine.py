@@ -37,6 +37,14 @@ def learn(model, texts):
     model.eval()
 
 
+def log_probabilities(model, text, record):
+    """Of the answer's tokens, ours and the server's: a wrong state of a layer may leave the text as it was."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([text.ids[: text.end]])).logits[0, text.start - 1 : -1]
+    ours = logits.log_softmax(-1).gather(1, torch.tensor(text.ids[text.start : text.end])[:, None])[:, 0]
+    return ours, torch.tensor([value for value, *_ in record["meta_info"]["output_token_logprobs"]])
+
+
 @pytest.mark.parametrize("name", SERVED)
 def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     base = CHECKPOINTS[name](tmp_path / "base")
@@ -54,9 +62,10 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     if model.family.recurrent_backbone:  # SGLang's prefix cache would lend their drafts a row of another text
         words.append("--disable-radix-cache")
     with Server(words, tmp_path / "log") as server:
-        records = server.generate([t.ids[: t.start] for t in texts], TOKENS)
+        records = server.generate([t.ids[: t.start] for t in texts], TOKENS, return_logprob=True)
     for record, text, want in zip(records, texts, rounds, strict=True):
         assert record["output_ids"] == text.ids[text.start : text.end]
+        torch.testing.assert_close(*log_probabilities(model, text, record), atol=2e-5, rtol=0)
         assert record["meta_info"]["spec_verify_ct"] == len(want)
         assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
     assert {0, STEPS} <= {accepted for answer in rounds for accepted in answer}
