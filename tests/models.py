@@ -448,8 +448,10 @@ CHECKPOINTS = {
     "longcat_flash": save_longcat_flash,
     "bailing_moe_v2": save_ling,
 }
-# Those that a whole SGLang server on a CPU runs: no sparse attention; and stock SGLang does not draft with LongCat.
-SERVED = [name for name in CHECKPOINTS if name not in ("deepseek_v32", "glm_moe_dsa", "longcat_flash")]
+# Those behind whole SGLang servers. On a CPU it has no sparse attention, and nowhere does it draft with LongCat; and the
+# text-only Qwen3.5 would be a second server for what the published ones hold beside a vision tower.
+_NOT_SERVED = ("deepseek_v32", "glm_moe_dsa", "longcat_flash", "qwen3_5", "qwen3_5_moe")
+SERVED = [name for name in CHECKPOINTS if name not in _NOT_SERVED]
 
 
 def tensors_of(folder):
