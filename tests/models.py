@@ -448,8 +448,8 @@ CHECKPOINTS = {
     "longcat_flash": save_longcat_flash,
     "bailing_moe_v2": save_ling,
 }
-# Not behind whole SGLang servers: on a CPU it has no sparse attention, nowhere does it draft with LongCat, and text-only
-# Qwen3.5 would be a second server for what the published ones hold beside a vision tower.
+# Not behind whole SGLang servers: on a CPU those have no sparse attention, none drafts with LongCat, and text-only
+# Qwen3.5 would be another one for what the published checkpoints hold beside a vision tower.
 _NOT_SERVED = ("deepseek_v32", "glm_moe_dsa", "longcat_flash", "qwen3_5", "qwen3_5_moe")
 SERVED = [name for name in CHECKPOINTS if name not in _NOT_SERVED]
 
