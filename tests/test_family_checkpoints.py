@@ -4,6 +4,7 @@ for each layout that is not trained, and the page that says all that."""
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import support_matrix
@@ -37,6 +38,7 @@ from swift_fastmtp.head import as_stored, import_class, join_experts, split_expe
 from swift_fastmtp.known_layouts import LAYOUTS
 from swift_fastmtp.modeling import build_class, head_shapes, load_config, load_model
 from swift_fastmtp.rollout import segment_ids
+from swift_fastmtp.swift_plugin.arguments import _check_packing
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 HEAD = "mtp."
@@ -518,6 +520,13 @@ def test_known_layouts_are_refused_with_their_reason(layout):
         with pytest.raises(FastMTPError) as error:
             find_family({"architectures": [name]})
         assert f"{name} cannot be trained here: {layout.reason}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_packing_is_refused_where_no_attention_keeps_documents_apart(name, bases):
+    args = SimpleNamespace(model=str(bases("deepseek_v32")), attn_impl="flash_attention_2")
+    with pytest.raises(FastMTPError, match=f"has none for DeepseekV32ForCausalLM; drop --{name}"):
+        _check_packing(name, args)
 
 
 def test_keys_of_the_text_part_count():

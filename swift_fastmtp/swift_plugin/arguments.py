@@ -12,6 +12,7 @@ from transformers.utils import is_torch_mps_available
 from ..config import ENV_PREFIX, FastMTPConfig, knob_names
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
+from ..head import import_class
 from ..headers import read_headers
 
 # (argument, value that is fine, why anything else is not)
@@ -84,12 +85,8 @@ def _check(args: Any) -> None:
             raise FastMTPError(f"--{name} {getattr(args, name)} does not work with --model_type fastmtp: {why}")
     if args.loss_type == "fastmtp" and getattr(args, "is_binary_loss_scale", None) is False:
         raise FastMTPError("--is_binary_loss_scale false does not work with --loss_type fastmtp: rows count or do not")
-    if (args.packing or args.padding_free) and args.attn_impl not in _FLASH:
-        name = "packing" if args.packing else "padding_free"
-        raise FastMTPError(
-            f"--{name} needs an attention that keeps documents apart; add --attn_impl flash_attention_2 (GPU), "
-            f"or drop --{name}"
-        )
+    if args.packing or args.padding_free:
+        _check_packing("packing" if args.packing else "padding_free", args)
     if args.tuner_type not in ("fastmtp", "full", "lora"):
         raise FastMTPError(
             f"--tuner_type {args.tuner_type} is not supported with --model_type fastmtp; use fastmtp, full or lora"
@@ -99,6 +96,20 @@ def _check(args: Any) -> None:
         raise FastMTPError(
             "--tuner_type lora does not work with a mixture of experts: peft would put LoRA on the backbone too; use "
             "--tuner_type fastmtp, which trains the whole MTP head, and leave out --lora_... and --target_..."
+        )
+
+
+def _check_packing(name: str, args: Any) -> None:
+    families = _families(args.model)
+    if not any(import_class(family.backbone)._supports_flash_attn for family in families):
+        raise FastMTPError(
+            f"--{name} needs an attention that keeps documents apart, and transformers has none for "
+            f"{families[0].architectures[0]}; drop --{name}"
+        )
+    if args.attn_impl not in _FLASH:
+        raise FastMTPError(
+            f"--{name} needs an attention that keeps documents apart; add --attn_impl flash_attention_2 (GPU), "
+            f"or drop --{name}"
         )
 
 
