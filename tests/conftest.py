@@ -7,8 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from sysconfig import get_path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that share cores spin for each other otherwise
@@ -88,34 +88,50 @@ def write_rows(path, count, seed=0):
     return path
 
 
+class _Forks:
+    """`swift_forks.py`, started when first asked."""
+
+    process = None
+
+    def run(self, words):
+        if self.process is None:
+            command = [sys.executable, str(ROOT / "tests/swift_forks.py")]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            self.process.stdin.write(json.dumps({"words": words, "folder": folder, "seconds": 570}) + "\n")
+            self.process.stdin.flush()
+            status = int(self.process.stdout.readline())
+            output = [Path(folder, name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
+        return subprocess.CompletedProcess(["swift", *words], status, *output)
+
+
+_FORKS = _Forks()
+
+
 def swift(*args, env=None, check=True, processes=1):
     """Run the real `swift` command; returns the finished process with its output as text.
 
-    A verb with flags and one process goes straight to the script that `swift` would start: it spares the seconds in
-    which `swift` itself imports torch, in every one of many runs. Recipes and several processes need `swift`.
+    A verb with flags, in this environment and in one process, runs the script that `swift` would start, in a fork of a
+    process that has imported ms-swift: imports are most of a short command's time. Recipes, several processes and
+    other environments need `swift`.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    if processes > 1:
-        environment.update(NPROC_PER_NODE=str(processes), MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
-    command = [str(Path(sys.executable).parent / "swift"), *map(str, args)]
-    if processes == 1 and str(args[1]).startswith("--"):
-        command = [sys.executable, str(Path(get_path("purelib")) / f"swift/cli/{args[0]}.py"), *command[2:]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
+    words = [str(word) for word in args]
+    if processes == 1 and not env and words[1].startswith("--"):
+        done = _FORKS.run(words)
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        if processes > 1:
+            environment.update(NPROC_PER_NODE=str(processes), MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
+        command = [str(Path(sys.executable).parent / "swift"), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
     # gloo may abort a process at its exit, after the ranks have met behind training; what was written is looked at.
     finished = processes > 1 and "train_runtime" in done.stdout and "(SIGABRT)" in done.stderr
     if check and done.returncode and not finished:
-        raise AssertionError(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+        raise AssertionError(f"{' '.join(done.args)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
     return done
-
-
-def swift_runs(folder, jobs, env=None):
-    """Several `swift` commands in one process (`swift_runs.py`): the error of each, or None, and all their output."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-    (folder / "jobs.json").write_text(json.dumps([[str(word) for word in job] for job in jobs]))
-    command = [sys.executable, ROOT / "tests/swift_runs.py", folder / "jobs.json", folder / "errors.json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads((folder / "errors.json").read_text()), done.stdout + done.stderr
 
 
 def sft_args(model, dataset, output_dir, **changes):
@@ -138,6 +154,7 @@ def sft_args(model, dataset, output_dir, **changes):
         "split_dataset_ratio": 0,
         "add_version": "false",
         "check_model": "false",
+        "report_to": "none",  # or ms-swift draws a picture of every metric, which takes longer than these runs
         **changes,
     }
     return ["sft", *(str(x) for k, v in args.items() if v is not None for x in (f"--{k}", v))]
@@ -158,7 +175,12 @@ def rows(tmp_path_factory):
 def run(tmp_path_factory, rows):
     """One plain `swift sft --model_type fastmtp` run that many tests look at: (output folder, its process)."""
     out = tmp_path_factory.mktemp("sft") / "run"
-    extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau"}
+    extra = {
+        "report_to": "tensorboard",
+        "val_dataset": f"{rows}#8",
+        "eval_steps": 2,
+        "metric_for_best_model": "mtp_tau",
+    }
     return out, swift(*sft_args(TINY, rows, out, **extra))
 
 

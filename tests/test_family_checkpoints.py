@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import support_matrix
 import torch
-from conftest import ROOT, logged, sft_args, swift, swift_runs
+from conftest import ROOT, logged, sft_args, swift
 from models import (
     CARRIED,
     CHECKPOINTS,
@@ -311,105 +311,63 @@ def test_zero_centred_norms_may_be_zero(base, tmp_path):
     assert [f.what for f in examine(folder)] == ["mtp.fc.weight is all zeros"]
 
 
-@pytest.fixture(scope="module")
-def runs(bases, rows, tmp_path_factory):
-    """Every checkpoint trained, trained again from half-way, and exported; one with tuner type `full`, one with LoRA.
-
-    Returns the folder of all outputs, the errors by name and the log.
-    """
-    work = tmp_path_factory.mktemp("runs")
-    options = {"max_steps": 4, "save_steps": 2, "template": "qwen"}
-    jobs = {}
-    for name in CHECKPOINTS:
-        if name == BY_COMMAND:
-            continue
-        mine = {**options, "template": None if "vision" in name else "qwen"}
-        first, again = (sft_args(bases(name), rows, work / f"{name}-{run}", **mine) for run in ("run", "again"))
-        jobs[f"{name} run"] = first
-        jobs[f"{name} again"] = [*again, "--resume_from_checkpoint", work / f"{name}-run/checkpoint-2"]
-        jobs[f"{name} full"] = export_args(work / f"{name}-again/checkpoint-4", work / f"{name}-full")
-    for name in FULL:
-        args = sft_args(bases(name), rows, work / f"{name}-whole", **{**options, "tuner_type": "full"})
-        jobs[f"{name} whole"] = args
-        jobs[f"{name} whole full"] = [
-            *("export", "--model", work / f"{name}-whole/checkpoint-4"),
-            *("--output_dir", work / f"{name}-whole-full"),
-        ]
-    for name in ("qwen3_next", "ernie4_5_moe", "qwen3_5_vision"):
-        lora = {**options, "tuner_type": "lora", "lora_rank": 4}
-        jobs[f"{name} lora"] = sft_args(bases(name), rows, work / f"{name}-lora", **lora)
-    jobs["lora full"] = export_args(work / "qwen3_5_vision-lora/checkpoint-4", work / "lora-full")
-    errors, log = swift_runs(work, jobs.values())
-    return work, dict(zip(jobs, errors, strict=True)), log
+def run_args(base, rows, output_dir, **changes):
+    """A vision checkpoint's chat template is found by how it renders, since the folder's name says nothing."""
+    template = None if "vision" in base.name else "qwen"
+    return sft_args(base, rows, output_dir, **{"max_steps": 4, "save_steps": 2, "template": template, **changes})
 
 
-# The one that goes through the command itself, and those whose whole model is saved too.
-BY_COMMAND, FULL = "qwen3_5_moe_vision", ("qwen3_next", "qwen3_5_vision", "ernie4_5_moe")
-
-
-def export_args(checkpoint, output_dir):
-    return ["export", "--adapters", checkpoint, "--output_dir", output_dir]
-
-
-def check_runs(base, work):
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_swift_trains_resumes_and_exports(name, bases, rows, tmp_path, shown):
     """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
-    name = base.name
-    assert len(logged(work / f"{name}-run")) == 4 and logged(work / f"{name}-run", "mtp_acc_3")
-    want, got = (load_file(work / f"{name}-{run}/checkpoint-4/model.safetensors") for run in ("run", "again"))
+    base, run, again, full = bases(name), tmp_path / "run", tmp_path / "again", tmp_path / "full"
+    done = swift(*run_args(base, rows, run))
+    found = "template 'qwen3_5' renders like the tokenizer's chat template"
+    assert (found in done.stdout + done.stderr) == ("vision" in name)
+    assert len(logged(run)) == 4 and logged(run, "mtp_acc_3")
+    swift(*run_args(base, rows, again), "--resume_from_checkpoint", run / "checkpoint-2")
+    swift("export", "--adapters", again / "checkpoint-4", "--output_dir", full)
+    want, got = (load_file(folder / "checkpoint-4/model.safetensors") for folder in (run, again))
     assert want.keys() == got.keys() == head_shapes(base).keys()
     assert all(torch.equal(want[n], got[n]) for n in want)
-    before, after = tensors_of(base), tensors_of(work / f"{name}-full")
+    before, after = tensors_of(base), tensors_of(full)
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed <= {n for n in want if not CARRIED.search(n)}
     assert {n for n in want if "_proj" in n and not n.endswith(".bias") and not CARRIED.search(n)} <= changed
-    assert (work / f"{name}-full/config.json").read_bytes() == (base / "config.json").read_bytes()
-
-
-@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if n != BY_COMMAND])
-def test_swift_trains_resumes_and_exports(name, bases, runs, shown):
-    work, errors, log = runs
-    assert [errors[f"{name} {job}"] for job in ("run", "again", "full")] == [None] * 3, log[-4000:]
-    check_runs(bases(name), work)
-    shown("swift", read_config(bases(name))["architectures"])
-
-
-def test_the_swift_command_does_the_same(bases, rows, tmp_path, shown):
-    """By the command line; the chat template is found by how it renders, since the folder's name says nothing."""
-    base, options = bases(BY_COMMAND), {"max_steps": 4, "save_steps": 2}
-    done = swift(*sft_args(base, rows, tmp_path / f"{BY_COMMAND}-run", **options))
-    assert "template 'qwen3_5' renders like the tokenizer's chat template" in done.stdout + done.stderr
-    args = sft_args(base, rows, tmp_path / f"{BY_COMMAND}-again", **options)
-    swift(*args, "--resume_from_checkpoint", tmp_path / f"{BY_COMMAND}-run/checkpoint-2")
-    swift(*export_args(tmp_path / f"{BY_COMMAND}-again/checkpoint-4", tmp_path / f"{BY_COMMAND}-full"))
-    check_runs(base, tmp_path)
+    assert (full / "config.json").read_bytes() == (base / "config.json").read_bytes()
     shown("swift", read_config(base)["architectures"])
 
 
-@pytest.mark.parametrize("name", FULL)
-def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, runs):
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_vision", "ernie4_5_moe"])
+def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, rows, tmp_path):
     """Tuner type `full` saves the whole model, so its checkpoint shows what training did to every tensor."""
-    work, errors, log = runs
-    assert errors[f"{name} whole"] is None, log[-4000:]
-    family = match_family(json.loads((bases(name) / "config.json").read_text()))
-    before, after = tensors_of(bases(name)), tensors_of(work / f"{name}-whole/checkpoint-4")
+    base, whole = bases(name), tmp_path / "run/checkpoint-4"
+    swift(*run_args(base, rows, tmp_path / "run", tuner_type="full"))
+    swift("export", "--model", whole, "--output_dir", tmp_path / "full")
+    family = match_family(read_config(base))
+    before, after = tensors_of(base), tensors_of(whole)
     rest = {n for n in before if ".visual." not in n}
     assert rest == after.keys() and len(before) - len(rest) == (21 if "vision" in name else 0)
     assert all(torch.equal(before[n].float(), after[n].float()) for n in rest if not family.owns(n))
     assert any(not torch.equal(before[n].float(), after[n]) for n in rest if family.owns(n))
-    assert errors[f"{name} whole full"] is None and examine(work / f"{name}-whole-full") == []
-    full = tensors_of(work / f"{name}-whole-full")
+    assert examine(tmp_path / "full") == []
+    full = tensors_of(tmp_path / "full")
     assert full.keys() == before.keys() and all(torch.equal(full[n], before[n]) for n in before if ".visual." in n)
 
 
-def test_lora_is_for_dense_models(bases, runs):
+def test_lora_is_for_dense_models(bases, rows, tmp_path):
     """With experts anywhere, peft turns the head's target regex into bare names that also match the backbone."""
-    work, errors, log = runs
+    lora = {"tuner_type": "lora", "lora_rank": 4}
     for name in ("qwen3_next", "ernie4_5_moe"):
-        assert "lora does not work with a mixture of experts" in errors[f"{name} lora"]
-        assert "use --tuner_type fastmtp" in errors[f"{name} lora"] and "\n" not in errors[f"{name} lora"]
-    assert errors["qwen3_5_vision lora"] is None and errors["lora full"] is None, log[-4000:]
-    before, after = tensors_of(bases("qwen3_5_vision")), tensors_of(work / "lora-full")
+        failed = swift(*run_args(bases(name), rows, tmp_path / name, **lora), check=False)
+        line = failed.stderr.splitlines()[-1]
+        assert failed.returncode and "lora does not work with a mixture of experts" in line
+        assert "use --tuner_type fastmtp" in line
+    base = bases("qwen3_5_vision")
+    swift(*run_args(base, rows, tmp_path / "run", **lora))
+    swift("export", "--adapters", tmp_path / "run/checkpoint-4", "--output_dir", tmp_path / "full")
+    before, after = tensors_of(base), tensors_of(tmp_path / "full")
     assert before.keys() == after.keys()
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed and all(re.fullmatch(r"mtp\.(fc|.*_proj)\.weight", n) for n in changed)
