@@ -1,8 +1,9 @@
 """Runs `swift` commands that are asked for on stdin, each in a fork of this process: most of a command's time is its
 imports.
 
-A line is JSON: {"words": after `swift`, "folder": for its output, "seconds": until it is killed}. What runs is ms-swift's
-script of the verb, `swift/cli/VERB.py`. Its output goes to FOLDER/stdout and FOLDER/stderr, its exit status is the answer.
+A line is JSON: {"words": after `swift`, "folder": for its output, "seconds": until it is killed}. What runs is
+ms-swift's script of the verb, `swift/cli/VERB.py`. Its output goes to FOLDER/stdout and FOLDER/stderr; the answer is its
+exit status.
 """
 
 import atexit
