@@ -2,8 +2,8 @@
 imports.
 
 A line is JSON: {"words": after `swift`, "folder": for its output, "seconds": until it is killed}. What runs is
-ms-swift's script of the verb, `swift/cli/VERB.py`, with its output in FOLDER/stdout and FOLDER/stderr; the answer is its
-exit status.
+ms-swift's script of the verb, `swift/cli/VERB.py`, with its output in FOLDER/stdout and FOLDER/stderr; the answer is
+its exit status.
 """
 
 import atexit

@@ -31,8 +31,14 @@ KINDS = {
     "qwen3_next": ((24, 20), ("norm", "embed", "lm_head", "conv", "fc.", "mlp.gate.", "expert_gate")),
     "qwen3_5": ((16, 32), ("norm", "embed", "conv", "mtp.fc")),
     "qwen3_5_vision": ((16, 24), ("norm", "embed", "lm_head", "conv", "mtp.fc", "visual")),
+    "qwen3_5_moe": ((24, 20), ("norm", "embed", "lm_head", "conv", "mtp.fc", "mlp.gate.", "expert_gate")),
+    "qwen3_moe": ((16, 24), ("norm", "embed", "lm_head", "mtp.fc", "mlp.gate.")),
+    "ernie4_5_moe": ((16, 24), ("norm", "embed", "lm_head", "linear_proj", "mlp.gate.", "moe_statics")),
+    "glm4_moe": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
+    "glm4_moe_lite": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
     "deepseek_v3": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
     "deepseek_v32": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.", "weights_proj")),
+    "glm_moe_dsa": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.", "weights_proj")),
     "longcat_flash": ((16, 24), ("norm", "embed", "lm_head", "router")),
 }
 tiny = st.sampled_from([0.0, 1e-45, 1e-38, 1e-30, 1e-4, 1.0, 1e30, 3e38])
@@ -102,7 +108,9 @@ def test_the_loaded_model_is_the_dequantised_one(base):
         n for n in weights.file_of if not n.endswith(SCALE) and ".visual." not in n and not model.family.is_copy(n)
     ]
     want = join_experts({n: read_plain(weights, n) for n in names})
-    want = {n.replace("model.language_model.", "model."): t for n, t in want.items()}
+    renamed = (("model.language_model.", "model."), (".mlp.moe_statics.", ".mlp.gate.moe_statics."))  # by transformers
+    for theirs, ours in renamed:
+        want = {n.replace(theirs, ours): t for n, t in want.items()}
     want.pop("lm_head.weight", None) if model.config.tie_word_embeddings else None
     buffers = {n: b for n, b in model.named_buffers() if n in want}  # by which routers of DeepSeek's kind choose
     got = {**dict(model.named_parameters()), **buffers}
