@@ -167,6 +167,15 @@ def logged(output_dir, key="loss"):
 
 
 @pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """A function from a name in `models.CHECKPOINTS` to its folder, made when first asked for."""
+    from models import CHECKPOINTS
+
+    made, folder = {}, tmp_path_factory.mktemp("bases")
+    return lambda name: made.get(name) or made.setdefault(name, CHECKPOINTS[name](folder / name))
+
+
+@pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 48)
 

@@ -463,3 +463,24 @@ def tensors_of(folder):
 def packed_positions(lengths):
     """Position ids of documents packed into one row, [1, T]."""
     return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+# Where most of the checkpoints above have their MTP layer.
+HEAD, LAYER = "mtp.", "model.layers.2."
+
+
+def broken(base, tmp_path, change=None, **config):
+    """The checkpoint in one file, changed."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tensors = tensors_of(base)
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **config}))
+    return folder
+
+
+def lose_mtp(tensors):
+    for name in [n for n in tensors if n.startswith((HEAD, LAYER))]:
+        del tensors[name]

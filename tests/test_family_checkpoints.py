@@ -1,22 +1,19 @@
-"""Checkpoints of families other than MiMo: native keys from load to export, the real `swift` command, one clear error
-for each layout that is not trained, and the page that says all that."""
+"""Checkpoints of families other than MiMo: native keys from load to export, and what reads them on the way."""
 
 import json
-import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
-import support_matrix
 import torch
-from conftest import ROOT, logged, sft_args, swift
 from models import (
     CARRIED,
     CHECKPOINTS,
-    random_ernie,
+    HEAD,
+    LAYER,
+    broken,
+    lose_mtp,
     random_glm4_moe,
     random_qwen3_5,
-    random_qwen3_next,
     save_checkpoint,
     tensors_of,
 )
@@ -33,17 +30,12 @@ from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import FAMILIES, find_family, layout_table, match_family, read_config, refused_table
+from swift_fastmtp.families import find_family, match_family, read_config
 from swift_fastmtp.head import as_stored, import_class, join_experts, split_experts
-from swift_fastmtp.known_layouts import LAYOUTS
-from swift_fastmtp.modeling import build_class, head_shapes, load_config, load_model
+from swift_fastmtp.modeling import head_shapes, load_config, load_model
 from swift_fastmtp.rollout import segment_ids
-from swift_fastmtp.swift_plugin.arguments import _check_packing
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
-HEAD = "mtp."
-EXPERT = "mtp.layers.0.mlp.experts.1.up_proj.weight"
-LAYER = "model.layers.2."
 BIAS = LAYER + "mlp.gate.e_score_correction_bias"
 # MTP tensors in a checkpoint; of the two forms of four experts, one has three tensors for each, one has two in all.
 TENSORS = {
@@ -65,16 +57,9 @@ TENSORS = {
 STOPS = ("longcat_flash",)  # Not drafted with by stock SGLang.
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_checkpoint(random_qwen3_next, tmp_path_factory.mktemp("qwen3_next") / "base")
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Every checkpoint by name, made when asked for."""
-    made, folder = {}, tmp_path_factory.mktemp("bases")
-    return lambda name: made.get(name) or made.setdefault(name, CHECKPOINTS[name](folder / name))
+@pytest.fixture
+def base(bases):
+    return bases("qwen3_next")
 
 
 @pytest.fixture(params=list(CHECKPOINTS))
@@ -285,13 +270,6 @@ def test_ling_without_groups_and_without_a_width_of_heads(bases, tmp_path):
     assert (config.n_group, config.topk_group, config.head_dim) == (1, 1, 8)
 
 
-@pytest.mark.parametrize("key", [key for row in FAMILIES for key, _ in row.only])
-def test_settings_that_the_classes_do_not_know_are_refused(key, bases):
-    config = read_config(bases("bailing_moe_v2"))
-    with pytest.raises(FastMTPError, match=f'^config.json: {key} is "other"; BailingMoeV2ForCausalLM can be trained'):
-        find_family({**config, key: "other"})
-
-
 def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
     folder = save_checkpoint(random_qwen3_5, tmp_path / "model")
     assert "lm_head.weight" not in Weights(folder).file_of
@@ -309,232 +287,3 @@ def test_zero_centred_norms_may_be_zero(base, tmp_path):
             tensors = load_file(file)
             save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
     assert [f.what for f in examine(folder)] == ["mtp.fc.weight is all zeros"]
-
-
-def run_args(base, rows, output_dir, **changes):
-    """A vision checkpoint's chat template is found by how it renders, since the folder's name says nothing."""
-    template = None if "vision" in base.name else "qwen"
-    return sft_args(base, rows, output_dir, **{"max_steps": 4, "save_steps": 2, "template": template, **changes})
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_swift_trains_resumes_and_exports(name, bases, rows, tmp_path, shown):
-    """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
-    base, run, again, full = bases(name), tmp_path / "run", tmp_path / "again", tmp_path / "full"
-    done = swift(*run_args(base, rows, run))
-    found = "template 'qwen3_5' renders like the tokenizer's chat template"
-    assert (found in done.stdout + done.stderr) == ("vision" in name)
-    assert len(logged(run)) == 4 and logged(run, "mtp_acc_3")
-    swift(*run_args(base, rows, again), "--resume_from_checkpoint", run / "checkpoint-2")
-    swift("export", "--adapters", again / "checkpoint-4", "--output_dir", full)
-    want, got = (load_file(folder / "checkpoint-4/model.safetensors") for folder in (run, again))
-    assert want.keys() == got.keys() == head_shapes(base).keys()
-    assert all(torch.equal(want[n], got[n]) for n in want)
-    before, after = tensors_of(base), tensors_of(full)
-    assert before.keys() == after.keys()
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed <= {n for n in want if not CARRIED.search(n)}
-    assert {n for n in want if "_proj" in n and not n.endswith(".bias") and not CARRIED.search(n)} <= changed
-    assert (full / "config.json").read_bytes() == (base / "config.json").read_bytes()
-    shown("swift", read_config(base)["architectures"])
-
-
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_vision", "ernie4_5_moe"])
-def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, rows, tmp_path):
-    """Tuner type `full` saves the whole model, so its checkpoint shows what training did to every tensor."""
-    base, whole = bases(name), tmp_path / "run/checkpoint-4"
-    swift(*run_args(base, rows, tmp_path / "run", tuner_type="full"))
-    swift("export", "--model", whole, "--output_dir", tmp_path / "full")
-    family = match_family(read_config(base))
-    before, after = tensors_of(base), tensors_of(whole)
-    rest = {n for n in before if ".visual." not in n}
-    assert rest == after.keys() and len(before) - len(rest) == (21 if "vision" in name else 0)
-    assert all(torch.equal(before[n].float(), after[n].float()) for n in rest if not family.owns(n))
-    assert any(not torch.equal(before[n].float(), after[n]) for n in rest if family.owns(n))
-    assert examine(tmp_path / "full") == []
-    full = tensors_of(tmp_path / "full")
-    assert full.keys() == before.keys() and all(torch.equal(full[n], before[n]) for n in before if ".visual." in n)
-
-
-def test_lora_is_for_dense_models(bases, rows, tmp_path):
-    """With experts anywhere, peft turns the head's target regex into bare names that also match the backbone."""
-    lora = {"tuner_type": "lora", "lora_rank": 4}
-    for name in ("qwen3_next", "ernie4_5_moe"):
-        failed = swift(*run_args(bases(name), rows, tmp_path / name, **lora), check=False)
-        line = failed.stderr.splitlines()[-1]
-        assert failed.returncode and "lora does not work with a mixture of experts" in line
-        assert "use --tuner_type fastmtp" in line
-    base = bases("qwen3_5_vision")
-    swift(*run_args(base, rows, tmp_path / "run", **lora))
-    swift("export", "--adapters", tmp_path / "run/checkpoint-4", "--output_dir", tmp_path / "full")
-    before, after = tensors_of(base), tensors_of(tmp_path / "full")
-    assert before.keys() == after.keys()
-    changed = {n for n in before if not torch.equal(before[n], after[n])}
-    assert changed and all(re.fullmatch(r"mtp\.(fc|.*_proj)\.weight", n) for n in changed)
-
-
-def broken(base, tmp_path, change=None, **config):
-    """The checkpoint in one file, changed."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tensors = tensors_of(base)
-    if change:
-        change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**json.loads((base / "config.json").read_text()), **config}))
-    return folder
-
-
-def second_layer(tensors):
-    tensors["mtp.layers.1.input_layernorm.weight"] = torch.ones(32)
-
-
-def narrow(tensors):
-    tensors["mtp.fc.weight"] = tensors["mtp.fc.weight"][:16, :32].contiguous()
-
-
-def lose_mtp(tensors):
-    for name in [n for n in tensors if n.startswith((HEAD, LAYER))]:
-        del tensors[name]
-
-
-ERRORS = {
-    "unknown family": (None, {"architectures": ["LlamaForCausalLM"]}, "no known MTP layout; known: MiMoForCausalLM, "),
-    "no architectures": (None, {"architectures": None}, "architectures [] has no known MTP layout"),
-    "two layers, by the config": (None, {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2; FastMTP"),
-    "two layers, by the tensors": (second_layer, {}, "mtp.layers.1.input_layernorm.weight; it is of a second MTP"),
-    "hidden size": (narrow, {}, "the MTP layer has hidden size 16, the model 32; it belongs to another model"),
-    "lost": (lose_mtp, {}, "no tensor under 'mtp.'; this checkpoint lost its MTP layer"),
-    "expert missing": (lambda t: t.pop(EXPERT), {}, f"MTP tensor {EXPERT} is missing"),
-    "backbone": (lambda t: t.pop("model.norm.weight"), {}, "model.norm.weight is in no file (1 such tensors)"),
-    "tied": (None, {"tie_word_embeddings": True}, "tie_word_embeddings is true, but Qwen3NextForCausalLM has its own"),
-}  # fmt: skip
-
-
-NUMBERED_ERRORS = {
-    "two layers, by the config": (None, {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2; FastMTP"),
-    "two layers, by the tensors": (
-        lambda t: t.update({"model.layers.3.enorm.weight": torch.ones(32)}),
-        {},
-        "unexpected MTP tensor model.layers.3.enorm.weight; it is of a second MTP layer",
-    ),
-    "hidden size": (
-        lambda t: t.update({LAYER + "eh_proj.weight": torch.ones(16, 32)}),
-        {},
-        "the MTP layer has hidden size 16, the model 32; it belongs to another model",
-    ),
-    "lost": (lose_mtp, {}, "no tensor under 'model.layers.2.'; this checkpoint lost its MTP layer"),
-    "no bias": (lambda t: t.pop(BIAS), {}, f"MTP tensor {BIAS} is missing"),
-    "another depth": (None, {"num_hidden_layers": 3}, "no tensor under 'model.layers.3.'"),
-    "no depth": (None, {"num_hidden_layers": None}, "num_hidden_layers is None; the MTP layer is numbered after it"),
-}
-
-
-LONGCAT_ERRORS = {
-    "two layers, by the config": (None, {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2; FastMTP"),
-    "two layers, by the tensors": (
-        lambda t: t.update({"model.mtp.layers.1.enorm.m.weight": torch.ones(32)}),
-        {},
-        "unexpected MTP tensor model.mtp.layers.1.enorm.m.weight; it is of a second MTP layer",
-    ),
-    "no model type": (None, {"model_type": None}, 'has no model_type; add "model_type": "longcat_flash"'),
-}
-
-
-def one_clear_error(case, base, tmp_path):
-    change, config, message = case
-    with pytest.raises(FastMTPError) as error:
-        load_model(broken(base, tmp_path, change, **config), torch.float32)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_one_clear_error(case, base, tmp_path):
-    one_clear_error(ERRORS[case], base, tmp_path)
-
-
-@pytest.mark.parametrize("case", NUMBERED_ERRORS)
-def test_one_clear_error_of_a_numbered_layer(case, bases, tmp_path):
-    one_clear_error(NUMBERED_ERRORS[case], bases("deepseek_v3"), tmp_path)
-
-
-@pytest.mark.parametrize("case", LONGCAT_ERRORS)
-def test_one_clear_error_of_longcat(case, bases, tmp_path):
-    one_clear_error(LONGCAT_ERRORS[case], bases("longcat_flash"), tmp_path)
-
-
-def test_a_numbered_head_is_named_by_the_folder_alone(bases):
-    """`--tuner_type full` and `lora` choose parameters by a pattern, and must not reach a backbone's layer."""
-    from swift_fastmtp.swift_plugin.arguments import _families, _roots
-
-    own, others = (_roots(_families(model)) for model in (str(bases("glm4_moe")), "org/name"))
-    assert re.fullmatch(own, "model.layers.2") and not re.match(own, "model.layers.1.self_attn")
-    assert not re.match(others, "model.layers.2.self_attn")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda row: row.name)
-def test_known_layouts_are_refused_with_their_reason(layout):
-    for name in layout.architectures:
-        with pytest.raises(FastMTPError) as error:
-            find_family({"architectures": [name]})
-        assert f"{name} cannot be trained here: {layout.reason}" in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["packing", "padding_free"])
-def test_packing_is_refused_where_no_attention_keeps_documents_apart(name, bases):
-    args = SimpleNamespace(model=str(bases("deepseek_v32")), attn_impl="flash_attention_2")
-    with pytest.raises(FastMTPError, match=f"has none for DeepseekV32ForCausalLM; drop --{name}"):
-        _check_packing(name, args)
-
-
-def test_keys_of_the_text_part_count():
-    config = {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"}
-    with pytest.raises(FastMTPError, match="mtp_num_hidden_layers is 2"):
-        find_family({**config, "text_config": {"mtp_num_hidden_layers": 2}})
-    with pytest.raises(FastMTPError, match="tie_word_embeddings is True, and in text_config False"):
-        find_family({**config, "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": False}})
-    assert find_family({**config, "text_config": {"tie_word_embeddings": True}}).name == "qwen3_5"
-
-
-def test_the_block_is_the_engines_whatever_the_backbones_first_layer_is():
-    sparse = random_qwen3_next().config
-    sparse.mlp_only_layers, sparse.decoder_sparse_step = [0, 1], 2
-    dense = random_ernie().config
-    assert sparse.layer_types[0] == "linear_attention" and dense.moe_layer_start_index == 0
-    with torch.device("meta"):
-        heads = [build_class(match_family({"architectures": c.architectures}))(c).head for c in (sparse, dense)]
-    mlps = heads[0].get_submodule("layers.0.mlp"), heads[1].get_submodule("mtp_block.0.mlp")
-    assert [hasattr(mlp, "experts") for mlp in mlps] == [True, False]
-
-
-def test_the_page_is_made_from_the_tables():
-    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
-    assert layout_table() in page and support_matrix.table() in page and refused_table() in page
-
-
-def test_every_architecture_is_shown(bases):
-    """Every architecture of every row is a checkpoint here; MiMo has tests of its own everywhere."""
-    ran = {read_config(bases(name))["architectures"][0] for name in CHECKPOINTS} | {"MiMoForCausalLM"}
-    claims = support_matrix.read()["shown"]
-    assert [*claims] == support_matrix.architectures() and claims.keys() == ran
-    assert all(
-        {"keys", "swift", "graft"} <= shown.keys() and shown.keys() & {"draft class", "server"}
-        for shown in claims.values()
-    )
-
-
-def test_rows_do_not_share_an_architecture_or_a_path():
-    names = [a for row in (*FAMILIES, *LAYOUTS) for a in row.architectures]
-    assert len(set(names)) == len(names)
-    for family in FAMILIES:
-        family = family.at(7)
-        assert match_family({"architectures": list(family.architectures), "num_hidden_layers": 7}) == family
-        for path in family.layer_paths:
-            assert re.fullmatch(r"[\w.]+\.[07]", path) and family.owns(f"{path}.weight")
-            assert not family.is_other_layer(f"{path}.weight")
-            assert family.is_other_layer(f"{path[:-1]}8.weight") and family.owns(f"{path[:-1]}8.weight")
-        assert (
-            not family.owns("model.layers.6.mlp.up_proj.weight")
-            and not family.owns("model.layers.0.mlp.up_proj.weight")
-            and not family.owns("model.norm.weight")
-        )
