@@ -106,5 +106,5 @@ def table():
     for claim, meaning in CLAIMS.items():
         tests = {test for claims in record["shown"].values() for test in claims.get(claim, ())}
         files = ", ".join(f"`{name}`" for name in sorted({test.partition("::")[0] for test in tests}))
-        lines.append(f"* **{claim}**: {meaning} ({len(tests)} tests in {files})")
+        lines.append(f"* **{claim}**: {meaning} ({len(tests)} {'test' if len(tests) == 1 else 'tests'} in {files})")
     return "\n".join(lines)
