@@ -73,12 +73,12 @@ class Family:
     """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
     vllm: bool = True
     """vLLM drafts with it (`config/speculative.py` `MTPModelTypes`; read, not run)."""
+    attention: str = "self_attn"
+    """The block's attention, by its path in the block."""
     mlp: str = "mlp"
-    """The block's feed-forward part, by its path in the block."""
+    """Its feed-forward part."""
     copies: tuple[str, ...] = ()
     """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
-    attention: str = "self_attn"
-    """The block's attention."""
     only: tuple[tuple[str, Any], ...] = ()
     """Settings of config.json of which the classes above know this one value; a missing one is taken for it."""
 

@@ -88,6 +88,9 @@ def write_rows(path, count, seed=0):
     return path
 
 
+ONE_CORE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 class _Forks:
     """`swift_forks.py`, started when first asked."""
 
@@ -96,10 +99,8 @@ class _Forks:
     def run(self, words):
         if self.process is None:
             command = [sys.executable, str(ROOT / "tests/swift_forks.py")]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            self.process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self.process = subprocess.Popen(command, env={**os.environ, **ONE_CORE}, **pipes)
         with tempfile.TemporaryDirectory() as folder:
             self.process.stdin.write(json.dumps({"words": words, "folder": folder, "seconds": 570}) + "\n")
             self.process.stdin.flush()
@@ -122,7 +123,7 @@ def swift(*args, env=None, check=True, processes=1):
     if processes == 1 and not env and words[1].startswith("--"):
         done = _FORKS.run(words)
     else:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        environment = {**os.environ, **ONE_CORE, **(env or {})}
         if processes > 1:
             environment.update(NPROC_PER_NODE=str(processes), MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu")
         command = [str(Path(sys.executable).parent / "swift"), *words]

@@ -20,7 +20,7 @@ RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
     "keys": "its own names from load through training to export: every tensor accounted for, the backbone's bits kept",
     "exact": "the `exact` rollout is a draft with a KV cache, to 1e-9 in float64, against a plain reference",
-    "swift": "`swift sft`, killed or stopped, resumed to the same weights, `swift export`",
+    "swift": "`swift sft`, resumed half-way to the same weights, `swift export`",
     "draft class": "SGLang's own draft class loads draft folder and full folder, every parameter of it is filled, and "
     "hidden states and logits of a chain of four steps are the trainer's in float32",
     "server": "a whole SGLang server drafts with the exported head: the text is the model's own, and the counts of "

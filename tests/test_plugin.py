@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, logged, sft_args, swift
+from conftest import ONE_CORE, ROOT, TINY, logged, sft_args, swift
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -100,7 +100,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path, show
     out = tmp_path / "run"
     args = sft_args(TINY, rows, out, val_dataset=f"{rows}#8", eval_steps=2, metric_for_best_model="mtp_tau")
     command = [str(Path(sys.executable).parent / "swift"), *args]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **ONE_CORE}
     process = subprocess.Popen(
         command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

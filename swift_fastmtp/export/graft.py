@@ -156,15 +156,15 @@ def _with_head(
     if new.get("model_type") == family.config_model_type and not new.get("auto_map") and family.plain_model_type:
         new["model_type"] = family.plain_model_type  # transformers does not know the other one without remote code
     text = new.get("text_config")
-    missing = [k for k in family.needed_keys if config_value(config, k) is None]
-    lost = {k: value for k in missing if (value := config_value(theirs or {}, k)) is not None}
-    if isinstance(text, dict):
-        new["text_config"] = text = {**text, **lost}
+    lost = [k for k in family.needed_keys if config_value(config, k) is None]
+    back = {k: value for k in lost if (value := config_value(theirs or {}, k)) is not None}
+    if not isinstance(text, dict):
+        new.update(back)
+        new[family.num_layers_key] = 1
+    elif family.num_layers_key in ((theirs or {}).get("text_config") or text):
+        new["text_config"] = {**text, **back, family.num_layers_key: 1}
     else:
-        new.update(lost)
-    if isinstance(text, dict) and family.num_layers_key in ((theirs or {}).get("text_config") or text):
-        new["text_config"] = {**text, family.num_layers_key: 1}
-    else:
+        new["text_config"] = {**text, **back}
         new[family.num_layers_key] = 1
     changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
     return new, [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]

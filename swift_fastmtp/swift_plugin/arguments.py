@@ -100,17 +100,11 @@ def _check(args: Any) -> None:
 
 
 def _check_packing(name: str, args: Any) -> None:
-    families = _families(args.model)
+    families, need = _families(args.model), f"--{name} needs an attention that keeps documents apart"
     if not any(import_class(family.backbone)._supports_flash_attn for family in families):
-        raise FastMTPError(
-            f"--{name} needs an attention that keeps documents apart, and transformers has none for "
-            f"{families[0].architectures[0]}; drop --{name}"
-        )
+        raise FastMTPError(f"{need}, and transformers has none for {families[0].architectures[0]}; drop --{name}")
     if args.attn_impl not in _FLASH:
-        raise FastMTPError(
-            f"--{name} needs an attention that keeps documents apart; add --attn_impl flash_attention_2 (GPU), "
-            f"or drop --{name}"
-        )
+        raise FastMTPError(f"{need}; add --attn_impl flash_attention_2 (GPU), or drop --{name}")
 
 
 def _tensor_names(model: str | None) -> list[str]:
