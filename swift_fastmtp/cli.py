@@ -39,6 +39,7 @@ def _distill(args: argparse.Namespace) -> None:
         seed=args.seed,
         shard=args.shard,
         on_bad_row=args.on_bad_row,
+        torch_dtype=args.torch_dtype,
     )
 
 
@@ -206,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--timeout", type=float, default=600, help="seconds for one answer, on servers")
     verb.add_argument("--retry_seconds", type=float, default=600, help="how long to wait for a server that is gone")
     verb.add_argument("--batch_size", type=int, default=32, help="conversations at a time, in process")
+    verb.add_argument(
+        "--torch_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="in process; default: float32, on a GPU the model's",
+    )
     verb.add_argument("--max_new_tokens", type=int, default=4096, help="paper: 4096")
     verb.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6; 0 is greedy")
     verb.add_argument("--top_k", type=int, default=20, help="paper: 20")
@@ -320,6 +326,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--token_map", nargs="*", default=[], help="also measure with these SGLang token maps")
     verb.add_argument("--by", choices=("language", "group", "category"), help="a table and a token map for each")
     verb.add_argument("--temperature", type=float, default=0.0, help="of the answers; also measures sampled drafts")
+    verb.add_argument("--top_k", type=int, default=20, help="of sampled answers, as in bench; 0 is all")
+    verb.add_argument("--top_p", type=float, default=0.95, help="of sampled answers, as in bench")
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--draft_ms", type=float, help="measured: one draft step; default: predicted from bytes")
     verb.add_argument("--verify_ms", type=float, help="measured: one verification step")

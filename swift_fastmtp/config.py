@@ -19,6 +19,8 @@ ROLLOUTS = ("exact", "paper")
 SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
 LOSSES = ("ce", *SOFT_LOSSES)
 INPUTS = ("text", "draft")
+BAD_ROWS = ("stop", "skip")
+HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class FastMTPConfig:
             "those of a draft that is served with it."
         },
     )
+    on_bad_row: str = field(
+        default="stop",
+        metadata={"help": "Rows that cannot be trained on: `stop`, or `skip`, which counts and names them in the log."},
+    )
     hidden_cache: str = field(
         default="",
         metadata={"help": "Folder for the backbone's hidden states: epochs after the first read them, and skip it."},
@@ -101,6 +107,7 @@ class FastMTPConfig:
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
         _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
+        _check(self.on_bad_row in BAD_ROWS, "on_bad_row", self.on_bad_row, f"one of {', '.join(BAD_ROWS)}")
         _check(0.0 <= self.hidden_cache_gb < float("inf"), "hidden_cache_gb", self.hidden_cache_gb, "at least 0")
         _check(self.loss_chunk_size >= 0, "loss_chunk_size", self.loss_chunk_size, "at least 0")
 

@@ -18,7 +18,7 @@ import yaml
 from conftest import TINY
 from fake_engine import FakeEngine, answer, chunks
 
-from swift_fastmtp.data.conversation import encode_prompt, load_tokenizer
+from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.bench import bench, warnings
 from swift_fastmtp.evaluation.plan import make_plan, read_plan

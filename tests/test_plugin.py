@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import swift_fastmtp
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.export.serve_args import command, serve_flags

@@ -9,7 +9,7 @@ from reference import speculative_greedy
 from transformers import AutoTokenizer
 
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
 from swift_fastmtp.data.rows import read_rows

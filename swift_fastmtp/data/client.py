@@ -17,6 +17,7 @@ import openai
 import tenacity
 
 from ..errors import FastMTPError
+from .chat_template import RENDERED
 from .conversation import Message, Reply
 
 T = TypeVar("T")
@@ -85,7 +86,9 @@ class Servers:
             self.model = names.pop()
         return self.model
 
-    async def reply(self, messages: list[Message], tools: Any, seed: int) -> tuple[Reply, list[int] | int | None]:
+    async def reply(
+        self, messages: list[Message], tools: Any, seed: int, chat_template_kwargs: dict[str, Any]
+    ) -> tuple[Reply, list[int] | int | None]:
         """The assistant's next turn, and the prompt as the server saw it: its token ids, their number, or None.
 
         Raises `RefusedError` if the server refuses the conversation, `FastMTPError` if the job cannot go on.
@@ -94,8 +97,8 @@ class Servers:
         extra: dict[str, Any] = {"return_token_ids": True, "return_details": True}  # SGLang's and vLLM's, swift's
         if sampling.temperature > 0:
             extra["top_k"] = sampling.top_k
-        if sampling.chat_template_kwargs:
-            extra["chat_template_kwargs"] = sampling.chat_template_kwargs
+        if chat_template_kwargs:
+            extra["chat_template_kwargs"] = chat_template_kwargs
         if tools:
             extra["tools"] = tools
 
@@ -174,7 +177,7 @@ def _with_version(url: str) -> str:
 
 
 def _for_server(message: Message) -> Message:
-    return {k: v for k, v in message.items() if k not in ("token_ids", "finish_reason")}
+    return {k: message[k] for k in RENDERED if k in message}
 
 
 def _read(answer: Any) -> tuple[Reply, list[int] | int | None]:

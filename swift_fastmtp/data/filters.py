@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
-from .conversation import COMPLETE, load_tokenizer, said
+from .chat_template import load_tokenizer
+from .conversation import COMPLETE, said
 from .language import language
 from .near_duplicates import prompt_and_answer
 from .rows import Row

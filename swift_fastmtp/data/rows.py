@@ -29,11 +29,12 @@ EXAMPLES = 5
 class BadRows:
     """What to do with a bad row: `stop` raises; `skip` counts it, by what is wrong, and keeps a few places."""
 
-    def __init__(self, policy: str = "stop", skippable: bool = True) -> None:
+    def __init__(self, policy: str = "stop", how_to_skip: str | None = "--on_bad_row skip") -> None:
+        """`how_to_skip`: what the user can say to have it skipped; None if nothing."""
         if policy not in ("stop", "skip"):
             raise FastMTPError(f"--on_bad_row: {policy!r} is neither `stop` nor `skip`")
         self.policy = policy
-        self._mend = "mend it, or --on_bad_row skip" if skippable else "mend it"
+        self._mend = f"mend it, or {how_to_skip}" if how_to_skip else "mend it"
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self._ids: dict[int, str] = {}
@@ -74,9 +75,9 @@ def iter_rows(path: str | Path, bad: BadRows | None = None, unique_ids: bool = F
 
     Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
     """
-    bad = bad or BadRows(skippable=False)  # who gives none has no such option
+    bad = bad or BadRows(how_to_skip=None)  # who gives none has no such option
     for where, value in iter_values(path, bad):
-        what, detail = _complaint(value)
+        what, detail = complaint(value)
         if what:
             bad.add(where, what, detail)
         elif not unique_ids or bad.new_id(value, where):
@@ -206,7 +207,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _complaint(row: Any) -> tuple[str, str]:
+def complaint(row: Any) -> tuple[str, str]:
     """What is wrong with a row ("" if nothing) and in which way. Adds `messages` where there is a bare `prompt`."""
     if not isinstance(row, dict):
         return "a row must be a JSON object", ""

@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..checkpoints import claim, read_json, write_json
+from ..data.chat_template import load_tokenizer
 from ..data.client import RefusedError
-from ..data.conversation import load_tokenizer
 from ..data.jobs import Part, cut_torn_line
 from ..errors import FastMTPError
 from .engines import Answer, Engine, Identity

@@ -13,8 +13,9 @@ from typing import Any, cast
 import httpx
 import openai
 
+from ..data.chat_template import encode_prompt
 from ..data.client import MalformedError, RefusedError, Sampling, model_names, open_client, repeat
-from ..data.conversation import Message, encode_prompt
+from ..data.conversation import Message
 from ..errors import FastMTPError
 
 

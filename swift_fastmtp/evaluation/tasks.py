@@ -157,7 +157,7 @@ def _draw(questions: list[Question], number: int | None, rng: random.Random) -> 
 
 def _read(path: Path, described: Descriptor, prefix: str) -> list[Question]:
     found: list[Question] = []
-    for where, row in iter_values(path, BadRows(skippable=False)):
+    for where, row in iter_values(path, BadRows(how_to_skip=None)):
         if not isinstance(row, dict):
             raise FastMTPError(f"{where}: a row must be a JSON object; mend it")
         if all(row.get(k) == v for k, v in described.where.items() if k in row):

@@ -14,7 +14,10 @@ from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
 from ..head import import_class
 from ..headers import read_headers
+from .dataset import own_name
+from .template import BASE_STRATEGIES
 
+_RENDERED = "rows are rendered by the chat template of the model's folder, as engines render them"
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
     ("sequence_parallel_size", 1, "draft steps read tokens of the neighbouring rank"),
@@ -24,6 +27,10 @@ _UNSUPPORTED = (
     ("predict_with_generate", False, "evaluation is acceptance; use `swift infer` for text"),
     ("quant_method", None, "the head is trained against the unquantised backbone"),
     ("quant_bits", None, "the head is trained against the unquantised backbone"),
+    ("agent_template", None, _RENDERED),
+    ("response_prefix", None, _RENDERED),
+    ("preserve_thinking", None, _RENDERED),
+    ("add_non_thinking_prefix", True, _RENDERED),
 )
 _FLASH = ("flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -39,6 +46,9 @@ def prepare_arguments(args: Any) -> None:
         if not key.lower().startswith(ENV_PREFIX.lower()):
             raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
     FastMTPConfig.from_env()
+    if not args.columns and args.use_chat_template is not False:
+        args.dataset = [own_name(name) for name in _listed(args.dataset)]
+        args.val_dataset = [own_name(name) for name in _listed(args.val_dataset)]
     if not hasattr(args, "loss_type"):
         return  # infer, export, deploy
     args.loss_type = args.loss_type or "fastmtp"
@@ -68,6 +78,11 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
+def _listed(names: Any) -> list[str]:
+    """From Python, one name need not be a list."""
+    return [names] if isinstance(names, str) else list(names or [])
+
+
 def _families(model: str | None) -> list[Family]:
     """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
     if os.path.isdir(model or ""):
@@ -81,10 +96,17 @@ def _roots(families: list[Family]) -> str:
 
 def _check(args: Any) -> None:
     for name, fine, why in _UNSUPPORTED:
-        if (getattr(args, name, None) or fine) != fine:
-            raise FastMTPError(f"--{name} {getattr(args, name)} does not work with --model_type fastmtp: {why}")
+        value = getattr(args, name, None)
+        if value is not None and value != fine:
+            raise FastMTPError(f"--{name} {value} does not work with --model_type fastmtp: {why}")
     if args.loss_type == "fastmtp" and getattr(args, "is_binary_loss_scale", None) is False:
         raise FastMTPError("--is_binary_loss_scale false does not work with --loss_type fastmtp: rows count or do not")
+    strategy, _, others = str(args.loss_scale or "default").partition("+")
+    if strategy not in BASE_STRATEGIES or others not in ("", "ignore_empty_think"):
+        raise FastMTPError(
+            f"--loss_scale {args.loss_scale} does not work with --model_type fastmtp: {_RENDERED}; it can be "
+            f"{', '.join(BASE_STRATEGIES)}"
+        )
     if args.packing or args.padding_free:
         _check_packing("packing" if args.packing else "padding_free", args)
     if args.tuner_type not in ("fastmtp", "full", "lora"):

@@ -10,16 +10,21 @@ from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
 from swift.model import register_model
+from swift.template import register_template
 from swift.tuner_plugin import tuners_map
 from transformers import PreTrainedConfig, trainer
 
+from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
-from .dataset import NAME, SelfDistillLoader, with_features
+from .dataset import NAME, SelfDistillLoader
 from .export import export_checkpoint
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta
+from .rendering import as_token_ids
+from .template import META as TEMPLATE_META
+from .template import TEMPLATE, FolderTemplate
 from .tuner import FastMTPTuner
 
 _registered = False
@@ -34,6 +39,7 @@ def register() -> None:
     # The architecture is one of ours: naming the families' own would make their plain loading ambiguous.
     meta = FastMTPModelMeta("fastmtp", [], FastMTPLoader, architectures=["FastMTPForCausalLM"])
     register_model(meta, exist_ok=True)
+    register_template(TEMPLATE_META, exist_ok=True)
     loss_map["fastmtp"] = FastMTPLoss
     tuners_map["fastmtp"] = FastMTPTuner
     register_dataset(DatasetMeta(dataset_name=NAME, loader=SelfDistillLoader), exist_ok=True)
@@ -86,12 +92,37 @@ def _hook_sft() -> None:
                 "dropped: raise it, or choose --truncation_strategy"
             )
         if self.args.model_type == "fastmtp":
-            datasets = [with_features(dataset) for dataset in datasets]
             attach_hidden_cache(self.args, self.model, datasets)
         processed: list[Any] = original(self, datasets)
         return processed
 
     SwiftSft._post_process_datasets, SwiftSft.run = _post_process_datasets, run
+    _hook_rendering(SwiftSft)
+
+
+def _hook_rendering(pipeline: Any) -> None:
+    """Rows are rendered by the chat template of the model's folder, before ms-swift encodes them: in training, and where
+    `swift export` makes a cached dataset."""
+    prepare, load = pipeline._prepare_template, pipeline._get_dataset
+
+    def _prepare_template(self: Any) -> None:
+        args = self.args
+        if args.model_type == "fastmtp" and self.processor.chat_template and args.template != TEMPLATE:
+            self.named_template = args.template  # compared with the folder's, and not used
+            args.template = TEMPLATE
+        prepare(self)
+
+    def _get_dataset(self: Any) -> Any:
+        datasets = load(self)
+        if self.args.model_type != "fastmtp" or not isinstance(self.template, FolderTemplate):
+            return datasets
+        if not self.template.use_chat_template:
+            return datasets
+        named = getattr(self, "named_template", None)
+        policy = FastMTPConfig.from_env().on_bad_row
+        return tuple(as_token_ids(self.args, self.template, dataset, policy, named) for dataset in datasets)
+
+    pipeline._prepare_template, pipeline._get_dataset = _prepare_template, _get_dataset
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
