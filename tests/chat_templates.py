@@ -103,7 +103,13 @@ ITEMS = CALLS.replace(
 
 TEMPLATES = {"thinking": THINKING, "hybrid": HYBRID, "closing": CLOSING, "calls": CALLS, "items": ITEMS}
 TOKENS = ["<|start|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>", "<|tool|>", "<|end|>"]
-END = {"thinking": "<|im_end|>", "calls": "<|im_end|>", "items": "<|im_end|>", "hybrid": "<|user|>", "closing": "<|end|>"}
+END = {
+    "thinking": "<|im_end|>",
+    "calls": "<|im_end|>",
+    "items": "<|im_end|>",
+    "hybrid": "<|user|>",
+    "closing": "<|end|>",
+}
 """The token that ends an answer."""
 
 

@@ -97,7 +97,11 @@ class ScriptedEngine:
         message = {"role": "assistant", "content": text}
         if "</think>" in text:
             why, _, said = text.partition("</think>")
-            message = {**message, "content": said.lstrip("\n"), "reasoning_content": why.split("<think>")[-1].strip("\n")}
+            message = {
+                **message,
+                "content": said.lstrip("\n"),
+                "reasoning_content": why.split("<think>")[-1].strip("\n"),
+            }
         if "<tool_call>" in text:
             call = json.loads(text.split("<tool_call>")[1].split("</tool_call>")[0])
             function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}

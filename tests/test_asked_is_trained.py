@@ -92,3 +92,175 @@ def test_from_a_server(name, parse, folders, tmp_path_factory, rows):
     wanted = finished(engine.turns)
     if wanted:
         assert supervised(trained(folder, work / "rows.jsonl")) == wanted
+
+
+def test_with_tools(folders, tmp_path):
+    """Calls and their results: arguments as JSON strings, results named by id in another order than the calls."""
+    call = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": '{"word": "cell"}'}}
+    source = [
+        {"role": "user", "content": "What is a cell?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "a small part", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "Really?"},
+    ]
+    for name in ("calls", "items"):
+        work = tmp_path / name
+        work.mkdir()
+        rows = [{"tools": TOOLS, "messages": source[:n]} for n in (1, 4, 5)]
+        (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with ScriptedEngine(folders(name), cut_off=0.0) as engine:
+            distill(str(folders(name)), str(work / "prompts.jsonl"), str(work / "rows.jsonl"), base_urls=[engine.url])
+        assert len(engine.turns) == 6
+        examples = trained(folders(name), work / "rows.jsonl")
+        assert supervised(examples) == finished(engine.turns)
+        end = AutoTokenizer.from_pretrained(folders(name)).eos_token_id
+        assert not any(ids[at : at + 2] == [end, end] for ids, _ in examples for at in range(len(ids)))
+
+
+@pytest.mark.parametrize("tells", ["count", "nothing"])
+def test_from_servers_that_tell_less(tells, folders, tmp_path):
+    """No ids: prompts are what the folder's template renders, answers are written as it writes them."""
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Name a colour.", "Why?")]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = folders("thinking")
+    with ScriptedEngine(folder, tells=tells, cut_off=0.0) as engine:
+        distill(str(folder), str(tmp_path / "prompts.jsonl"), str(tmp_path / "rows.jsonl"), base_urls=[engine.url])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = [[tokenizer.decode(ids) for ids in pair] for pair in supervised(trained(folder, tmp_path / "rows.jsonl"))]
+    wanted = [[tokenizer.decode(asked), tokenizer.decode(answered)] for asked, answered, _ in engine.turns]
+    assert sorted(texts) == sorted(wanted)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_in_process(name, folders, tmp_path):
+    """The model itself, with several turns and the template's switch."""
+    thinking = {"enable_thinking": False}
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "Why?"},
+    ]
+    rows = [{"prompt": "Name a colour."}, {"prompt": "Hello.", "chat_template_kwargs": thinking}, {"messages": talk}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = folders(name)
+    distill(
+        str(folder), str(tmp_path / "prompts.jsonl"), str(tmp_path / "rows.jsonl"), max_new_tokens=12, temperature=0
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted, lines = [], []
+    for row in read_rows(tmp_path / "rows.jsonl"):
+        for number, message in enumerate(row["messages"]):
+            if message["role"] != "assistant":
+                continue
+            history = [{k: m[k] for k in ("role", "content")} for m in row["messages"][:number]]
+            kwargs = row.get("chat_template_kwargs") or {}
+            prompt = tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True, **kwargs)
+            wanted.append((tokenizer.encode(prompt, add_special_tokens=False), message["token_ids"]))
+            message["finish_reason"] = "stop"  # the tiny model rarely ends an answer behind a foreign template
+        lines.append(json.dumps({**row, "finish_reason": "stop"}))
+    (tmp_path / "ended.jsonl").write_text("\n".join(lines))
+    assert supervised(trained(folder, tmp_path / "ended.jsonl")) == sorted(wanted) and len(wanted) >= 3
+
+
+PLAIN = [
+    {"role": "user", "content": "What is two plus two?"},
+    {"role": "assistant", "content": "Four.", "reasoning_content": "2+2"},
+    {"role": "user", "content": "Are you sure?"},
+    {"role": "assistant", "content": "Yes."},
+]
+RENDERED = {
+    "thinking": [
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+         "2+2\n</think>\n\nFour.<|im_end|>"),
+        ("<|im_start|>user\nWhat is two plus two?<|im_end|>\n<|im_start|>assistant\nFour.<|im_end|>\n"
+         "<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n<think>\n", "\n</think>\n\nYes.<|im_end|>"),
+    ],
+    "hybrid": [
+        ("<|start|><|user|>\nWhat is two plus two?<|assistant|>", "\n<think>2+2</think>\nFour.<|user|>"),
+        ("<|start|><|user|>\nWhat is two plus two?<|assistant|>\n<think></think>\nFour.<|user|>\nAre you sure?<|assistant|>",
+         "\n<think></think>\nYes.<|user|>"),
+    ],
+    "closing": [
+        ("<|user|>What is two plus two?<|assistant|><think>", "2+2</think>Four.<|end|>"),
+        ("<|user|>What is two plus two?<|assistant|></think>Four.<|end|><|user|>Are you sure?<|assistant|><think>",
+         "</think>Yes.<|end|>"),
+    ],
+    "calls": [
+        ("<|im_start|>system\nYou are a tiny assistant.<|im_end|>\n<|im_start|>user\nWhat is two plus two?<|im_end|>\n"
+         "<|im_start|>assistant\n", "Four.<|im_end|>"),
+        ("<|im_start|>system\nYou are a tiny assistant.<|im_end|>\n<|im_start|>user\nWhat is two plus two?<|im_end|>\n"
+         "<|im_start|>assistant\nFour.<|im_end|>\n<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n",
+         "Yes.<|im_end|>"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_plain_rows_are_rendered_as_they_are_served(name, folders, tmp_path):
+    """Rows without ids, written down by hand what each is: the history without the reasoning where the template drops
+    it, and an end where the model would have ended."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": PLAIN}) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(folders(name))
+    pairs = supervised(trained(folders(name), tmp_path / "rows.jsonl"))
+    assert sorted(tuple(map(tokenizer.decode, pair)) for pair in pairs) == sorted(RENDERED[name])
+
+
+def test_options_that_say_how_plain_rows_are_asked(folders, tmp_path):
+    """`--system`, `--enable_thinking`, `--loss_scale`, a message's own `loss`: by the folder's template."""
+    folder, path = folders("thinking"), tmp_path / "rows.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def texts(messages, **options):
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        return [list(map(tokenizer.decode, pair)) for pair in supervised(trained(folder, path, **options))]
+
+    start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is two plus two?<|im_end|>\n"
+    quiet = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert texts(PLAIN[:2], system="Be brief.", enable_thinking="false")[0][0] == start + quiet
+    assert [answer for _, answer in texts(PLAIN, loss_scale="last_round")] == ["\n</think>\n\nYes.<|im_end|>"]
+    unwanted = [PLAIN[0], {**PLAIN[1], "loss": False}, *PLAIN[2:]]
+    assert [answer for _, answer in texts(unwanted)] == ["\n</think>\n\nYes.<|im_end|>"]
+    path.write_text(json.dumps({"messages": PLAIN[:2]}) + "\n")
+    ((ids, labels),) = trained(folder, path, loss_scale="all")
+    assert labels == [-100, *ids[1:]]
+
+
+def test_two_renderings_that_differ_stop_the_run(folders, tmp_path):
+    """A folder whose template is another than the rows were asked with; a template of ms-swift's that renders otherwise."""
+    path, folder = tmp_path / "rows.jsonl", folders("thinking")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n')
+    with ScriptedEngine(folder, cut_off=0.0) as engine:
+        distill(str(folder), str(tmp_path / "prompts.jsonl"), str(path), base_urls=[engine.url])
+    with pytest.raises(FastMTPError, match=r"rows\.jsonl:1: was asked with another prompt .*asked .*<think>.*rendered"):
+        trained(folders("calls"), path)
+    with pytest.raises(FastMTPError, match=r"--template qwen: renders .*rows\.jsonl:1 otherwise .*helpful assistant"):
+        trained(folder, path, template="qwen")
+    with pytest.raises(FastMTPError, match=r"--system: the row keeps the prompts"):
+        trained(folder, path, system="Be brief.")
+    with pytest.raises(FastMTPError, match=r"--response_prefix .* chat template of the model's folder"):
+        trained(folder, path, response_prefix="<think>")
+    with pytest.raises(FastMTPError, match=r"--loss_scale react .*default, last_round, all"):
+        trained(folder, path, loss_scale="react")
+
+
+def test_rows_that_cannot_be_trained_on_are_named(folders, tmp_path, caplog):
+    """They stop the run, or are counted, as the user chose; none is deleted silently."""
+    late = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}]
+    foreign = [PLAIN[0], {"role": "assistant", "content": "x", "token_ids": [5, 70000]}]
+    good = {"messages": PLAIN[:2]}
+    bad = {
+        r"\(a system message must come first\); fix the row, or skip": {"messages": late},
+        r"holds token id 70000, the model has 6144": {"messages": foreign},
+        r"needs a `content`": {"messages": [{"role": "user", "content": 7}]},
+    }
+    path = tmp_path / "rows.jsonl"
+    for what, row in bad.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in (good, row)))
+        with pytest.raises(FastMTPError, match=rf"rows\.jsonl:2: .*{what}"):
+            trained(folders("thinking"), path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in (good, *bad.values(), good)))
+    monkey = {"model_kwargs": json.dumps({"fastmtp_on_bad_row": "skip"})}
+    with caplog.at_level("WARNING", logger="swift"):
+        assert len(trained(folders("thinking"), path, **monkey)) == 2
+    assert "3 of 5 rows skipped, which cannot be trained on" in caplog.text and "rows.jsonl:2" in caplog.text

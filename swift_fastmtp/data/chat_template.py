@@ -180,8 +180,8 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 @lru_cache(maxsize=32)
 def end_of_turn(tokenizer: Any, followed_by: str = "user") -> int | None:
-    """The token that ends an answer where the template does not write it behind the last one: GLM's answers end with
-    the role of whoever speaks next, `<|user|>`, or `<|observation|>` behind a tool call.
+    """The token that ends an answer: what the template writes behind it, or, as GLM's, the role of whoever speaks
+    next: `<|user|>`, or `<|observation|>` behind a tool call.
 
     `followed_by`: the role of the next message. None if nothing tells.
     """
@@ -196,7 +196,10 @@ def end_of_turn(tokenizer: Any, followed_by: str = "user") -> int | None:
         after = render(tokenizer, [asked, answer, following], add_generation_prompt=False)
     except RenderError:
         return end_of_turn(tokenizer) if followed_by == "tool" else tokenizer.eos_token_id
-    ids = encode(tokenizer, after[len(before) :]) if after.startswith(before) else []
-    if ids and ids[0] in special_ids(tokenizer):
-        return ids[0]
+    written = encode(tokenizer, before.rstrip())
+    if written and written[-1] in special_ids(tokenizer):
+        return written[-1]
+    following_ids = encode(tokenizer, after[len(before) :]) if after.startswith(before) else []
+    if following_ids and following_ids[0] in special_ids(tokenizer):
+        return following_ids[0]
     return end_of_turn(tokenizer) if followed_by == "tool" else tokenizer.eos_token_id

@@ -27,6 +27,8 @@ _UNSUPPORTED = (
     ("predict_with_generate", False, "evaluation is acceptance; use `swift infer` for text"),
     ("quant_method", None, "the head is trained against the unquantised backbone"),
     ("quant_bits", None, "the head is trained against the unquantised backbone"),
+)
+_OF_OTHER_TEMPLATES = (
     ("agent_template", None, _RENDERED),
     ("response_prefix", None, _RENDERED),
     ("preserve_thinking", None, _RENDERED),
@@ -46,9 +48,8 @@ def prepare_arguments(args: Any) -> None:
         if not key.lower().startswith(ENV_PREFIX.lower()):
             raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
     FastMTPConfig.from_env()
-    if not args.columns and args.use_chat_template is not False:
-        args.dataset = [own_name(name) for name in _listed(args.dataset)]
-        args.val_dataset = [own_name(name) for name in _listed(args.val_dataset)]
+    if hasattr(args, "loss_type") or getattr(args, "to_cached_dataset", False):
+        _prepare_data(args)
     if not hasattr(args, "loss_type"):
         return  # infer, export, deploy
     args.loss_type = args.loss_type or "fastmtp"
@@ -78,6 +79,29 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
+def _refuse(args: Any, unsupported: tuple[tuple[str, Any, str], ...]) -> None:
+    for name, fine, why in unsupported:
+        value = getattr(args, name, None)
+        if value is not None and value != fine:
+            raise FastMTPError(f"--{name} {value} does not work with --model_type fastmtp: {why}")
+
+
+def _prepare_data(args: Any) -> None:
+    """Files of rows with `messages` are read by our own reader; what ms-swift's templates would do is refused."""
+    if args.use_chat_template is False:
+        return  # `swift pt`: texts, not conversations
+    if not args.columns:
+        args.dataset = [own_name(name) for name in _listed(args.dataset)]
+        args.val_dataset = [own_name(name) for name in _listed(args.val_dataset)]
+    _refuse(args, _OF_OTHER_TEMPLATES)
+    strategy, _, others = str(args.loss_scale or "default").partition("+")
+    if strategy not in BASE_STRATEGIES or others:
+        raise FastMTPError(
+            f"--loss_scale {args.loss_scale} does not work with --model_type fastmtp: {_RENDERED}; it can be "
+            f"{', '.join(BASE_STRATEGIES)}"
+        )
+
+
 def _listed(names: Any) -> list[str]:
     """From Python, one name need not be a list."""
     return [names] if isinstance(names, str) else list(names or [])
@@ -95,18 +119,9 @@ def _roots(families: list[Family]) -> str:
 
 
 def _check(args: Any) -> None:
-    for name, fine, why in _UNSUPPORTED:
-        value = getattr(args, name, None)
-        if value is not None and value != fine:
-            raise FastMTPError(f"--{name} {value} does not work with --model_type fastmtp: {why}")
+    _refuse(args, _UNSUPPORTED)
     if args.loss_type == "fastmtp" and getattr(args, "is_binary_loss_scale", None) is False:
         raise FastMTPError("--is_binary_loss_scale false does not work with --loss_type fastmtp: rows count or do not")
-    strategy, _, others = str(args.loss_scale or "default").partition("+")
-    if strategy not in BASE_STRATEGIES or others not in ("", "ignore_empty_think"):
-        raise FastMTPError(
-            f"--loss_scale {args.loss_scale} does not work with --model_type fastmtp: {_RENDERED}; it can be "
-            f"{', '.join(BASE_STRATEGIES)}"
-        )
     if args.packing or args.padding_free:
         _check_packing("packing" if args.packing else "padding_free", args)
     if args.tuner_type not in ("fastmtp", "full", "lora"):

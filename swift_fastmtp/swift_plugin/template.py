@@ -9,7 +9,7 @@ from typing import Any
 
 from swift.template import Template, TemplateMeta
 
-from ..data.chat_template import encode_prompt
+from ..data.chat_template import encode, encode_prompt
 from ..data.examples import Example, Part, training_examples
 from ..errors import FastMTPError
 
@@ -67,7 +67,8 @@ class FolderTemplate(Template):
     def _prompt(self, inputs: Any) -> list[int]:
         row = self._row(inputs)
         messages = [m for m in row["messages"] if m["content"] is not None]  # None: where the answer is to stand
-        return encode_prompt(self.tokenizer, messages, row["tools"], row["chat_template_kwargs"])
+        asked = encode_prompt(self.tokenizer, messages, row["tools"], row["chat_template_kwargs"])
+        return asked + encode(self.tokenizer, self.response_prefix or "")
 
     def _row(self, inputs: Any) -> dict[str, Any]:
         """ms-swift's inputs as a row; it takes the system message out of them."""
@@ -83,5 +84,11 @@ class FolderTemplate(Template):
 # The fields describe a template of ms-swift's own kind, which this one is not; `swift infer` ends answers at
 # `suffix`, beside the end tokens of generation_config.json.
 META = TemplateMeta(
-    TEMPLATE, prefix=[], prompt=["{{QUERY}}"], chat_sep=[], suffix=[["eos_token_id"]], template_cls=FolderTemplate
+    TEMPLATE,
+    prefix=[],
+    prompt=["{{QUERY}}"],
+    chat_sep=[],
+    suffix=[["eos_token_id"]],
+    system_prefix=["{{SYSTEM}}"],
+    template_cls=FolderTemplate,
 )
