@@ -1,9 +1,9 @@
-"""Chat templates of our own that do with reasoning, tools and system prompts what published ones do, and the tiny model with
-one of them in its folder.
+"""Chat templates of our own that do with reasoning, tools and system prompts what published ones do, and the tiny
+model with one of them in its folder.
 
-`thinking`: the generation prompt opens `<think>`, history is without reasoning (Qwen3.5). `hybrid`: `/nothink` behind the
-question, the answer ends with the next role's token (GLM-4.5). `closing`: reasoning is not written at all, a line of its
-own closes it (DeepSeek-V3.1). `calls`: tool calls as JSON, a system prompt of its own (MiMo). `items`: walks over the
+`thinking`: the generation prompt opens `<think>`, history is without reasoning (Qwen3.5). `hybrid`: `/nothink` behind
+the question, an answer ends with the token of the next role (GLM-4.5). `closing`: no reasoning is written at all, only
+`</think>` (DeepSeek-V3.1). `calls`: tool calls as JSON, a system prompt of its own (MiMo). `items`: walks over the
 arguments of tool calls (Qwen3.5's coder models).
 """
 
@@ -32,7 +32,9 @@ THINKING = (
     _REASONING
     + """
 {%- for m in messages -%}
-  {%- if m.role == 'system' and not loop.first -%}{{- raise_exception('a system message must come first') -}}{%- endif -%}
+  {%- if m.role == 'system' and not loop.first -%}
+    {{- raise_exception('a system message must come first') -}}
+  {%- endif -%}
   {%- if m.role == 'assistant' -%}
     {%- set parts = split(m).split('\x00') -%}
     {%- if loop.index0 > last.user -%}
@@ -75,7 +77,8 @@ CLOSING = """
 
 CALLS = """
 {%- if messages[0].role != 'system' or tools -%}
-  {{- '<|im_start|>system\n' ~ (messages[0].content if messages[0].role == 'system' else 'You are a tiny assistant.') -}}
+  {%- set own = messages[0].content if messages[0].role == 'system' else 'You are a tiny assistant.' -%}
+  {{- '<|im_start|>system\n' ~ own -}}
   {%- for tool in tools or [] -%}{{- '\n' ~ (tool | tojson) -}}{%- endfor -%}{{- '<|im_end|>\n' -}}
 {%- endif -%}
 {%- for m in messages -%}
@@ -86,7 +89,8 @@ CALLS = """
       {{- '}\n</tool_call>' -}}
     {%- endfor -%}
     {{- '<|im_end|>\n' -}}
-  {%- elif m.role == 'tool' -%}{{- '<|im_start|>user\n<tool_response>\n' ~ m.content ~ '\n</tool_response><|im_end|>\n' -}}
+  {%- elif m.role == 'tool' -%}
+    {{- '<|im_start|>user\n<tool_response>\n' ~ m.content ~ '\n</tool_response><|im_end|>\n' -}}
   {%- elif not (loop.first and tools and m.role == 'system') -%}
     {{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' -}}
   {%- endif -%}

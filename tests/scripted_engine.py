@@ -1,5 +1,5 @@
-"""A server with OpenAI's protocol that renders, tokenizes and parses for itself, and writes down what it was asked with and
-what it answered: the truth that training is compared with.
+"""A server with OpenAI's protocol that renders, tokenizes and parses for itself, and writes down what it was asked with
+and what it answered: the truth that training is compared with.
 
 It renders with transformers alone, as SGLang does (arguments of tool calls are parsed first). What it answers follows
 from the prompt; ids are not always those that the text would be encoded to again.
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-WORDS = "the cell is a small part of the body and it holds most of what we know about history in water".split()
+WORDS = ("the cell", "a small part", "of the body", "history", "water", "holds", "most", "it", "is", "什么", "1 + 1")
 
 
 class ScriptedEngine:
-    """`with ScriptedEngine(folder) as engine:` serves `engine.url`; `engine.turns` are (asked, answered, finish reason).
+    """`with ScriptedEngine(folder) as engine:` serves `engine.url`; `engine.turns`: (asked, answered, finish reason).
 
     `parse`: whether reasoning and tool calls are parsed out of the text. `tells`: `ids`, `count` (how many tokens the
     prompt has) or `nothing`.

@@ -1,5 +1,5 @@
-"""What is trained is what the model was asked with, followed by what it answered: for every kind of chat template, through
-ms-swift's own pipeline."""
+"""What is trained is what the model was asked with, followed by what it answered: for every kind of chat template,
+through ms-swift's own pipeline."""
 
 import json
 import shutil
@@ -178,8 +178,8 @@ RENDERED = {
     ],
     "hybrid": [
         ("<|start|><|user|>\nWhat is two plus two?<|assistant|>", "\n<think>2+2</think>\nFour.<|user|>"),
-        ("<|start|><|user|>\nWhat is two plus two?<|assistant|>\n<think></think>\nFour.<|user|>\nAre you sure?<|assistant|>",
-         "\n<think></think>\nYes.<|user|>"),
+        ("<|start|><|user|>\nWhat is two plus two?<|assistant|>\n<think></think>\nFour."
+         "<|user|>\nAre you sure?<|assistant|>", "\n<think></think>\nYes.<|user|>"),
     ],
     "closing": [
         ("<|user|>What is two plus two?<|assistant|><think>", "2+2</think>Four.<|end|>"),
@@ -227,7 +227,7 @@ def test_options_that_say_how_plain_rows_are_asked(folders, tmp_path):
 
 
 def test_two_renderings_that_differ_stop_the_run(folders, tmp_path):
-    """A folder whose template is another than the rows were asked with; a template of ms-swift's that renders otherwise."""
+    """Another folder's template than the rows were asked with; a template of ms-swift's that renders otherwise."""
     path, folder = tmp_path / "rows.jsonl", folders("thinking")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n')
     with ScriptedEngine(folder, cut_off=0.0) as engine:

@@ -44,7 +44,7 @@ def assert_only_the_head_changed(folder):
 
 
 def test_plain_swift_sft_trains_and_logs(run):
-    out, process = run
+    out, _ = run
     losses = logged(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
     rows = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]
@@ -58,7 +58,6 @@ def test_plain_swift_sft_trains_and_logs(run):
     step_losses = [rows[0][f"mtp_loss_{k}"] for k in (1, 2, 3)]
     weighted = (step_losses[0] + 0.6 * step_losses[1] + 0.36 * step_losses[2]) / 1.96
     assert rows[0]["loss"] == pytest.approx(weighted, rel=0.1)  # deeper steps have fewer rows, one shared divisor
-    assert "template 'qwen' renders like the tokenizer's chat template" in process.stdout + process.stderr
 
 
 def test_nothing_but_model_and_dataset(rows, tmp_path):
@@ -243,7 +242,7 @@ def distilled(tmp_path_factory):
     pairs = [
         (r["messages"][:1], r["messages"][1]["token_ids"]) for r in read_rows(path) if r["finish_reason"] == "stop"
     ]
-    history = {"role": "assistant", "content": "<think>\n3 by 4\n</think>\n\n12"}
+    history = {"role": "assistant", "content": "12"}  # this template leaves reasoning out
     pairs.append(([talk[0], history, talk[2]], ids))
     loss = tokens = 0
     for messages, answer in pairs:

@@ -321,8 +321,8 @@ class Worker:
             )
         raise FastMTPError(
             f"{where}: the server saw another prompt than the chat template of --model renders ({what}); serve the "
-            "model with the chat template of its own folder (no --chat-template, no default system prompt), or give the "
-            "folder that it is served from"
+            "model with the chat template of its own folder (no --chat-template, no default system prompt), or give "
+            "--model the folder that is served"
         )
 
 

@@ -1,9 +1,9 @@
 """How a row keeps the prompts that its answers were generated behind.
 
-Every message that a model generated has `token_ids`, what it answered, and `prompt_token_ids`, what it was asked with. A
-later turn's prompt mostly goes on from the turn before: then `prompt_shared` says how many tokens it begins with that
-are those of that turn's prompt and answer, and `prompt_token_ids` holds the others. So a row of many turns is as long as
-its conversation, not as its square.
+Every message that a model generated has `token_ids`, what it answered, and `prompt_token_ids`, what it was asked with.
+The prompt of a later turn mostly begins with prompt and answer of the turn before: then `prompt_shared` says how many
+tokens it has from there, and `prompt_token_ids` holds the others. So a row of many turns grows with its conversation,
+not with the square of it.
 """
 
 from typing import Any

@@ -101,8 +101,8 @@ def _hook_sft() -> None:
 
 
 def _hook_rendering(pipeline: Any) -> None:
-    """Rows are rendered by the chat template of the model's folder, before ms-swift encodes them: in training, and where
-    `swift export` makes a cached dataset."""
+    """Rows are rendered by the chat template of the model's folder before ms-swift encodes them: in training, and
+    where `swift export` makes a cached dataset."""
     prepare, load = pipeline._prepare_template, pipeline._get_dataset
 
     def _prepare_template(self: Any) -> None:

@@ -69,8 +69,8 @@ def as_token_ids(args: Any, template: Any, dataset: Any, on_bad_row: str, compar
     kept = examples.select([i for i, why in enumerate(examples["left_out"]) if not why]) if left_out else examples
     if not len(kept):
         raise FastMTPError(
-            "--dataset: no row is left; every answer was truncated (finish_reason 'length') or empty: distill again with "
-            "a larger --max_new_tokens"
+            "--dataset: no row is left; every answer was truncated (finish_reason 'length') or empty: distill again "
+            "with a larger --max_new_tokens"
         )
     return kept.remove_columns(["left_out", "source"])
 
@@ -165,8 +165,8 @@ class MakeExamples:
                 )
             if named is not None:
                 raise FastMTPError(
-                    f"--template {compare_with}: renders {source} otherwise than the chat template of {self.model_dir}, "
-                    f"which it is served with, from token {named.token} on: {named.kept!r}, and the folder's "
+                    f"--template {compare_with}: renders {source} otherwise than the chat template of "
+                    f"{self.model_dir}, which is served, from token {named.token} on: {named.kept!r}, and the folder's "
                     f"{named.rendered!r}; drop --template"
                 )
 

@@ -1,8 +1,8 @@
 """Template type `fastmtp`: the chat template of the model's own folder, which is what engines render.
 
-Rows reach it as token ids (`rendering.py` makes them of every dataset), in ms-swift's own form: a message whose content is
-a list of ids. So all that ms-swift does with rows goes on working: `--max_length`, truncation, packing, streaming, cached
-datasets, workers. Nothing is rendered a second time, and nothing is merged, stripped or added.
+Rows reach it as token ids (`rendering.py` makes them of every dataset), in ms-swift's own form: a message whose
+content is a list of ids. So all that ms-swift does with rows goes on working: `--max_length`, truncation, packing,
+streaming, cached datasets, workers. Nothing is rendered a second time, and nothing is merged, stripped or added.
 """
 
 from typing import Any
