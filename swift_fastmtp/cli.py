@@ -123,6 +123,10 @@ def _doctor(args: argparse.Namespace) -> None:
     from .export.doctor import examine
 
     findings = examine(args.folder, args.model, args.token_map, args.tp_size)
+    if args.data:
+        from .export.data_check import examine_data
+
+        findings += examine_data(args.folder, args.data)
     for finding in findings:
         print(finding)
     errors = sum(f.level == "error" for f in findings)
@@ -313,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", help="base model to compare with; default: the one the head was trained for")
     verb.add_argument("--token_map", help="file meant for SGLang's --speculative-token-map")
     verb.add_argument("--tp_size", type=int, default=1, help="planned tensor parallelism")
+    verb.add_argument("--data", help="rows to train on: are they rendered as they were asked?")
     verb.set_defaults(run=_doctor)
 
     verb = verbs.add_parser("simulate", help="acceptance without a server: every depth and every K at once")

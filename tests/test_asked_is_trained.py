@@ -5,15 +5,22 @@ import json
 import shutil
 
 import pytest
+import torch
 from chat_templates import TEMPLATES, with_template
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 from transformers import AutoTokenizer
 
+from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.evaluation.acceptance import make_texts
+from swift_fastmtp.evaluation.simulate import simulate
+from swift_fastmtp.export.data_check import examine_data
+from swift_fastmtp.modeling import load_model
 from swift_fastmtp.swift_plugin.register import register
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
@@ -264,3 +271,89 @@ def test_rows_that_cannot_be_trained_on_are_named(folders, tmp_path, caplog):
     with caplog.at_level("WARNING", logger="swift"):
         assert len(trained(folders("thinking"), path, **monkey)) == 2
     assert "3 of 5 rows skipped, which cannot be trained on" in caplog.text and "rows.jsonl:2" in caplog.text
+
+
+def test_data_is_checked_against_a_model(folders, tmp_path, capsys):
+    """`fastmtp doctor --data` and `fastmtp clean --model`: rows of this folder, of another one, and impossible ids."""
+    folder, path = folders("thinking"), tmp_path / "rows.jsonl"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n{"prompt": "Name a colour."}\n')
+    with ScriptedEngine(folder, cut_off=0.0) as engine:
+        distill(str(folder), str(tmp_path / "prompts.jsonl"), str(path), base_urls=[engine.url])
+    assert examine_data(folder, path) == []
+
+    foreign = [PLAIN[0], {"role": "assistant", "content": "It is four.", "token_ids": [5, 70000]}]
+    with open(path, "a") as file:
+        file.write(json.dumps({"messages": foreign}) + "\n" + json.dumps({"messages": 5}) + "\n")
+    (unusable,) = examine_data(folder, path)
+    assert unusable.level == "error" and "2 of 4 rows cannot be trained on; first: " in unusable.what
+    assert "rows.jsonl:3: holds token id 70000, the model has 6144" in unusable.what
+    other, _ = examine_data(folders("calls"), path)
+    assert (
+        "renders 2 of 4 rows otherwise than they were asked" in other.what and "rows.jsonl:1: from token" in other.what
+    )
+
+    for name, kept in (("thinking", 2), ("calls", 1)):
+        cleaned = tmp_path / f"{name}.jsonl"
+        options = {"model": str(folders(name)), "filters": ["asked"], "on_bad_row": "skip"}
+        with open(path, "a") as file:
+            file.write(json.dumps({"messages": PLAIN[:2], "id": name}) + "\n")
+        clean([str(path)], str(cleaned), **options)
+        report = json.loads((tmp_path / f"{name}.jsonl.report.json").read_text())
+        assert report["removed"]["asked"]["rows"] == 3 - kept + (name == "calls")
+
+
+def test_a_folder_without_a_chat_template_is_refused_at_once(tmp_path):
+    """By the first command, with the reason; DeepSeek-V3.2 ships Python code instead of a template."""
+    folder = with_template("calls", tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n')
+    for encoder, what in (
+        (False, "take the folder of the chat model"),
+        (True, r"encoding/encoding_x\.py\), which is not run"),
+    ):
+        if encoder:
+            (folder / "encoding").mkdir()
+            (folder / "encoding" / "encoding_x.py").write_text("raise SystemExit('this code was run')")
+        with pytest.raises(FastMTPError, match=rf"has no chat template.*{what}"):
+            distill(str(folder), str(tmp_path / "prompts.jsonl"), str(tmp_path / "rows.jsonl"))
+        with pytest.raises(FastMTPError, match=rf"has no chat template.*{what}"):
+            simulate(str(folder), [], str(tmp_path / "prompts.jsonl"))
+        assert any(
+            what.split("(")[0][:10] in str(finding) for finding in examine_data(folder, tmp_path / "prompts.jsonl")
+        )
+
+
+def test_distill_skips_what_the_template_refuses(folders, tmp_path):
+    """From a server and in process: the row is named, or counted, and the others are answered."""
+    late = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Hello."}\n' + json.dumps({"messages": late}) + "\n")
+    folder = str(folders("thinking"))
+    with ScriptedEngine(folders("thinking")) as engine:
+        for where in ({"base_urls": [engine.url]}, {}):
+            output = tmp_path / f"{len(where)}.jsonl"
+            options = {**where, "max_new_tokens": 4}
+            with pytest.raises(
+                FastMTPError, match=r"prompts\.jsonl:2: .*a system message must come first.*--on_bad_row skip"
+            ):
+                distill(folder, str(prompts), str(output), **options)
+            shutil.rmtree(f"{output}.parts")
+            distill(folder, str(prompts), str(output), on_bad_row="skip", **options)
+            refused = json.loads((tmp_path / f"{output.name}.report.json").read_text())["refused_rows"]
+            assert len(read_rows(output)) == 1 and refused["count"] == 1 and "prompts.jsonl:2" in refused["rows"][0]
+
+
+def test_simulate_asks_with_the_rows_tools_and_switches(folders):
+    """Generated and given answers stand behind the prompt that a server would be asked with."""
+    folder = folders("calls")
+    model, tokenizer = load_model(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model.fastmtp = FastMTPConfig()
+    row = {
+        "tools": TOOLS,
+        "messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi there."}],
+    }
+    prompt = tokenizer.apply_chat_template(row["messages"][:1], tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    for answers in ("generate", "given"):
+        (text,) = make_texts(model, tokenizer, [row], 4, answers, 1)
+        assert tokenizer.decode(text.ids[: text.start]) == prompt and "look_up" in prompt
+    assert tokenizer.decode(text.ids[text.start : text.end]) == "Hi there.<|im_end|>"

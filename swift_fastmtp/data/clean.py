@@ -16,6 +16,7 @@ from .. import __version__
 from ..checkpoints import file_hash, write_json
 from ..errors import FastMTPError
 from .filters import (
+    Asked,
     Decontaminate,
     Language,
     Length,
@@ -30,7 +31,7 @@ from .filters import (
 from .near_duplicates import ExactDuplicates, NearDuplicates
 from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, refuse_existing, write_rows
 
-ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate)
+ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate, Asked)
 """In the order in which they are asked."""
 FILTERS = (*(f.name for f in ROW_FILTERS), "exact_duplicates", "near_duplicates")
 DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "refusals")
@@ -91,7 +92,7 @@ def clean(
     if removed:
         refuse_existing(removed)
     tokens = TokenCounter(model)
-    judges, values = _row_filters(chosen, tokens, parameters)
+    judges, values = _row_filters(chosen, tokens, model, parameters)
     hashes = [file_hash(path) for path in inputs]
 
     bad = BadRows(on_bad_row)
@@ -160,7 +161,7 @@ def _choose(filters: Sequence[str] | None, skip_filters: Sequence[str]) -> set[s
 
 
 def _row_filters(
-    chosen: set[str], tokens: TokenCounter, parameters: dict[str, Any]
+    chosen: set[str], tokens: TokenCounter, model: str | None, parameters: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The chosen filters that look at one row, and the values of their parameters."""
     unknown = set(parameters) - {f.name for kind in ROW_FILTERS for f in _parameters(kind)}
@@ -174,7 +175,12 @@ def _row_filters(
         own = {f.name: parameters[f.name] for f in _parameters(kind) if f.name in parameters}
         if kind is Decontaminate and not own:
             own = {"decontaminate": _tasks_here()}
-        judge: Any = Length(tokens, **own) if kind is Length else kind(**own)
+        if kind is Length:
+            judge: Any = Length(tokens, **own)
+        elif kind is Asked:
+            judge = Asked(model)
+        else:
+            judge = kind(**own)
         judges.append(judge)
         values |= {f.name: getattr(judge, f.name) for f in _parameters(kind)}
     return judges, values

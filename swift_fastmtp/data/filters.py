@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
+from ..families import config_value, read_config
 from .chat_template import load_tokenizer
 from .conversation import COMPLETE, said
+from .examples import check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .near_duplicates import prompt_and_answer
 from .rows import Row
@@ -325,6 +327,32 @@ def _task_texts(path: str) -> list[str]:
     if not texts:
         raise FastMTPError(f"--decontaminate {path}: holds no tasks")
     return texts
+
+
+@dataclass
+class Asked:
+    """Rows that the chat template of --model renders otherwise than they were asked, or cannot render, and rows with
+    ids that it does not have. Only with --model."""
+
+    model: str | None = None
+    name: ClassVar[str] = "asked"
+
+    def __post_init__(self) -> None:
+        self._tokenizer = load_tokenizer(self.model) if self.model else None
+        self._vocab_size = config_value(read_config(self.model), "vocab_size") if self.model else 0
+
+    def __call__(self, row: Row) -> str | None:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            return None
+        try:
+            other = rendered_otherwise(self._tokenizer, row)
+            for example in training_examples(self._tokenizer, row):
+                check_vocabulary(example, self._vocab_size)
+        except FastMTPError as error:
+            return str(error)
+        if other is None:
+            return None
+        return f"asked {other.kept!r}, the chat template of --model renders {other.rendered!r}"
 
 
 class TokenCounter:
