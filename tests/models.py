@@ -378,7 +378,7 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
     return target
 
 
-# As Qwen3.5's renders a plain conversation, which tells ms-swift's templates apart.
+# As Qwen3.5's renders a plain conversation.
 _THINKING = (
     "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}"

@@ -151,10 +151,10 @@ def table(record):
     lines = [
         "# Trained behind what was asked",
         "",
-        f"{record['answers']} held-out answers, {record['tokens']} tokens, greedy, {record['seeds']} seeds pooled, 95 % "
-        "bootstrap intervals over answers. The tiny model answers behind a prompt that opens `<think>`; the same answers "
-        "are trained on behind that prompt, and behind the one that ms-swift's own template renders, which leaves it out. "
-        "Made by `benchmarks/data/asked.py`.",
+        f"{record['answers']} held-out answers, {record['tokens']} tokens, greedy, {record['seeds']} seeds pooled, "
+        "95 % bootstrap intervals over answers. The tiny model answers behind a prompt that opens `<think>`; the same "
+        "answers are trained on behind that prompt, and behind the one that ms-swift's own template renders, which "
+        "leaves it out. Made by `benchmarks/data/asked.py`.",
         "",
         "| τ | " + " | ".join(f"K = {k}" for k in depths) + " |",
         "|---|" + "---:|" * len(depths),
