@@ -337,7 +337,6 @@ def test_distill_skips_what_the_template_refuses(folders, tmp_path):
                 FastMTPError, match=r"prompts\.jsonl:2: .*a system message must come first.*--on_bad_row skip"
             ):
                 distill(folder, str(prompts), str(output), **options)
-            shutil.rmtree(f"{output}.parts")
             distill(folder, str(prompts), str(output), on_bad_row="skip", **options)
             refused = json.loads((tmp_path / f"{output.name}.report.json").read_text())["refused_rows"]
             assert len(read_rows(output)) == 1 and refused["count"] == 1 and "prompts.jsonl:2" in refused["rows"][0]

@@ -87,7 +87,6 @@ def distill(
         **asdict(sampling),
         "num_answers": num_answers,
         "seed": seed,
-        "on_bad_row": on_bad_row,
     }
     if model is not None:
         settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family), "dtype": str(model.dtype)}
@@ -108,7 +107,8 @@ def distill(
         missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
         print(f"shard {shard} is finished; {missing} answers of other shards are missing in {job.folder}")
         return Path(output).exists()
-    _report(output, settings, source, refused)
+    # Not a setting of the job: whoever was stopped by a row goes on without it.
+    _report(output, {**settings, "on_bad_row": on_bad_row}, source, refused)
     return True
 
 

@@ -68,6 +68,9 @@ def as_token_ids(args: Any, template: Any, dataset: Any, on_bad_row: str, compar
     _log_left_out(examples, left_out, len(dataset))
     kept = examples.select([i for i, why in enumerate(examples["left_out"]) if not why]) if left_out else examples
     if not len(kept):
+        why = examples[left_out[0]]
+        if why["left_out"] != UNFINISHED:
+            raise FastMTPError(f"--dataset: no row is left; {why['source']}: {why['left_out']}")
         raise FastMTPError(
             "--dataset: no row is left; every answer was truncated (finish_reason 'length') or empty: distill again "
             "with a larger --max_new_tokens"
