@@ -88,7 +88,7 @@ def distill(
         with tqdm(total=len(keys), initial=len(keys) - len(left), unit="row", desc="distill", smoothing=0.05) as bar:
             worker = Worker(source, sampling, tokenizer, num_answers, seed, part, bar)
             if base_urls:
-                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
+                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds, concurrency)
                 asyncio.run(worker.from_servers(servers, left, concurrency))
             else:
                 worker.in_process(model, keys, set(left), batch_size)
