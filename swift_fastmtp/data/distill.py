@@ -94,9 +94,11 @@ def distill(
                 worker.in_process(model, keys, set(left), batch_size)
     refused = job.merge(source.count * num_answers)
     if refused is None:
-        missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
-        print(f"shard {shard} is finished; {missing} answers of other shards are missing in {job.folder}")
-        return Path(output).exists()
+        if job.missing:
+            print(f"shard {shard} is finished; {job.missing} answers of other shards are missing in {job.folder}")
+        else:
+            print(f"shard {shard} is finished; another worker has written {output}")
+        return not job.missing
     _report(output, settings, source, refused)
     return True
 
