@@ -208,8 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
     verb.add_argument("--concurrency", type=int, default=128, help="conversations at a time, on servers")
-    verb.add_argument("--timeout", type=float, default=600, help="seconds for one answer, on servers")
-    verb.add_argument("--retry_seconds", type=float, default=600, help="how long to wait for a server that is gone")
+    verb.add_argument(
+        "--timeout", type=float, default=600, help="seconds of silence until a server must show that it lives"
+    )
+    verb.add_argument(
+        "--retry_seconds", type=float, default=600, help="a request is repeated so long after its first failure"
+    )
     verb.add_argument("--batch_size", type=int, default=32, help="conversations at a time, in process")
     verb.add_argument(
         "--torch_dtype",
@@ -362,8 +366,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
-    verb.add_argument("--timeout", type=float, help="seconds for one answer; default: 600")
-    verb.add_argument("--retry_seconds", type=float, help="how long to wait for a server that fails; default: 60")
+    verb.add_argument(
+        "--timeout", type=float, help="seconds of silence until a server must show that it lives; default: 600"
+    )
+    verb.add_argument(
+        "--retry_seconds", type=float, help="a request is repeated so long after its first failure; default: 60"
+    )
     verb.set_defaults(run=_bench)
 
     verb = verbs.add_parser("report", help="tables, plots and one page from results of fastmtp bench")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -362,3 +363,20 @@ def test_parts_survive_any_cut(tmp_path):
             part.write(records[kept:])
         assert path.read_bytes() == whole
         assert job.merge(3) == [] and len(read_rows(Path(job.output))) == 3
+
+
+def test_workers_that_end_and_begin_together_see_the_output(tmp_path):
+    """One of them merges; the others find the output, none a half removed folder, and none answers anything again."""
+    command = [sys.executable, str(ROOT / "tests/job_workers.py"), str(tmp_path), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_parts_folder_that_somebody_removed_is_one_line(tmp_path):
+    job = Job(tmp_path / "o.jsonl", {})
+    with job.part(0, 1) as part:
+        part.write([{"key": [0, 0], "row": {"messages": []}}])
+        shutil.rmtree(job.folder)
+    for ask in (job.finished, lambda: job.merge(1), lambda: job.part(0, 1).__enter__()):
+        with pytest.raises(FastMTPError, match=r"o\.jsonl\.parts: was removed while this job ran; start again"):
+            ask()

@@ -98,15 +98,17 @@ def distill(
         with tqdm(total=len(keys), initial=len(keys) - len(left), unit="row", desc="distill", smoothing=0.05) as bar:
             worker = Worker(source, sampling, tokenizer, num_answers, seed, part, bar)
             if base_urls:
-                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
+                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds, concurrency)
                 asyncio.run(worker.from_servers(servers, left, concurrency))
             else:
                 worker.in_process(model, keys, set(left), batch_size)
     refused = job.merge(source.count * num_answers)
     if refused is None:
-        missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
-        print(f"shard {shard} is finished; {missing} answers of other shards are missing in {job.folder}")
-        return Path(output).exists()
+        if job.missing:
+            print(f"shard {shard} is finished; {job.missing} answers of other shards are missing in {job.folder}")
+        else:
+            print(f"shard {shard} is finished; another worker has written {output}")
+        return not job.missing
     # Not a setting of the job: whoever was stopped by a row goes on without it.
     _report(output, {**settings, "on_bad_row": on_bad_row}, source, refused)
     return True

@@ -155,7 +155,16 @@ def _left(plan: Plan, record: dict[str, Any], records: list[Record]) -> dict[Run
 
 
 def _engine(url: str, plan: Plan, tokenizer: Any, api_key: str | None) -> Engine:
-    return Engine(url, tokenizer, plan.sampling, plan.served_model_name, api_key, plan.timeout, plan.retry_seconds)
+    return Engine(
+        url,
+        tokenizer,
+        plan.sampling,
+        plan.served_model_name,
+        api_key,
+        timeout=plan.timeout,
+        retry_seconds=plan.retry_seconds,
+        concurrency=max(plan.concurrency),
+    )
 
 
 def _meet(plan: Plan, folder: Path, tokenizer: Any, api_key: str | None) -> None:

@@ -20,6 +20,7 @@ from ..checkpoints import check_head, head_reader, write_json
 from ..config import FastMTPConfig
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
+from ..data.generate import padding_id
 from ..data.rows import read_rows
 from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
@@ -141,7 +142,7 @@ def simulate(
     results: list[HeadResult] = []
     for name, head in heads.items():
         load_head(model, head, expected)
-        shared = (model, texts, tokenizer.pad_token_id, batch_size)
+        shared = (model, texts, padding_id(model, tokenizer), batch_size)
         found_by = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
         if temperature > 0:
             found_by["sampled"] = sampled_acceptance(*shared, temperature, list(maps.values()), name, top_k, top_p)
