@@ -27,6 +27,8 @@ from .headers import entries_of
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64", "F8_E4M3": "float8_e4m3fn",
+           "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64"}  # fmt: skip
 
 
 class Weights:
@@ -54,6 +56,11 @@ class Weights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(_open(self.file_of[name]).get_slice(name).get_shape())
+
+    def dtypes(self) -> dict[str, str]:
+        """Type of every tensor, by the files' headers, as torch calls it; as safetensors does where torch has none."""
+        entries = (entries_of(path) for path in self.files)
+        return {name: _DTYPES.get(entry.dtype, entry.dtype) for file in entries for name, entry in file.items()}
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by the files' headers."""

@@ -20,8 +20,8 @@ from ..fp8 import SCALE
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from .inspection import MTP_WORD
+from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
-_LEFT_OUT = ("ignore", "modules_to_not_convert", "ignored_layers")
 _PLAIN = {"bfloat16", "float16", "float32"}
 # A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
 _SHARED_KEYS = (
@@ -67,6 +67,11 @@ def examine(
     config = read_config(folder)
     family = match_family(config, folder / "config.json")
     findings = list(_config(config, family))
+    try:
+        read_quantization(config, folder)
+    except FastMTPError as error:
+        why = "engines read it to build the model"
+        return [*findings, Finding("error", str(error), why, "take it from the base model's own config.json")]
     try:
         weights = Weights(folder)
     except FastMTPError as error:
@@ -119,8 +124,14 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
+    parts = parts_of(family, expected)
+    stored = _stored(weights, family, parts)
     found = {n for n in weights.file_of if family.owns(n) and not family.is_copy(n)}
     found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
+    # A matrix in another quantised form than FP8 blocks: its tensors have other names, shapes or meanings.
+    packed = {m for m, names in stored.items() if _is_packed(m, names)}
+    found -= {n for m in packed for n in stored[m]}
+    expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
     for name in sorted(set(expected) - found):
         yield Finding(
             "error",
@@ -144,7 +155,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
-    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of and not family.proj_in_fp8:
+    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of and SGLANG not in family.quantized_proj:
         yield Finding(
             "error",
             f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
@@ -152,7 +163,8 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "start from a checkpoint that leaves it out of the quantisation",
         )
     named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
-    yield from _dtypes(weights, config, named)
+    yield from _dtypes(weights, config, named, packed)
+    yield from _quantization(folder, weights, config, family, parts, stored)
 
 
 def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
@@ -176,27 +188,19 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
-def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
-    quantised = config_value(config, "quantization_config")
+def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: set[str]) -> Iterator[Finding]:
+    dtypes = weights.dtypes()
     blocks = {n for n in names if n + SCALE in weights.file_of}
-    kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names if n not in blocks}
-    if kinds - _PLAIN:
+    kinds = {dtypes[n] for n in names if n not in blocks}
+    if kinds - _PLAIN or packed:
+        what = ", ".join([*sorted(kinds - _PLAIN), *sorted(packed)[:1], *(["..."] if len(packed) > 1 else [])])
         yield Finding(
             "warning",
-            f"the MTP layer is quantised ({', '.join(sorted(kinds - _PLAIN))})",
+            f"the MTP layer is quantised ({what})",
             "drafts follow small differences in hidden states; a quantised layer is often never accepted",
             "keep the MTP layer in the source precision",
         )
-    if quantised:
-        listed = [m for key in _LEFT_OUT for m in quantised.get(key) or []]
-        if not blocks and kinds <= _PLAIN and not any("mtp" in str(m) for m in listed):
-            yield Finding(
-                "error",
-                "quantization_config does not leave out the MTP layer, whose tensors are not quantised",
-                "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
-                "a folder of the MTP layer alone needs no quantization_config; in a full checkpoint add the layer to "
-                '"ignore" (compressed-tensors) or "modules_to_not_convert"',
-            )
+    if read_quantization(config, weights.folder):
         return
     backbone = config_value(config, "dtype") or config_value(config, "torch_dtype")
     if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
@@ -205,6 +209,117 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
             f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
             "engines convert while loading; a mixture is a sign of a hand-made checkpoint",
             "`fastmtp export` casts to the model's dtype",
+        )
+
+
+def _stored(weights: Weights, family: Family, parts: list[Part]) -> dict[str, list[str]]:
+    """Module of the MTP layer that engines may quantise → its tensors: the matrix, its scales, its packed form."""
+    modules = {m for part in parts for m in part.modules}
+    stored: dict[str, list[str]] = {m: [] for m in modules}
+    for name in weights.file_of:
+        if not family.owns(name):
+            continue
+        # Scales stand under the module (`fc.weight_scale`), bitsandbytes' under the matrix (`fc.weight.absmax`), those
+        # of joined experts beside it (`experts.gate_up_proj_scale_inv`).
+        path = name
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        path = path or next((m for m in modules if name.startswith(f"{m}_")), "")
+        if path and not name.endswith(".bias"):
+            stored[path].append(name)
+    return stored
+
+
+def _is_packed(module: str, names: list[str]) -> bool:
+    """Whether a matrix is quantised otherwise than in FP8 blocks."""
+    matrix = f"{module}.weight" if f"{module}.weight" in names else module
+    return bool(set(names) - {matrix, matrix + SCALE})
+
+
+def _quantization(
+    folder: Path,
+    weights: Weights,
+    config: dict[str, Any],
+    family: Family,
+    parts: list[Part],
+    stored: dict[str, list[str]],
+) -> Iterator[Finding]:
+    """Whether engines build each part of the layer in the form in which it is stored."""
+    try:
+        quantization = read_quantization(config, folder)
+        if quantization is None:
+            return
+        readings = {part: left_out(quantization, part) for part in parts if any(stored[m] for m in part.modules)}
+    except FastMTPError as error:
+        why = "engines read it to build the model"
+        yield Finding("error", str(error), why, "export again, from the base model's own config.json")
+        return
+    dtypes = weights.dtypes()
+    is_quantized = {p: [m for m in p.modules if _is_quantized(stored[m], dtypes)] for p in readings}
+    plain = [p for p in readings if not is_quantized[p]]
+    if not quantization.known:
+        if plain:
+            yield Finding(
+                "warning",
+                f"quantization_config is {quantization.method!r}: whether it leaves out the MTP layer was not checked",
+                "this package does not know how engines read that method; a plain layer that is built quantised "
+                "accepts nothing (accept length 1.0)",
+                "look at the accept length that the server logs",
+            )
+        return
+    yield from _built_quantized(quantization, family, readings, plain)
+    for part, modules in is_quantized.items():
+        by_engine = {r: out for r, out in (readings[part] or {}).items() if r in part.engines}
+        if modules and by_engine and all(by_engine.values()):
+            yield Finding(
+                "error",
+                f"{listed(modules)}: quantised, but {quantization.file} leaves it out of the quantisation",
+                "the engine builds a plain matrix, and loads these numbers without their scales",
+                f'take it out of "{quantization.key}", or store it plain',
+            )
+
+
+def _is_quantized(names: list[str], dtypes: dict[str, str]) -> bool:
+    """By its tensors: several, or one that is no plain number."""
+    return len(names) > 1 or any(dtypes[n] not in _PLAIN for n in names)
+
+
+def _built_quantized(
+    quantization: Quantization, family: Family, readings: dict[Part, dict[str, bool] | None], plain: list[Part]
+) -> Iterator[Finding]:
+    """Parts that are stored plain, but that an engine would build quantised."""
+    by_all: list[str] = []
+    by_one: dict[str, list[str]] = {}
+    one_builds = [p for p in plain if len(p.engines) == 1 and family.vllm]
+    for part in [*(p for p in plain if p not in one_builds), *one_builds]:
+        reading = readings[part] or {}
+        building = [r for r, out in reading.items() if r in part.engines and not out]
+        # A tool or another engine that leaves it out, or that has it plain in any case: one engine's gap, and no
+        # mistake of the checkpoint. But where nothing is left out, nor is this.
+        if any(reading.values()) or (part in one_builds and not by_all):
+            for engine in building:
+                by_one.setdefault(engine, []).extend(part.modules)
+        elif building:
+            by_all.extend(part.modules)
+    method = f"quantization_config ({quantization.method})"
+    how = fix(quantization, family, by_all or [m for modules in by_one.values() for m in modules])
+    if by_all:
+        what = f"{method} does not leave out the MTP layer, whose tensors are not quantised: {listed(by_all)}"
+        if any(any((readings[part] or {}).values()) for part in plain):
+            what = f"{method} leaves out a part of the MTP layer only; also plain, but not left out: {listed(by_all)}"
+        yield Finding(
+            "error",
+            what,
+            "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
+            f"{how}; a folder of the MTP layer alone needs no quantization_config",
+        )
+    for engine, modules in by_one.items():
+        flag = {SGLANG: " or serve with `--speculative-draft-model-quantization unquant`", VLLM: ""}[engine]
+        yield Finding(
+            "warning",
+            f"{method}: {engine} does not read it as leaving out {listed(modules)}",
+            f"{engine} builds them quantised, skips the plain tensors, and accepts nothing (accept length 1.0)",
+            how + flag,
         )
 
 

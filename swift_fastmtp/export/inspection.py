@@ -15,6 +15,7 @@ from ..families import FAMILIES, Family, config_value, find_family, is_embedding
 from ..fp8 import SCALE
 from ..headers import Headers, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
+from .quantization import read_quantization, summary
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -91,7 +92,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         mtp_dtypes=dict(Counter(_FLOATS.get(e.dtype, e.dtype) for e in head)),
         mtp_files=sorted({e.file.name for e in head}),
         own_matrices=[n for n in names if _OWN_HEAD.search(n)],
-        quantization=_quantization(config),
+        quantization=_quantization(folder, config, family),
         tied_head=bool(config_value(config, "tie_word_embeddings")),
         backbone_tensors=len(rest),
         backbone_bytes=sum(e.size for e in rest),
@@ -210,9 +211,14 @@ def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | No
     return next((v for k in keys if isinstance(v := config_value(config, k), int)), None)
 
 
-def _quantization(config: dict[str, Any]) -> str | None:
-    found = config_value(config, "quantization_config")
-    return str(found.get("quant_method") or "yes") if isinstance(found, dict) and found else None
+def _quantization(folder: Path, config: dict[str, Any], family: Family | None) -> str | None:
+    """The method, and whether it leaves out the MTP layer."""
+    try:
+        if read_quantization(config, folder) is None:
+            return None
+        return summary(config, folder, family, _head_shapes(folder) if family else {})
+    except FastMTPError:  # what cannot be read is among the reasons, or the doctor's to explain
+        return "yes"
 
 
 def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
