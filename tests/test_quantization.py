@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.export.doctor import examine
-from swift_fastmtp.export.inspection import inspect_model
+from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.export.quantization import METHODS, left_out, parts_of, read_quantization
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.families import match_family, read_config
@@ -365,13 +365,12 @@ def test_sglang_is_told_to_draft_with_a_plain_layer(plain_models, tmp_path):
 def test_inspect_says_the_method_and_whether_the_layer_is_left_out(plain_models, tmp_path):
     form = LEFT_OUT["AWQ, numbered layer, GLM-4.5-Air"]
     out = declared(plain_models["glm4_moe"], tmp_path / "out", form[1])
-    assert inspect_model(out).quantization == "awq, the MTP layer left out"
-    assert (
-        inspect_model(declared(out, tmp_path / "part", form[2])).quantization == "awq, a part of the MTP layer left out"
-    )
-    assert inspect_model(declared(out, tmp_path / "none", AWQ)).quantization == "awq, the MTP layer not left out"
-    assert inspect_model(declared(out, tmp_path / "other", {"quant_method": "hqq"})).quantization == "hqq"
-    assert inspect_model(TINY).quantization is None
+    shown = text(inspect_model(out))
+    assert re.search("quantised +awq, the MTP layer left out\n", shown)
+    assert inspect_model(declared(out, tmp_path / "part", form[2])).mtp_left_out == "partly left out"
+    assert inspect_model(declared(out, tmp_path / "none", AWQ)).mtp_left_out == "not left out"
+    assert inspect_model(declared(out, tmp_path / "other", {"quant_method": "hqq"})).mtp_left_out is None
+    assert inspect_model(TINY).mtp_left_out is None
 
 
 def test_headers_name_types_as_torch_does(tmp_path):

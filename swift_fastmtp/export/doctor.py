@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json, read_plain
+from ..checkpoints import SETTINGS_FILE, Weights, has_fingerprint, read_json, read_plain
 from ..errors import FastMTPError
 from ..families import Family, config_value, match_family, read_config
 from ..fp8 import DTYPE as FP8
@@ -328,7 +328,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
     here = folder if weights.has_backbone(read_config(folder)) else base
-    if trained_for and (here / "config.json").exists() and fingerprint(here, family) != trained_for:
+    if trained_for and (here / "config.json").exists() and not has_fingerprint(here, family, trained_for):
         yield Finding(
             "error",
             f"the head was trained for another backbone than {here}",

@@ -569,13 +569,22 @@ def _escaped(path: str) -> str:
     return path.replace(".", "[.]")
 
 
-def summary(config: dict[str, Any], folder: Path, family: Family | None, expected: dict[str, tuple[int, ...]]) -> str:
-    """The method, and whether the MTP layer is left out, in a few words; `expected` as for `parts_of`."""
-    quantization = read_quantization(config, folder)
-    assert quantization is not None
-    if family is None or not expected or not quantization.known:
-        return quantization.method
-    readings = [left_out(quantization, part) for part in parts_of(family, expected) if part.engines]
+def left_out_in_words(
+    folder: Path, config: dict[str, Any], family: Family | None, shapes: Callable[[Path], dict[str, tuple[int, ...]]]
+) -> str | None:
+    """ "left out", "partly left out" or "not left out"; None where nothing is quantised, or it cannot be told.
+
+    Args:
+        shapes: `modeling.head_shapes`, which is asked only where it is needed.
+    """
+    try:
+        quantization = read_quantization(config, folder)
+        if quantization is None or family is None or not quantization.known:
+            return None
+        readings = [left_out(quantization, part) for part in parts_of(family, shapes(folder)) if part.engines]
+    except FastMTPError:  # inspect lists it among its reasons, or it is the doctor's to explain
+        return None
     out = [any(reading.values()) for reading in readings if reading]
-    how = "left out" if all(out) else "a part of the MTP layer left out" if any(out) else "not left out"
-    return f"{quantization.method}, {how if how.startswith('a part') else f'the MTP layer {how}'}"
+    if all(out):
+        return "left out"
+    return "partly left out" if any(out) else "not left out"
