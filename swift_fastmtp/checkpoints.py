@@ -258,10 +258,11 @@ def _checksums(file: Any, parts: list[tuple[int, int]]) -> str:
     """
     sums = hashlib.sha256()
     buffer = np.zeros(_PIECE, dtype=np.uint8)
+    view = memoryview(buffer.data)
     for start, length in parts:
         file.seek(start)
         for done in range(0, length, _PIECE):
-            piece = memoryview(buffer)[: min(_PIECE, length - done)]
+            piece = view[: min(_PIECE, length - done)]
             filled = 0
             while filled < len(piece):
                 count = file.readinto(piece[filled:])

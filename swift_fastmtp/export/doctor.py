@@ -23,19 +23,28 @@ from .inspection import MTP_WORD
 from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
 _PLAIN = {"bfloat16", "float16", "float32"}
-# A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
-_SHARED_KEYS = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
+# A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. Missing is the
+# value that transformers takes for it, where there is one for all families.
+_SHARED_KEYS: dict[str, Any] = {
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": None,
+    "rms_norm_eps": None,
+    "max_position_embeddings": None,
+    "hidden_act": "silu",
+    "attention_bias": None,
+    "tie_word_embeddings": False,
+    "layer_types": None,
+    "sliding_window": None,
+    "num_experts_per_tok": None,
+    "norm_topk_prob": None,
+    "routed_scaling_factor": None,
+    "n_group": None,
+    "topk_group": None,
+}
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -338,15 +347,14 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
     if base.resolve() == folder.resolve() or not (base / "config.json").exists():
         return
     here_config, base_config = read_config(folder), read_config(base)
-    for key in _SHARED_KEYS:
+    for key in _differences(here_config, base_config):
         ours, theirs = config_value(here_config, key), config_value(base_config, key)
-        if ours != theirs:
-            yield Finding(
-                "error",
-                f"config.json: {key} is {ours}, in {base} it is {theirs}",
-                "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
-                "use the base model's value in both",
-            )
+        yield Finding(
+            "error",
+            f"config.json: {key} is {ours}, in {base} it is {theirs}",
+            "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
+            "use the base model's value in both",
+        )
     original = Weights(base)
     names = [n for n in weights.under(*family.roots) if n in original.file_of and not family.is_copy(n)]
     yield from _forms(weights, original, here_config, base, names)
@@ -358,6 +366,48 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             "it is the untrained head: it drafts one token well and then collapses",
             "export the checkpoint of a training run",
         )
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Keys by which two config.json describe other computations, however they are written."""
+    keys = [key for key in _SHARED_KEYS if _meant(ours, key) != _meant(theirs, key)]
+    if None in (_meant(ours, "layer_types"), _meant(theirs, "layer_types")) and "layer_types" in keys:
+        keys.remove("layer_types")  # transformers makes it of other keys where it is missing
+    if _rope(ours) != _rope(theirs):
+        keys += [key for key in _ROPE_KEYS if config_value(ours, key) != config_value(theirs, key)]
+    return keys
+
+
+def _meant(config: dict[str, Any], key: str) -> Any:
+    """What a key comes to."""
+    value = config_value(config, key)
+    if key == "sliding_window" and not config_value(config, "use_sliding_window", True):
+        return None
+    if key == "head_dim" and value is None:
+        size, heads = (config_value(config, k) for k in ("hidden_size", "num_attention_heads"))
+        return size // heads if isinstance(size, int) and isinstance(heads, int) and heads else None
+    if key == "num_key_value_heads" and value is None:
+        return config_value(config, "num_attention_heads")
+    return _SHARED_KEYS[key] if value is None else value
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE in one form: transformers 5 has all of it in `rope_parameters`, before there were `rope_theta`,
+    `rope_scaling` and `partial_rotary_factor`, and in that `type` for `rope_type`."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config_value(config, key)
+        if isinstance(value, dict):
+            rope |= value
+    for key in ("rope_theta", "partial_rotary_factor"):
+        rope.setdefault(key, config_value(config, key))
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind)
+    if rope["rope_type"] in (None, "default", "mrope"):  # sections of axes; for text the plain RoPE
+        rope["rope_type"] = "default"
+    if rope["partial_rotary_factor"] == 1:
+        rope["partial_rotary_factor"] = None
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def _forms(
