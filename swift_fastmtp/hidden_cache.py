@@ -30,9 +30,41 @@ _INFO = "cache.json"
 _SCHEMA = "swift_fastmtp.hidden_cache/2"
 # Keys of a config that do not change the backbone's states: names and versions, token ids, what generation, heads and
 # losses read. `dtype` is the cache's own. Everything else does, or may.
-_NO_STATES = frozenset(
-    ["_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "tie_word_embeddings", "num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "num_mtp_layers", "mtp_loss_scaling_factor", "id2label", "label2id", "problem_type", "finetuning_task", "output_attentions", "output_hidden_states", "return_dict", "output_router_logits", "router_aux_loss_coef", "aux_loss_alpha", "initializer_range", "is_decoder", "is_encoder_decoder", "fastmtp_token_maps", "keys_to_ignore_at_inference"]
-)
+_NO_STATES = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "tie_word_embeddings",
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
+    "num_mtp_layers",
+    "mtp_loss_scaling_factor",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "finetuning_task",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "fastmtp_token_maps",
+    "keys_to_ignore_at_inference",
+}
 
 
 def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None, quantization: Any) -> dict[str, Any]:

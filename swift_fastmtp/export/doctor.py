@@ -23,8 +23,8 @@ from .inspection import MTP_WORD
 from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
 _PLAIN = {"bfloat16", "float16", "float32"}
-# A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. Missing is the
-# value that transformers takes for it, where there is one for all families.
+# A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
+# what transformers takes for a missing one, where that is the same for all families.
 _SHARED_KEYS: dict[str, Any] = {
     "hidden_size": None,
     "num_attention_heads": None,
