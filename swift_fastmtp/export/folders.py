@@ -25,6 +25,7 @@ from ..checkpoints import (
     WEIGHTS_FILE,
     Weights,
     fingerprint,
+    has_fingerprint,
     head_reader,
     link_or_copy,
     new_folder,
@@ -222,8 +223,8 @@ def _collect(
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = find_family(read_config(base), base / "config.json")
-    identity = fingerprint(base, family)
-    if known.get("base_fingerprint", identity) != identity:
+    recorded = known.get("base_fingerprint")
+    if recorded and not has_fingerprint(base, family, recorded):
         raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
     from ..modeling import head_shapes  # torch models only from here on
 
@@ -240,7 +241,9 @@ def _collect(
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
     if not known:
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
-        known = settings(FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), identity)
+        known = settings(
+            FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), fingerprint(base, family)
+        )
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
     return base, family, trained, expected, known
