@@ -40,6 +40,7 @@ def _distill(args: argparse.Namespace) -> None:
         shard=args.shard,
         on_bad_row=args.on_bad_row,
         torch_dtype=args.torch_dtype,
+        prompt_names=args.prompts,
     )
 
 

@@ -335,7 +335,19 @@ def _with_version(url: str) -> str:
 
 
 def _for_server(message: Message) -> Message:
-    return {k: message[k] for k in RENDERED if k in message}
+    """A message as the protocol has it: `arguments` of tool calls are text."""
+    sent = {k: message[k] for k in RENDERED if k in message}
+    if sent.get("tool_calls"):
+        sent["tool_calls"] = [_with_text_arguments(call) for call in sent["tool_calls"]]
+    return sent
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(arguments or {}, ensure_ascii=False)}}
 
 
 def _read(answer: Any) -> tuple[Reply, list[int] | int | None]:

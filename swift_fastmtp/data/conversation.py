@@ -7,8 +7,8 @@ from typing import Any
 from .prompt_ids import Message as Message
 from .prompt_ids import shorten
 
-COMPLETE = ("stop", "tool_calls")
-"""Finish reasons, in OpenAI's words, of an answer that the model itself ended."""
+COMPLETE = ("stop", "tool_calls", "function_call", "end_turn", "tool_use", "eos_token", "eos")
+"""Finish reasons of an answer that the model itself ended: OpenAI's, Anthropic's, TGI's."""
 
 
 @dataclass
