@@ -319,6 +319,12 @@ def test_a_quantised_layer_that_is_left_out_is_an_error(plain_models, tmp_path):
     assert any("mtp.layers.0.self_attn.q_proj" in f.what for f in errors)
 
 
+def test_a_fused_matrix_of_which_one_part_is_plain_is_an_error(plain_models, tmp_path):
+    plain = ("norm", "embed", "conv", "mtp.fc", "mtp.layers.0.self_attn.q_proj")
+    [finding] = examine(quantised(plain_models["qwen3_5"], tmp_path / "model", (16, 32), plain))
+    assert finding.level == "error" and finding.what.startswith("mtp.layers.0.self_attn.q_proj: plain, beside")
+
+
 def test_published_fp8_with_a_quantised_layer_but_a_plain_projection(plain_models, tmp_path):
     """As Qwen's own FP8 checkpoints: the layer in FP8, `mtp.fc` and the router plain and left out."""
     plain = ("norm", "embed", "lm_head", "conv", "mtp.fc", "mlp.gate.", "expert_gate")

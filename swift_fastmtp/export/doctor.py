@@ -202,7 +202,7 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: 
     blocks = {n for n in names if n + SCALE in weights.file_of}
     kinds = {dtypes[n] for n in names if n not in blocks}
     if kinds - _PLAIN or packed:
-        what = ", ".join([*sorted(kinds - _PLAIN), *sorted(packed)[:1], *(["..."] if len(packed) > 1 else [])])
+        what = ", ".join(sorted(kinds - _PLAIN) + ([f"{len(packed)} matrices with scales"] if packed else []))
         yield Finding(
             "warning",
             f"the MTP layer is quantised ({what})",
@@ -278,6 +278,15 @@ def _quantization(
         return
     yield from _built_quantized(quantization, family, readings, plain)
     for part, modules in is_quantized.items():
+        others = [m for m in part.modules if stored[m] and m not in modules]
+        if modules and others:
+            yield Finding(
+                "error",
+                f"{listed(others)}: plain, beside quantised {listed(modules)}",
+                f"engines build these as one, {part.name}, in one form",
+                "quantise all of them, or none",
+            )
+            continue
         by_engine = {r: out for r, out in (readings[part] or {}).items() if r in part.engines}
         if modules and by_engine and all(by_engine.values()):
             yield Finding(
