@@ -1,6 +1,12 @@
-"""Adds FastMTP to ms-swift's registries, once per process."""
+"""Adds FastMTP to ms-swift's registries, once per process.
 
+Should a step fail, the next call begins again: what is registered is registered anew, and what is wrapped is wrapped
+once.
+"""
+
+import functools
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +24,11 @@ from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
 from .dataset import NAME, SelfDistillLoader, with_features
 from .export import export_checkpoint
+from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta
 from .tuner import FastMTPTuner
+from .typed import watch
 
 _registered = False
 
@@ -30,7 +38,6 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     # The architecture is one of ours: naming the families' own would make their plain loading ambiguous.
     meta = FastMTPModelMeta("fastmtp", [], FastMTPLoader, architectures=["FastMTPForCausalLM"])
     register_model(meta, exist_ok=True)
@@ -42,17 +49,43 @@ def register() -> None:
     _hook_export()
     _hook_resume()
     _one_line_errors()
+    _registered = True
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """`owner.name` becomes `wrapper(owner.name)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, "of_fastmtp", False):
+        return
+    wrapped: Any = functools.wraps(original)(wrapper(original))
+    wrapped.of_fastmtp = True
+    setattr(owner, name, wrapped)
 
 
 def _hook_arguments() -> None:
-    """Defaults and checks run where ms-swift parses `model_kwargs`: after plugins, before anything is loaded."""
-    original = BaseArguments._init_model_kwargs
+    """Defaults and checks run where ms-swift parses `model_kwargs`: after plugins, before anything is loaded. The model
+    is loaded with the knobs of these arguments."""
+    watch(BaseArguments)
 
-    def _init_model_kwargs(self: Any) -> None:
-        original(self)
-        prepare_arguments(self)
+    def parse_model_kwargs(original: Any) -> Any:
+        def _init_model_kwargs(self: Any) -> None:
+            with environment_kept():
+                original(self)
+            prepare_arguments(self)
 
-    BaseArguments._init_model_kwargs = _init_model_kwargs
+        return _init_model_kwargs
+
+    def load(original: Any) -> Any:
+        def get_model_processor(self: Any, **options: Any) -> Any:
+            if self.model_type != "fastmtp":
+                return original(self, **options)
+            with loading(knobs_of(self)):
+                return original(self, **options)
+
+        return get_model_processor
+
+    _wrap(BaseArguments, "_init_model_kwargs", parse_model_kwargs)
+    _wrap(BaseArguments, "get_model_processor", load)
 
 
 def _hook_sft() -> None:
@@ -64,34 +97,39 @@ def _hook_sft() -> None:
     """
     from swift.pipelines.train.sft import SwiftSft
 
-    original, run_original = SwiftSft._post_process_datasets, SwiftSft.run
+    def end_together(original: Any) -> Any:
+        def run(self: Any) -> Any:
+            try:
+                result = original(self)
+            except RuntimeError as error:
+                if self.args.model_type == "fastmtp" and _out_of_memory(error):
+                    raise FastMTPError(_less_memory(self.args, error)) from error
+                raise
+            if self.args.model_type == "fastmtp" and dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            return result
 
-    def run(self: Any) -> Any:
-        try:
-            result = run_original(self)
-        except RuntimeError as error:
-            if self.args.model_type == "fastmtp" and _out_of_memory(error):
-                raise FastMTPError(_less_memory(self.args, error)) from error
-            raise
-        if self.args.model_type == "fastmtp" and dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        return result
+        return run
 
-    def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
-        train = datasets[0]
-        if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
-            raise FastMTPError(
-                f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
-                "dropped: raise it, or choose --truncation_strategy"
-            )
-        if self.args.model_type == "fastmtp":
-            datasets = [with_features(dataset) for dataset in datasets]
-            attach_hidden_cache(self.args, self.model, datasets)
-        processed: list[Any] = original(self, datasets)
-        return processed
+    def look_at_rows(original: Any) -> Any:
+        def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
+            train = datasets[0]
+            if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
+                raise FastMTPError(
+                    f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
+                    "dropped: raise it, or choose --truncation_strategy"
+                )
+            if self.args.model_type == "fastmtp":
+                datasets = [with_features(dataset) for dataset in datasets]
+                attach_hidden_cache(self.args, self.model, datasets)
+            processed: list[Any] = original(self, datasets)
+            return processed
 
-    SwiftSft._post_process_datasets, SwiftSft.run = _post_process_datasets, run
+        return _post_process_datasets
+
+    _wrap(SwiftSft, "run", end_together)
+    _wrap(SwiftSft, "_post_process_datasets", look_at_rows)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -110,16 +148,18 @@ def _hook_export() -> None:
     """`swift export --adapters CKPT` with none of ms-swift's own actions writes a servable checkpoint."""
     from swift.pipelines.export.export import SwiftExport
 
-    original = SwiftExport.run
     actions = ("to_peft_format", "quant_method", "to_ollama", "to_cached_dataset", "to_hf", "to_mcore", "push_to_hub")
 
-    def run(self: Any) -> Any:
-        args = self.args
-        if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
-            return original(self)
-        return export_checkpoint(args)
+    def export(original: Any) -> Any:
+        def run(self: Any) -> Any:
+            args = self.args
+            if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
+                return original(self)
+            return export_checkpoint(args)
 
-    SwiftExport.run = run
+        return run
+
+    _wrap(SwiftExport, "run", export)
 
 
 class _AnyConfig(PreTrainedConfig):
