@@ -247,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max_duplicate_lines", type=float, help="share of an answer's lines; default 0.5")
     verb.add_argument("--max_duplicate_ngrams", type=float, help="share of an answer's words in them; default 0.5")
     verb.add_argument("--min_loop_characters", type=int, help="an end that loops for less is no loop; default 60")
-    verb.add_argument("--decontaminate", nargs="+", metavar="FILE", help="evaluation tasks; default: the bundled ones")
+    verb.add_argument("--decontaminate", nargs="+", metavar="TASK", help="names, name=FILE or files; default: smoke")
     verb.add_argument("--duplicates_of", choices=("row", "prompt"), help="what has to be alike; default: row")
     verb.add_argument("--similarity", type=float, help="Jaccard similarity of near-duplicates; default 0.6")
     verb.add_argument("--ngram", type=int, help="words (Chinese: characters) that are compared together; default 3")

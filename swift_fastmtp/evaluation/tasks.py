@@ -137,18 +137,6 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     return Task(name, described.title or name, described.language, described.licence, source, questions)
 
 
-def cached_tasks() -> tuple[list[str], list[str]]:
-    """Names of the tasks whose source is on this machine, and of the others."""
-    here, missing = [], []
-    for name in task_names():
-        try:
-            _fetch(name, read_descriptor(name), offline=True)
-            here.append(name)
-        except FastMTPError:
-            missing.append(name)
-    return here, missing
-
-
 def _draw(questions: list[Question], number: int | None, rng: random.Random) -> list[Question]:
     if number is None or number >= len(questions):
         return questions

@@ -2,20 +2,24 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from swift.utils import get_device_count
+from swift.utils import get_device_count, get_logger
 from transformers.utils import is_torch_mps_available
 
-from ..config import ENV_PREFIX, FastMTPConfig, knob_names
+from ..config import likely_typos
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
 from ..head import import_class
 from ..headers import read_headers
 from .dataset import own_name
+from .knobs import knobs_of
 from .template import BASE_STRATEGIES
+from .typed import is_typed
+
+logger = get_logger()
+
 
 _RENDERED = "rows are rendered by the chat template of the model's folder, as engines render them"
 # (argument, value that is fine, why anything else is not)
@@ -44,19 +48,17 @@ def prepare_arguments(args: Any) -> None:
     """
     if getattr(args, "model_type", None) != "fastmtp":
         return
-    for key in args.model_kwargs or {}:
-        if not key.lower().startswith(ENV_PREFIX.lower()):
-            raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
-    FastMTPConfig.from_env()
+    knobs_of(args)
+    for typo, meant in likely_typos(os.environ).items():
+        logger.warning(f"environment: {typo} is ignored; did you mean {meant}?")
     if hasattr(args, "loss_type") or getattr(args, "to_cached_dataset", False):
         _prepare_data(args)
     if not hasattr(args, "loss_type"):
         return  # infer, export, deploy
     args.loss_type = args.loss_type or "fastmtp"
-    if args.tuner_type == "lora" and "--model_type" in sys.argv and "--tuner_type" not in sys.argv:
-        # `lora` is ms-swift's default, not the user's word. From Python, where the arguments are an object, the two
-        # cannot be told apart: there the tuner type is taken as given.
-        args.tuner_type = "fastmtp"
+    from_checkpoint = args.load_args and args.ckpt_dir  # its args.json goes before what was typed
+    if args.tuner_type == "lora" and not is_typed(args, "tuner_type") and not from_checkpoint:
+        args.tuner_type = "fastmtp"  # `lora` is ms-swift's default, not the user's word
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
         families = _families(args.model)

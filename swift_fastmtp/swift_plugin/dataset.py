@@ -19,9 +19,10 @@ from swift.dataset.loader import DatasetLoader
 from swift.utils import safe_ddp_context
 
 from .. import __version__
-from ..config import HOW_TO_SKIP, FastMTPConfig
+from ..config import HOW_TO_SKIP
 from ..data.rows import BadRows, dump_row, iter_rows, iter_values, write_rows
 from ..errors import FastMTPError
+from .knobs import run_knobs
 
 NAME = "fastmtp-self-distill"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
@@ -62,7 +63,7 @@ class SelfDistillLoader(DatasetLoader):
             raise FastMTPError(f"--dataset {NAME}:{path}: no such file")
         stamp = Path(path).stat()
         key = f"{__version__} {stamp.st_size} {stamp.st_mtime_ns}"
-        policy = FastMTPConfig.from_env().on_bad_row
+        policy = run_knobs().on_bad_row
         source = {"path": str(Path(path).resolve()), "shown": path, "on_bad_row": policy, "cache_key": key}
         if self.streaming:
             return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)

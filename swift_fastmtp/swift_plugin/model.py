@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import check_head
-from ..config import FastMTPConfig
 from ..data.chat_template import load_tokenizer
 from ..families import find_family, match_family, read_config
 from ..modeling import head_shapes, model_class, text_config
 from ..vocab.maps import read_token_map
+from .knobs import run_knobs
 from .template import TEMPLATE
 
 
@@ -30,7 +30,7 @@ class FastMTPLoader(ModelLoader):
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
-        settings = FastMTPConfig.from_env()
+        settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
         self.auto_model_cls = model_class(model_dir)
