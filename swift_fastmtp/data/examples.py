@@ -65,7 +65,8 @@ def training_examples(tokenizer: Any, row: Row, default_kwargs: dict[str, Any] |
         if not goes_on:
             examples.append(Example([]))
             sequence = []
-        examples[-1].parts.append(Part(turn.asked[len(sequence) :], False))
+        if new := turn.asked[len(sequence) :]:
+            examples[-1].parts.append(Part(new, False))
         examples[-1].parts.append(Part(turn.answered, turn.trained))
         sequence = turn.asked + turn.answered
     return [example for example in map(_without_untrained_end, examples) if example.parts]
