@@ -49,11 +49,13 @@ def distill(
     seed: int = 0,
     shard: str = "0/1",
     on_bad_row: str = "stop",
+    prompt_names: dict[str, str] | None = None,
 ) -> bool:
     """Write `output` (JSONL): prompts with the model's answers in `messages`, each with `token_ids`, `finish_reason`.
 
     `base_urls`: servers of the model; without, it runs in this process, in batches of `batch_size`. `shard` "i/n": this
-    worker's share of one job. Returns whether the output is complete; it is not while other shards are missing.
+    worker's share of one job. `prompt_names`: what a file's rows are of, if it is a copy. Returns whether the output is
+    complete; it is not while other shards are missing.
 
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the server's chat
     template is not the model folder's, or no server answers.
@@ -66,7 +68,7 @@ def distill(
         if value <= 0:
             raise FastMTPError(f"--{name} {value}: must be above 0")
     files = [prompts] if isinstance(prompts, str) else prompts
-    source = Source(files, on_bad_row)
+    source = Source(files, on_bad_row, prompt_names)
     if not source.count:
         raise FastMTPError(f"{', '.join(files)}: holds no rows")
     tokenizer = load_tokenizer(model_dir)
@@ -104,15 +106,16 @@ def distill(
 class Source:
     """Rows of the prompt files, checked once before anything is generated, then read again as they are needed."""
 
-    def __init__(self, files: list[str], on_bad_row: str) -> None:
+    def __init__(self, files: list[str], on_bad_row: str, names: dict[str, str] | None = None) -> None:
         self.files = files
+        self.names = {file: name for file, name in (names or {}).items() if file != name}
         self.on_bad_row = on_bad_row
         self.bad = BadRows(on_bad_row)
         self.count = sum(1 for _ in self._rows(self.bad))
 
     def _rows(self, bad: BadRows) -> Iterator[tuple[str, Row]]:
         for file in self.files:
-            for where, row in iter_rows(file, bad, unique_ids=True):
+            for where, row in iter_rows(file, bad, unique_ids=True, name=self.names.get(file)):
                 if Conversation(row["messages"]).answerable:
                     yield where, row
                 else:
