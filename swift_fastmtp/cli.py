@@ -19,10 +19,12 @@ def _plugin_path(_: argparse.Namespace) -> None:
 def _distill(args: argparse.Namespace) -> None:
     from .data.distill import distill
 
+    files = [_prompt_file(name, number, args.output, args.on_bad_row) for number, name in enumerate(args.prompts)]
     distill(
         args.model,
-        [_prompt_file(name, number, args.output) for number, name in enumerate(args.prompts)],
+        files,
         args.output,
+        prompt_names=dict(zip(files, args.prompts, strict=True)),
         base_urls=args.base_url,
         served_model_name=args.served_model_name,
         api_key=args.api_key or os.environ.get("OPENAI_API_KEY"),
@@ -40,11 +42,10 @@ def _distill(args: argparse.Namespace) -> None:
         shard=args.shard,
         on_bad_row=args.on_bad_row,
         torch_dtype=args.torch_dtype,
-        prompt_names=args.prompts,
     )
 
 
-def _prompt_file(name: str, number: int, output: str) -> str:
+def _prompt_file(name: str, number: int, output: str, on_bad_row: str) -> str:
     """A file as it is; a dataset of a hub is saved once, beside the answers."""
     from .data.jobs import parts_folder
     from .data.rows import refuse_existing, save_hub_dataset
@@ -56,10 +57,11 @@ def _prompt_file(name: str, number: int, output: str) -> str:
     path = parts_folder(output) / f"prompts-{number}.jsonl"
     if not path.exists():
         if hub == "swift":
-            from .swift_plugin.dataset import save_dataset as save
+            from .swift_plugin.dataset import save_dataset
+
+            save_dataset(dataset, path, on_bad_row)
         else:
-            save = save_hub_dataset
-        save(dataset, path)
+            save_hub_dataset(dataset, path)
     return str(path)
 
 

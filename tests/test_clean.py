@@ -347,13 +347,17 @@ def test_several_answers_to_one_prompt(tmp_path):
 
 
 def test_what_is_no_text_where_text_belongs(tmp_path):
-    """Fields that only some servers write are not checked by the reader."""
+    """Fields that are not part of the conversation are not checked by the reader; those that are make a bad row."""
     odd = [row(f"{EN} {i}", str(i), finish_reason="stop") for i in range(4)]
-    odd[0]["messages"][1] |= {"reasoning_content": 3, "token_ids": "x", "tool_calls": {"a": 1}}
+    odd[0]["messages"][1] |= {"token_ids": "x"}
     odd[1] |= {"language": 5, "tools": {"a": [1]}}
     odd[2]["finish_reason"] = {"type": "stop"}
-    _, removed, report = run(tmp_path, write(tmp_path / "rows.jsonl", odd))
+    _, removed, report = run(tmp_path / "out", write(tmp_path / "rows.jsonl", odd))
     assert report["rows"]["read"] == 4 and removed[0]["why"] == "finish_reason is {'type': 'stop'}"
+    odd[0]["messages"][1] |= {"reasoning_content": 3}
+    odd[1]["messages"][1] |= {"tool_calls": {"a": 1}}
+    _, _, report = run(tmp_path / "bad", write(tmp_path / "rows.jsonl", odd), on_bad_row="skip")
+    assert {what.split("`")[1] for what in report["bad_rows"]} == {"reasoning_content", "tool_calls"}
 
 
 def test_prompts_before_they_are_answered(tmp_path):

@@ -53,7 +53,7 @@ def distill(
     shard: str = "0/1",
     on_bad_row: str = "stop",
     torch_dtype: str | None = None,
-    prompt_names: list[str] | None = None,
+    prompt_names: dict[str, str] | None = None,
 ) -> bool:
     """Write `output` (JSONL): prompts with the model's answers in `messages`, each with what it was asked with
     (`prompt_token_ids`, see `prompt_ids.py`), what it answered (`token_ids`) and `finish_reason`.
@@ -62,7 +62,7 @@ def distill(
         base_urls: servers of the model; without, it runs in this process, in batches of `batch_size`.
         chat_template_kwargs: for the chat template; a row's own go before them.
         shard: "i/n", this worker's share of one job.
-        prompt_names: what the user calls the files of `prompts`, in errors.
+        prompt_names: what a file's rows are of, if it is a copy.
         torch_dtype: in process; default: float32 on a CPU, the checkpoint's own on a GPU.
 
     Returns whether the output is complete; it is not while other shards are missing.
@@ -132,16 +132,16 @@ def _load(model_dir: str, torch_dtype: str | None) -> Any:
 class Source:
     """Rows of the prompt files, checked once before anything is generated, then read again as they are needed."""
 
-    def __init__(self, files: list[str], on_bad_row: str, names: list[str] | None = None) -> None:
+    def __init__(self, files: list[str], on_bad_row: str, names: dict[str, str] | None = None) -> None:
         self.files = files
-        self.names = names or files
+        self.names = {file: name for file, name in (names or {}).items() if file != name}
         self.on_bad_row = on_bad_row
         self.bad = BadRows(on_bad_row)
         self.count = sum(1 for _ in self._rows(self.bad))
 
     def _rows(self, bad: BadRows) -> Iterator[tuple[str, Row]]:
-        for file, name in zip(self.files, self.names, strict=True):
-            for where, row in iter_rows(file, bad, unique_ids=True, name=name):
+        for file in self.files:
+            for where, row in iter_rows(file, bad, unique_ids=True, name=self.names.get(file)):
                 if Conversation(row["messages"]).answerable:
                     yield where, row
                 else:

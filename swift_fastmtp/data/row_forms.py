@@ -1,12 +1,14 @@
-"""The forms in which people have rows, read into the one that everything here works with.
+"""Rows as people have them, read into the one form that everything else in this package works on.
 
-That form is OpenAI's: `messages`, each with a `role` of `ROLES`, a `content` string and, of the assistant, perhaps
-`reasoning_content` and `tool_calls`; beside them perhaps `tools`, a list, and `chat_template_kwargs`, an object. Also
-read: ms-swift's agent roles and `query` / `response` / `history` / `system`, alpaca's `instruction` / `input` /
-`output`, ShareGPT's `conversations`, TRL's and verl's `prompt` as a list, content in text parts, JSON in strings.
+Training data comes in OpenAI's, ms-swift's, Alpaca's, ShareGPT's, TRL's and verl's forms. Each is read here, once, when
+a row is read from its file; what comes out has
 
-A row that stands for something that this package cannot ask (images, say) is refused by name: asking a part of it would
-train the head on what nobody asks.
+    messages               list of {"role": system | user | assistant | tool, "content": str, ...}
+    tools                  list of objects, or no such key
+    chat_template_kwargs   object, or no such key
+
+and every other key as it was. What cannot be read says so (`UnreadableRowError`), because a part of a row that is
+silently left out is a question that nobody asked. A row in this form is returned as it is.
 """
 
 import json
@@ -16,216 +18,336 @@ Row = dict[str, Any]
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
-_OTHER_ROLES = {
-    "developer": "system",  # as SGLang maps it; published templates know no such role
+
+_TOOL_CALL = "tool_call"
+"""ms-swift's role of a call as a message of its own; it becomes part of the assistant's turn."""
+_ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    # OpenAI's newer name. Published templates do not know it: they drop the message, or raise.
+    "developer": "system",
     "human": "user",
     "gpt": "assistant",
-    "bot": "assistant",
     "function": "tool",
     "tool_response": "tool",
     "function_response": "tool",
     "observation": "tool",
     "observations": "tool",
-    "function_call": "tool_call",
+    _TOOL_CALL: _TOOL_CALL,
+    "function_call": _TOOL_CALL,
 }
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MEDIA = ("images", "videos", "audios", "image", "video", "audio")
+_CONVERSATIONS = ("messages", "conversations", "conversation")
+_QUESTIONS = ("prompt", "query", "instruction", "input")
+_SYSTEMS = ("system", "system_prompt")
+_ANSWERS = ("response", "output")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
+NO_MESSAGES = "needs `messages`, or `prompt`"
+NO_ROLE = f"a message needs a `role` ({', '.join(ROLES)})"
+NO_CONTENT = "a message needs a `content` string"
+MEDIA = "has images, videos or audio, and this run is text only"
+NOT_TEXT = "a message has a part that is not text, and this run is text only"
+NO_TOOLS = "`tools` must be a list of JSON objects, or such a list as a string"
+NO_TOOL_CALLS = "`tool_calls` must be a list of objects with a `function` that has a `name`"
+NO_ARGUMENTS = "the `arguments` of a tool call must be a JSON object, or one as a string"
+NO_CALL = "a `tool_call` message needs JSON with `name` and `arguments`"
 
-class BadRow(Exception):  # noqa: N818 (what is caught is a row, not an error of ours)
-    """A row that cannot be used: `what` kind of fault it has, and the `detail` of this row."""
+
+class UnreadableRowError(Exception):
+    """A row that cannot be used: `what` kind of fault, and `detail`, where in this row."""
 
     def __init__(self, what: str, detail: str = "") -> None:
-        super().__init__(what, detail)
+        super().__init__(f"{what} ({detail})" if detail else what)
         self.what = what
         self.detail = detail
 
 
-def normalize(row: Any) -> None:
-    """Bring a row into the one form, in place; one that is in it stays as it is. Keys that say nothing here stay too.
+def normalize(value: Any) -> Row:
+    """The row in the form above; `value`, any JSON value, is not changed.
 
-    Raises `BadRow`.
+    Raises `UnreadableRowError` if it holds no conversation, or one that cannot be read whole.
     """
-    if not isinstance(row, dict):
-        raise BadRow("a row must be a JSON object")
+    if not isinstance(value, dict):
+        raise UnreadableRowError("a row must be a JSON object")
+    row = dict(value)
     for key in _MEDIA:
-        if row.get(key):
-            raise BadRow(f"has `{key}`, and only text is asked and trained on")
-    row["messages"] = _messages(row)
-    _normalize_tools(row)
-    kwargs = _parsed(row.get("chat_template_kwargs"), "chat_template_kwargs")
-    if kwargs is not None and not isinstance(kwargs, dict):
-        raise BadRow("`chat_template_kwargs` must be a JSON object")
-    if "chat_template_kwargs" in row:
-        row["chat_template_kwargs"] = kwargs
+        if _holds_something(row.get(key)):
+            raise UnreadableRowError(MEDIA, f"`{key}`")
+    source = _take_messages(row)
+    messages = [_read_message(message, number) for number, message in enumerate(source)]
+    row["messages"] = _with_calls_in_turns(messages)
+    _read_tools(row)
+    _read_chat_template_kwargs(row)
+    return row
 
 
-def _messages(row: Row) -> list[Message]:
-    """The conversation of a row, from whichever keys hold it."""
-    found = row.get("messages")
-    for key in ("conversations", "conversation"):
-        found = found or row.pop(key, None)
-    if not found and isinstance(row.get("prompt"), list):
-        found = row["prompt"]
-    messages = _parsed(found, "messages") if found else _from_texts(row)
-    if not isinstance(messages, list) or not messages:
-        raise BadRow("needs `messages`, or `prompt`")
-    messages = [_with_standard_keys(message, number) for number, message in enumerate(messages)]
-    system = row.pop("system", None)
-    row.pop("history", None)
-    if isinstance(system, str) and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    messages = _with_tool_calls(messages)
-    for number, message in enumerate(messages):
-        _check(message, number)
-    return messages
+def _take_messages(row: Row) -> list[Any]:
+    """The messages as they stand in the row, in whichever form. The keys that they are made of are taken out of it."""
+    key = next((key for key in _CONVERSATIONS if row.get(key)), None)
+    if key is not None:
+        messages = row[key]
+        if not isinstance(messages, list):
+            raise UnreadableRowError(NO_MESSAGES, "" if key == "messages" else f"`{key}` is no list")
+        if key != "messages":
+            del row[key]
+        return _with_system_of(row, messages)
+    messages = [*_take_history(row), *_take_question(row)]
+    for key in _SYSTEMS:
+        if not isinstance(row.get(key), str | None):
+            raise UnreadableRowError(f"`{key}` must be a string")
+    return _take_answer(row, _with_system_of(row, messages))
 
 
-def _from_texts(row: Row) -> list[Message]:
-    """A conversation from `system`, `history`, the question and its answer, each a text of its own (ms-swift's
-    ResponsePreprocessor, alpaca)."""
-    question = row.get("prompt", row.get("query"))
-    answer = row.get("response")
-    if question is None and isinstance(row.get("instruction"), str):
-        given = row.get("input")
-        question = row["instruction"] + (f"\n{given}" if isinstance(given, str) and given else "")
-        answer = row.get("output", answer)
+def _take_question(row: Row) -> list[Any]:
+    """ms-swift's `query`, Alpaca's `instruction` and `input`; a `prompt` may be a list of messages (TRL, verl)."""
+    key = next((key for key in _QUESTIONS if row.get(key) is not None), None)
+    question = None if key is None else row.pop(key)
+    if key == "prompt" and isinstance(question, list) and question:
+        return question
     if not isinstance(question, str):
-        return []
-    messages = []
-    for turn in _parsed(row.get("history"), "history") or []:
-        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise BadRow("`history` must be a list of [question, answer]", f"{turn!r:.60}")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    messages.append({"role": "user", "content": question})
-    if isinstance(answer, str):
-        messages.append({"role": "assistant", "content": answer})
+        raise UnreadableRowError(NO_MESSAGES)
+    if key == "instruction":
+        more = row.pop("input", None)
+        if not isinstance(more, str | None):
+            raise UnreadableRowError("`input` must be a string")
+        # Joined as ms-swift joins them.
+        question = "\n".join(part for part in (question, more) if part)
+    return [{"role": "user", "content": question}]
+
+
+def _take_history(row: Row) -> list[Message]:
+    """ms-swift's [[user, assistant], ...], which may be a string of it."""
+    history = row.pop("history", None)
+    messages: list[Message] = []
+    if history is None or history == "":
+        return messages
+    if isinstance(history, str):
+        history = _parsed(history)
+    if not isinstance(history, list):
+        raise UnreadableRowError("`history` must be a list of [user, assistant] pairs")
+    for number, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str | None) for text in pair):
+            raise UnreadableRowError("`history` must be a list of [user, assistant] pairs", f"pair {number}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            if text is not None:
+                messages.append({"role": role, "content": text})
     return messages
 
 
-def _with_standard_keys(message: Any, number: int) -> Message:
-    """A message under our keys and roles, its content as one text."""
-    if isinstance(message, dict) and "role" not in message and "from" in message:  # ShareGPT
-        message = {**message, "role": message["from"], "content": message.get("value")}
-        del message["from"]
-        message.pop("value", None)
-    role = message.get("role") if isinstance(message, dict) else None
-    role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else None
-    if role not in (*ROLES, "tool_call"):
-        raise BadRow(f"a message needs a `role` ({', '.join(ROLES)})", f"message {number}")
-    message = {**message, "role": role, "content": _text(message.get("content"), number)}
-    if "reasoning" in message:  # vLLM's key
-        reasoning = message.pop("reasoning")
-        message.setdefault("reasoning_content", reasoning)
+def _take_answer(row: Row, messages: list[Any]) -> list[Any]:
+    """With the answer beside the question, if there is one: ms-swift's `response`, Alpaca's `output`; or TRL's
+    `completion`, a list of messages. Other keys (`answer`, `solution`, ..) are often a mere result, and stay."""
+    completion = row.get("completion")
+    if isinstance(completion, list) and completion and all(isinstance(m, dict) and "role" in m for m in completion):
+        del row["completion"]
+        return [*messages, *completion]
+    key = next((key for key in _ANSWERS if isinstance(row.get(key), str) and row[key]), None)
+    if key is None:
+        return messages
+    return [*messages, {"role": "assistant", "content": row.pop(key)}]
+
+
+def _with_system_of(row: Row, messages: list[Any]) -> list[Any]:
+    """With the system prompt that stands beside the messages before them, unless they begin with one, as ms-swift has
+    it. Answers with token ids are from another run, and what they were asked with is in the messages."""
+    if any(isinstance(m, dict) and "token_ids" in m for m in messages):
+        return messages
+    key = next((key for key in _SYSTEMS if isinstance(row.get(key), str)), None)
+    first = messages[0] if isinstance(messages[0], dict) else {}
+    if key is None or first.get("role", first.get("from")) in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": row.pop(key)}, *messages]
+
+
+def _read_message(value: Any, number: int) -> Message:
+    """One message in our form, but for calls that are messages of their own, whose content is a list of calls."""
+    where = f"message {number}"
+    if not isinstance(value, dict):
+        raise UnreadableRowError(NO_ROLE, where)
+    message = {key: field for key, field in value.items() if field is not None}
+    if "role" not in message and "from" in message:  # ShareGPT
+        message["role"] = message.pop("from")
+        if "content" not in message and "value" in message:
+            message["content"] = message.pop("value")
+    role = message.get("role")
+    role = _ROLE_NAMES.get(role) if isinstance(role, str) else None
+    if role is None:
+        raise UnreadableRowError(NO_ROLE, where)
+    message["role"] = role
+    if role == _TOOL_CALL:
+        message["content"] = _calls_of(message.get("content"), where)
+        return message
+    if role == "assistant":
+        _read_reasoning(message, where)
+        _read_tool_calls(message, where)
+    if not isinstance(message.get("tool_call_id", ""), str):
+        raise UnreadableRowError("`tool_call_id` must be a string", where)
+    message["content"] = _content(message, where)
     return message
 
 
-def _text(content: Any, number: int) -> Any:
-    """A content in parts as one text; anything else as it is."""
-    if not isinstance(content, list):
+def _content(message: Message, where: str) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
         return content
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in _TEXT_PARTS or not isinstance(part.get("text"), str):
-            named = f"`{kind}`" if isinstance(kind, str) else f"{part!r:.40}"
-            raise BadRow(f"a content has a part {named}, and only text is asked and trained on", f"message {number}")
-        texts.append(part["text"])
-    return "".join(texts)
+    says_otherwise = message.get("tool_calls") or "function_call" in message or message.get("reasoning_content")
+    if content is None and message["role"] == "assistant" and says_otherwise:
+        return ""
+    if isinstance(content, list) and all(map(_is_part, content)):
+        return "".join(_text_of(part, where) for part in content)
+    if isinstance(content, dict | list) and message["role"] == "tool":
+        return json.dumps(content, ensure_ascii=False)  # a result as it is, as ms-swift has it
+    raise UnreadableRowError(NO_CONTENT, where)
 
 
-def _with_tool_calls(messages: list[Message]) -> list[Message]:
-    """ms-swift's messages of the role `tool_call` as calls of an assistant's message, and the results that follow with
-    the ids of their calls."""
-    made: list[Message] = []
-    waiting: list[str] = []  # ids of such calls whose results have not come
-    for number, message in enumerate(messages):
-        if message["role"] == "tool_call":
-            last = made[-1] if made else None
-            if last is None or last["role"] != "assistant":
-                last = {"role": "assistant", "content": ""}
-                made.append(last)
-            call_id = f"call_{number}"
-            last["tool_calls"] = [*last.get("tool_calls", []), _call(message["content"], call_id, number)]
-            waiting.append(call_id)
-            continue
-        if message["role"] == "tool" and waiting and "tool_call_id" not in message:
-            message = {**message, "tool_call_id": waiting.pop(0)}
-        elif message["role"] != "tool":
-            waiting = []
-        made.append(message)
-    return made
+def _is_part(value: Any) -> bool:
+    """Whether a value is one part of a content, as OpenAI has it."""
+    return isinstance(value, str) or (isinstance(value, dict) and bool({"type", "text"} & value.keys()))
 
 
-def _call(content: Any, call_id: str, number: int) -> dict[str, Any]:
-    call = _parsed(content, "content")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        raise BadRow('a `tool_call` needs a content {"name": ..., "arguments": {...}}', f"message {number}")
-    function = {"name": call["name"], "arguments": call.get("arguments", call.get("parameters", {}))}
-    return {"id": call_id, "type": "function", "function": function}
+def _text_of(part: Any, where: str) -> str:
+    """The text of one part of a content that is a list of parts. Parts of one message are one text."""
+    if isinstance(part, str):
+        return part
+    text = part.get("text")
+    if part.get("type", "text") not in _TEXT_PARTS or not isinstance(text, str):
+        raise UnreadableRowError(NOT_TEXT, f"{where}: type {part.get('type')!r:.40}")
+    return text
 
 
-def _check(message: Message, number: int) -> None:
-    where = f"message {number}"
-    if message["content"] is None and message["role"] == "assistant" and message.get("tool_calls"):
-        message["content"] = ""
-    if not isinstance(message["content"], str):
-        raise BadRow("a message needs a `content` string", where)
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise BadRow("`reasoning_content` must be a text", where)
-    call_id = message.get("tool_call_id")
-    if call_id is not None and not isinstance(call_id, str):
-        raise BadRow("`tool_call_id` must be a text", where)
+def _read_reasoning(message: Message, where: str) -> None:
+    """vLLM writes `reasoning`, SGLang and the published templates `reasoning_content`."""
+    if "reasoning" in message:
+        message.setdefault("reasoning_content", message.pop("reasoning"))
+        message.pop("reasoning", None)
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise UnreadableRowError("`reasoning_content` must be a string", where)
+
+
+def _read_tool_calls(message: Message, where: str) -> None:
     calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list):
-        raise BadRow("`tool_calls` must be a list", where)
-    message["tool_calls"] = [_checked_call(call, where) for call in calls]
+    if isinstance(calls, str):
+        calls = _parsed(calls)
+    if not calls:
+        message.pop("tool_calls", None)
+    elif isinstance(calls, list):
+        message["tool_calls"] = [_call(call, where) for call in calls]
+    else:
+        raise UnreadableRowError(NO_TOOL_CALLS, where)
+    if "function_call" in message:  # OpenAI's form before there were several
+        message["function_call"] = _calls_of(message["function_call"], where)
 
 
-def _checked_call(call: Any, where: str) -> dict[str, Any]:
-    """A call as OpenAI has it: {"id", "type", "function": {"name", "arguments"}}, arguments as text or object."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow("a tool call needs the `name` of its function", where)
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """One of an assistant's `tool_calls`, with `function`."""
+    if not isinstance(value, dict):
+        raise UnreadableRowError(NO_TOOL_CALLS, where)
+    call = {key: field for key, field in value.items() if field is not None}
+    if "function" not in call:
+        call["function"] = {key: call.pop(key) for key in ("name", "arguments") if key in call}
+    function = call["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise UnreadableRowError(NO_TOOL_CALLS, where)
+    if not isinstance(call.get("id", ""), str):
+        raise UnreadableRowError("the `id` of a tool call must be a string", where)
+    call.setdefault("type", "function")
     arguments = function.get("arguments")
-    parsed = _parsed(arguments, "arguments", where) if arguments not in (None, "") else {}
-    if not isinstance(parsed, dict):
-        raise BadRow("`arguments` of a tool call must be a JSON object", where)
-    if call.get("id") is not None and not isinstance(call["id"], str):
-        raise BadRow("the `id` of a tool call must be a text", where)
-    if "function" in call:
-        return dict(call)
-    return {"type": "function", "function": dict(call)}
+    call["function"] = {**function, "arguments": _arguments(arguments, f"{where}: {function['name'][:40]}")}
+    return call
 
 
-def _normalize_tools(row: Row) -> None:
-    """`tools` as a list of {"type", "function"}; without the key where there are none."""
-    tools = _parsed(row.get("tools"), "tools")
-    if not tools:
+def _arguments(value: Any, where: str) -> Any:
+    """The arguments as they are, an object or a string of one; none at all are an empty object."""
+    if value is None or value == "":
+        return "{}"
+    if not isinstance(_parsed(value) if isinstance(value, str) else value, dict):
+        raise UnreadableRowError(NO_ARGUMENTS, where)
+    return value
+
+
+def _calls_of(content: Any, where: str) -> list[dict[str, Any]]:
+    """The calls in the content of a `tool_call` message: an object or a list of them, or a string of that."""
+    value = _parsed(content) if isinstance(content, str) else content
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UnreadableRowError(NO_CALL, where)
+    return [_call({key: call.get(key) for key in ("name", "arguments")}, where) for call in calls]
+
+
+def _with_calls_in_turns(messages: list[Message]) -> list[Message]:
+    """Calls that are messages of their own become `tool_calls`: those that follow each other, or an assistant's text,
+    are one turn. They have no ids, and their results follow in their order; both get ids of our making."""
+    result: list[Message] = []
+    unanswered: list[str] = []
+    number = 0
+    for message in messages:
+        calls = message.pop("content") if message["role"] == _TOOL_CALL else message.pop("function_call", [])
+        for call in calls:
+            call["id"] = f"call_{number}"
+            number += 1
+        if message["role"] == _TOOL_CALL:
+            if not result or result[-1]["role"] != "assistant":
+                result.append({**message, "role": "assistant", "content": ""})
+        else:
+            result.append(message)
+        if calls:
+            result[-1]["tool_calls"] = [*result[-1].get("tool_calls", []), *calls]
+            unanswered += [call["id"] for call in calls]
+        elif message["role"] != "tool":
+            unanswered = []
+        elif unanswered and "tool_call_id" not in message:
+            message["tool_call_id"] = unanswered.pop(0)
+    return result
+
+
+def _read_tools(row: Row) -> None:
+    """A list of functions as engines want them. ms-swift and TRL also take it as a string, and one function bare."""
+    tools = row.get("tools")
+    if tools is None or tools == "":
         row.pop("tools", None)
         return
+    if isinstance(tools, str):
+        tools = _parsed(tools)
     if isinstance(tools, dict):
         tools = [tools]
     if not isinstance(tools, list):
-        raise BadRow("`tools` must be a list of functions")
-    checked = []
-    for tool in tools:
-        tool = _parsed(tool, "tools")
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow("each of `tools` needs the `name` of its function", f"{tool!r:.60}")
-        checked.append(tool if "function" in tool else {"type": "function", "function": tool})
-    row["tools"] = checked
+        raise UnreadableRowError(NO_TOOLS)
+    read = []
+    for number, tool in enumerate(tools):
+        tool = _parsed(tool) if isinstance(tool, str) else tool
+        if not isinstance(tool, dict):
+            raise UnreadableRowError(NO_TOOLS, f"tool {number}")
+        is_bare = "function" not in tool and isinstance(tool.get("name"), str)
+        if is_bare and tool.get("type", "function") == "function":
+            function = {key: value for key, value in tool.items() if key != "type"}
+            tool = {"type": "function", "function": function}
+        read.append(tool)
+    row["tools"] = read
 
 
-def _parsed(value: Any, key: str, where: str = "") -> Any:
-    """The value of JSON that is written in a string."""
-    if not isinstance(value, str):
-        return value
+def _read_chat_template_kwargs(row: Row) -> None:
+    kwargs = row.get("chat_template_kwargs")
+    if kwargs is None or kwargs == "":
+        row.pop("chat_template_kwargs", None)
+        return
+    if isinstance(kwargs, str):
+        kwargs = _parsed(kwargs)
+    if not isinstance(kwargs, dict):
+        raise UnreadableRowError("`chat_template_kwargs` must be a JSON object, or one as a string")
+    row["chat_template_kwargs"] = kwargs
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON string, or None if it is none."""
     try:
-        return json.loads(value) if value.strip() else None
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"`{key}` is a text that is not JSON", where or f"{error}") from None
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
+    except (ValueError, RecursionError):
+        return None
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether there is an image, by its path or its bytes: columns of media are often empty, or a list of null."""
+    items = value if isinstance(value, list) else [value]
+    return any(isinstance(item, str | dict | list) and item for item in items)

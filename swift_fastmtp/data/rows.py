@@ -1,7 +1,7 @@
 """Rows of prompts and answers, read from files one at a time, and written so that a file is whole or not there.
 
-A row is a JSON object with `messages`; other forms are read too (`row_forms.py`). A bad one is named by file and line,
-and stops the run or is counted and left out, as the user chose; nothing is dropped silently.
+A row is a JSON object with `messages`, made of whatever form it has in the file (`row_forms.py`). A bad one is named by
+file and line, and stops the run or is counted and left out, as the user chose; nothing is dropped silently.
 """
 
 import gzip
@@ -10,16 +10,15 @@ import json
 import lzma
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from ..errors import FastMTPError
-from .row_forms import BadRow, normalize
-
-Row = dict[str, Any]
+from .row_forms import Row as Row
+from .row_forms import UnreadableRowError, normalize
 
 MAX_ROW_BYTES = 32 * 2**20
 """A longer line is a broken file, not a conversation; it is never held in memory."""
@@ -72,18 +71,23 @@ class BadRows:
 def iter_rows(
     path: str | Path, bad: BadRows | None = None, unique_ids: bool = False, name: str | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """(`file:line`, row) for each row of a JSONL (plain, .gz, .xz) or Parquet file, in our form (`row_forms.py`).
-    `name`: what stands for the file in `file:line`, where the user knows it by another name.
+    """(`file:line`, row) for each row of a JSONL (plain, .gz, .xz) or Parquet file, in the form of `row_forms.py`.
+
+    `name`: what the rows are of, if the file is only a copy; places are then `name, row 3`.
 
     Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
     """
     bad = bad or BadRows(how_to_skip=None)  # who gives none has no such option
     for where, value in iter_values(path, bad, name):
-        what, detail = complaint(value)
-        if what:
-            bad.add(where, what, detail)
-        elif not unique_ids or bad.new_id(value, where):
-            yield where, value
+        fault = None
+        try:
+            row = normalize(value)
+        except UnreadableRowError as error:
+            fault = error
+        if fault is not None:
+            bad.add(where, fault.what, fault.detail)
+        elif not unique_ids or bad.new_id(row, where):
+            yield where, row
 
 
 def iter_values(path: str | Path, bad: BadRows, name: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -91,8 +95,9 @@ def iter_values(path: str | Path, bad: BadRows, name: str | None = None) -> Iter
 
     Raises `FastMTPError` if the file cannot be read.
     """
-    path, name = Path(path), name or str(path)
-    yield from _parquet(path, name) if path.suffix == ".parquet" else _json_lines(path, name, bad)
+    path = Path(path)
+    place = f"{path}:" if name is None else f"{name}, row "
+    yield from _parquet(path, place) if path.suffix == ".parquet" else _json_lines(path, bad, place)
 
 
 def read_rows(path: str | Path, at_most: int | None = None) -> list[Row]:
@@ -129,7 +134,7 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
 def save_hub_dataset(name: str, path: Path) -> None:
     """Write the rows of a dataset on Hugging Face's hub, `name[:subset]`, split `train`, or of a local folder of one.
 
-    Raises `FastMTPError` if it cannot be loaded.
+    What is no JSON, as an image or a date, becomes text. Raises `FastMTPError` if it cannot be loaded.
     """
     name, _, subset = name.partition(":")
     try:
@@ -138,14 +143,14 @@ def save_hub_dataset(name: str, path: Path) -> None:
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         with write_rows(path) as file:
             for row in rows:
-                file.write(dump_row(_without_nulls(row)))
+                file.write(dump_row(_without_nulls(row), default=str))
     except Exception as error:  # whatever a network and somebody's files may do
         raise FastMTPError(f"hf:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
 
 
-def dump_row(row: Row) -> str:
-    """One line of JSON, with its line end."""
-    return json.dumps(row, ensure_ascii=False) + "\n"
+def dump_row(row: Row, default: Callable[[Any], Any] | None = None) -> str:
+    """One line of JSON, with its line end. `default`: what stands there for a value that JSON has no form for."""
+    return json.dumps(row, ensure_ascii=False, default=default) + "\n"
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -154,13 +159,13 @@ def refuse_existing(path: str | Path) -> None:
         raise FastMTPError(f"{path}: already exists; name another output or remove it")
 
 
-def _json_lines(path: Path, name: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, bad: BadRows, place: str) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with _open(path) as file:
             while line := file.readline(MAX_ROW_BYTES):
                 number += 1
-                where = f"{name}:{number}"
+                where = f"{place}{number}"
                 if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
                         pass
@@ -187,7 +192,7 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, place: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -197,7 +202,7 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{name}:{number}", _without_nulls(row)
+                    yield f"{place}{number}", _without_nulls(row)
     except (OSError, pyarrow.ArrowException) as error:
         raise FastMTPError(f"{path}: cannot be read ({error})") from None
 
@@ -207,12 +212,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-def complaint(row: Any) -> tuple[str, str]:
-    """What is wrong with a row ("" if nothing) and in which way. Brings it into our form (`row_forms.py`), in place."""
-    try:
-        normalize(row)
-    except BadRow as bad:
-        return bad.what, bad.detail
-    return "", ""

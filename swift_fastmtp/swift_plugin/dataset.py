@@ -95,17 +95,25 @@ def _rows(path: str, shown: str, on_bad_row: str, cache_key: str) -> Iterator[di
             yield {"messages": [], "source": place, "left_out": what}
 
 
-def save_dataset(name: str, path: Path) -> None:
+def save_dataset(name: str, path: Path, on_bad_row: str = "stop") -> None:
     """Write the rows of a dataset in ms-swift's syntax (`id[:subset][#count]`, or a file) with `messages`.
+
+    ms-swift deletes rows that its preprocessor cannot read: with `on_bad_row` "stop" the first of them is an error.
 
     Raises `FastMTPError` if ms-swift cannot load it.
     """
     from swift.dataset import load_dataset
 
     try:
-        dataset, _ = load_dataset([name], split_dataset_ratio=0.0)
+        # Not from ms-swift's cache: what a run with other options deleted is not in there.
+        dataset, _ = load_dataset(
+            [name], split_dataset_ratio=0.0, strict=on_bad_row == "stop", load_from_cache_file=False
+        )
         with write_rows(path) as file:
             for row in dataset:
-                file.write(dump_row({k: v for k, v in row.items() if v is not None}))
+                file.write(dump_row({k: v for k, v in row.items() if v is not None}, default=str))
     except Exception as error:  # whatever a network and somebody's files may do
-        raise FastMTPError(f"swift:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise FastMTPError(
+            f"swift:{name}: cannot be loaded ({what}); if a row of it is at fault, --on_bad_row skip leaves it out"
+        ) from None

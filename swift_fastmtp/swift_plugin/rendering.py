@@ -15,7 +15,7 @@ from .. import __version__
 from ..config import HOW_TO_SKIP
 from ..data.chat_template import encode_prompt
 from ..data.examples import Difference, check_vocabulary, difference, rendered_otherwise, training_examples
-from ..data.rows import complaint
+from ..data.row_forms import UnreadableRowError, normalize
 from ..errors import FastMTPError
 from .template import example_messages
 
@@ -113,8 +113,7 @@ class MakeExamples:
     def _examples(self, row: dict[str, Any], source: str) -> tuple[list[Any], str]:
         """The examples of a row, or why it has none."""
         try:
-            self._normalize(row)
-            examples = training_examples(self.tokenizer, self._prepared(row), self.kwargs)
+            examples = training_examples(self.tokenizer, self._prepared(_in_our_form(row)), self.kwargs)
             for example in examples:
                 check_vocabulary(example, self.vocab_size)
         except FastMTPError as error:
@@ -122,14 +121,6 @@ class MakeExamples:
                 raise FastMTPError(f"{source}: {error}; fix the row, or {HOW_TO_SKIP}") from None
             return [], str(error)
         return examples, "" if examples else UNFINISHED
-
-    def _normalize(self, row: dict[str, Any]) -> None:
-        """ms-swift's datasets have forms of their own; rows with a `source` were read by ours."""
-        if "source" in row:
-            return
-        what, detail = complaint(row)
-        if what:
-            raise FastMTPError(f"{what}{f' ({detail})' if detail else ''}")
 
     def _prepared(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row with what the command says of all rows: `--system`, where it has no system message of its own, and
@@ -154,8 +145,7 @@ class MakeExamples:
             row = {key: value for key, value in row.items() if value is not None}
             source = row.get("source") or "a row of --dataset"
             try:
-                self._normalize(row)
-                prepared = self._prepared(row)
+                prepared = self._prepared(_in_our_form(row))
                 kept = rendered_otherwise(self.tokenizer, prepared, self.kwargs)
                 named = self._named_otherwise(other, prepared) if other else None
             except FastMTPError:
@@ -203,6 +193,16 @@ class MakeExamples:
             "on_bad_row": self.on_bad_row,
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _in_our_form(row: dict[str, Any]) -> dict[str, Any]:
+    """ms-swift's datasets have forms of their own; rows with a `source` were read by our reader."""
+    if "source" in row:
+        return row
+    try:
+        return normalize(row)
+    except UnreadableRowError as error:
+        raise FastMTPError(str(error)) from None
 
 
 def _is_example(row: dict[str, Any]) -> bool:
