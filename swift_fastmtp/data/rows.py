@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 
 Row = dict[str, Any]
 
@@ -118,7 +118,7 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.replace(staged, path)
     except OSError as error:
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+        raise cannot_write(path, error, staged) from None
     finally:
         staged.unlink(missing_ok=True)
 

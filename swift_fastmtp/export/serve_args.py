@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
 from ..families import config_value, match_family, read_config
+from ..headers import layer_elsewhere
 from ..vocab.maps import CONFIG_KEY
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
@@ -47,7 +48,11 @@ def serve_flags(
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
     if not weights.under(*family.roots):
-        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
+        elsewhere = layer_elsewhere(folder, family)
+        why = elsewhere.text if elsewhere else f"holds no tensor under {family.root}; nothing to draft with"
+        raise FastMTPError(f"{folder}: {why}")
+    if refusal := weights.chosen.refusals.get(engine):
+        raise FastMTPError(f"{folder}: {engine}: {refusal}")
     full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)

@@ -33,7 +33,7 @@ from ..data.language import language
 from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
 from ..data.rows import BadRows, Row, iter_rows
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from .must_keep import Vocabulary
 
 Ints = NDArray[np.int64]
@@ -110,7 +110,7 @@ class Counts:
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
             staged.unlink(missing_ok=True)
-            raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+            raise cannot_write(path, error) from None
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
@@ -156,7 +156,7 @@ def count_files(
             try:
                 cache_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise FastMTPError(f"{cache_folder}: cannot be made ({error})") from None
+                raise cannot_write(cache_folder, error) from None
             counts.save(kept)
             total.add(counts)
     if not any(of_V.any() for of_V in total.counted.values()):
