@@ -217,7 +217,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         staged.chmod(0o644)  # safetensors writes 0600
         os.replace(staged, path)
     except (OSError, SafetensorError) as error:
-        _remove(staged)
+        remove_quietly(staged)
         raise cannot_write(path, error) from None
 
 
@@ -241,11 +241,11 @@ def write_json(value: Any, path: Path) -> None:
         staged.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         os.replace(staged, path)
     except OSError as error:
-        _remove(staged)
+        remove_quietly(staged)
         raise cannot_write(path, error) from None
 
 
-def _remove(staged: Path) -> None:
+def remove_quietly(staged: Path) -> None:
     """What a failed write left; where even that is forbidden, the error about the write is the one to tell."""
     with suppress(OSError):
         staged.unlink(missing_ok=True)
@@ -258,7 +258,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises `FastMTPError` if `path` exists or cannot be written.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise FastMTPError(f"{path}: already exists; name another output folder or remove this one")
     staged: Path | None = None
     try:

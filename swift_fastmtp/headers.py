@@ -48,7 +48,10 @@ class Headers:
     files: list[Path] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    """Name → file of tensors that the index lists in a file that is not there or damaged, and no other file holds."""
+    """Name → file of tensors that the index lists in a file that is missing or damaged, and no other file holds.
+
+    No problem by itself: a model may need none of them (`modeling.needed_tensors`).
+    """
     stale: dict[str, str] = field(default_factory=dict)
     """Name → file of tensors that the index lists in a file that is sound, and no file holds."""
     problems: list[str] = field(default_factory=list)
@@ -100,10 +103,6 @@ def read_headers(folder: str | Path) -> Headers:
             headers.absent[name] = file
         else:
             headers.stale[name] = file
-    for file, why in chosen.missing.items():
-        names = [n for n, f in headers.absent.items() if f == file]
-        if names:
-            headers.problems.append(f"{file}: listed in the index, but {why}; it holds {len(names)} tensors")
     return headers
 
 

@@ -397,7 +397,9 @@ def load_config(model_dir: str | Path) -> Any:
 
     Raises `FastMTPError` if transformers cannot build it.
     """
-    read_config(model_dir)  # names a key of a wrong type
+    stored = read_config(model_dir)  # names a key of a wrong type
+    if "auto_map" in stored and stored["auto_map"] is None:
+        raise FastMTPError(f"{Path(model_dir) / 'config.json'}: auto_map is null; remove the key")
     with _one_line(model_dir):
         # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
         return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)

@@ -11,7 +11,7 @@ import lzma
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -120,7 +120,8 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise cannot_write(path, error, staged) from None
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def save_hub_dataset(name: str, path: Path) -> None:
@@ -147,7 +148,7 @@ def dump_row(row: Row) -> str:
 
 def refuse_existing(path: str | Path) -> None:
     """Raises `FastMTPError` if an output is already there: nothing is overwritten."""
-    if Path(path).exists():
+    if os.path.lexists(path):
         raise FastMTPError(f"{path}: already exists; name another output or remove it")
 
 

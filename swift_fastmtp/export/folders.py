@@ -237,12 +237,8 @@ def _collect(
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = find_family(read_config(base), base / "config.json")
-    identity = fingerprint(base, family)
-    if known.get("base_fingerprint", identity) != identity:
-        raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
     from ..modeling import head_shapes, needed_tensors  # torch models only from here on
 
-    expected = head_shapes(base)
     weights = Weights(base)
     if needed := needed_tensors(base, weights.lost, weights.file_of):
         name = needed[0]
@@ -250,6 +246,10 @@ def _collect(
             f"{base}: {name} is in no file, the index has it in {weights.lost[name]} ({len(needed)} such tensors); "
             "download the checkpoint again"
         )
+    identity = fingerprint(base, family)
+    if known.get("base_fingerprint", identity) != identity:
+        raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
+    expected = head_shapes(base)
     if (checkpoint / "adapter_config.json").exists():
         from .lora import merge_head
 

@@ -118,11 +118,12 @@ def _index_notes(model: Path, out: Path, headers: Headers) -> list[str]:
     from ..modeling import needed_tensors
 
     family = match_family(read_config(out), out / "config.json")
-    lost = [name for name in headers.stale if not family.owns(name)]
+    lost = [name for name in (*headers.stale, *headers.absent) if not family.owns(name)]
     if needed := needed_tensors(out, lost, headers.entries):
+        file = {**headers.stale, **headers.absent}[needed[0]]
         raise FastMTPError(
-            f"{model / INDEX_FILE}: lists {needed[0]}, which no file holds ({len(needed)} such tensors that the model "
-            "needs); download the checkpoint again"
+            f"{model}: {needed[0]} is in no file, the index has it in {file} ({len(needed)} such tensors); download "
+            "the checkpoint again"
         )
     if not lost:
         return []

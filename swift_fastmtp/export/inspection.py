@@ -162,11 +162,13 @@ def _reasons(
     """Everything that stops `swift sft` from training this folder's head."""
     broken = [Reason("draft", problem) for problem in headers.problems]
     if family is None:
+        broken += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
         return [Reason("training", layout.reason if layout else _unknown(config)), *broken]
     reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, folder / "config.json")]
     try:
         expected = _head_shapes(folder)
     except FastMTPError as error:
+        reasons += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
         return [*reasons, Reason("draft", str(error))]
 
     # The layer: all of it, and nothing else under its names.
@@ -199,21 +201,28 @@ def _reasons(
     matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
     if not matrices - set(names):
         reasons.append(Reason("training", "holds the MTP layer without a backbone; train from the full checkpoint"))
-    reasons += [Reason("draft", text) for text in _lost(folder, headers, missing)]
+    from ..modeling import needed_tensors
+
+    listed = {*headers.stale, *headers.absent} - set(missing)
+    needed = needed_tensors(folder, listed, headers.entries)
+    reasons += [Reason("draft", line) for line in _lost(headers, needed)]
     return reasons
 
 
-def _lost(folder: Path, headers: Headers, told: list[str]) -> list[str]:
-    """Tensors that the index lists, no file holds, and the model needs."""
-    from ..modeling import needed_tensors
-
-    try:
-        needed = needed_tensors(folder, set(headers.stale) - set(told), headers.entries)
-    except FastMTPError:
-        return []  # the reason stands among the others
-    if not needed:
-        return []
-    return [f"{INDEX_FILE}: lists {needed[0]}, which no file holds ({len(needed)} such tensors that the model needs)"]
+def _lost(headers: Headers, needed: list[str]) -> list[str]:
+    """A line for each file in which the index has tensors that the model needs, and that no file holds."""
+    assert headers.chosen is not None
+    lines = []
+    for file, why in headers.chosen.missing.items():
+        if any(headers.absent.get(name) == file for name in needed):
+            number = len(headers.chosen.listed_in(file))
+            lines.append(f"{file}: listed in the index, but {why}; it holds {number} tensors")
+    gone = [name for name in needed if name in headers.stale]
+    if gone:
+        lines.append(
+            f"{INDEX_FILE}: lists {gone[0]}, which no file holds ({len(gone)} such tensors that the model needs)"
+        )
+    return lines
 
 
 def _notes(headers: Headers) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoints import SETTINGS_FILE, Weights, read_json
+from ..checkpoints import SETTINGS_FILE, Weights, read_json, remove_quietly
 from ..config import FastMTPConfig
 from ..errors import FastMTPError, cannot_write
 from ..evaluation.entries import slices
@@ -69,7 +69,7 @@ def write_card(
         staged.write_text(f"{text}<!-- fastmtp card, sha256 {digest} -->\n", encoding="utf-8")
         os.replace(staged, path)  # the name only: another link to the old file keeps what it had
     except OSError as error:
-        staged.unlink(missing_ok=True)
+        remove_quietly(staged)
         raise cannot_write(path, error) from None
     return path
 

@@ -47,10 +47,10 @@ def serve_flags(
     config = read_config(folder)
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
+    if elsewhere := layer_elsewhere(folder, family):
+        raise FastMTPError(f"{folder}: {elsewhere.text}")
     if not weights.under(*family.roots):
-        elsewhere = layer_elsewhere(folder, family)
-        why = elsewhere.text if elsewhere else f"holds no tensor under {family.root}; nothing to draft with"
-        raise FastMTPError(f"{folder}: {why}")
+        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
     if refusal := weights.chosen.refusals.get(engine):
         raise FastMTPError(f"{folder}: {engine}: {refusal}")
     full = weights.has_backbone(config)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..checkpoints import file_hash
+from ..checkpoints import file_hash, remove_quietly
 from ..data.conversation import said
 from ..data.language import language
 from ..data.mix import prompt_text
@@ -109,7 +109,7 @@ class Counts:
             staged.chmod(0o644)
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
-            staged.unlink(missing_ok=True)
+            remove_quietly(staged)
             raise cannot_write(path, error) from None
 
     @classmethod
