@@ -48,7 +48,7 @@ class WeightFiles:
     added: tuple[Path, ...]
     """Left out by the index; SGLang loads it all the same (they are in `files` too), vLLM does not."""
     consolidated: tuple[Path, ...]
-    """Mistral's own format, which vLLM prefers wherever it finds it."""
+    """Those in Mistral's own format, to go by their names: where there are some, vLLM loads them and nothing else."""
 
     def listed_in(self, file: str) -> list[str]:
         """Tensors that the index places in a file."""
@@ -63,7 +63,7 @@ class WeightFiles:
                 "or take its tensors out of the index if nothing needs them"
             )
             return dict.fromkeys(ENGINES, text)
-        if self.consolidated:
+        if self.consolidated and self.consolidated != self.files:
             names = ", ".join(path.name for path in self.consolidated)
             return {"vllm": f"it reads {names} instead, as a checkpoint in Mistral's format; move that away"}
         if self.added:
@@ -120,8 +120,7 @@ def resolve(folder: str | Path) -> WeightFiles:
             files = here[1:]
         if not files:
             raise FastMTPError(f"{folder}: holds no *.safetensors file; convert the checkpoint to safetensors")
-        others = tuple(p for p in consolidated if p not in files)
-        return WeightFiles(folder, files, None, {}, (), (), others)
+        return WeightFiles(folder, files, None, {}, (), (), consolidated)
     names = set(index.values())
     files = tuple(p for p in here if p.name in names)
     missing = {name: _why_not(folder / name) for name in sorted(names - {p.name for p in files})}
@@ -132,7 +131,7 @@ def resolve(folder: str | Path) -> WeightFiles:
     added = tuple(p for p in unlisted if p.name == _SIDECAR and _is_added(folder))
     files = tuple(sorted({*files, *added}))
     rest = tuple(p for p in unlisted if p not in added)
-    return WeightFiles(folder, files, index, missing, rest, added, tuple(p for p in consolidated if p not in files))
+    return WeightFiles(folder, files, index, missing, rest, added, consolidated)
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
