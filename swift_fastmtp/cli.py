@@ -39,6 +39,8 @@ def _distill(args: argparse.Namespace) -> None:
         seed=args.seed,
         shard=args.shard,
         on_bad_row=args.on_bad_row,
+        torch_dtype=args.torch_dtype,
+        prompt_names=args.prompts,
     )
 
 
@@ -122,6 +124,10 @@ def _doctor(args: argparse.Namespace) -> None:
     from .export.doctor import examine
 
     findings = examine(args.folder, args.model, args.token_map, args.tp_size)
+    if args.data:
+        from .export.data_check import examine_data
+
+        findings += examine_data(args.folder, args.data)
     for finding in findings:
         print(finding)
     errors = sum(f.level == "error" for f in findings)
@@ -203,9 +209,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
     verb.add_argument("--concurrency", type=int, default=128, help="conversations at a time, on servers")
-    verb.add_argument("--timeout", type=float, default=600, help="seconds for one answer, on servers")
-    verb.add_argument("--retry_seconds", type=float, default=600, help="how long to wait for a server that is gone")
+    verb.add_argument(
+        "--timeout", type=float, default=600, help="seconds of silence until a server must show that it lives"
+    )
+    verb.add_argument(
+        "--retry_seconds", type=float, default=600, help="a request is repeated so long after its first failure"
+    )
     verb.add_argument("--batch_size", type=int, default=32, help="conversations at a time, in process")
+    verb.add_argument(
+        "--torch_dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="in process; default: float32, on a GPU the model's",
+    )
     verb.add_argument("--max_new_tokens", type=int, default=4096, help="paper: 4096")
     verb.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6; 0 is greedy")
     verb.add_argument("--top_k", type=int, default=20, help="paper: 20")
@@ -232,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max_duplicate_lines", type=float, help="share of an answer's lines; default 0.5")
     verb.add_argument("--max_duplicate_ngrams", type=float, help="share of an answer's words in them; default 0.5")
     verb.add_argument("--min_loop_characters", type=int, help="an end that loops for less is no loop; default 60")
-    verb.add_argument("--decontaminate", nargs="+", metavar="FILE", help="evaluation tasks; default: the bundled ones")
+    verb.add_argument("--decontaminate", nargs="+", metavar="TASK", help="names, name=FILE or files; default: smoke")
     verb.add_argument("--duplicates_of", choices=("row", "prompt"), help="what has to be alike; default: row")
     verb.add_argument("--similarity", type=float, help="Jaccard similarity of near-duplicates; default 0.6")
     verb.add_argument("--ngram", type=int, help="words (Chinese: characters) that are compared together; default 3")
@@ -307,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", help="base model to compare with; default: the one the head was trained for")
     verb.add_argument("--token_map", help="file meant for SGLang's --speculative-token-map")
     verb.add_argument("--tp_size", type=int, default=1, help="planned tensor parallelism")
+    verb.add_argument("--data", help="rows to train on: are they rendered as they were asked?")
     verb.set_defaults(run=_doctor)
 
     verb = verbs.add_parser("simulate", help="acceptance without a server: every depth and every K at once")
@@ -320,6 +336,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--token_map", nargs="*", default=[], help="also measure with these SGLang token maps")
     verb.add_argument("--by", choices=("language", "group", "category"), help="a table and a token map for each")
     verb.add_argument("--temperature", type=float, default=0.0, help="of the answers; also measures sampled drafts")
+    verb.add_argument("--top_k", type=int, default=20, help="of sampled answers, as in bench; 0 is all")
+    verb.add_argument("--top_p", type=float, default=0.95, help="of sampled answers, as in bench")
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
     verb.add_argument("--draft_ms", type=float, help="measured: one draft step; default: predicted from bytes")
     verb.add_argument("--verify_ms", type=float, help="measured: one verification step")
@@ -349,8 +367,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
-    verb.add_argument("--timeout", type=float, help="seconds for one answer; default: 600")
-    verb.add_argument("--retry_seconds", type=float, help="how long to wait for a server that fails; default: 60")
+    verb.add_argument(
+        "--timeout", type=float, help="seconds of silence until a server must show that it lives; default: 600"
+    )
+    verb.add_argument(
+        "--retry_seconds", type=float, help="a request is repeated so long after its first failure; default: 60"
+    )
     verb.set_defaults(run=_bench)
 
     verb = verbs.add_parser("report", help="tables, plots and one page from results of fastmtp bench")

@@ -1,11 +1,11 @@
 """Every knob of the method, its default and where it comes from.
 
 Users set knobs through ms-swift's own `--model_kwargs` (`--model_kwargs '{"fastmtp_beta": 0.5}'`, or a
-`model_kwargs:` mapping in a recipe). ms-swift exports those keys, upper-cased, as environment variables; so a
-knob `beta` is the key `fastmtp_beta` and the variable `FASTMTP_BETA`, and reading the environment is the one
-place where all of these ways meet.
+`model_kwargs:` mapping in a recipe), or, as with every one of ms-swift's `model_kwargs`, with an environment variable:
+a knob `beta` is the key `fastmtp_beta` and the variable `FASTMTP_BETA`. The key goes before the variable.
 """
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -19,6 +19,8 @@ ROLLOUTS = ("exact", "paper")
 SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
 LOSSES = ("ce", *SOFT_LOSSES)
 INPUTS = ("text", "draft")
+BAD_ROWS = ("stop", "skip")
+HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class FastMTPConfig:
             "those of a draft that is served with it."
         },
     )
+    on_bad_row: str = field(
+        default="stop",
+        metadata={"help": "Rows that cannot be trained on: `stop`, or `skip`, which counts and names them in the log."},
+    )
     hidden_cache: str = field(
         default="",
         metadata={"help": "Folder for the backbone's hidden states: epochs after the first read them, and skip it."},
@@ -101,6 +107,7 @@ class FastMTPConfig:
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
         _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
+        _check(self.on_bad_row in BAD_ROWS, "on_bad_row", self.on_bad_row, f"one of {', '.join(BAD_ROWS)}")
         _check(0.0 <= self.hidden_cache_gb < float("inf"), "hidden_cache_gb", self.hidden_cache_gb, "at least 0")
         _check(self.loss_chunk_size >= 0, "loss_chunk_size", self.loss_chunk_size, "at least 0")
 
@@ -128,15 +135,44 @@ class FastMTPConfig:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> "FastMTPConfig":
-        """Settings from `FASTMTP_*` environment variables, which is where ms-swift puts `model_kwargs`."""
-        environ = os.environ if environ is None else environ
-        values = {k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX)}
+        """Settings from the environment variables of the knobs. Others that begin alike are somebody else's."""
+        return cls.from_run({}, os.environ if environ is None else environ)
+
+    @classmethod
+    def from_run(cls, model_kwargs: Mapping[str, Any], environ: Mapping[str, str]) -> "FastMTPConfig":
+        """Settings from the keys of `model_kwargs`, in upper or lower case, and from the environment where there is no
+        key. Raises `FastMTPError` for a key that is no knob, and for impossible values."""
+        values: dict[str, Any] = {}
+        for name in (f.name for f in fields(cls)):
+            if _variable(name) in environ:
+                values[name] = environ[_variable(name)]
+        for key, value in model_kwargs.items():
+            if not key.upper().startswith(ENV_PREFIX):
+                raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
+            values[key[len(ENV_PREFIX) :].lower()] = value
         return cls.from_mapping(values)
 
 
 def knob_names() -> list[str]:
     """The keys users write in `model_kwargs`."""
     return [f"fastmtp_{f.name}" for f in fields(FastMTPConfig)]
+
+
+def likely_typos(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that look like a knob's and are none, and the one that was probably meant."""
+    variables = [_variable(f.name) for f in fields(FastMTPConfig)]
+    typos = {}
+    for name in environ:
+        if name.startswith(ENV_PREFIX) and name not in variables:
+            # Without the prefix: it would make everything look alike.
+            ours = {v[len(ENV_PREFIX) :]: v for v in variables}
+            for close in difflib.get_close_matches(name[len(ENV_PREFIX) :], ours, n=1, cutoff=0.8):
+                typos[name] = ours[close]
+    return typos
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
 
 
 def _parse(name: str, value: Any, kind: type) -> Any:

@@ -68,8 +68,8 @@ class Family:
     indexer_rope: str | None = None
     """Rotary embedding of the indexer that picks the keys which the block attends to (`indexer.py`), as
     'module:function'; None: it attends to all."""
-    proj_in_fp8: bool = False
-    """SGLang reads FP8 blocks of the projection; elsewhere it has a plain matrix there, whatever config.json says."""
+    quantized_proj: tuple[str, ...] = ()
+    """Engines that build the projection as quantization_config says; in others it is plain, whatever that says."""
     sglang_gap: str | None = None
     """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
     vllm: bool = True
@@ -154,6 +154,7 @@ _QWEN3_NEXT = Family(
     block_config=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
     # SGLang does not read layer_types, which transformers makes of it.
     needed_keys=("full_attention_interval",),
+    quantized_proj=("vLLM",),
     # Rounded decay rates would let the hidden states of long texts drift from those that a server drafts on.
     kept_in_float32=("linear_attn.A_log",),
 )
@@ -347,7 +348,7 @@ FAMILIES: tuple[Family, ...] = (
         recurrent_backbone=False,
         served_as="longcat_flash_nextn.py: LongcatFlashForCausalLMNextN",
         kept_in_float32=("mlp.router.",),
-        proj_in_fp8=True,
+        quantized_proj=("SGLang", "vLLM"),
         sglang_gap="the draft layer of 0.5.23 (longcat_flash_nextn.py) leaves out the projection to latents: its "
         "attention stops at an assertion, or reads what the target's last layer left",
         mlp="transformer_layer.mlp",
@@ -365,7 +366,7 @@ FAMILIES: tuple[Family, ...] = (
         plain_model_type=None,
         served_as="bailing_moe_nextn.py: BailingMoeForCausalLMNextN",
         vllm=False,
-        proj_in_fp8=True,
+        quantized_proj=("SGLang",),
         copies=(),
         attention="attention",
         only=(
@@ -385,10 +386,15 @@ EMBEDDINGS = ("embed_tokens", "word_embeddings")
 """What the embedding's module is called, in one family or another."""
 
 
+class WrongTypeError(FastMTPError):
+    """A key of config.json holds something of another type than this package and the engines read."""
+
+
 def read_config(model_dir: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
 
-    Raises `FastMTPError` if it is missing, not a JSON object, or has a key of another type than this package reads.
+    Raises `FastMTPError` if it is missing or not a JSON object; `WrongTypeError` naming the first key of `_TYPES` that
+    is of another type.
     """
     path = Path(model_dir) / "config.json"
     try:
@@ -452,7 +458,7 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
         for key, (what, fits) in _TYPES.items():
             value = part.get(key)
             if value is not None and not fits(value):
-                raise FastMTPError(
+                raise WrongTypeError(
                     f"{path}: {where}{key} is {json.dumps(value)[:80]}, it must be {what}; take it from the base "
                     "model's config.json"
                 )

@@ -4,6 +4,7 @@ The matrix is frozen, so the only gradient that must survive a chunk is the one 
 logits give loss, argmax and that gradient at once, and are dropped. `losses` has the formulas.
 """
 
+import itertools
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -98,7 +99,11 @@ class FrozenHead:
         self.temperature = config.temperature if config.loss in SOFT_LOSSES else 1.0
 
     def chunks(self, valid: Tensor, hidden: Tensor | None, rows: Tensor | None) -> Any:
-        """Yields (flat indices into [K * N] of at most `chunk` valid rows, their teacher)."""
+        """Yields (flat indices into [K * N] of at most `chunk` valid rows, their teacher).
+
+        Steps whose rows have one position in common share its teacher. All that the host must know of the rows, how
+        many there are of each step in each chunk, is asked for before the first chunk: a GPU is not waited for between.
+        """
         if hidden is None or rows is None:
             for part in even(valid.flatten().nonzero().squeeze(1), self.chunk):
                 yield part, None
@@ -108,14 +113,24 @@ class FrozenHead:
         positions, place = (rows[row] + step + 1).unique(return_inverse=True)
         row_at = rows.new_full((len(valid), len(positions)), -1)
         row_at[step, place] = row
-        for here in even(torch.arange(len(positions), device=rows.device), self.chunk):
-            teacher = self.teacher(hidden[positions[here]])
-            for k, at in enumerate(row_at[:, here]):
-                has = at >= 0
-                if bool(has.all()):
-                    yield k * N + at, teacher
-                elif bool(has.any()):
-                    yield k * N + at[has], teacher.take(has)
+        # The table without its gaps, step by step: the rows of one step in one chunk are a slice of these.
+        step_M, place_M = (row_at >= 0).nonzero(as_tuple=True)
+        flat_M = step_M * N + row_at[step_M, place_M]
+        chunks = [len(part) for part in even(positions, self.chunk)]
+        counts = _counts(row_at >= 0, chunks)
+        starts = [0, *itertools.accumulate(sum(of_step) for of_step in counts)]
+        first = 0
+        for c, size in enumerate(chunks):
+            teacher = self.teacher(hidden[positions[first : first + size]])
+            for k in range(len(valid)):
+                count = counts[k][c]
+                here = slice(starts[k], starts[k] + count)
+                starts[k] += count
+                if count == size:
+                    yield flat_M[here], teacher
+                elif count:
+                    yield flat_M[here], teacher.take(place_M[here] - first)
+            first += size
 
     def project(self, rows: Tensor) -> Tensor:
         """Logits [C, V] divided by the temperature, in `self.logits`."""
@@ -197,6 +212,15 @@ def _head_type(weight: Tensor) -> type[FrozenHead]:
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:
     """Parts of at most `chunk` rows and of equal size: a short last one would read all of the matrix for little."""
     return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
+
+
+def _counts(has_KP: Tensor, chunks: list[int]) -> list[list[int]]:
+    """How many there are of each step in each chunk of positions; one wait for a GPU."""
+    if not chunks:
+        return [[] for _ in has_KP]
+    per_chunk = [part.sum(1) for part in has_KP.split(chunks, dim=1)]
+    counts: list[list[int]] = torch.stack(per_chunk, dim=1).tolist()
+    return counts
 
 
 def _log_z(z: Tensor, probs: Tensor, best: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The backbone never changes during training, so its last hidden states of a document are the same in every epoch. The
 first epoch writes them here as it computes them; later ones read them back through a memory map, in the backbone's own
 dtype, bit for bit. A document is found by a hash of its token ids, which covers data, template and tokenizer; the
-folder belongs to one backbone and one attention implementation, or is refused.
+folder belongs to one backbone, config and way to compute (`states_depend_on`), or is refused.
 
     cache.json          what the folder belongs to
     states-R.bin        hidden states of rank R, appended
@@ -13,6 +13,7 @@ Ranks read each other's files and write their own.
 """
 
 import hashlib
+import json
 import os
 import warnings
 from pathlib import Path
@@ -26,6 +27,68 @@ from .errors import FastMTPError, cannot_write
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
+_SCHEMA = "swift_fastmtp.hidden_cache/2"
+# Keys of a config that do not change the backbone's states: names and versions, token ids, what generation, heads and
+# losses read. `dtype` is the cache's own. Everything else does, or may.
+_NO_STATES = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "tie_word_embeddings",
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "mtp_use_dedicated_embeddings",
+    "num_mtp_layers",
+    "mtp_loss_scaling_factor",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "finetuning_task",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "fastmtp_token_maps",
+    "keys_to_ignore_at_inference",
+}
+
+
+def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None, quantization: Any) -> dict[str, Any]:
+    """Everything but the token ids that the backbone's hidden states depend on, as JSON; the cache's `key`.
+
+    Args:
+        model: a transformers model; its config says RoPE, norms, masks, experts and the like in one form, however
+            config.json writes them.
+        fingerprint: of the backbone's weights (`checkpoints.fingerprint`).
+        autocast: what matrix products are computed in; None: in the weights' own dtype.
+        quantization: config.json's `quantization_config`, by which FP8 blocks become numbers.
+
+    The backbone is frozen, so there are no adapters in it.
+    """
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_STATES and k != "quantization_config"}
+    key = {
+        "backbone": fingerprint,
+        "attention": model.config._attn_implementation,
+        "autocast": None if autocast is None else str(autocast),
+        "quantization_config": quantization,
+        "config": config,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
+    return plain
 
 
 class HiddenCache:
@@ -46,7 +109,7 @@ class HiddenCache:
         self, folder: str | Path, key: dict[str, Any], width: int, dtype: torch.dtype, max_bytes: int, rank: int = 0
     ) -> None:
         self.folder, self.width, self.dtype, self.max_bytes = Path(folder), width, dtype, max_bytes
-        self._open_folder({"schema": "swift_fastmtp.hidden_cache/1", **key, "width": width, "dtype": str(dtype)})
+        self._open_folder({"schema": _SCHEMA, **key, "width": width, "dtype": str(dtype)})
         self.row_bytes = width * torch.empty((), dtype=dtype).element_size()
         self._maps: dict[Path, np.memmap[Any, Any]] = {}
         self._places: dict[bytes, tuple[Path, int, int]] = {}
@@ -64,12 +127,18 @@ class HiddenCache:
             except OSError as error:
                 raise FastMTPError(f"{self.folder}: cannot hold a hidden-state cache ({error})") from None
             return
-        found = read_json(path)
-        for name in info:
-            if found.get(name) != info[name]:
+        stored = read_json(path)
+        if stored.get("schema") != _SCHEMA:
+            raise FastMTPError(
+                f"{self.folder}: its hidden states are of another version of this package ({stored.get('schema')}), "
+                "which may depend on other settings; name another folder as fastmtp_hidden_cache, or delete this one"
+            )
+        before, now = _flat(stored), _flat(info)
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
                 raise FastMTPError(
-                    f"{self.folder}: holds hidden states of another model ({name} is {found.get(name)!r}, this run has "
-                    f"{info[name]!r}); name another folder as fastmtp_hidden_cache, or delete this one"
+                    f"{self.folder}: holds hidden states of another model ({name} is {before.get(name)!r}, this run "
+                    f"has {now.get(name)!r}); name another folder as fastmtp_hidden_cache, or delete this one"
                 )
 
     def _open_own(self, rank: int) -> tuple[Any, Any]:
@@ -160,5 +229,20 @@ def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:
     return found
 
 
+def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Objects in objects as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            flat |= _flat(inner, f"{above}{name}.")
+        else:
+            flat[f"{above}{name}"] = inner
+    return flat
+
+
 def _digest(ids: torch.Tensor) -> bytes:
-    return hashlib.blake2b(ids.cpu().numpy().astype("<i8").tobytes(), digest_size=16).digest()
+    """Of a document's token ids, and of what autocast computes with at the moment: a run's evaluation may differ."""
+    device = ids.device.type
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+    data = ids.cpu().numpy().astype("<i8").tobytes() + autocast.encode()
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -42,6 +42,8 @@ class FakeEngine:
         self.weights, self.model = "default", "fake"
         self.fault, self.times, self.asked, self.flushed, self.shift = "", 0, 0, 0, 0
         self.change_at = 10**9
+        self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
+        self.dead, self.probed = False, 0  # what /health says, and how often it was asked
         self.drafts, self.accepted = 0, [0] * num_steps
         self.lock = threading.Lock()
         self.http = Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"engine": self}))
@@ -87,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         engine = self.engine
         sglang = engine.kind == "sglang"
-        pages = {"/health": {}, "/v1/models": {"object": "list", "data": [{"id": engine.model, "object": "model"}]}}
+        pages = {"/v1/models": {"object": "list", "data": [{"id": engine.model, "object": "model"}]}}
         if sglang:
             spec = {"speculative_algorithm": "EAGLE", "speculative_num_steps": engine.num_steps}
             pages["/server_info"] = {"version": engine.version, **(spec if engine.num_steps else {})}
@@ -101,6 +103,9 @@ class Handler(BaseHTTPRequestHandler):
                 for i, n in enumerate(engine.accepted)
             ]
             return self.reply(200, "\n".join(lines).encode(), "text/plain")
+        if self.path == "/health":
+            engine.probed += 1
+            return self.reply(503 if engine.dead else 200, b"{}")
         if self.path in pages:
             return self.reply(200, json.dumps(pages[self.path]).encode())
         return self.reply(404, b"{}")
@@ -156,6 +161,8 @@ class Handler(BaseHTTPRequestHandler):
             if fault == "hang up" and sent > 1:
                 self.connection.close()
                 return
+            if fault == "stall" and sent > 1:
+                time.sleep(engine.stall)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def chat(self, body):
@@ -192,6 +199,7 @@ class Handler(BaseHTTPRequestHandler):
     def event(self, value):
         self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
         self.wfile.flush()
+        time.sleep(self.engine.event_pause)
 
     def reply(self, status, data, kind="application/json"):
         self.send_response(status)

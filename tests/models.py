@@ -356,12 +356,15 @@ def save_checkpoint(make, folder):
 def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "lm_head"), power_of_two=False, **config):
     """A copy of a checkpoint with its matrices in FP8 blocks, as published ones are: scales beside their weights.
 
-    `plain` are parts of the names that stay as they are.
+    `plain` are parts of the names that stay as they are; config.json lists those modules by their whole names.
     """
     shutil.copytree(folder, target)
+    left_out = []
     for path in target.glob("*.safetensors"):
         tensors = load_file(path)
-        for name in [n for n, t in tensors.items() if t.ndim > 1 and not any(p in n for p in plain)]:
+        matrices = [n for n, t in tensors.items() if t.ndim > 1 and not any(p in n for p in plain)]
+        left_out += [n.removesuffix(".weight") for n in tensors if n not in matrices]
+        for name in matrices:
             tensors[name], tensors[name + SCALE] = quantise(tensors[name], Blocks(size, power_of_two))
         save_file(tensors, path, metadata={"format": "pt"})
     index = target / "model.safetensors.index.json"
@@ -370,7 +373,7 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
         weight_map = {n: p.name for n, p in Weights(target).file_of.items()}
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(size)}
-    settings |= {"fmt": "e4m3", "modules_to_not_convert": list(plain)} | (
+    settings |= {"fmt": "e4m3", "modules_to_not_convert": sorted(left_out)} | (
         {"scale_fmt": "ue8m0"} if power_of_two else {}
     )
     old = json.loads((target / "config.json").read_text())
@@ -378,7 +381,7 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
     return target
 
 
-# As Qwen3.5's renders a plain conversation, which tells ms-swift's templates apart.
+# As Qwen3.5's renders a plain conversation.
 _THINKING = (
     "{%- for m in messages %}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}"

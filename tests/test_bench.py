@@ -18,7 +18,7 @@ import yaml
 from conftest import TINY
 from fake_engine import FakeEngine, answer, chunks
 
-from swift_fastmtp.data.conversation import encode_prompt, load_tokenizer
+from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.bench import bench, warnings
 from swift_fastmtp.evaluation.plan import make_plan, read_plan
@@ -100,7 +100,7 @@ def test_passing_faults_leave_no_trace(pair, tmp_path):
 
 
 FAULTS = {
-    "garbage": "no usable answer for 1 s (an empty response); what is finished is kept",
+    "garbage": "(an empty response); what is finished is kept",
     "500": "answers 500 (Error code: 500)",
     "no metadata": "its answers do not tell spec_verify_ct, spec_num_correct_drafts, as SGLang 0.5.23 should",
     "wrong histogram": "drafts accepted in 5 steps; its acceptance cannot be trusted",

@@ -259,7 +259,7 @@ def test_a_template_of_many_tasks_does_not_count(tmp_path):
 
 def test_bundled_tasks_are_the_default():
     assert filters.Decontaminate().decontaminate == filters.bundled_tasks()
-    assert all(Path(path).is_file() for path in filters.bundled_tasks())
+    assert filters.bundled_tasks() == ["smoke"]
 
 
 def write(path, rows):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swift_fastmtp.data.conversation import Conversation, Reply, encode_prompt, training_conversations
+from swift_fastmtp.data.conversation import Conversation, Reply
 from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.data.jobs import Job
+from swift_fastmtp.data.prompt_ids import asked_ids, shorten
 from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.swift_plugin.register import register
@@ -111,6 +114,8 @@ def test_each_turn_answers_the_models_own_history(prompts, tmp_path):
     again = tmp_path / "again.jsonl"
     again.write_text("".join(json.dumps({"messages": messages[:3]}) + "\n" for messages in turns))
     own_answers(again, tmp_path / "o2.jsonl", **greedy)
+    first, second = (m for m in (turns[0][1], turns[0][3]))
+    assert "prompt_shared" not in first and len(second["prompt_token_ids"]) < second["prompt_shared"]
     assert [row["messages"] for row in read_rows(tmp_path / "o2.jsonl")] == turns
 
 
@@ -254,14 +259,8 @@ def test_datasets_of_hubs_are_prompts(prompts, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def template():
-    register()
-    from swift.model import get_processor
-    from swift.template import get_template
-
-    template = get_template(get_processor(str(TINY), model_type="fastmtp"))
-    template.set_mode("train")
-    return template
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY)
 
 
 def test_a_bad_row_is_named_when_ms_swift_loads_the_file(tmp_path):
@@ -275,48 +274,77 @@ def test_a_bad_row_is_named_when_ms_swift_loads_the_file(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 6000), min_size=1, max_size=6), min_size=1, max_size=3))
-def test_training_sees_exactly_the_generated_tokens(template, turns):
-    """Any ids, also ones that no text encodes to: prompts by the chat template, answers as they are, masked around."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+def test_training_sees_exactly_the_generated_tokens(tokenizer, turns):
+    """Any ids, also ones that no text encodes to: a prompt that goes on from the turn before is joined with it."""
     end = tokenizer.eos_token_id
-    messages, want, labels = [], [], []
-    for i, ids in enumerate(turns):
-        messages.append({"role": "user", "content": f"question {i}"})
-        seen = encode_prompt(tokenizer, messages) if i == 0 else tokenizer.encode(
-            f"\n<|im_start|>user\nquestion {i}<|im_end|>\n<|im_start|>assistant\n"
-        )  # fmt: skip
-        answer = [*ids, end]
-        messages.append({"role": "assistant", "content": "text", "token_ids": answer, "finish_reason": "stop"})
-        want += [*seen, *answer]
-        labels += [-100] * len(seen) + answer
-    (conversation,) = training_conversations(messages, "stop")
-    encoded = template.encode({"messages": conversation})
-    assert encoded["input_ids"] == want and encoded["labels"] == labels
+    conversation = Conversation(
+        [{"role": role, "content": f"q{i}"} for i in range(3) for role in ("user", "assistant")]
+    )
+    sequence, labels = [], []
+    for number, ids in enumerate(turns):
+        asked = [*sequence, *tokenizer.encode(f"\nuser {number}")]
+        answered = [*ids, end]
+        conversation.add(Reply("text", "stop", answered), asked)
+        labels += [-100] * (len(asked) - len(sequence)) + answered
+        sequence = asked + answered
+    assert sum(len(m.get("prompt_token_ids", [])) for m in conversation.messages) < len(sequence)  # kept once
+    (example,) = training_examples(tokenizer, {"messages": conversation.messages, "finish_reason": "stop"})
+    assert example.ids == sequence and example.labels == labels
 
 
-def test_a_cut_off_turn_is_not_trained_on():
-    talk = [
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 3), max_size=3)), max_size=5)
+)
+def test_prompts_are_kept_whatever_they_share(pairs):
+    """What `shorten` keeps of a prompt is the prompt again, whether or not it goes on from the turn before."""
+    previous = []
+    for asked, answered in pairs:
+        kept = shorten(asked, previous)
+        assert asked_ids(kept, previous) == asked
+        assert kept.get("prompt_shared", 0) + len(kept["prompt_token_ids"]) == len(asked)
+        previous = asked + answered
+
+
+def test_prompts_of_a_row_that_was_cut_are_an_error(tokenizer):
+    """Removing a turn leaves a prompt that goes on from nothing: it is refused, not trained on."""
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "token_ids": [1, 2]}]}
+    row["messages"][1] |= {"prompt_shared": 7, "prompt_token_ids": [5]}
+    with pytest.raises(FastMTPError, match=r"prompt_shared is 7.*the turn before it has 0 tokens.*distill it again"):
+        training_examples(tokenizer, row)
+    row["messages"][1] |= {"prompt_shared": 0, "prompt_token_ids": "xy"}
+    with pytest.raises(FastMTPError, match=r"prompt_token_ids must be a list of whole numbers"):
+        training_examples(tokenizer, row)
+
+
+def test_a_cut_off_turn_is_not_trained_on(tokenizer):
+    messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "finish_reason": "stop"},
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d", "finish_reason": "length"},
     ]
-    (kept,) = training_conversations(talk, "length")
-    assert [m["content"] for m in kept] == ["a", "b"]
-    assert training_conversations(talk[:2], "length") == []
-    assert training_conversations([{"role": "user", "content": "a"}]) == []
+    (kept,) = training_examples(tokenizer, {"messages": messages, "finish_reason": "length"})
+    assert tokenizer.decode([i for i in kept.labels if i != -100]) == "b<|im_end|>"
+    assert tokenizer.decode(kept.ids).endswith("b<|im_end|>")
+    assert training_examples(tokenizer, {"messages": messages[:2], "finish_reason": "length"}) == []
+    assert training_examples(tokenizer, {"messages": [{"role": "user", "content": "a"}]}) == []
 
 
-def test_reasoning_is_trained_turn_by_turn():
-    """Chat templates drop earlier reasoning: each turn was generated behind another history."""
-    talk = []
-    for i in range(2):
-        talk.append({"role": "user", "content": f"q{i}"})
-        talk.append({"role": "assistant", "content": f"a{i}", "reasoning_content": f"r{i}", "token_ids": [i, 99]})
-    first, second = training_conversations(talk, "stop")
-    assert first == [{"role": "user", "content": "q0"}, {"role": "assistant", "content": [0, 99]}]
-    history = {"role": "assistant", "content": "<think>\nr0\n</think>\n\na0", "loss": False}
-    assert second == [first[0], history, {"role": "user", "content": "q1"}, {"role": "assistant", "content": [1, 99]}]
+def test_results_of_tools_are_given_by_id():
+    """Two calls whose results come in the other order: each call gets its own, in the order of the model's calls."""
+    source = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": [call("weather", "a"), call("time", "b")]},
+        {"role": "tool", "content": "noon", "tool_call_id": "call-b"},
+        {"role": "tool", "content": "rain", "tool_call_id": "call-a"},
+    ]
+    conversation = Conversation(source)
+    conversation.add(Reply("", "tool_calls", tool_calls=[call("weather", "1"), call("time", "2")]))
+    assert conversation.messages[2:] == [
+        {"role": "tool", "content": "rain", "tool_call_id": "call-1"},
+        {"role": "tool", "content": "noon", "tool_call_id": "call-2"},
+    ]
 
 
 def test_parts_survive_any_cut(tmp_path):
@@ -335,3 +363,20 @@ def test_parts_survive_any_cut(tmp_path):
             part.write(records[kept:])
         assert path.read_bytes() == whole
         assert job.merge(3) == [] and len(read_rows(Path(job.output))) == 3
+
+
+def test_workers_that_end_and_begin_together_see_the_output(tmp_path):
+    """One of them merges; the others find the output, none a half removed folder, and none answers anything again."""
+    command = [sys.executable, str(ROOT / "tests/job_workers.py"), str(tmp_path), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_parts_folder_that_somebody_removed_is_one_line(tmp_path):
+    job = Job(tmp_path / "o.jsonl", {})
+    with job.part(0, 1) as part:
+        part.write([{"key": [0, 0], "row": {"messages": []}}])
+        shutil.rmtree(job.folder)
+    for ask in (job.finished, lambda: job.merge(1), lambda: job.part(0, 1).__enter__()):
+        with pytest.raises(FastMTPError, match=r"o\.jsonl\.parts: was removed while this job ran; start again"):
+            ask()

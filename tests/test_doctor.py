@@ -158,6 +158,50 @@ def test_draft_that_disagrees_with_its_target(exports, tmp_path):
     assert any("rope_scaling is" in f.what for f in examine(folder))
 
 
+# Settings of a draft-only folder, written otherwise than its target's: with the same meaning, and with another.
+SAME = {
+    "the new form": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000}},
+    "both forms": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "scaling that is none": {"rope_scaling": {"type": "default"}},
+    "all dimensions turn": {"partial_rotary_factor": 1.0},
+    "head_dim as it would be": {"head_dim": None, "hidden_size": 192, "num_attention_heads": 6},
+    "a window that is not used": {"sliding_window": 4096, "use_sliding_window": False},
+    "the usual activation": {"hidden_act": None},
+    "layers' types in words": {"layer_types": ["full_attention"] * 4},
+}
+OTHER = {
+    "rope_theta": {"rope_theta": 1000000},
+    "rope_parameters": {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000}},
+    "rope_scaling": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "partial_rotary_factor": {"partial_rotary_factor": 0.5},
+    "sliding_window": {"sliding_window": 1024, "use_sliding_window": True},
+    "hidden_act": {"hidden_act": "gelu"},
+    "attention_bias": {"attention_bias": False},
+    "tie_word_embeddings": {"tie_word_embeddings": True},
+    "rms_norm_eps": {"rms_norm_eps": 1e-6},
+    "num_experts_per_tok": {"num_experts_per_tok": 4},
+}
+
+
+def drafts_with(exports, tmp_path, changes):
+    folder = tmp_path / "draft"
+    shutil.copytree(exports / "draft", folder)
+    config = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_a_draft_whose_config_means_the_same(case, exports, tmp_path):
+    assert examine(drafts_with(exports, tmp_path, SAME[case])) == []
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_draft_whose_config_means_another_computation(key, exports, tmp_path):
+    findings = examine(drafts_with(exports, tmp_path, OTHER[key]))
+    assert any(f.level == "error" and f"config.json: {key} is" in f.what for f in findings), [str(f) for f in findings]
+
+
 def test_map_with_tied_embeddings(exports, tmp_path):
     torch.save(list(range(6087)), tmp_path / "map.pt")
     folder = broken(exports, tmp_path, tie_word_embeddings=True)

@@ -18,18 +18,14 @@ from swift_fastmtp.modeling import head_shapes
 
 
 def run_args(base, rows, output_dir, **changes):
-    """A vision checkpoint's chat template is found by how it renders, since the folder's name says nothing."""
-    template = None if "vision" in base.name else "qwen"
-    return sft_args(base, rows, output_dir, **{"max_steps": 4, "save_steps": 2, "template": template, **changes})
+    return sft_args(base, rows, output_dir, **{"max_steps": 4, "save_steps": 2, **changes})
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_swift_trains_resumes_and_exports(name, bases, rows, tmp_path, shown):
     """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
     base, run, again, full = bases(name), tmp_path / "run", tmp_path / "again", tmp_path / "full"
-    done = swift(*run_args(base, rows, run))
-    found = "template 'qwen3_5' renders like the tokenizer's chat template"
-    assert (found in done.stdout + done.stderr) == ("vision" in name)
+    swift(*run_args(base, rows, run))
     assert len(logged(run)) == 4 and logged(run, "mtp_acc_3")
     swift(*run_args(base, rows, again), "--resume_from_checkpoint", run / "checkpoint-2")
     swift("export", "--adapters", again / "checkpoint-4", "--output_dir", full)

@@ -1,16 +1,22 @@
 """The cache gives back what the backbone computed, survives kills, and belongs to one model."""
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from models import packed_positions, random_mimo
 
+from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.hidden_cache import HiddenCache
+from swift_fastmtp.modeling import load_model
 
 KEY = {"backbone": "abc"}
 
@@ -77,6 +83,84 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change):
     open_cache(tmp_path)
     with pytest.raises(FastMTPError, match="hidden states of another model"):
         open_cache(tmp_path, **change)
+
+
+def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
+    """It does not say what its states depend on besides weights and attention."""
+    old = {"schema": "swift_fastmtp.hidden_cache/1", **KEY, "width": 8, "dtype": "torch.float32"}
+    (tmp_path / "cache.json").write_text(json.dumps(old))
+    with pytest.raises(FastMTPError, match=r"of another version of this package .* or delete this one"):
+        open_cache(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def attach(tmp_path_factory):
+    """Opens the cache of a run on the tiny model as the trainer does, with another config.json or other arguments."""
+    datasets = pytest.importorskip("datasets")
+    from swift_fastmtp.swift_plugin.cache import attach_hidden_cache
+
+    work = tmp_path_factory.mktemp("attach")
+
+    def open_run(cache, name="base", bf16=False, fp16=False, attention="sdpa", **config):
+        folder = work / name
+        if not folder.exists():
+            shutil.copytree(TINY, folder)
+            old = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({k: v for k, v in {**old, **config}.items() if v != "gone"}))
+        model = load_model(folder, torch.bfloat16)
+        model.set_attn_implementation(attention)
+        model.model_dir = folder
+        model.fastmtp = FastMTPConfig(hidden_cache=str(cache), hidden_cache_gb=1)
+        args = SimpleNamespace(max_steps=0, num_train_epochs=3, bf16=bf16, fp16=fp16)
+        attach_hidden_cache(args, model, [datasets.Dataset.from_dict({"lengths": [9, 9]})])
+        return model
+
+    return open_run
+
+
+# What of a run changes the states, and how the refusal names it.
+CHANGES = {
+    "rope_theta": ({"rope_theta": 5e4}, "rope_theta is 10000, this run has 50000"),
+    "rope_scaling": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}}, "rope"
+    ),
+    "norms": ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 1e-05, this run has 0.001"),
+    "windows": ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "layer_types|window"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is 'silu', this run has 'gelu'"),
+    "autocast": ({"bf16": True}, "autocast is None, this run has 'torch.bfloat16'"),
+    "autocast in fp16": ({"fp16": True}, "autocast is None, this run has 'torch.float16'"),
+    "attention": ({"attention": "eager"}, "attention is 'sdpa', this run has 'eager'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_would_compute_other_states_is_refused(change, attach, tmp_path):
+    changed, message = CHANGES[change]
+    attach(tmp_path)
+    name = "base" if {"bf16", "fp16", "attention"} & changed.keys() else change
+    with pytest.raises(FastMTPError, match=f"holds hidden states of another model .*{message}"):
+        attach(tmp_path, name, **changed)
+
+
+def test_a_run_that_computes_the_same_states_goes_on(attach, tmp_path):
+    """Whoever wrote config.json, and in which form; what only heads, tokenizers and generation read."""
+    attach(tmp_path)
+    attach(tmp_path, "saved", transformers_version="9", use_cache=False, eos_token_id=1, torch_dtype="gone",
+           num_nextn_predict_layers=1, _name_or_path="elsewhere")  # fmt: skip
+    attach(tmp_path, "new form", rope_theta="gone", rope_parameters={"rope_type": "default", "rope_theta": 10000})
+
+
+def test_states_under_autocast_are_not_those_without(tmp_path):
+    """Whatever the folder says: an evaluation without autocast inside a run with it computes its own."""
+    model = random_mimo(2)
+    model.hidden_cache = open_cache(tmp_path, width=32)
+    ids = torch.randint(0, 97, (1, 12))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(input_ids=ids, labels=ids).step_loss
+        assert torch.equal(model(input_ids=ids, labels=ids).step_loss, rounded)
+    plain = model(input_ids=ids, labels=ids).step_loss
+    model.hidden_cache = None
+    assert torch.equal(plain, model(input_ids=ids, labels=ids).step_loss)
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):

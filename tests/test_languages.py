@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
 from swift_fastmtp.serving.router import AGAIN_EVERY, FULL, Router, check_weight

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swift_fastmtp.config import LOSSES, SOFT_LOSSES, FastMTPConfig
+from swift_fastmtp.frozen_head import FrozenHead, even
 from swift_fastmtp.losses import drafts, step_losses, weighted_loss
 
 
@@ -178,3 +179,65 @@ def test_end_to_end_loss_counts_the_drafts_that_are_not_accepted():
     tau = 1 + overlap.cumprod(0).sum(0)
     want = (1 - (tau - 1) / 3).sum() / 10
     assert float(weighted_loss(loss[:, None], config.step_weights, 10)) == pytest.approx(float(want))
+
+
+def chunks_plainly(head, valid, hidden, rows):
+    """`FrozenHead.chunks` with a look at every chunk."""
+    step, row = valid.nonzero(as_tuple=True)
+    positions, place = (rows[row] + step + 1).unique(return_inverse=True)
+    row_at = rows.new_full((len(valid), len(positions)), -1)
+    row_at[step, place] = row
+    for here in even(torch.arange(len(positions)), head.chunk):
+        teacher = head.teacher(hidden[positions[here]])
+        for k, at in enumerate(row_at[:, here]):
+            has = at >= 0
+            if has.any():
+                yield k * valid.shape[1] + at[has], teacher.take(has.nonzero().squeeze(1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.sampled_from(["kl", "topk_kl"]), st.integers(0, 99))
+def test_chunks_equal_their_plain_form_bit_for_bit(K, N, chunk, loss, seed):
+    _, weight, _, valid, hidden, rows = case(K, N, N + K + 1, 4, 11, seed, torch.float32)
+    config = FastMTPConfig(loss=loss, loss_chunk_size=chunk, num_speculative_steps=K, top_k=3)
+    head, plain_head = (FrozenHead(weight, torch.float32, K * N, config) for _ in range(2))
+    count = 0
+    pairs = zip(head.chunks(valid, hidden, rows), chunks_plainly(plain_head, valid, hidden, rows), strict=True)
+    for (part, teacher), (want_part, want) in pairs:
+        assert torch.equal(part, want_part)
+        assert all(torch.equal(a, b) for a, b in zip(teacher, want, strict=True) if b is not None)
+        count += len(part)
+    assert count == valid.sum()
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host waits for a GPU: what makes numbers, or shapes, of values."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__.lstrip("_")
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        self.count += by_mask or name.startswith(tuple(n.lstrip("_") for n in self.names))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_gpu_is_not_waited_for_in_every_chunk(loss):
+    """As often with forty chunks as with one."""
+    inputs = case(3, 40, 44, 8, 13, 0, torch.float32)
+    outputs, weight, targets, valid, hidden, rows = inputs
+    counts = []
+    for chunk in (1000, 1):
+        config = FastMTPConfig(loss=loss, loss_chunk_size=chunk, num_speculative_steps=3)
+        with Waits() as waits:
+            found = step_losses(outputs.requires_grad_(), weight, targets, valid, config, hidden, rows)
+            found[0].sum().backward()
+        counts.append(waits.count)
+    assert counts[0] == counts[1] <= 6

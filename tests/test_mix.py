@@ -101,6 +101,44 @@ def test_validation_prompts_stay_when_inputs_are_added():
     assert (few == many[:2000]).all() and 0.03 < many.mean() < 0.07
 
 
+def held_out_plainly(prompts, groups, languages, ratio):
+    """What `held_out` says, stratum by stratum."""
+    held = prompts < np.uint64(ratio * 2**64)
+    smallest = []
+    for stratum in set(zip(groups.tolist(), languages.tolist(), strict=True)):
+        inside = (groups == stratum[0]) & (languages == stratum[1])
+        if not held[inside].any() and len(np.unique(prompts[inside])) > 1:
+            smallest.append(prompts[inside].min())
+    return held | np.isin(prompts, np.array(smallest, dtype=np.uint64))
+
+
+hashes = st.integers(0, 2**64 - 1) | st.integers(0, 9) | st.integers(2**64 - 9, 2**64 - 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(st.tuples(hashes, st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60),
+    ratio=st.sampled_from([0.001, 0.1, 0.5]),
+)
+def test_held_out_equals_its_plain_form(rows, ratio):
+    prompts = np.array([row[0] for row in rows], dtype=np.uint64)
+    groups, languages = (np.array([row[i] for row in rows], dtype=np.int64) for i in (1, 2))
+    want = held_out_plainly(prompts, groups, languages, ratio)
+    assert np.array_equal(held_out(prompts, groups, languages, ratio), want)
+
+
+def test_held_out_takes_no_time_for_each_group_and_language():
+    """300,000 rows of 30,000 groups and languages: a pass over all rows for each of them takes 10 s or more."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(2**32, 2**64, 300_000, dtype=np.uint64)
+    groups, languages = rng.integers(0, 300, 300_000), rng.integers(0, 100, 300_000)
+    start = time.process_time()
+    held = held_out(prompts, groups, languages, 1e-12)
+    assert time.process_time() - start < 3
+    sizes = Counter(zip(groups.tolist(), languages.tolist(), strict=True))
+    assert held.sum() == sum(size > 1 for size in sizes.values())
+
+
 def test_same_rows_and_seed_give_the_same_bytes_in_any_order_and_format(tmp_path):
     rows = rows_of(PLENTY)
     a, b = write(tmp_path / "a.jsonl", rows[:300]), write(tmp_path / "b.jsonl", rows[300:])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import with_template
 from conftest import ONE_CORE, ROOT, TINY, logged, sft_args, swift
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -17,7 +18,6 @@ from transformers import AutoTokenizer
 import swift_fastmtp
 from swift_fastmtp.checkpoints import Weights
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.export.serve_args import command, serve_flags
@@ -44,7 +44,7 @@ def assert_only_the_head_changed(folder):
 
 
 def test_plain_swift_sft_trains_and_logs(run):
-    out, process = run
+    out, _ = run
     losses = logged(out)
     assert len(losses) == 6 and losses[-1] < losses[0]
     rows = [json.loads(line) for line in (out / "logging.jsonl").read_text().splitlines()]
@@ -58,7 +58,6 @@ def test_plain_swift_sft_trains_and_logs(run):
     step_losses = [rows[0][f"mtp_loss_{k}"] for k in (1, 2, 3)]
     weighted = (step_losses[0] + 0.6 * step_losses[1] + 0.36 * step_losses[2]) / 1.96
     assert rows[0]["loss"] == pytest.approx(weighted, rel=0.1)  # deeper steps have fewer rows, one shared divisor
-    assert "template 'qwen' renders like the tokenizer's chat template" in process.stdout + process.stderr
 
 
 def test_nothing_but_model_and_dataset(rows, tmp_path):
@@ -197,7 +196,7 @@ def test_padding_free_collator_gives_the_loss_of_the_padded_one(rows):
     model, processor = get_model_processor(str(TINY), model_type="fastmtp", torch_dtype=torch.float32)
     losses = []
     for padding_free in (False, True):
-        template = get_template(processor, template_type="qwen", padding_free=padding_free)
+        template = get_template(processor, padding_free=padding_free)
         template.set_mode("train")
         encoded = [
             template.encode(json.loads(line), return_length=True) for line in Path(rows).read_text().splitlines()[:5]
@@ -229,31 +228,38 @@ def test_self_distill_dataset_drops_truncated_answers(rows, tmp_path):
 
 @pytest.fixture(scope="module")
 def distilled(tmp_path_factory):
-    """What `fastmtp distill` writes, with a row of two turns with reasoning, which becomes two conversations; and what
-    training on exactly these tokens must log: their number and the loss of step 1."""
-    path = tmp_path_factory.mktemp("distilled") / "distilled.jsonl"
-    distill(str(TINY), str(ROOT / "examples/prompts/eval.jsonl"), str(path), max_new_tokens=40)
+    """A model whose template opens `<think>`; what `fastmtp distill` writes for it, with a row of two turns with
+    reasoning, which becomes two examples; and what training on exactly these tokens, behind exactly the prompts that
+    were asked, must log: the number of examples and the loss of step 1."""
+    work = tmp_path_factory.mktemp("distilled")
+    folder, path = with_template("thinking", work / "model"), work / "distilled.jsonl"
+    distill(str(folder), str(ROOT / "examples/prompts/eval.jsonl"), str(path), max_new_tokens=48)
     ids = [400, 401, 6082]
     turn = {"role": "assistant", "content": "12", "reasoning_content": "3 by 4", "token_ids": ids}
     talk = [{"role": "user", "content": "3 x 4?"}, turn, {"role": "user", "content": "Really?"}, turn]
+    asked = [
+        "<|im_start|>user\n3 x 4?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "<|im_start|>user\n3 x 4?<|im_end|>\n<|im_start|>assistant\n12<|im_end|>\n"
+        "<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+    ]
+    model, tokenizer = load_model(folder, torch.float32), AutoTokenizer.from_pretrained(folder)
+    model.fastmtp = FastMTPConfig()
+    pairs = [(tokenizer.encode(text), ids) for text in asked]
+    for row in read_rows(path):
+        if row["finish_reason"] == "stop":
+            text = f"<|im_start|>user\n{row['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+            pairs.append((tokenizer.encode(text), row["messages"][1]["token_ids"]))
     with open(path, "a") as file:
         file.write(json.dumps({"messages": talk, "finish_reason": "stop"}) + "\n")
-    model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
-    model.fastmtp = FastMTPConfig()
-    pairs = [
-        (r["messages"][:1], r["messages"][1]["token_ids"]) for r in read_rows(path) if r["finish_reason"] == "stop"
-    ]
-    history = {"role": "assistant", "content": "<think>\n3 by 4\n</think>\n\n12"}
-    pairs.append(([talk[0], history, talk[2]], ids))
     loss = tokens = 0
-    for messages, answer in pairs:
-        prompt = encode_prompt(tokenizer, messages)
+    for prompt, answer in pairs:
         with torch.no_grad():
             labels = torch.tensor([[-100] * len(prompt) + answer])
             output = model(input_ids=torch.tensor([prompt + answer]), mtp_labels=labels)
         loss += output.step_loss[0].sum().item()
         tokens += output.trained[0].sum().item()
-    return path, len(pairs), loss / tokens
+    assert len(pairs) > 8
+    return folder, path, len(pairs), loss / tokens
 
 
 @pytest.mark.parametrize(
@@ -266,15 +272,15 @@ def distilled(tmp_path_factory):
     ids=lambda way: "-".join(way),
 )
 def test_distilled_rows_train_however_they_are_loaded(way, distilled, tmp_path):
-    """By many workers, streamed, from a cached dataset: exactly the generated tokens are trained on."""
-    path, conversations, loss = distilled
+    """By many workers, streamed, from a cached dataset: exactly what was asked and answered is trained on."""
+    folder, path, examples, loss = distilled
     name = f"fastmtp-self-distill:{path}"
     if "cached" in way:
         options = ["--split_dataset_ratio", "0", "--output_dir", tmp_path / "cache", "--to_cached_dataset", "true"]
-        swift("export", "--model", TINY, "--model_type", "fastmtp", "--dataset", name, *options)
+        swift("export", "--model", folder, "--model_type", "fastmtp", "--dataset", name, *options)
         name, way = None, {"cached_dataset": tmp_path / "cache" / "train"}
-    one_batch = {"per_device_train_batch_size": conversations, "max_steps": 1, "save_steps": 1, "max_length": 512}
-    swift(*sft_args(TINY, name, tmp_path / "run", **{**one_batch, **way}))
+    one_batch = {"per_device_train_batch_size": examples, "max_steps": 1, "save_steps": 1, "max_length": 512}
+    swift(*sft_args(folder, name, tmp_path / "run", **{**one_batch, **way}))
     assert logged(tmp_path / "run", "mtp_loss_1") == [pytest.approx(loss, rel=1e-4)]
 
 

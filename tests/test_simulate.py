@@ -9,7 +9,7 @@ from reference import speculative_greedy
 from transformers import AutoTokenizer
 
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
 from swift_fastmtp.data.rows import read_rows
@@ -161,3 +161,33 @@ def test_tables_and_maps_by_language(few, tmp_path, capsys):
     }
     assert "recommended: K=" in printed or "recommended: no drafts" in printed
     assert (out / "maps.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("pad", [None, "<|pad|>"], ids=["none", "beyond the embedding"])
+def test_a_tokenizer_without_a_pad_token_that_the_model_has(pad, tiny, few, tmp_path):
+    """Padding is masked, so answers and acceptance are the same without one: `generate`, `distill` and `simulate`."""
+    model, tokenizer = tiny
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in TINY.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    without = AutoTokenizer.from_pretrained(folder)
+    if pad:
+        without.add_tokens([f"<|filler {i}|>" for i in range(model.config.vocab_size - len(without))])
+        without.add_special_tokens({"pad_token": pad})
+        without.save_pretrained(folder)
+    assert (without.pad_token_id is None) if pad is None else (without.pad_token_id >= model.config.vocab_size)
+    prompts = [encode_prompt(tokenizer, r["messages"]) for r in read_rows(few)]
+    assert generate(model, without, prompts, 16) == generate(model, tokenizer, prompts, 16)
+    asked = {"max_new_tokens": 12, "temperature": 0.0}
+    found = []
+    for name in (TINY, folder):
+        output = tmp_path / f"{name.name}.jsonl"
+        distill(str(name), str(few), str(output), **asked)
+        (result,) = simulate(str(name), [], str(few), num_steps=2, **{**asked, "batch_size": 4})
+        found.append((output.read_bytes(), result.tau_micro, result.marginal))
+    assert found[0] == found[1]

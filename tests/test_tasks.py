@@ -11,7 +11,7 @@ import pytest
 from swift_fastmtp.data.clean import clean
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation import tasks
-from swift_fastmtp.evaluation.tasks import FOLDER, cached_tasks, load_task, read_descriptor, task_names
+from swift_fastmtp.evaluation.tasks import FOLDER, load_task, read_descriptor, task_names
 
 PAPER = {"mt_bench": "MT.", "livecodebench": "Code", "math_500": "Math", "rag": "RAG", "nq": "QA", "cnn_dm": "Summ."}
 # A row as each source has it, and what must be in the prompt.
@@ -117,8 +117,6 @@ def test_offline_is_one_line_that_says_how(monkeypatch, tmp_path):
         assert "\n" not in message
     with pytest.raises(FastMTPError, match="go online, or give its file as mt_bench=FILE"):
         load_task("mt_bench")  # HF_HUB_OFFLINE
-    here, missing = cached_tasks()
-    assert here == ["smoke"] and len(missing) == len(ROWS)
 
 
 def test_a_url_is_read_once(monkeypatch, tmp_path):
@@ -179,19 +177,34 @@ def test_our_own_prompts():
     assert [p.name for p in FOLDER.glob("*.jsonl")] == ["smoke.jsonl"]  # no third party's text
 
 
-def test_clean_knows_the_tasks_that_are_here(tmp_path, capsys):
+def test_clean_compares_with_the_same_tasks_on_every_machine(tmp_path, monkeypatch, capsys):
+    """Whatever is in the cache, and whatever files lie about: the bundled tasks, unless others are named."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     asked = load_task("smoke").questions[0].turns[0]
     rows = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"An answer to {text}"}]}
         for text in (asked, "Another question altogether?")
     ]
     source = write(tmp_path / "rows.jsonl", rows)
-    clean([str(source)], str(tmp_path / "out.jsonl"))
-    report = json.loads(Path(f"{tmp_path}/out.jsonl.report.json").read_text())
-    assert report["removed"]["decontaminate"]["rows"] == 1 and report["rows"]["kept"] == 1
-    said = [line for line in capsys.readouterr().out.splitlines() if "not compared with" in line]
-    assert len(said) == 1 and "mt_bench" in said[0] and "smoke" not in said[0]
-
     path = write(tmp_path / "mt.jsonl", [{"question_id": 1, "turns": ["Another question altogether?"]}])
-    clean([str(source)], str(tmp_path / "o2.jsonl"), decontaminate=[f"mt_bench={path}"])
-    assert json.loads(Path(f"{tmp_path}/o2.jsonl.report.json").read_text())["removed"]["decontaminate"]["rows"] == 1
+    write(tmp_path / "smoke", [{"turns": ["Another question altogether?"]}])
+    kept = []
+    for name in ("empty", "full"):
+        clean([str(source)], str(tmp_path / f"{name}.jsonl"))
+        report = json.loads(Path(f"{tmp_path}/{name}.jsonl.report.json").read_text())
+        assert report["removed"]["decontaminate"]["rows"] == 1
+        kept.append((Path(f"{tmp_path}/{name}.jsonl").read_bytes(), report))
+        # From now on a task that the second row is in is in the cache.
+        monkeypatch.setattr(tasks, "_fetch", lambda task, *_: [path if task == "mt_bench" else FOLDER / "smoke.jsonl"])
+    assert kept[0] == kept[1]
+    (compared,) = kept[0][1]["decontaminated_with"]
+    assert (compared["task"], len(compared["sha256"])) == ("smoke", 64)
+    assert compared["prompts"] == sum(len(q.turns) for q in load_task("smoke").questions)
+    assert "compared with the tasks smoke and no others" in capsys.readouterr().out
+
+    for name, named in (("file", f"mt_bench={path}"), ("name", "mt_bench")):
+        clean([str(source)], str(tmp_path / f"{name}.jsonl"), decontaminate=[named])
+        report = json.loads(Path(f"{tmp_path}/{name}.jsonl.report.json").read_text())
+        assert report["removed"]["decontaminate"]["rows"] == 1
+        assert [(t["task"], t["prompts"]) for t in report["decontaminated_with"]] == [(named, 1)]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from swift_fastmtp.checkpoints import file_hash
-from swift_fastmtp.data.conversation import load_tokenizer
+from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError

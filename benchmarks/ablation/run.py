@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
 from swift_fastmtp.checkpoints import read_head, save_tensors, write_json
 from swift_fastmtp.config import LOSSES, FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.evaluation.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance

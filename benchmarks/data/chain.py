@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoints import read_head, write_json
 from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.data.conversation import encode_prompt
+from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.rows import dump_row, read_rows, write_rows
 from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.evaluation.provenance import provenance

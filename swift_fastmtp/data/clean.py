@@ -16,6 +16,7 @@ from .. import __version__
 from ..checkpoints import file_hash, write_json
 from ..errors import FastMTPError, cannot_write
 from .filters import (
+    Asked,
     Decontaminate,
     Language,
     Length,
@@ -25,12 +26,11 @@ from .filters import (
     SpecialTokens,
     TokenCounter,
     Truncated,
-    bundled_tasks,
 )
 from .near_duplicates import ExactDuplicates, NearDuplicates
 from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, refuse_existing, write_rows
 
-ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate)
+ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate, Asked)
 """In the order in which they are asked."""
 FILTERS = (*(f.name for f in ROW_FILTERS), "exact_duplicates", "near_duplicates")
 DEFAULT_FILTERS = tuple(name for name in FILTERS if name != "refusals")
@@ -91,7 +91,8 @@ def clean(
     if removed:
         refuse_existing(removed)
     tokens = TokenCounter(model)
-    judges, values = _row_filters(chosen, tokens, parameters)
+    judges, values = _row_filters(chosen, tokens, model, parameters)
+    compared = [task for judge in judges if isinstance(judge, Decontaminate) for task in judge.compared]
     hashes = [file_hash(path) for path in inputs]
 
     bad = BadRows(on_bad_row)
@@ -138,6 +139,7 @@ def clean(
                 "on_bad_row": on_bad_row,
                 **values,
             },
+            "decontaminated_with": compared,
             "rows": {"read": len(verdicts), "kept": kept, "bad": bad.total},
             "tokens": {"read": read_tokens, "kept": kept_tokens},
             "messages_whose_tokens_come_from": token_sources,
@@ -148,6 +150,9 @@ def clean(
         if not kept:
             raise FastMTPError(f"{output}: no row is left; why: {output}.report.json")
     print(_table(counts, len(verdicts), read_tokens, kept, kept_tokens))
+    if compared:
+        names = ", ".join(task["task"] for task in compared)
+        print(f"prompts are compared with the tasks {names} and no others; --decontaminate names more")
     estimated = "; tokens are estimated, --model counts them" if "estimate" in token_sources else ""
     print(f"{output}: {kept} rows, {bad.total} bad rows left out; examples: {output}.report.json{estimated}")
 
@@ -160,7 +165,7 @@ def _choose(filters: Sequence[str] | None, skip_filters: Sequence[str]) -> set[s
 
 
 def _row_filters(
-    chosen: set[str], tokens: TokenCounter, parameters: dict[str, Any]
+    chosen: set[str], tokens: TokenCounter, model: str | None, parameters: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The chosen filters that look at one row, and the values of their parameters."""
     unknown = set(parameters) - {f.name for kind in ROW_FILTERS for f in _parameters(kind)}
@@ -172,22 +177,15 @@ def _row_filters(
         if kind.name not in chosen:
             continue
         own = {f.name: parameters[f.name] for f in _parameters(kind) if f.name in parameters}
-        if kind is Decontaminate and not own:
-            own = {"decontaminate": _tasks_here()}
-        judge: Any = Length(tokens, **own) if kind is Length else kind(**own)
+        if kind is Length:
+            judge: Any = Length(tokens, **own)
+        elif kind is Asked:
+            judge = Asked(model)
+        else:
+            judge = kind(**own)
         judges.append(judge)
         values |= {f.name: getattr(judge, f.name) for f in _parameters(kind)}
     return judges, values
-
-
-def _tasks_here() -> list[str]:
-    """The evaluation tasks that need no network; a line names the others."""
-    from ..evaluation.tasks import cached_tasks, read_descriptor
-
-    here, missing = cached_tasks()
-    if missing:
-        print(f"prompts are not compared with {', '.join(missing)}: not on this machine; --decontaminate fetches tasks")
-    return [*bundled_tasks(), *(name for name in here if not read_descriptor(name).file)]
 
 
 def _parameters(kind: Any) -> list[Any]:

@@ -1,22 +1,31 @@
 """Answers from servers that speak OpenAI's protocol: SGLang, vLLM, `swift deploy`.
 
-A request is repeated, after a growing pause, for every failure that another try may mend: no connection, a stall,
+A request is repeated, after a growing pause, for every failure that another try may fix: no connection, a stall,
 status 408, 409, 425, 429 and 5xx, a body that is not what the protocol says. A request that the server refuses (400,
 413, 422) is its row's fault and is not repeated; a wrong address, key or model name (401, 403, 404) stops the job.
+
+What is a stall? An answer that is not streamed is silent until it is complete, which takes as long as the server is
+slow. So silence alone ends no request: the server is asked whether it lives, and only one that does not say so has
+stalled (`Server.in_time`).
 """
 
 import asyncio
 import itertools
 import json
+import socket
+import time
+import urllib.request
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import httpx
 import openai
 import tenacity
 
 from ..errors import FastMTPError
+from .chat_template import RENDERED
 from .conversation import Message, Reply
 
 T = TypeVar("T")
@@ -24,6 +33,21 @@ T = TypeVar("T")
 REPEATED = (408, 409, 425, 429)
 REFUSED = (400, 413, 422)
 LONGEST_PAUSE = 30.0  # seconds
+FEWEST_ATTEMPTS = 3
+"""A request is tried so often, however short `retry_seconds` is: one stall must not end a job."""
+
+CONNECT_SECONDS = 60.0
+PROBE_SECONDS = 30.0
+"""For the answer to "are you alive?". SGLang's own check gives up after 20 s."""
+PROBES = 3
+"""So many in a row must fail before a server counts as stalled: a long prefill may keep one from its answer."""
+
+SLOWEST_REQUEST = 1.0
+SLOWEST_SERVER = 100.0
+"""Tokens a second, of one request and of all together, of the slowest server that `longest_silence` waits for."""
+
+Hear = Callable[[], None]
+"""Called whenever a part of an answer has come."""
 
 
 class RefusedError(Exception):
@@ -32,6 +56,21 @@ class RefusedError(Exception):
 
 class MalformedError(Exception):
     """A response that is not what the protocol says."""
+
+
+class StalledError(Exception):
+    """A server that neither answers nor lives, or one that lives and has lost the request."""
+
+
+def longest_silence(timeout: float, max_new_tokens: int, concurrency: int) -> float:
+    """Seconds after which a request counts as lost although its server lives.
+
+    A server with few slots works off `concurrency` requests one after another, so the time grows with both: that of
+    the longest answer at `SLOWEST_REQUEST`, or of all of them at `SLOWEST_SERVER`, whichever is more.
+    """
+    one = max_new_tokens / SLOWEST_REQUEST
+    all_of_them = max_new_tokens * concurrency / SLOWEST_SERVER
+    return timeout + max(one, all_of_them)
 
 
 @dataclass
@@ -49,7 +88,8 @@ class Sampling:
 class Servers:
     """One model behind one or several addresses, used in turn.
 
-    `timeout`: seconds for one answer. `retry_seconds`: how long a request is repeated before the job stops.
+    `timeout`: seconds of silence after which a server must show that it lives. `retry_seconds`: how long a request is
+    repeated, counted from its first failure, before the job stops. `concurrency`: requests at a time, of all callers.
     """
 
     def __init__(
@@ -60,32 +100,35 @@ class Servers:
         api_key: str | None = None,
         timeout: float = 600.0,
         retry_seconds: float = 600.0,
+        concurrency: int = 1,
     ) -> None:
         self.sampling = sampling
-        self.timeout = timeout
         self.retry_seconds = retry_seconds
         self.model = served_model_name
         self._urls = base_urls
-        self._clients = [open_client(url, api_key, timeout) for url in base_urls]
-        self._turn = itertools.cycle(range(len(base_urls)))
+        self._servers = [Server(url, api_key, timeout) for url in base_urls]
+        self._turn = itertools.cycle(self._servers)
+        self._longest = longest_silence(timeout, sampling.max_new_tokens, concurrency)
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
+        for server in self._servers:
+            await server.close()
 
     async def find_model(self) -> str:
         """The name the servers give their model. Raises `FastMTPError` if they do not agree on one."""
         if self.model is None:
             names: set[str] = set()
-            for client in self._clients:
-                names |= await self._repeat(partial(model_names, client))
+            for server in self._servers:
+                names |= await self._repeat(server.model_names)
             if len(names) != 1:
                 listed = ", ".join(sorted(names)) or "none"
                 raise FastMTPError(f"{self._urls[0]}: serves the models {listed}; choose with --served_model_name")
             self.model = names.pop()
         return self.model
 
-    async def reply(self, messages: list[Message], tools: Any, seed: int) -> tuple[Reply, list[int] | int | None]:
+    async def reply(
+        self, messages: list[Message], tools: Any, seed: int, chat_template_kwargs: dict[str, Any]
+    ) -> tuple[Reply, list[int] | int | None]:
         """The assistant's next turn, and the prompt as the server saw it: its token ids, their number, or None.
 
         Raises `RefusedError` if the server refuses the conversation, `FastMTPError` if the job cannot go on.
@@ -94,13 +137,13 @@ class Servers:
         extra: dict[str, Any] = {"return_token_ids": True, "return_details": True}  # SGLang's and vLLM's, swift's
         if sampling.temperature > 0:
             extra["top_k"] = sampling.top_k
-        if sampling.chat_template_kwargs:
-            extra["chat_template_kwargs"] = sampling.chat_template_kwargs
+        if chat_template_kwargs:
+            extra["chat_template_kwargs"] = chat_template_kwargs
         if tools:
             extra["tools"] = tools
 
-        async def ask() -> tuple[Reply, list[int] | int | None]:
-            answer = await self._clients[next(self._turn)].chat.completions.create(
+        async def ask(server: Server, _: Hear) -> tuple[Reply, list[int] | int | None]:
+            answer = await server.client.chat.completions.create(
                 model=self.model or "",
                 messages=[_for_server(m) for m in messages],  # type: ignore[misc]
                 max_tokens=sampling.max_new_tokens,
@@ -111,61 +154,179 @@ class Servers:
             )
             return _read(answer)
 
-        return await self._repeat(ask)
+        async def ask_next() -> tuple[Reply, list[int] | int | None]:
+            server = next(self._turn)
+            return await server.in_time(partial(ask, server), self._longest)
+
+        return await self._repeat(ask_next)
 
     async def _repeat(self, ask: Callable[[], Awaitable[T]]) -> T:
-        return await repeat(ask, self._urls, self.timeout, self.retry_seconds)
+        return await repeat(ask, self._urls, self.retry_seconds)
 
 
-def open_client(url: str, api_key: str | None, timeout: float) -> openai.AsyncOpenAI:
-    """A client of one server, for `repeat`: the library itself repeats nothing, it does not know that half a JSON is
-    worth another try."""
-    return openai.AsyncOpenAI(
-        base_url=_with_version(url),
-        api_key=api_key or "none",
-        max_retries=0,
-        timeout=timeout,
-    )
+class Server:
+    """One address: its client, and whether it lives.
+
+    `timeout`: seconds of silence after which it must show that it lives.
+    """
+
+    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+        self.url = _with_version(url)
+        self.timeout = timeout
+        # The library itself repeats nothing: it does not know that half a JSON is worth another try.
+        self.client = openai.AsyncOpenAI(
+            base_url=self.url,
+            api_key=api_key or "none",
+            max_retries=0,
+            http_client=cast(Any, _http_client(timeout)),  # openai 2 and 3 take it; 3's types name another library
+        )
+        self._probing = asyncio.Lock()
+        self._probed_at = -float("inf")
+        self._alive = False
+
+    async def close(self) -> None:
+        await self.client.close()
+
+    async def model_names(self) -> set[str]:
+        """The models that it serves. Raises `MalformedError`."""
+        page = await asyncio.wait_for(self.client.models.list(), self.timeout)
+        try:
+            return {model.id for model in page.data}
+        except (AttributeError, TypeError) as error:
+            raise MalformedError(f"a list of models without {error}") from None
+
+    async def in_time(self, ask: Callable[[Hear], Awaitable[T]], longest: float) -> T:
+        """What `ask` gives.
+
+        After each `timeout` seconds without a sign the server is probed. One that lives goes on, however slow it is,
+        until its request has been silent for `longest` seconds.
+
+        Args:
+            ask: gets a function to call when a part of the answer comes.
+            longest: seconds; see `longest_silence`.
+
+        Raises `StalledError`.
+        """
+        spoke = time.monotonic()  # when the last part of the answer came
+
+        def hear() -> None:
+            nonlocal spoke
+            spoke = time.monotonic()
+
+        request = asyncio.ensure_future(ask(hear))
+        probed = spoke
+        try:
+            while True:
+                due = min(max(spoke, probed) + self.timeout, spoke + longest)
+                await asyncio.wait({request}, timeout=max(due - time.monotonic(), 0.0))
+                if request.done():
+                    return request.result()
+                now = time.monotonic()
+                if now >= spoke + longest:
+                    raise StalledError(f"lives, but has not answered for {now - spoke:.0f} s")
+                if now < max(spoke, probed) + self.timeout:
+                    continue  # a part has come meanwhile
+                alive = await self._lives()
+                if not alive and not request.done():
+                    raise StalledError(
+                        f"silent for {time.monotonic() - spoke:.0f} s, and it does not say that it lives"
+                    )
+                probed = time.monotonic()
+        finally:
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+
+    async def _lives(self) -> bool:
+        """Whether the server says that it lives. Requests that ask at the same time share the answer."""
+        async with self._probing:
+            fresh = min(5.0, self.timeout / 2)
+            if time.monotonic() - self._probed_at > fresh:
+                self._alive = await self._probe()
+                self._probed_at = time.monotonic()
+            return self._alive
+
+    async def _probe(self) -> bool:
+        for _ in range(PROBES):
+            # SGLang's and vLLM's engines answer here themselves, not only the process in front of them.
+            status = await self._status(f"{self.url.removesuffix('/v1')}/health")
+            if status is not None and not 200 <= status < 300 and status < 500:  # there is no such page
+                status = await self._status(f"{self.url}/models")
+            if status is not None and status < 500:
+                return True
+        return False
+
+    async def _status(self, url: str) -> int | None:
+        """The status of a page, None if nobody answers."""
+        limit = min(self.timeout, PROBE_SECONDS)
+        key = {"Authorization": f"Bearer {self.client.api_key}"}
+        try:
+            async with httpx.AsyncClient(timeout=limit) as client:  # not behind the requests that wait
+                return (await asyncio.wait_for(client.get(url, headers=key), limit)).status_code
+        except (httpx.HTTPError, asyncio.TimeoutError):
+            return None
 
 
-async def repeat(ask: Callable[[], Awaitable[T]], urls: list[str], timeout: float, retry_seconds: float) -> T:
-    """What `ask` gives, asked again after every failure that another try may mend, for `retry_seconds`.
+def _http_client(timeout: float) -> httpx.AsyncClient:
+    """A client that waits for an answer without end: `Server.in_time` knows better when it is time to stop.
+
+    The kernel asks whether the other machine is there while a request is silent: one that was switched off, or a load
+    balancer that has forgotten the connection, would never say so.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
+    transport = None
+    if not any(name != "no" for name in urllib.request.getproxies()):  # a transport of ours would go around them
+        transport = httpx.AsyncHTTPTransport(limits=limits, socket_options=_keep_alive())
+    wait = httpx.Timeout(None, connect=min(timeout, CONNECT_SECONDS))
+    return httpx.AsyncClient(timeout=wait, limits=limits, transport=transport, follow_redirects=True)
+
+
+def _keep_alive() -> list[tuple[int, int, int]]:
+    """Socket options: after a minute of silence four questions, 30 s apart, then the connection is broken."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 4)):
+        if hasattr(socket, name):  # not on every system
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options
+
+
+async def repeat(ask: Callable[[], Awaitable[T]], urls: list[str], retry_seconds: float) -> T:
+    """What `ask` gives, asked again after every failure that another try may fix.
+
+    It ends when `retry_seconds` have passed since the first failure, but not before `FEWEST_ATTEMPTS`.
 
     Raises `RefusedError` if the server refuses the request, `FastMTPError` if the job cannot go on.
     """
+    first_failure: float | None = None
+    attempts = 0
+
+    def stop(state: tenacity.RetryCallState) -> bool:
+        nonlocal first_failure, attempts
+        attempts = state.attempt_number
+        if first_failure is None:
+            first_failure = time.monotonic()
+        return attempts >= FEWEST_ATTEMPTS and time.monotonic() - first_failure >= retry_seconds
+
+    started = time.monotonic()
     retrying = tenacity.AsyncRetrying(
         retry=tenacity.retry_if_exception(_worth_another_try),
         wait=_pause,
-        stop=tenacity.stop_after_delay(retry_seconds),
+        stop=stop,
         reraise=True,
     )
-
-    async def in_time() -> T:
-        return await asyncio.wait_for(ask(), timeout)
-
     try:
-        return await retrying(in_time)
+        return await retrying(ask)
     except openai.APIStatusError as error:
         if error.status_code in REFUSED:
             raise RefusedError(_words(error)) from None
-        raise FastMTPError(f"{urls[0]}: answers {error.status_code} ({_words(error)}){_mend(error)}") from None
+        raise FastMTPError(f"{urls[0]}: answers {error.status_code} ({_words(error)}){_how_to_fix(error)}") from None
     except Exception as error:
         if not _worth_another_try(error):
             raise
         what = _words(error) or type(error).__name__
         raise FastMTPError(
-            f"{', '.join(urls)}: no usable answer for {retry_seconds:.0f} s ({what}); what is finished "
-            "is kept, start again when the server is back"
+            f"{', '.join(urls)}: no usable answer in {attempts} attempts, {time.monotonic() - started:.0f} s ({what}); "
+            "what is finished is kept, start again when the server is back"
         ) from None
-
-
-async def model_names(client: openai.AsyncOpenAI) -> set[str]:
-    """The models of a server. Raises `MalformedError`."""
-    page = await client.models.list()
-    try:
-        return {model.id for model in page.data}
-    except (AttributeError, TypeError) as error:
-        raise MalformedError(f"a list of models without {error}") from None
 
 
 def _with_version(url: str) -> str:
@@ -174,7 +335,19 @@ def _with_version(url: str) -> str:
 
 
 def _for_server(message: Message) -> Message:
-    return {k: v for k, v in message.items() if k not in ("token_ids", "finish_reason")}
+    """A message as the protocol has it: `arguments` of tool calls are text."""
+    sent = {k: message[k] for k in RENDERED if k in message}
+    if sent.get("tool_calls"):
+        sent["tool_calls"] = [_with_text_arguments(call) for call in sent["tool_calls"]]
+    return sent
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(arguments or {}, ensure_ascii=False)}}
 
 
 def _read(answer: Any) -> tuple[Reply, list[int] | int | None]:
@@ -205,7 +378,7 @@ def _extra(value: Any, *names: str) -> Any:
 def _worth_another_try(error: BaseException) -> bool:
     if isinstance(error, openai.APIStatusError):
         return error.status_code in REPEATED or error.status_code >= 500
-    broken = (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError, MalformedError)
+    broken = (json.JSONDecodeError, UnicodeDecodeError, openai.APIResponseValidationError, MalformedError, StalledError)
     return isinstance(error, (openai.APIConnectionError, asyncio.TimeoutError, *broken))
 
 
@@ -227,7 +400,7 @@ def _words(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _mend(error: openai.APIStatusError) -> str:
+def _how_to_fix(error: openai.APIStatusError) -> str:
     return {
         401: "; name the key with --api_key or OPENAI_API_KEY",
         403: "; name the key with --api_key or OPENAI_API_KEY",

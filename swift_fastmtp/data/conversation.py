@@ -1,15 +1,14 @@
-"""Conversations: where the assistant is to speak, the tokens the model sees there, and what it said."""
+"""Conversations: where the assistant is to speak, and what it answered."""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FastMTPError
+from .prompt_ids import Message as Message
+from .prompt_ids import shorten
 
-Message = dict[str, Any]
-
-COMPLETE = ("stop", "tool_calls")
-"""Finish reasons, in OpenAI's words, of an answer that the model itself ended."""
+COMPLETE = ("stop", "tool_calls", "function_call", "end_turn", "tool_use", "eos_token", "eos")
+"""Finish reasons of an answer that the model itself ended: OpenAI's, Anthropic's, TGI's."""
 
 
 @dataclass
@@ -40,6 +39,7 @@ class Conversation:
     def __init__(self, source: list[Message]) -> None:
         self._source = source
         self._next = 0
+        self._generated: list[int] = []  # prompt and answer of the last turn that the model generated
         self.messages: list[Message] = []
         self.finish_reason = ""
         self.waiting = True
@@ -52,28 +52,44 @@ class Conversation:
         """Whether anybody said anything that an answer could be about."""
         return any(m["role"] in ("user", "tool") for m in self.messages)
 
-    def add(self, reply: Reply) -> None:
-        """The assistant's turn; afterwards `waiting` says whether there is another."""
-        said = self._turn()
-        self.messages.append(reply.message())
+    def add(self, reply: Reply, asked: list[int] | None = None) -> None:
+        """The assistant's turn; afterwards `waiting` says whether there is another.
+
+        `asked`: token ids of the prompt that it was generated behind, kept with it.
+        """
+        replaced = self._turn()
+        message = reply.message()
+        if asked is not None:
+            message |= shorten(asked, self._generated)
+            self._generated = asked + (reply.token_ids or [])
+        self.messages.append(message)
         self.finish_reason = reply.finish_reason
-        self._next += len(said)
-        results = 0
-        while self._next + results < len(self._source) and self._source[self._next + results]["role"] == "tool":
-            results += 1
-        asked = _called(said)
-        called = _called([self.messages[-1]])
+        self._next += len(replaced)
+
+        # The source may go on with results of tools: they answer the model's calls only if those are the source's.
+        results = self._results()
+        expected, called = _called(replaced), _called([message])
+        same_names = [name for name, _ in expected] == [name for name, _ in called]
         if reply.finish_reason not in COMPLETE or self._next == len(self._source):
             self.waiting = False
             self.ended_early = self._next < len(self._source)
-        elif results != len(called) or (asked and [n for n, _ in asked] != [n for n, _ in called]):
+        elif len(results) != len(called) or (expected and not same_names):
             self.waiting, self.ended_early = False, True
         else:
-            start = len(self.messages)
-            self._copy()
-            for message, (_, call_id) in zip(self.messages[start : start + results], called, strict=True):
+            for result, (_, call_id) in zip(_in_order(results, expected), called, strict=True):
+                answer = dict(result)
                 if call_id is not None:
-                    message["tool_call_id"] = call_id
+                    answer["tool_call_id"] = call_id
+                self.messages.append(answer)
+            self._next += len(results)
+            self._copy()
+
+    def _results(self) -> list[Message]:
+        """The results of tools that the source goes on with."""
+        end = self._next
+        while end < len(self._source) and self._source[end]["role"] == "tool":
+            end += 1
+        return self._source[self._next : end]
 
     def _turn(self) -> list[Message]:
         end = self._next
@@ -93,6 +109,15 @@ def _called(messages: list[Message]) -> list[tuple[str, str | None]]:
     return [(call.get("function", call).get("name", ""), call.get("id")) for call in calls]
 
 
+def _in_order(results: list[Message], calls: list[tuple[str, str | None]]) -> list[Message]:
+    """Results in the order of the calls that they belong to, by `tool_call_id`; as they stand where ids do not tell."""
+    ids = [call_id for _, call_id in calls]
+    named = [result.get("tool_call_id") for result in results]
+    if None in ids or len(set(ids)) < len(ids) or set(ids) != set(named) or len(ids) != len(named):
+        return results
+    return [results[named.index(call_id)] for call_id in ids]
+
+
 def said(message: Message) -> str:
     """All that an assistant's message says: reasoning, content and tool calls."""
     calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
@@ -105,64 +130,3 @@ def without_answer(messages: list[Message]) -> list[Message]:
     while end and messages[end - 1]["role"] == "assistant":
         end -= 1
     return messages[:end]
-
-
-def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer of a model folder. Raises `FastMTPError` if there is none."""
-    from transformers import AutoTokenizer
-
-    from .. import modeling  # noqa: F401 (makes `mimo` known to transformers)
-
-    try:
-        return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({str(error).splitlines()[0]})") from None
-
-
-def encode_prompt(
-    tokenizer: Any, messages: list[Message], tools: Any = None, chat_template_kwargs: dict[str, Any] | None = None
-) -> list[int]:
-    """Token ids of a conversation, ready for the assistant to speak, by the tokenizer's own chat template."""
-    text = tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-    )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
-
-
-def training_conversations(messages: list[Message], finish_reason: str | None = None) -> list[list[Message]]:
-    """What to train on, for ms-swift: conversations whose answers are the tokens that the model generated.
-
-    A list of ids as `content` is taken by ms-swift's templates as it is. A turn at the end that was cut off is left
-    out. Where the model reasoned, chat templates leave reasoning out of the history: a turn was generated behind
-    another prompt than the whole conversation, so each is a conversation of its own, trained on its last turn only.
-    """
-    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
-    if messages and messages[-1]["role"] == "assistant" and finish_reason is not None:
-        messages[-1]["finish_reason"] = finish_reason
-    while messages and not _trainable(messages[-1]):
-        messages.pop()
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if not any("reasoning_content" in messages[i] or "<think>" in messages[i]["content"] for i in turns):
-        return [[_exact(m) for m in messages]] if turns else []
-    return [[*(_history(m) for m in messages[:i]), _exact(messages[i])] for i in turns if _trainable(messages[i])]
-
-
-def _trainable(message: Message) -> bool:
-    complete = message.get("finish_reason", "stop") in COMPLETE
-    return message["role"] == "assistant" and complete and bool(message["content"] or message.get("token_ids"))
-
-
-def _exact(message: Message) -> Message:
-    if message["role"] != "assistant":
-        return {k: message[k] for k in ("role", "content", "name") if k in message}
-    if message.get("token_ids"):
-        return {"role": "assistant", "content": message["token_ids"]}
-    reasoning = message.get("reasoning_content")
-    content = f"<think>\n{reasoning}\n</think>\n\n{message['content']}" if reasoning else message["content"]
-    return {"role": "assistant", "content": content, **{k: message[k] for k in ("tool_calls", "loss") if k in message}}
-
-
-def _history(message: Message) -> Message:
-    said = _exact({k: v for k, v in message.items() if k != "token_ids"})
-    return {**said, "loss": False} if message["role"] == "assistant" else said

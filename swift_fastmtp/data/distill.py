@@ -20,9 +20,12 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoints import file_hash, fingerprint, write_json
 from ..errors import FastMTPError
+from ..families import config_value, read_config
 from ..modeling import load_model
+from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers
-from .conversation import Conversation, Reply, encode_prompt, load_tokenizer
+from .conversation import Conversation, Reply
+from .examples import difference
 from .generate import end_token_ids, generate
 from .jobs import Job, Key, Part
 from .rows import BadRows, Row, iter_rows, refuse_existing
@@ -49,14 +52,23 @@ def distill(
     seed: int = 0,
     shard: str = "0/1",
     on_bad_row: str = "stop",
+    torch_dtype: str | None = None,
+    prompt_names: list[str] | None = None,
 ) -> bool:
-    """Write `output` (JSONL): prompts with the model's answers in `messages`, each with `token_ids`, `finish_reason`.
+    """Write `output` (JSONL): prompts with the model's answers in `messages`, each with what it was asked with
+    (`prompt_token_ids`, see `prompt_ids.py`), what it answered (`token_ids`) and `finish_reason`.
 
-    `base_urls`: servers of the model; without, it runs in this process, in batches of `batch_size`. `shard` "i/n": this
-    worker's share of one job. Returns whether the output is complete; it is not while other shards are missing.
+    Args:
+        base_urls: servers of the model; without, it runs in this process, in batches of `batch_size`.
+        chat_template_kwargs: for the chat template; a row's own go before them.
+        shard: "i/n", this worker's share of one job.
+        prompt_names: what the user calls the files of `prompts`, in errors.
+        torch_dtype: in process; default: float32 on a CPU, the checkpoint's own on a GPU.
 
-    Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the server's chat
-    template is not the model folder's, or no server answers.
+    Returns whether the output is complete; it is not while other shards are missing.
+
+    Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the folder has no
+    chat template, the server's is another, or no server answers.
     """
     refuse_existing(output)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
@@ -66,20 +78,20 @@ def distill(
         if value <= 0:
             raise FastMTPError(f"--{name} {value}: must be above 0")
     files = [prompts] if isinstance(prompts, str) else prompts
-    source = Source(files, on_bad_row)
+    source = Source(files, on_bad_row, prompt_names)
     if not source.count:
         raise FastMTPError(f"{', '.join(files)}: holds no rows")
     tokenizer = load_tokenizer(model_dir)
-    model = None if base_urls else load_model(model_dir, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    check_chat_template(tokenizer, model_dir)
+    model = None if base_urls else _load(model_dir, torch_dtype)
     settings: dict[str, Any] = {
         "prompts": [file_hash(f) for f in files],
         **asdict(sampling),
         "num_answers": num_answers,
         "seed": seed,
-        "on_bad_row": on_bad_row,
     }
     if model is not None:
-        settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family)}
+        settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family), "dtype": str(model.dtype)}
     job = Job(output, settings)
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
     with job.part(number, of) as part:
@@ -88,31 +100,48 @@ def distill(
         with tqdm(total=len(keys), initial=len(keys) - len(left), unit="row", desc="distill", smoothing=0.05) as bar:
             worker = Worker(source, sampling, tokenizer, num_answers, seed, part, bar)
             if base_urls:
-                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds)
+                servers = Servers(base_urls, sampling, served_model_name, api_key, timeout, retry_seconds, concurrency)
                 asyncio.run(worker.from_servers(servers, left, concurrency))
             else:
                 worker.in_process(model, keys, set(left), batch_size)
     refused = job.merge(source.count * num_answers)
     if refused is None:
-        missing = source.count * num_answers - len(job.finished()) if job.folder.exists() else 0
-        print(f"shard {shard} is finished; {missing} answers of other shards are missing in {job.folder}")
-        return Path(output).exists()
-    _report(output, settings, source, refused)
+        if job.missing:
+            print(f"shard {shard} is finished; {job.missing} answers of other shards are missing in {job.folder}")
+        else:
+            print(f"shard {shard} is finished; another worker has written {output}")
+        return not job.missing
+    # Not a setting of the job: whoever was stopped by a row goes on without it.
+    _report(output, {**settings, "on_bad_row": on_bad_row}, source, refused)
     return True
+
+
+def _load(model_dir: str, torch_dtype: str | None) -> Any:
+    """The model in this process, on a GPU where there is one."""
+    if torch_dtype:
+        dtype = getattr(torch, torch_dtype)
+    elif torch.cuda.is_available():
+        config = read_config(model_dir)
+        stored = config_value(config, "dtype") or config_value(config, "torch_dtype")
+        dtype = getattr(torch, str(stored).removeprefix("torch."), torch.bfloat16)
+    else:
+        dtype = torch.float32
+    return load_model(model_dir, dtype, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Source:
     """Rows of the prompt files, checked once before anything is generated, then read again as they are needed."""
 
-    def __init__(self, files: list[str], on_bad_row: str) -> None:
+    def __init__(self, files: list[str], on_bad_row: str, names: list[str] | None = None) -> None:
         self.files = files
+        self.names = names or files
         self.on_bad_row = on_bad_row
         self.bad = BadRows(on_bad_row)
         self.count = sum(1 for _ in self._rows(self.bad))
 
     def _rows(self, bad: BadRows) -> Iterator[tuple[str, Row]]:
-        for file in self.files:
-            for where, row in iter_rows(file, bad, unique_ids=True):
+        for file, name in zip(self.files, self.names, strict=True):
+            for where, row in iter_rows(file, bad, unique_ids=True, name=name):
                 if Conversation(row["messages"]).answerable:
                     yield where, row
                 else:
@@ -157,8 +186,8 @@ class Worker:
         records = []
         for key, row, conversation in done:
             kept = {k: v for k, v in row.items() if k not in ("messages", "prompt", "query", "response")}
-            if self.sampling.chat_template_kwargs:
-                kept["chat_template_kwargs"] = self.sampling.chat_template_kwargs
+            if kwargs := self.template_kwargs(row):
+                kept["chat_template_kwargs"] = kwargs
             if self.num_answers > 1:
                 kept["sample"] = key[1]
             if conversation.ended_early:
@@ -179,29 +208,42 @@ class Worker:
         batches = [keys[start : start + batch_size] for start in starts]
         stream = self.conversations([key for batch in batches for key in batch])
         for start, batch in zip(starts, batches, strict=True):
-            rows = [row for _, _, row in islice(stream, len(batch))]
-            torch.manual_seed(self.seed + start)
-            talks = self._talk(model, rows)
-            self.finish([item for item in zip(batch, rows, talks, strict=True) if item[0] in left])
+            sources = [(where, row) for _, where, row in islice(stream, len(batch))]
+            # Another seed, other draws: not those of the same batch of a job that was seeded a batch later.
+            torch.manual_seed(self.seed * 2**32 + start)
+            conversations = self._converse(model, sources)
+            for key, (where, row), answered in zip(batch, sources, conversations, strict=True):
+                if key not in left:
+                    continue
+                if isinstance(answered, RenderError):
+                    self.refuse(key, where, answered)
+                else:
+                    self.finish([(key, row, answered)])
 
-    def _talk(self, model: Any, rows: list[Row]) -> list[Conversation]:
+    def _converse(self, model: Any, sources: list[tuple[str, Row]]) -> list[Conversation | RenderError]:
+        """All conversations of a batch, turn by turn; an error instead of one that the template cannot render."""
         sampling = self.sampling
         ends = end_token_ids(model, self.tokenizer)
-        talks = [Conversation(row["messages"]) for row in rows]
-        while waiting := [(row, talk) for row, talk in zip(rows, talks, strict=True) if talk.waiting]:
-            answers = generate(
-                model,
-                self.tokenizer,
-                [self.encode(row, talk) for row, talk in waiting],
-                sampling.max_new_tokens,
-                sampling.temperature,
-                sampling.top_k,
-                sampling.top_p,
-            )
-            for (_, talk), answer in zip(waiting, answers, strict=True):
+        done: list[Conversation | RenderError] = [Conversation(row["messages"]) for _, row in sources]
+        while True:
+            waiting, prompts = [], []
+            for number, (_, row) in enumerate(sources):
+                conversation = done[number]
+                if isinstance(conversation, RenderError) or not conversation.waiting:
+                    continue
+                try:
+                    prompts.append(self.encode(row, conversation))
+                    waiting.append(conversation)
+                except RenderError as error:
+                    done[number] = error
+            if not waiting:
+                return done
+            limits = (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
+            answers = generate(model, self.tokenizer, prompts, *limits)
+            for conversation, asked, answer in zip(waiting, prompts, answers, strict=True):
                 ids = answer.token_ids[:-1] if answer.token_ids[-1] in ends else answer.token_ids
-                talk.add(Reply(self.tokenizer.decode(ids), answer.finish_reason, answer.token_ids))
-        return talks
+                reply = Reply(self.tokenizer.decode(ids), answer.finish_reason, answer.token_ids)
+                conversation.add(reply, asked)
 
     async def from_servers(self, servers: Servers, keys: list[Key], concurrency: int) -> None:
         """`concurrency` conversations at a time; the first failure of the job cancels the others."""
@@ -225,51 +267,67 @@ class Worker:
 
     async def _answer_all(self, servers: Servers, stream: Iterator[tuple[Key, str, Row]]) -> None:
         for key, where, row in stream:
-            talk = Conversation(row["messages"])
+            conversation = Conversation(row["messages"])
+            kwargs = self.template_kwargs(row)
             turn = 0
             try:
-                while talk.waiting:
-                    reply, prompt = await servers.reply(talk.messages, row.get("tools"), self._seed(key, turn))
-                    self._check_prompt(prompt, row, talk, where)
-                    talk.add(reply)
+                while conversation.waiting:
+                    rendered = self.encode(row, conversation)
+                    seed = self._seed(key, turn)
+                    reply, seen = await servers.reply(conversation.messages, row.get("tools"), seed, kwargs)
+                    conversation.add(reply, self._asked(seen, rendered, row, where))
                     turn += 1
-            except RefusedError as error:
-                if self.source.on_bad_row == "stop":
-                    raise FastMTPError(f"{where}: the server refuses it ({error}); --on_bad_row skip goes on") from None
-                self.part.write([{"key": key, "refused": f"{where}: {error}"}])
-                self.bar.update(1)
+            except (RefusedError, RenderError) as error:
+                self.refuse(key, where, error)
             else:
-                self.finish([(key, row, talk)])
+                self.finish([(key, row, conversation)])
+
+    def refuse(self, key: Key, where: str, error: Exception) -> None:
+        """A row that cannot be asked: it stops the job, or is counted and left out."""
+        what = f"the server refuses it ({error})" if isinstance(error, RefusedError) else str(error)
+        if self.source.on_bad_row == "stop":
+            raise FastMTPError(f"{where}: {what}; --on_bad_row skip goes on")
+        self.part.write([{"key": key, "refused": f"{where}: {what}"}])
+        self.bar.update(1)
+
+    def template_kwargs(self, row: Row) -> dict[str, Any]:
+        """For the chat template: the command's, and before them the row's own."""
+        return {**self.sampling.chat_template_kwargs, **(row.get("chat_template_kwargs") or {})}
 
     def _seed(self, key: Key, turn: int) -> int:
         """A seed for every answer, the same whoever asks for it and when."""
         text = f"{self.seed} {key[0]} {key[1]} {turn}".encode()
         return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
-    def encode(self, row: Row, talk: Conversation) -> list[int]:
-        return encode_prompt(self.tokenizer, talk.messages, row.get("tools"), self.sampling.chat_template_kwargs)
+    def encode(self, row: Row, conversation: Conversation) -> list[int]:
+        """The prompt of the next turn. Raises `RenderError`."""
+        return encode_prompt(self.tokenizer, conversation.messages, row.get("tools"), self.template_kwargs(row))
 
-    def _check_prompt(self, seen: list[int] | int | None, row: Row, talk: Conversation, where: str) -> None:
-        """The head is trained on the chat template of the model's folder: the server must have used it, to a token."""
+    def _asked(self, seen: list[int] | int | None, rendered: list[int], row: Row, where: str) -> list[int]:
+        """The prompt that the server answered: its own word where it gives one, else what we render.
+
+        It must be what the model folder's chat template renders: that is what the head will draft behind.
+        """
         if seen is None:
             if not self.unchecked:
                 self.bar.write("the server tells neither token ids nor their number: its chat template is not checked")
             self.unchecked = True
-            return
-        ours = self.encode(row, talk)
-        if seen == (ours if isinstance(seen, list) else len(ours)):
-            return
+            return rendered
         if isinstance(seen, int):
-            what = f"{seen} tokens, {len(ours)} with the chat template of --model"
+            if seen == len(rendered) or row.get("tools"):  # a server may write out null fields of tools
+                return rendered
+            what = f"{seen} tokens, {len(rendered)} with the chat template of --model"
+        elif same_prompt(self.tokenizer, seen, rendered, row.get("tools")):
+            return seen
         else:
-            same = [a == b for a, b in zip(seen, ours, strict=False)]
-            at = same.index(False) if False in same else len(same)
-            near = slice(max(at - 4, 0), at + 8)
-            there, here = (self.tokenizer.decode(ids[near]) for ids in (seen, ours))
-            what = f"token {at} differs: {there!r}, and with the chat template of --model {here!r}"
+            other = difference(self.tokenizer, seen, rendered)
+            what = (
+                f"token {other.token} differs: {other.kept!r}, and with the chat template of --model {other.rendered!r}"
+            )
         raise FastMTPError(
-            f"{where}: the server saw another prompt than the head would be trained on ({what}); serve the model with "
-            "the chat template of its own folder (no --chat-template, no default system prompt)"
+            f"{where}: the server saw another prompt than the chat template of --model renders ({what}); serve the "
+            "model with the chat template of its own folder (no --chat-template, no default system prompt), or give "
+            "--model the folder that is served"
         )
 
 

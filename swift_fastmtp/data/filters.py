@@ -5,6 +5,7 @@ answers written by people pass; Gopher's (Rae et al., arXiv 2112.11446, table A1
 good code.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -16,7 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
-from .conversation import COMPLETE, load_tokenizer, said
+from ..families import config_value, read_config
+from .chat_template import load_tokenizer
+from .conversation import COMPLETE, said
+from .examples import check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .near_duplicates import prompt_and_answer
 from .rows import Row
@@ -251,6 +255,9 @@ class Decontaminate:
     Words, or characters of Chinese, after lower-casing (GPT-3, arXiv 2005.14165, appendix C). 13-grams that more than
     ten tasks of a file share are its template ("put your final answer within ..."); what is mostly template does not
     count.
+
+    By default the bundled tasks only, never those that happen to be in this machine's cache: the same command keeps the
+    same rows everywhere. `compared` says what was compared, for the report.
     """
 
     decontaminate: list[str] = field(default_factory=lambda: list(bundled_tasks()), metadata={"help": "task files"})
@@ -260,8 +267,12 @@ class Decontaminate:
 
     def __post_init__(self) -> None:
         self._file_of: dict[int, str] = {}
+        self.compared: list[dict[str, Any]] = []
         for path in self.decontaminate:
-            tasks = [runs(units(text), self._NGRAM) for text in _task_texts(path) if text.strip()]
+            texts = [text for text in _task_texts(path) if text.strip()]
+            digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+            self.compared.append({"task": path, "prompts": len(texts), "sha256": digest})
+            tasks = [runs(units(text), self._NGRAM) for text in texts]
             number = Counter(h for task in tasks for h in set(task.tolist()))
             for task in tasks:
                 template = np.array([number[h] > self._TEMPLATE for h in task.tolist()], np.int64)
@@ -287,18 +298,17 @@ ALL = 10**9
 
 
 def bundled_tasks() -> list[str]:
-    """The evaluation task files of this package."""
-    return sorted(map(str, (Path(__file__).parents[1] / "evaluation" / "tasks").glob("*.jsonl")))
+    """Names of the evaluation tasks whose prompts are in this package."""
+    return sorted(path.stem for path in (Path(__file__).parents[1] / "evaluation" / "tasks").glob("*.jsonl"))
 
 
 def _task_texts(path: str) -> list[str]:
     """What is asked in each task of a JSONL file with `messages`, `prompt` or `turns`, or of a task of
-    `evaluation/tasks.py`: its name, or name=FILE."""
-    if not Path(path).exists():
-        from ..evaluation.tasks import load_task, task_names
+    `evaluation/tasks.py`: its name, or name=FILE. A name is a name, whatever files this folder has."""
+    from ..evaluation.tasks import load_task, task_names
 
-        if path.partition("=")[0] in task_names():
-            return [turn for question in load_task(path, ALL).questions for turn in question.turns]
+    if path.partition("=")[0] in task_names():
+        return [turn for question in load_task(path, ALL).questions for turn in question.turns]
     texts: list[str] = []
     number = 0
     try:
@@ -324,6 +334,32 @@ def _task_texts(path: str) -> list[str]:
     if not texts:
         raise FastMTPError(f"--decontaminate {path}: holds no tasks")
     return texts
+
+
+@dataclass
+class Asked:
+    """Rows that the chat template of --model renders otherwise than they were asked, or cannot render, and rows with
+    ids that it does not have. Only with --model."""
+
+    model: str | None = None
+    name: ClassVar[str] = "asked"
+
+    def __post_init__(self) -> None:
+        self._tokenizer = load_tokenizer(self.model) if self.model else None
+        self._vocab_size = config_value(read_config(self.model), "vocab_size") if self.model else 0
+
+    def __call__(self, row: Row) -> str | None:
+        if self._tokenizer is None or not self._tokenizer.chat_template:
+            return None
+        try:
+            other = rendered_otherwise(self._tokenizer, row)
+            for example in training_examples(self._tokenizer, row):
+                check_vocabulary(example, self._vocab_size)
+        except FastMTPError as error:
+            return str(error)
+        if other is None:
+            return None
+        return f"asked {other.kept!r}, the chat template of --model renders {other.rendered!r}"
 
 
 class TokenCounter:

@@ -19,6 +19,17 @@ def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
     return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
 
 
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """What fills rows up to the same length. It is masked wherever it stands, so any id does that the model has.
+
+    Tokenizers may have none, or one that was added without a row in the embedding.
+    """
+    pad = tokenizer.pad_token_id
+    if pad is None or not 0 <= pad < model.config.vocab_size:
+        return 0
+    return int(pad)
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -35,7 +46,8 @@ def generate(
     Without `stop`, exactly `max_new_tokens` tokens, whatever they are.
     """
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+    pad = padding_id(model, tokenizer)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     ends = end_token_ids(model, tokenizer) if stop else set()
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -46,7 +58,7 @@ def generate(
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends) or [model.config.vocab_size],  # no such token; None would mean the model's own
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         **sampling,
     )
     answers = []

@@ -4,6 +4,9 @@ Beside the output stands a folder `<output>.parts` with `job.json`, the settings
 file per shard, appended to in the order in which answers come. A key, (row, sample), is written once. When all keys are
 there, whoever notices merges them, in order, into the output. Machines without a common folder copy their parts into
 one.
+
+Workers end and begin while another one merges. What they see is one of two things: the folder as it was, or no folder
+and the output. So everything that decides is done under one lock, and the folder disappears by a rename.
 """
 
 import fcntl
@@ -27,6 +30,10 @@ SYNC_SECONDS = 5.0
 """How much of finished work a power cut may cost; a killed process loses none."""
 
 
+class _FolderGoneError(FastMTPError):
+    """The parts folder is not the one that this job began with."""
+
+
 class Place(NamedTuple):
     """Where the record of a key stands."""
 
@@ -42,12 +49,16 @@ def parts_folder(output: str | Path) -> Path:
 class Job:
     """The parts folder of one output.
 
-    Raises `FastMTPError` if the output exists or the folder belongs to a job with other settings.
+    Raises `FastMTPError` if the output exists, also if another worker writes it just now, or the folder belongs to a
+    job with other settings.
     """
 
     def __init__(self, output: str | Path, settings: dict[str, Any]) -> None:
         self.output = Path(output)
         self.folder = parts_folder(output)
+        self.missing = 0
+        """How many answers `merge` did not find, the last time that it was asked."""
+        self._identity: tuple[int, int] | None = None
         refuse_existing(self.output)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -60,6 +71,11 @@ class Job:
         settings = json.loads(json.dumps(settings))
         with self._lock():
             found = read_json(path)
+            if self.output.exists():
+                # Another worker has written it since we looked, and the folder was made anew by us or by our like.
+                if not found:
+                    self._remove()
+                refuse_existing(self.output)
             if not found:
                 write_json(settings, path)
         for key in found and sorted(found.keys() | settings.keys()):
@@ -71,27 +87,82 @@ class Job:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with open(self.folder / "lock", "a") as file:
+        """One worker at a time. Raises `FastMTPError` if the folder is gone, see `_gone`."""
+        try:
+            file = open(self.folder / "lock", "a")  # noqa: SIM115
+        except FileNotFoundError:
+            raise self._gone() from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            # While we waited the folder may have been renamed, and even made anew: then it is another lock.
+            self._check_lock(file)
             yield
 
+    def _check_lock(self, file: IO[str]) -> None:
+        try:
+            there = os.stat(self.folder / "lock")
+        except FileNotFoundError:
+            raise self._gone() from None
+        if not os.path.samestat(there, os.fstat(file.fileno())):
+            raise self._gone()
+        if self._identity is None:
+            self._identity = self._find_identity()
+        self._check_folder()
+
+    def _find_identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.folder)
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _check_folder(self) -> None:
+        """Raises `FastMTPError` if the folder is not the one that this job began with."""
+        if self._identity is None or self._find_identity() != self._identity:
+            raise self._gone()
+
+    def _gone(self) -> FastMTPError:
+        """What to say when the folder is not there any more: the job is finished, unless somebody removed it."""
+        if self.output.exists():
+            return _FolderGoneError(f"{self.output}: already exists; another worker has finished this job")
+        return _FolderGoneError(f"{self.folder}: was removed while this job ran; start again")
+
+    def _remove(self) -> None:
+        """Nobody sees a folder that is half removed. Only under the lock."""
+        hidden = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
+        os.replace(self.folder, hidden)
+        # A network file system keeps what another worker has open.
+        shutil.rmtree(hidden, ignore_errors=True)
+
     def finished(self) -> dict[Key, Place]:
-        """Every key whose record is whole on disk, in any worker's part."""
+        """Every key whose record is whole on disk, in any worker's part.
+
+        Raises `FastMTPError` if the folder is gone: what is not there must not be taken for not yet answered.
+        """
         found: dict[Key, Place] = {}
-        for part in sorted(self.folder.glob("shard-*.jsonl")):
-            with open(part, "rb") as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    if line.endswith(b"\n"):  # else it is being written, or a kill cut it off
-                        found.setdefault(_key(line, f"{part}:{number}"), Place(part, offset))
-                    offset += len(line)
+        try:
+            for part in sorted(self.folder.glob("shard-*.jsonl")):
+                with open(part, "rb") as file:
+                    offset = 0
+                    for number, line in enumerate(file, start=1):
+                        if line.endswith(b"\n"):  # else it is being written, or a kill cut it off
+                            found.setdefault(_key(line, f"{part}:{number}"), Place(part, offset))
+                        offset += len(line)
+        except FileNotFoundError:
+            raise self._gone() from None
+        self._check_folder()
         return found
 
     @contextmanager
     def part(self, shard: int, shards: int) -> Iterator["Part"]:
-        """This worker's part, open for appending. Raises `FastMTPError` if another process has it."""
+        """This worker's part, open for appending. Raises `FastMTPError` if another process has it, or the folder is
+        gone."""
         path = self.folder / f"shard-{shard}of{shards}.jsonl"
-        with open(path, "a+b") as file:
+        try:
+            file = open(path, "a+b")  # noqa: SIM115
+        except FileNotFoundError:
+            raise self._gone() from None
+        with file:
             claim(file, f"{path}: another process works on this shard; give each its own --shard i/n")
             cut_torn_line(file)
             part = Part(file)
@@ -103,11 +174,26 @@ class Job:
     def merge(self, keys: int) -> list[Row] | None:
         """Write the output in order of keys and remove the folder, if all of 0..`keys` - 1 answers are there.
 
-        Returns records without a row (refused ones), or None if answers are still missing.
+        Returns records without a row (refused ones), or None if answers are still missing (`self.missing` says how
+        many) or another worker has written the output (then none are).
+
+        Raises `FastMTPError` if the folder is gone, and there is no output.
         """
+        self.missing = 0
+        try:
+            return self._merge(keys)
+        except _FolderGoneError:
+            if self.output.exists():
+                return None
+            raise
+
+    def _merge(self, keys: int) -> list[Row] | None:
         with self._lock():
+            if self.output.exists():
+                return None
             found = self.finished()
-            if self.output.exists() or len(found) < keys:
+            self.missing = max(keys - len(found), 0)
+            if self.missing:
                 return None
             refused = []
             files: dict[Path, IO[bytes]] = {}
@@ -123,7 +209,7 @@ class Job:
                         refused.append(record)
             for file in files.values():
                 file.close()
-        shutil.rmtree(self.folder)
+            self._remove()
         return refused
 
 

@@ -265,16 +265,21 @@ def held_out(prompt_N: Hashes, group_N: Ints, language_N: Ints, ratio: float) ->
     So each group and language loses its share, and a prompt stays on its side whatever else is added. A group's
     language that would have none, but has two prompts or more, gives the one with the smallest hash.
     """
-    if ratio == 0:
+    if ratio == 0 or not len(prompt_N):
         return np.zeros(len(prompt_N), dtype=bool)
-    held_N: NDArray[np.bool_] = prompt_N < np.uint64(ratio * 2**64)
-    smallest = []
-    stratum_N = group_N * (language_N.max() + 1) + language_N
-    for stratum in np.unique(stratum_N):
-        in_N = stratum_N == stratum
-        if not held_N[in_N].any() and len(np.unique(prompt_N[in_N])) > 1:
-            smallest.append(prompt_N[in_N].min())
-    return held_N | np.isin(prompt_N, np.array(smallest, dtype=np.uint64))
+    limit = np.uint64(ratio * 2**64)
+    held_N: NDArray[np.bool_] = prompt_N < limit
+    # Of each group's language (stratum) the smallest and the largest hash, in one pass over the rows.
+    numbers_N = group_N * (language_N.max() + 1) + language_N
+    strata_S, stratum_N = np.unique(numbers_N, return_inverse=True)
+    smallest_S = np.full(len(strata_S), 2**64 - 1, dtype=np.uint64)
+    largest_S = np.zeros(len(strata_S), dtype=np.uint64)
+    np.minimum.at(smallest_S, stratum_N, prompt_N)
+    np.maximum.at(largest_S, stratum_N, prompt_N)
+    # What is held out are the smallest hashes, so a stratum that loses none is one whose smallest stays.
+    has_none_S = smallest_S >= limit
+    has_two_S = smallest_S != largest_S
+    return held_N | np.isin(prompt_N, smallest_S[has_none_S & has_two_S])
 
 
 def _with_share(index: Index, groups: Groups) -> list[int]:

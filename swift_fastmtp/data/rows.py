@@ -1,7 +1,7 @@
 """Rows of prompts and answers, read from files one at a time, and written so that a file is whole or not there.
 
-A row is a JSON object with `messages`, as in ms-swift. A bad one is named by file and line, and stops the run or is
-counted and left out, as the user chose; nothing is dropped silently.
+A row is a JSON object with `messages`; other forms are read too (`row_forms.py`). A bad one is named by file and line,
+and stops the run or is counted and left out, as the user chose; nothing is dropped silently.
 """
 
 import gzip
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from ..errors import FastMTPError, cannot_write
+from .row_forms import BadRow, normalize
 
 Row = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
 MAX_ROW_BYTES = 32 * 2**20
 """A longer line is a broken file, not a conversation; it is never held in memory."""
 EXAMPLES = 5
@@ -29,11 +29,12 @@ EXAMPLES = 5
 class BadRows:
     """What to do with a bad row: `stop` raises; `skip` counts it, by what is wrong, and keeps a few places."""
 
-    def __init__(self, policy: str = "stop", skippable: bool = True) -> None:
+    def __init__(self, policy: str = "stop", how_to_skip: str | None = "--on_bad_row skip") -> None:
+        """`how_to_skip`: what the user can say to have it skipped; None if nothing."""
         if policy not in ("stop", "skip"):
             raise FastMTPError(f"--on_bad_row: {policy!r} is neither `stop` nor `skip`")
         self.policy = policy
-        self._mend = "mend it, or --on_bad_row skip" if skippable else "mend it"
+        self._mend = f"mend it, or {how_to_skip}" if how_to_skip else "mend it"
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self._ids: dict[int, str] = {}
@@ -68,28 +69,30 @@ class BadRows:
         return {what: {"count": n, "rows": self.places[what]} for what, n in self.counts.most_common()}
 
 
-def iter_rows(path: str | Path, bad: BadRows | None = None, unique_ids: bool = False) -> Iterator[tuple[str, Row]]:
-    """(`file:line`, row) for each row of a JSONL (plain, .gz, .xz) or Parquet file; a bare `prompt` or `query` becomes
-    one user message, an alpaca-like `response` or `output` is not touched.
+def iter_rows(
+    path: str | Path, bad: BadRows | None = None, unique_ids: bool = False, name: str | None = None
+) -> Iterator[tuple[str, Row]]:
+    """(`file:line`, row) for each row of a JSONL (plain, .gz, .xz) or Parquet file, in our form (`row_forms.py`).
+    `name`: what stands for the file in `file:line`, where the user knows it by another name.
 
     Raises `FastMTPError` if the file cannot be read, or for the first bad row unless `bad` says otherwise.
     """
-    bad = bad or BadRows(skippable=False)  # who gives none has no such option
-    for where, value in iter_values(path, bad):
-        what, detail = _complaint(value)
+    bad = bad or BadRows(how_to_skip=None)  # who gives none has no such option
+    for where, value in iter_values(path, bad, name):
+        what, detail = complaint(value)
         if what:
             bad.add(where, what, detail)
         elif not unique_ids or bad.new_id(value, where):
             yield where, value
 
 
-def iter_values(path: str | Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def iter_values(path: str | Path, bad: BadRows, name: str | None = None) -> Iterator[tuple[str, Any]]:
     """(`file:line`, value) of such a file, whatever its rows are. Lines that are no JSON go to `bad`.
 
     Raises `FastMTPError` if the file cannot be read.
     """
-    path = Path(path)
-    yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path, bad)
+    path, name = Path(path), name or str(path)
+    yield from _parquet(path, name) if path.suffix == ".parquet" else _json_lines(path, name, bad)
 
 
 def read_rows(path: str | Path, at_most: int | None = None) -> list[Row]:
@@ -152,13 +155,13 @@ def refuse_existing(path: str | Path) -> None:
         raise FastMTPError(f"{path}: already exists; name another output or remove it")
 
 
-def _json_lines(path: Path, bad: BadRows) -> Iterator[tuple[str, Any]]:
+def _json_lines(path: Path, name: str, bad: BadRows) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
         with _open(path) as file:
             while line := file.readline(MAX_ROW_BYTES):
                 number += 1
-                where = f"{path}:{number}"
+                where = f"{name}:{number}"
                 if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
                     while (rest := file.readline(MAX_ROW_BYTES)) and not rest.endswith(b"\n"):
                         pass
@@ -185,7 +188,7 @@ def _open(path: Path) -> BinaryIO:
     return file
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(path: Path, name: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -195,7 +198,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}:{number}", _without_nulls(row)
+                    yield f"{name}:{number}", _without_nulls(row)
     except (OSError, pyarrow.ArrowException) as error:
         raise FastMTPError(f"{path}: cannot be read ({error})") from None
 
@@ -207,22 +210,10 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _complaint(row: Any) -> tuple[str, str]:
-    """What is wrong with a row ("" if nothing) and in which way. Adds `messages` where there is a bare `prompt`."""
-    if not isinstance(row, dict):
-        return "a row must be a JSON object", ""
-    text = row.get("prompt", row.get("query"))
-    if not row.get("messages") and isinstance(text, str):
-        row["messages"] = [{"role": "user", "content": text}]
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "needs `messages`, or `prompt`", ""
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            return f"a message needs a `role` ({', '.join(ROLES)})", f"message {number}"
-        content = message.get("content")
-        if content is None and message["role"] == "assistant" and message.get("tool_calls"):
-            message["content"] = content = ""
-        if not isinstance(content, str):
-            return "a message needs a `content` string", f"message {number}"
+def complaint(row: Any) -> tuple[str, str]:
+    """What is wrong with a row ("" if nothing) and in which way. Brings it into our form (`row_forms.py`), in place."""
+    try:
+        normalize(row)
+    except BadRow as bad:
+        return bad.what, bad.detail
     return "", ""

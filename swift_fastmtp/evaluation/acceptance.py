@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from ..data.conversation import encode_prompt, without_answer
+from ..data.chat_template import RenderError, encode_prompt
+from ..data.conversation import without_answer
+from ..data.examples import turns
 from ..data.generate import generate
 from ..errors import FastMTPError
 from ..frozen_head import chunk_size, project
@@ -44,26 +47,28 @@ def make_texts(
     answers: str,
     batch_size: int,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> list[Text]:
-    """The texts to measure on, without answers so short that nothing is ever drafted."""
-    prompts = [encode_prompt(tokenizer, without_answer(row["messages"])) for row in rows]
-    texts = []
+    """The texts to measure on, without answers so short that nothing is ever drafted.
+
+    Prompts are those that an engine would be asked with: the row's own where it keeps them (`answers` "given"), else
+    rendered by the folder's chat template with the row's tools and `chat_template_kwargs`. Raises `FastMTPError` for a
+    row that cannot be rendered, or has no answer where it should.
+    """
     if answers == "given":
-        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
-            if row["messages"][-1]["role"] != "assistant":
-                raise FastMTPError(f"row {number}: has no assistant answer; drop --answers given, or distill first")
-            answer = row["messages"][-1]
-            ids = answer.get("token_ids") or tokenizer.encode(answer["content"], add_special_tokens=False)
-            texts.append(Text(prompt + ids, len(prompt), len(prompt) + len(ids), number - 1))
+        texts = [_given(tokenizer, number, row) for number, row in enumerate(rows)]
     else:
+        prompts = [_prompt(tokenizer, number, row) for number, row in enumerate(rows)]
         K = model.fastmtp.num_speculative_steps
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         found: dict[int, Text] = {}
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
             batch = order[start : start + batch_size]
-            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, temperature)
+            sampling = (temperature, top_k, top_p)
+            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, *sampling)
             whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
-            beyond = generate(model, tokenizer, whole, K, temperature, stop=False)
+            beyond = generate(model, tokenizer, whole, K, *sampling, stop=False)
             for i, ids, more in zip(batch, whole, beyond, strict=True):
                 found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
         texts = [found[i] for i in range(len(prompts))]
@@ -71,6 +76,27 @@ def make_texts(
     if not kept:
         raise FastMTPError("no answer is longer than one token, so nothing is ever drafted; use other prompts")
     return kept
+
+
+def _prompt(tokenizer: Any, number: int, row: dict[str, Any]) -> list[int]:
+    messages = without_answer(row["messages"])
+    try:
+        return encode_prompt(tokenizer, messages, row.get("tools"), row.get("chat_template_kwargs"))
+    except RenderError as error:
+        raise FastMTPError(f"row {number + 1}: {error}") from None
+
+
+def _given(tokenizer: Any, number: int, row: dict[str, Any]) -> Text:
+    if row["messages"][-1]["role"] != "assistant":
+        raise FastMTPError(f"row {number + 1}: has no assistant answer; drop --answers given, or distill first")
+    try:
+        answered = list(turns(tokenizer, row, finished_only=False))
+    except FastMTPError as error:
+        raise FastMTPError(f"row {number + 1}: {error}") from None
+    if not answered:
+        raise FastMTPError(f"row {number + 1}: its answer is empty; remove the row")
+    last = answered[-1]
+    return Text(last.asked + last.answered, len(last.asked), len(last.asked) + len(last.answered), number)
 
 
 def greedy_acceptance(
@@ -107,27 +133,50 @@ def sampled_acceptance(
     temperature: float,
     token_maps: Sequence[torch.Tensor | None] = (None,),
     label: str = "head",
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> list[list[torch.Tensor]]:
     """As `greedy_acceptance`, where drafts are sampled too, at the temperature at which the texts were.
 
     Text token x, drawn from p, came from an accepted draft of q with probability min(1, q(x) / p(x)), whose mean over
-    texts is sum min(p, q) (Leviathan et al. 2023, Theorem 3.5). Values are those probabilities, float64; tokens outside
-    a map have none.
+    texts is sum min(p, q) (Leviathan et al. 2023, Theorem 3.5). p is what the texts were drawn from: the model's
+    distribution at this temperature, cut to `top_k` and `top_p`; engines draw drafts from the whole of q. Values are
+    those probabilities, float64; tokens outside a map have none, nor have those that p excludes.
     """
     vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
     def accepted(states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         weight, chosen = model.lm_head.weight, tokens[:, None]
-        log_p = (project(teacher, weight).float() / temperature).log_softmax(-1).gather(1, chosen)[:, 0]
+        target = _cut(project(teacher, weight).float() / temperature, top_k, top_p)
+        log_p = target.log_softmax(-1).gather(1, chosen)[:, 0]
         logits = project(states, weight).float() / temperature
         found = []
         for vocabulary in vocabularies:
             rows = vocabulary.encode(tokens)
             log_q = vocabulary.columns(logits).log_softmax(-1).gather(1, rows.clamp(min=0)[:, None])[:, 0]
-            found.append(torch.where(rows >= 0, (log_q - log_p).clamp(max=0).exp(), 0.0))
+            possible = (rows >= 0) & log_p.isfinite()
+            found.append(torch.where(possible, (log_q - log_p).clamp(max=0).exp(), 0.0))
         return torch.stack(found).double()
 
     return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.float64, label)
+
+
+def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """[N, V] logits of which sampling excludes some, -inf there: first top-k, then top-p, as engines and transformers
+    do."""
+    for warper in sampling_warpers(top_k, top_p):
+        logits = warper(None, logits)
+    return logits
+
+
+def sampling_warpers(top_k: int, top_p: float) -> list[Any]:
+    """transformers' own, for the options that exclude anything."""
+    warpers: list[Any] = []
+    if top_k > 0:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    return warpers
 
 
 def draft_rounds(

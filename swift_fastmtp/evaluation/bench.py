@@ -19,8 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from ..checkpoints import claim, read_json, write_json
+from ..data.chat_template import load_tokenizer
 from ..data.client import RefusedError
-from ..data.conversation import load_tokenizer
 from ..data.jobs import Part, cut_torn_line
 from ..errors import FastMTPError, cannot_write
 from .engines import Answer, Engine, Identity
@@ -155,7 +155,16 @@ def _left(plan: Plan, record: dict[str, Any], records: list[Record]) -> dict[Run
 
 
 def _engine(url: str, plan: Plan, tokenizer: Any, api_key: str | None) -> Engine:
-    return Engine(url, tokenizer, plan.sampling, plan.served_model_name, api_key, plan.timeout, plan.retry_seconds)
+    return Engine(
+        url,
+        tokenizer,
+        plan.sampling,
+        plan.served_model_name,
+        api_key,
+        timeout=plan.timeout,
+        retry_seconds=plan.retry_seconds,
+        concurrency=max(plan.concurrency),
+    )
 
 
 def _meet(plan: Plan, folder: Path, tokenizer: Any, api_key: str | None) -> None:

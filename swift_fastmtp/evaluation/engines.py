@@ -8,13 +8,15 @@ tells its acceptance in sums at `/metrics`, the others do not tell.
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import httpx
 import openai
 
-from ..data.client import MalformedError, RefusedError, Sampling, model_names, open_client, repeat
-from ..data.conversation import Message, encode_prompt
+from ..data.chat_template import encode_prompt
+from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, longest_silence, repeat
+from ..data.conversation import Message
 from ..errors import FastMTPError
 
 
@@ -85,7 +87,8 @@ class Answer:
 class Engine:
     """A server at an address. Use `connect`.
 
-    `timeout`: seconds for one answer. `retry_seconds`: how long a request is repeated before the run stops.
+    `timeout`: seconds of silence after which it must show that it lives. `retry_seconds`: how long a request is
+    repeated, counted from its first failure, before the run stops. `concurrency`: requests at a time.
     """
 
     def __init__(
@@ -97,14 +100,15 @@ class Engine:
         api_key: str | None = None,
         timeout: float = 600.0,
         retry_seconds: float = 60.0,
+        concurrency: int = 1,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.identity = Identity(("", ""), "", "")
         self._name = served_model_name
-        self._timeout, self._retry_seconds = timeout, retry_seconds
-        self._client = open_client(self.url, api_key, timeout)
+        self._timeout, self._retry_seconds, self._concurrency = timeout, retry_seconds, concurrency
+        self._server = Server(self.url, api_key, timeout)
         self._http = httpx.AsyncClient(timeout=30)
 
     async def connect(self) -> Identity:
@@ -113,7 +117,7 @@ class Engine:
         return self.identity
 
     async def close(self) -> None:
-        await self._client.close()
+        await self._server.close()
         await self._http.aclose()
 
     @property
@@ -121,7 +125,7 @@ class Engine:
         return self.identity.engine[0] == "sglang"
 
     async def _repeat(self, ask: Any) -> Any:
-        return await repeat(ask, [self.url], self._timeout, self._retry_seconds)
+        return await repeat(ask, [self.url], self._retry_seconds)
 
     async def _get(self, path: str) -> Any:
         """JSON, or None if there is no such page."""
@@ -148,7 +152,7 @@ class Engine:
                 info["launch_command"].split() if isinstance(info.get("launch_command"), str) else None,
             )
         if self._name is None:
-            names = await model_names(self._client)
+            names = await self._server.model_names()
             if len(names) != 1:
                 listed = ", ".join(sorted(names)) or "none"
                 raise FastMTPError(f"{self.url}: serves the models {listed}; choose with --served_model_name")
@@ -198,12 +202,12 @@ class Engine:
         limit = max_new_tokens or self.sampling.max_new_tokens
         ids = encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs) if self.native else []
 
-        async def ask() -> Answer:
+        async def ask(hear: Hear) -> Answer:
             try:
                 if self.native:
-                    found = await self._generate(ids, temperature, seed, limit)
+                    found = await self._generate(ids, temperature, seed, limit, hear)
                 else:
-                    found = await self._chat(messages, temperature, seed, limit)
+                    found = await self._chat(messages, temperature, seed, limit, hear)
             except (openai.APIStatusError, openai.APIConnectionError, FastMTPError):
                 raise
             except openai.APIError as error:  # an error inside of a stream
@@ -220,16 +224,17 @@ class Engine:
                 raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
             return found
 
-        found = await self._repeat(ask)
+        longest = longest_silence(self._timeout, limit, self._concurrency)
+        found = await self._repeat(partial(self._server.in_time, ask, longest))
         assert isinstance(found, Answer)
         return found
 
-    async def _generate(self, ids: list[int], temperature: float, seed: int, limit: int) -> Answer:
+    async def _generate(self, ids: list[int], temperature: float, seed: int, limit: int, hear: Hear) -> Answer:
         sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": limit}
         if temperature > 0:
             sampling |= {"top_k": self.sampling.top_k, "top_p": self.sampling.top_p, "sampling_seed": seed}
         watch = _Watch()
-        stream = await self._client.post(
+        stream = await self._server.client.post(
             f"{self.url}/generate",
             body={"input_ids": ids, "sampling_params": sampling, "stream": True},
             cast_to=object,
@@ -239,6 +244,7 @@ class Engine:
         text, output, meta = "", list[int](), dict[str, Any]()
         async for chunk in stream:
             watch.tick()
+            hear()
             assert isinstance(chunk, dict)
             meta, new = chunk["meta_info"], chunk["output_ids"]
             whole = len(new) == int(meta["completion_tokens"])  # else only what is new (--incremental-streaming-output)
@@ -285,7 +291,7 @@ class Engine:
             )
         return steps, accepted, histogram
 
-    async def _chat(self, messages: list[Message], temperature: float, seed: int, limit: int) -> Answer:
+    async def _chat(self, messages: list[Message], temperature: float, seed: int, limit: int, hear: Hear) -> Answer:
         # SGLang refuses it in a stream, should it stand behind something that hides what it is.
         extra: dict[str, Any] = {"return_token_ids": True} if self.identity.engine[0] == "vllm" else {}
         if temperature > 0:
@@ -293,7 +299,7 @@ class Engine:
         if self.sampling.chat_template_kwargs:
             extra["chat_template_kwargs"] = self.sampling.chat_template_kwargs
         watch = _Watch()
-        stream = await self._client.chat.completions.create(
+        stream = await self._server.client.chat.completions.create(
             model=self._name or "",
             messages=cast(Any, messages),
             max_tokens=limit,
@@ -307,6 +313,7 @@ class Engine:
         text, output, usage, reason, model = "", list[int](), None, None, ""
         async for chunk in stream:
             watch.tick()
+            hear()
             usage, model = chunk.usage or usage, chunk.model or model
             for choice in chunk.choices or ():
                 text += (getattr(choice.delta, "reasoning_content", None) or "") + (choice.delta.content or "")

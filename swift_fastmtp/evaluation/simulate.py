@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoints import check_head, head_reader, make_folder, write_json
 from ..config import FastMTPConfig
+from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
+from ..data.generate import padding_id
 from ..data.rows import read_rows
 from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
@@ -81,6 +82,8 @@ def simulate(
     token_maps: Sequence[str] = (),
     by: str | None = None,
     temperature: float = 0.0,
+    top_k: int = 20,
+    top_p: float = 0.95,
     seed: int = 0,
     draft_ms: float | None = None,
     verify_ms: float | None = None,
@@ -98,6 +101,7 @@ def simulate(
         by: `language`, `group` or `category`: also a table for each of them, as `fastmtp vocab` tells them apart.
         temperature: at which answers are (or, `given`, were) sampled; if positive, drafts are sampled too, beside the
             greedy ones.
+        top_k, top_p: what sampled answers are drawn from, above temperature 0; as in `fastmtp bench`.
         draft_ms, verify_ms: measured times of a draft step, with the whole vocabulary, and of a verification step;
             default: the bytes that they read. decode_ms: of a step without drafts; default: as a verification.
         max_rows: read only so many rows, from the top of the file.
@@ -118,7 +122,8 @@ def simulate(
     if draft_ms is not None and verify_ms is not None:
         cost = cost.measured(draft_ms, verify_ms, decode_ms)
     model = load_model(model_dir, getattr(torch, dtype), device)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = load_tokenizer(model_dir)
+    check_chat_template(tokenizer, model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
     expected = head_shapes(model_dir)
     heads = {"base": head_reader(model_dir, model.family, expected)}
@@ -132,17 +137,17 @@ def simulate(
     if output_dir:
         make_folder(Path(output_dir))  # before the work, which a folder that cannot be made would lose
     torch.manual_seed(seed)
-    texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size, temperature)
+    texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size, temperature, top_k, top_p)
     groups = {ALL: list(range(len(texts)))}
     if by:
         groups |= _groups(texts, rows, tokenizer, by)
     results: list[HeadResult] = []
     for name, head in heads.items():
         load_head(model, head, expected)
-        shared = (model, texts, tokenizer.pad_token_id, batch_size)
+        shared = (model, texts, padding_id(model, tokenizer), batch_size)
         found_by = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
         if temperature > 0:
-            found_by["sampled"] = sampled_acceptance(*shared, temperature, list(maps.values()), name)
+            found_by["sampled"] = sampled_acceptance(*shared, temperature, list(maps.values()), name, top_k, top_p)
         for drafts, accepted in found_by.items():
             for (path, ids), of_map in zip(maps.items(), accepted, strict=True):
                 size = cost.vocab_size if ids is None else len(ids)
@@ -182,6 +187,8 @@ def simulate(
             "dataset": dataset,
             "answers": answers,
             "temperature": temperature,
+            "top_k": top_k if temperature else None,
+            "top_p": top_p if temperature else None,
             "seed": seed,
             "by": by,
             "max_new_tokens": max_new_tokens,

@@ -137,18 +137,6 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     return Task(name, described.title or name, described.language, described.licence, source, questions)
 
 
-def cached_tasks() -> tuple[list[str], list[str]]:
-    """Names of the tasks whose source is on this machine, and of the others."""
-    here, missing = [], []
-    for name in task_names():
-        try:
-            _fetch(name, read_descriptor(name), offline=True)
-            here.append(name)
-        except FastMTPError:
-            missing.append(name)
-    return here, missing
-
-
 def _draw(questions: list[Question], number: int | None, rng: random.Random) -> list[Question]:
     if number is None or number >= len(questions):
         return questions
@@ -157,7 +145,7 @@ def _draw(questions: list[Question], number: int | None, rng: random.Random) -> 
 
 def _read(path: Path, described: Descriptor, prefix: str) -> list[Question]:
     found: list[Question] = []
-    for where, row in iter_values(path, BadRows(skippable=False)):
+    for where, row in iter_values(path, BadRows(how_to_skip=None)):
         if not isinstance(row, dict):
             raise FastMTPError(f"{where}: a row must be a JSON object; mend it")
         if all(row.get(k) == v for k, v in described.where.items() if k in row):

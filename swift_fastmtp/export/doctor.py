@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, Weights, fingerprint, read_json, read_plain
+from ..checkpoints import SETTINGS_FILE, Weights, has_fingerprint, read_json, read_plain
 from ..errors import FastMTPError
-from ..families import Family, config_value, match_family, read_config, refusals
+from ..families import Family, WrongTypeError, config_value, match_family, read_config, refusals
 from ..fp8 import DTYPE as FP8
 from ..fp8 import SCALE
 from ..headers import TOWER, layer_elsewhere
@@ -22,26 +22,35 @@ from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..weight_files import INDEX_FILE
 from .inspection import MTP_WORD
+from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
-_LEFT_OUT = ("ignore", "modules_to_not_convert", "ignored_layers")
 _NOT_LOADED = {
     "error": "engines check the index before they load anything",
     "warning": "the engine loads another set of files than SGLang, from which everything here was read",
 }
 _PLAIN = {"bfloat16", "float16", "float32"}
-# A draft that reads these otherwise than its target sees other positions, other sizes or other tokens.
-_SHARED_KEYS = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-)
+# A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
+# what transformers takes for a missing one, where that is the same for all families.
+_SHARED_KEYS: dict[str, Any] = {
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "vocab_size": None,
+    "rms_norm_eps": None,
+    "max_position_embeddings": None,
+    "hidden_act": "silu",
+    "attention_bias": None,
+    "tie_word_embeddings": False,
+    "layer_types": None,
+    "sliding_window": None,
+    "num_experts_per_tok": None,
+    "norm_topk_prob": None,
+    "routed_scaling_factor": None,
+    "n_group": None,
+    "topk_group": None,
+}
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,18 @@ def examine(
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    try:
+        config = read_config(folder)
+    except WrongTypeError as error:
+        why = "engines build the model and its draft from config.json"
+        return [Finding("error", str(error), why, "take the key from the base model's config.json")]
     family = match_family(config, folder / "config.json")
     findings = list(_config(config, family))
+    try:
+        read_quantization(config, folder)
+    except FastMTPError as error:
+        why = "engines read it to build the model"
+        return [*findings, Finding("error", str(error), why, "take it from the base model's own config.json")]
     try:
         weights = Weights(folder)
     except FastMTPError as error:
@@ -169,8 +187,14 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
+    parts = parts_of(family, expected)
+    stored = _stored(weights, family, parts)
     found = {n for n in weights.file_of if family.owns(n) and not family.is_copy(n)}
     found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
+    # A matrix in another quantised form than FP8 blocks: its tensors have other names, shapes or meanings.
+    packed = {m for m, names in stored.items() if _is_packed(m, names)}
+    found -= {n for m in packed for n in stored[m]}
+    expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
     missing = set(expected) - found
     elsewhere = layer_elsewhere(folder, family) if missing else None
     if elsewhere:
@@ -200,7 +224,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, weights, expected[name], family)
-    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of and not family.proj_in_fp8:
+    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of and SGLANG not in family.quantized_proj:
         yield Finding(
             "error",
             f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
@@ -208,7 +232,8 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "start from a checkpoint that leaves it out of the quantisation",
         )
     named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
-    yield from _dtypes(weights, config, named)
+    yield from _dtypes(weights, config, named, packed)
+    yield from _quantization(folder, weights, config, family, parts, stored)
 
 
 def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
@@ -232,27 +257,19 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
-def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Iterator[Finding]:
-    quantised = config_value(config, "quantization_config")
+def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: set[str]) -> Iterator[Finding]:
+    dtypes = weights.dtypes()
     blocks = {n for n in names if n + SCALE in weights.file_of}
-    kinds = {str(weights.read(n).dtype).removeprefix("torch.") for n in names if n not in blocks}
-    if kinds - _PLAIN:
+    kinds = {dtypes[n] for n in names if n not in blocks}
+    if kinds - _PLAIN or packed:
+        what = ", ".join(sorted(kinds - _PLAIN) + ([f"{len(packed)} matrices with scales"] if packed else []))
         yield Finding(
             "warning",
-            f"the MTP layer is quantised ({', '.join(sorted(kinds - _PLAIN))})",
+            f"the MTP layer is quantised ({what})",
             "drafts follow small differences in hidden states; a quantised layer is often never accepted",
             "keep the MTP layer in the source precision",
         )
-    if quantised:
-        listed = [m for key in _LEFT_OUT for m in quantised.get(key) or []]
-        if not blocks and kinds <= _PLAIN and not any("mtp" in str(m) for m in listed):
-            yield Finding(
-                "error",
-                "quantization_config does not leave out the MTP layer, whose tensors are not quantised",
-                "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
-                "a folder of the MTP layer alone needs no quantization_config; in a full checkpoint add the layer to "
-                '"ignore" (compressed-tensors) or "modules_to_not_convert"',
-            )
+    if read_quantization(config, weights.folder):
         return
     backbone = config_value(config, "dtype") or config_value(config, "torch_dtype")
     if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
@@ -264,12 +281,132 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str]) -> Itera
         )
 
 
+def _stored(weights: Weights, family: Family, parts: list[Part]) -> dict[str, list[str]]:
+    """Module of the MTP layer that engines may quantise → its tensors: the matrix, its scales, its packed form."""
+    modules = {m for part in parts for m in part.modules}
+    stored: dict[str, list[str]] = {m: [] for m in modules}
+    for name in weights.file_of:
+        if not family.owns(name):
+            continue
+        # Scales stand under the module (`fc.weight_scale`), bitsandbytes' under the matrix (`fc.weight.absmax`), those
+        # of joined experts beside it (`experts.gate_up_proj_scale_inv`).
+        path = name
+        while path and path not in modules:
+            path = path.rpartition(".")[0]
+        path = path or next((m for m in modules if name.startswith(f"{m}_")), "")
+        if path and not name.endswith(".bias"):
+            stored[path].append(name)
+    return stored
+
+
+def _is_packed(module: str, names: list[str]) -> bool:
+    """Whether a matrix is quantised otherwise than in FP8 blocks."""
+    matrix = f"{module}.weight" if f"{module}.weight" in names else module
+    return bool(set(names) - {matrix, matrix + SCALE})
+
+
+def _quantization(
+    folder: Path,
+    weights: Weights,
+    config: dict[str, Any],
+    family: Family,
+    parts: list[Part],
+    stored: dict[str, list[str]],
+) -> Iterator[Finding]:
+    """Whether engines build each part of the layer in the form in which it is stored."""
+    try:
+        quantization = read_quantization(config, folder)
+        if quantization is None:
+            return
+        readings = {part: left_out(quantization, part) for part in parts if any(stored[m] for m in part.modules)}
+    except FastMTPError as error:
+        why = "engines read it to build the model"
+        yield Finding("error", str(error), why, "export again, from the base model's own config.json")
+        return
+    dtypes = weights.dtypes()
+    is_quantized = {p: [m for m in p.modules if _is_quantized(stored[m], dtypes)] for p in readings}
+    plain = [p for p in readings if not is_quantized[p]]
+    if not quantization.known:
+        if plain:
+            yield Finding(
+                "warning",
+                f"quantization_config is {quantization.method!r}: whether it leaves out the MTP layer was not checked",
+                "this package does not know how engines read that method; a plain layer that is built quantised "
+                "accepts nothing (accept length 1.0)",
+                "look at the accept length that the server logs",
+            )
+        return
+    yield from _built_quantized(quantization, family, readings, plain)
+    for part, modules in is_quantized.items():
+        others = [m for m in part.modules if stored[m] and m not in modules]
+        if modules and others:
+            yield Finding(
+                "error",
+                f"{listed(others)}: plain, beside quantised {listed(modules)}",
+                f"engines build these as one, {part.name}, in one form",
+                "quantise all of them, or none",
+            )
+            continue
+        by_engine = {r: out for r, out in (readings[part] or {}).items() if r in part.engines}
+        if modules and by_engine and all(by_engine.values()):
+            yield Finding(
+                "error",
+                f"{listed(modules)}: quantised, but {quantization.file} leaves it out of the quantisation",
+                "the engine builds a plain matrix, and loads these numbers without their scales",
+                f'take it out of "{quantization.key}", or store it plain',
+            )
+
+
+def _is_quantized(names: list[str], dtypes: dict[str, str]) -> bool:
+    """By its tensors: several, or one that is no plain number."""
+    return len(names) > 1 or any(dtypes[n] not in _PLAIN for n in names)
+
+
+def _built_quantized(
+    quantization: Quantization, family: Family, readings: dict[Part, dict[str, bool] | None], plain: list[Part]
+) -> Iterator[Finding]:
+    """Parts that are stored plain, but that an engine would build quantised."""
+    by_all: list[str] = []
+    by_one: dict[str, list[str]] = {}
+    one_builds = [p for p in plain if len(p.engines) == 1 and family.vllm]
+    for part in [*(p for p in plain if p not in one_builds), *one_builds]:
+        reading = readings[part] or {}
+        building = [r for r, out in reading.items() if r in part.engines and not out]
+        # A tool or another engine that leaves it out, or that has it plain in any case: one engine's gap, and no
+        # mistake of the checkpoint. But where nothing is left out, nor is this.
+        if any(reading.values()) or (part in one_builds and not by_all):
+            for engine in building:
+                by_one.setdefault(engine, []).extend(part.modules)
+        elif building:
+            by_all.extend(part.modules)
+    method = f"quantization_config ({quantization.method})"
+    how = fix(quantization, family, by_all or [m for modules in by_one.values() for m in modules])
+    if by_all:
+        what = f"{method} does not leave out the MTP layer, whose tensors are not quantised: {listed(by_all)}"
+        if any(any((readings[part] or {}).values()) for part in plain):
+            what = f"{method} leaves out a part of the MTP layer only; also plain, but not left out: {listed(by_all)}"
+        yield Finding(
+            "error",
+            what,
+            "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
+            f"{how}; a folder of the MTP layer alone needs no quantization_config",
+        )
+    for engine, modules in by_one.items():
+        flag = {SGLANG: " or serve with `--speculative-draft-model-quantization unquant`", VLLM: ""}[engine]
+        yield Finding(
+            "warning",
+            f"{method}: {engine} does not read it as leaving out {listed(modules)}",
+            f"{engine} builds them quantised, skips the plain tensors, and accepts nothing (accept length 1.0)",
+            how + flag,
+        )
+
+
 def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | None) -> Iterator[Finding]:
     settings = read_json(folder / SETTINGS_FILE)
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
     here = folder if weights.has_backbone(read_config(folder)) else base
-    if trained_for and (here / "config.json").exists() and fingerprint(here, family) != trained_for:
+    if trained_for and (here / "config.json").exists() and not has_fingerprint(here, family, trained_for):
         yield Finding(
             "error",
             f"the head was trained for another backbone than {here}",
@@ -279,15 +416,14 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
     if base.resolve() == folder.resolve() or not (base / "config.json").exists():
         return
     here_config, base_config = read_config(folder), read_config(base)
-    for key in _SHARED_KEYS:
+    for key in _differences(here_config, base_config):
         ours, theirs = config_value(here_config, key), config_value(base_config, key)
-        if ours != theirs:
-            yield Finding(
-                "error",
-                f"config.json: {key} is {ours}, in {base} it is {theirs}",
-                "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
-                "use the base model's value in both",
-            )
+        yield Finding(
+            "error",
+            f"config.json: {key} is {ours}, in {base} it is {theirs}",
+            "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
+            "use the base model's value in both",
+        )
     original = Weights(base)
     names = [n for n in weights.under(*family.roots) if n in original.file_of and not family.is_copy(n)]
     yield from _forms(weights, original, here_config, base, names)
@@ -299,6 +435,48 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             "it is the untrained head: it drafts one token well and then collapses",
             "export the checkpoint of a training run",
         )
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Keys by which two config.json describe other computations, however they are written."""
+    keys = [key for key in _SHARED_KEYS if _meant(ours, key) != _meant(theirs, key)]
+    if None in (_meant(ours, "layer_types"), _meant(theirs, "layer_types")) and "layer_types" in keys:
+        keys.remove("layer_types")  # transformers makes it of other keys where it is missing
+    if _rope(ours) != _rope(theirs):
+        keys += [key for key in _ROPE_KEYS if config_value(ours, key) != config_value(theirs, key)]
+    return keys
+
+
+def _meant(config: dict[str, Any], key: str) -> Any:
+    """What a key comes to."""
+    value = config_value(config, key)
+    if key == "sliding_window" and not config_value(config, "use_sliding_window", True):
+        return None
+    if key == "head_dim" and value is None:
+        size, heads = (config_value(config, k) for k in ("hidden_size", "num_attention_heads"))
+        return size // heads if isinstance(size, int) and isinstance(heads, int) and heads else None
+    if key == "num_key_value_heads" and value is None:
+        return config_value(config, "num_attention_heads")
+    return _SHARED_KEYS[key] if value is None else value
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE in one form: transformers 5 has all of it in `rope_parameters`, before there were `rope_theta`,
+    `rope_scaling` and `partial_rotary_factor`, and in that `type` for `rope_type`."""
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config_value(config, key)
+        if isinstance(value, dict):
+            rope |= value
+    for key in ("rope_theta", "partial_rotary_factor"):
+        rope.setdefault(key, config_value(config, key))
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind)
+    if rope["rope_type"] in (None, "default", "mrope"):  # sections of axes; for text the plain RoPE
+        rope["rope_type"] = "default"
+    if rope["partial_rotary_factor"] == 1:
+        rope["partial_rotary_factor"] = None
+    return {key: value for key, value in rope.items() if value is not None}
 
 
 def _forms(

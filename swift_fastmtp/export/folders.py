@@ -26,6 +26,7 @@ from ..checkpoints import (
     WEIGHTS_FILE,
     Weights,
     fingerprint,
+    has_fingerprint,
     head_reader,
     link_or_copy,
     new_folder,
@@ -246,8 +247,8 @@ def _collect(
             f"{base}: {name} is in no file, the index has it in {weights.lost[name]} ({len(needed)} such tensors); "
             "download the checkpoint again"
         )
-    identity = fingerprint(base, family)
-    if known.get("base_fingerprint", identity) != identity:
+    recorded = known.get("base_fingerprint")
+    if recorded and not has_fingerprint(base, family, recorded):
         raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
     expected = head_shapes(base)
     if (checkpoint / "adapter_config.json").exists():
@@ -262,7 +263,9 @@ def _collect(
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
     if not known:
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
-        known = settings(FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), identity)
+        known = settings(
+            FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), fingerprint(base, family)
+        )
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
     return base, family, trained, expected, known

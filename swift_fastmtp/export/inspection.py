@@ -16,6 +16,7 @@ from ..fp8 import SCALE
 from ..headers import TOWER, Headers, layer_elsewhere, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
 from ..weight_files import INDEX_FILE
+from .quantization import left_out_in_words
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -65,6 +66,8 @@ class Inspection:
     """Tensor names of an unknown layout that look like MTP."""
     notes: list[str] = field(default_factory=list)
     """About the folder's files, each one line: what stands in nobody's way, but not as it should be."""
+    mtp_left_out: str | None = None
+    """Whether quantization_config leaves out the MTP layer: "left out", "partly left out", "not left out"."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,6 +114,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         engines=_engines(headers, family, layout, names, reasons),
         suspicious=[] if family or layout else suspicious,
         notes=_notes(headers),
+        mtp_left_out=left_out_in_words(folder, config, family, _head_shapes),
     )
 
 
@@ -329,7 +333,8 @@ def text(found: Inspection) -> str:
         rows.append(("in files", ", ".join(found.mtp_files[:4]) + (", ..." if len(found.mtp_files) > 4 else "")))
         rows.append(("own matrices", ", ".join(found.own_matrices) or "none: embedding and head are the backbone's"))
     rows.append(("tied head", "yes" if found.tied_head else "no"))
-    rows.append(("quantised", found.quantization or "no"))
+    left_out = f", the MTP layer {found.mtp_left_out}" if found.mtp_left_out else ""
+    rows.append(("quantised", (found.quantization or "no") + left_out))
     backbone = f"{found.backbone_tensors} tensors, {size(found.backbone_bytes)}, {found.files} files in all"
     rows.append(("backbone", backbone))
     if found.lost_on_save:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
-from ..families import config_value, match_family, read_config
+from ..families import Family, config_value, match_family, read_config
 from ..headers import layer_elsewhere
 from ..vocab.maps import CONFIG_KEY
+from .quantization import read_quantization
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
@@ -82,6 +83,9 @@ def serve_flags(
         if read_json(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
             why = "the target is quantised, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
+    elif read_quantization(config, folder) and not _is_quantized(weights, family):
+        why = "SGLang names some MTP layers otherwise than the checkpoint, and may not see that this one is left out"
+        flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     if config.get("auto_map"):
         flags.append(Flag(("--trust-remote-code",), _REMOTE))
     flags += [
@@ -99,6 +103,12 @@ def serve_flags(
             Flag(("--tp-size", "1"), "a static map holds global ids, which a sharded head cannot take"),
         ]
     return flags
+
+
+def _is_quantized(weights: Weights, family: Family) -> bool:
+    """Whether any tensor of the MTP layer is stored as other than plain numbers."""
+    plain = {"bfloat16", "float16", "float32"}
+    return any(dtype not in plain for name, dtype in weights.dtypes().items() if family.owns(name))
 
 
 def _vllm(remote_code: bool, target: Path, full: bool, steps: int, token_map: str | None) -> list[Flag]:

@@ -2,19 +2,26 @@
 
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
-from swift.utils import get_device_count
+from swift.utils import get_device_count, get_logger
 from transformers.utils import is_torch_mps_available
 
-from ..config import ENV_PREFIX, FastMTPConfig, knob_names
+from ..config import likely_typos
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
 from ..head import import_class
 from ..headers import read_headers
+from .dataset import own_name
+from .knobs import knobs_of
+from .template import BASE_STRATEGIES
+from .typed import is_typed
 
+logger = get_logger()
+
+
+_RENDERED = "rows are rendered by the chat template of the model's folder, as engines render them"
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
     ("sequence_parallel_size", 1, "draft steps read tokens of the neighbouring rank"),
@@ -24,6 +31,12 @@ _UNSUPPORTED = (
     ("predict_with_generate", False, "evaluation is acceptance; use `swift infer` for text"),
     ("quant_method", None, "the head is trained against the unquantised backbone"),
     ("quant_bits", None, "the head is trained against the unquantised backbone"),
+)
+_OF_OTHER_TEMPLATES = (
+    ("agent_template", None, _RENDERED),
+    ("response_prefix", None, _RENDERED),
+    ("preserve_thinking", None, _RENDERED),
+    ("add_non_thinking_prefix", True, _RENDERED),
 )
 _FLASH = ("flash_attn", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -35,17 +48,17 @@ def prepare_arguments(args: Any) -> None:
     """
     if getattr(args, "model_type", None) != "fastmtp":
         return
-    for key in args.model_kwargs or {}:
-        if not key.lower().startswith(ENV_PREFIX.lower()):
-            raise FastMTPError(f"model_kwargs: unknown knob '{key}'; known: {', '.join(knob_names())}")
-    FastMTPConfig.from_env()
+    knobs_of(args)
+    for typo, meant in likely_typos(os.environ).items():
+        logger.warning(f"environment: {typo} is ignored; did you mean {meant}?")
+    if hasattr(args, "loss_type") or getattr(args, "to_cached_dataset", False):
+        _prepare_data(args)
     if not hasattr(args, "loss_type"):
         return  # infer, export, deploy
     args.loss_type = args.loss_type or "fastmtp"
-    if args.tuner_type == "lora" and "--model_type" in sys.argv and "--tuner_type" not in sys.argv:
-        # `lora` is ms-swift's default, not the user's word. From Python, where the arguments are an object, the two
-        # cannot be told apart: there the tuner type is taken as given.
-        args.tuner_type = "fastmtp"
+    from_checkpoint = args.load_args and args.ckpt_dir  # its args.json goes before what was typed
+    if args.tuner_type == "lora" and not is_typed(args, "tuner_type") and not from_checkpoint:
+        args.tuner_type = "fastmtp"  # `lora` is ms-swift's default, not the user's word
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
         families = _families(args.model)
@@ -68,6 +81,34 @@ def prepare_arguments(args: Any) -> None:
     _check(args)
 
 
+def _refuse(args: Any, unsupported: tuple[tuple[str, Any, str], ...]) -> None:
+    for name, fine, why in unsupported:
+        value = getattr(args, name, None)
+        if value is not None and value != fine:
+            raise FastMTPError(f"--{name} {value} does not work with --model_type fastmtp: {why}")
+
+
+def _prepare_data(args: Any) -> None:
+    """Files of rows with `messages` are read by our own reader; what ms-swift's templates would do is refused."""
+    if args.use_chat_template is False:
+        return  # `swift pt`: texts, not conversations
+    if not args.columns:
+        args.dataset = [own_name(name) for name in _listed(args.dataset)]
+        args.val_dataset = [own_name(name) for name in _listed(args.val_dataset)]
+    _refuse(args, _OF_OTHER_TEMPLATES)
+    strategy, _, others = str(args.loss_scale or "default").partition("+")
+    if strategy not in BASE_STRATEGIES or others:
+        raise FastMTPError(
+            f"--loss_scale {args.loss_scale} does not work with --model_type fastmtp: {_RENDERED}; it can be "
+            f"{', '.join(BASE_STRATEGIES)}"
+        )
+
+
+def _listed(names: Any) -> list[str]:
+    """From Python, one name need not be a list."""
+    return [names] if isinstance(names, str) else list(names or [])
+
+
 def _families(model: str | None) -> list[Family]:
     """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
     if os.path.isdir(model or ""):
@@ -80,9 +121,7 @@ def _roots(families: list[Family]) -> str:
 
 
 def _check(args: Any) -> None:
-    for name, fine, why in _UNSUPPORTED:
-        if (getattr(args, name, None) or fine) != fine:
-            raise FastMTPError(f"--{name} {getattr(args, name)} does not work with --model_type fastmtp: {why}")
+    _refuse(args, _UNSUPPORTED)
     if args.loss_type == "fastmtp" and getattr(args, "is_binary_loss_scale", None) is False:
         raise FastMTPError("--is_binary_loss_scale false does not work with --loss_type fastmtp: rows count or do not")
     if args.packing or args.padding_free:

@@ -36,6 +36,9 @@ class _Finder:
 
 
 def _hook(arguments_class) -> None:  # type: ignore[no-untyped-def]
+    from .typed import watch
+
+    watch(arguments_class)
     original = arguments_class._import_external_plugins
 
     def _import_external_plugins(self) -> None:  # type: ignore[no-untyped-def]

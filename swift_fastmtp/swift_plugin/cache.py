@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from swift.utils import get_dist_setting, get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import fingerprint
 from ..errors import FastMTPError
-from ..hidden_cache import HiddenCache
+from ..families import config_value, read_config
+from ..hidden_cache import HiddenCache, states_depend_on
 
 logger = get_logger()
 
@@ -41,13 +43,22 @@ def attach_hidden_cache(args: Any, model: Any, datasets: list[Any]) -> None:
     limit = int(config.hidden_cache_gb * 1e9)
     if tokens is not None:
         _check_room(config.hidden_cache, tokens * width * dtype.itemsize, tokens, limit)
-    key = {
-        "backbone": fingerprint(model.model_dir, model.family),
-        "attention": model.config._attn_implementation,
-    }
+    key = states_depend_on(
+        model,
+        fingerprint(model.model_dir, model.family),
+        _autocast(args),
+        config_value(read_config(model.model_dir), "quantization_config"),
+    )
     rank = max(0, get_dist_setting()[0])
     model.hidden_cache = HiddenCache(config.hidden_cache, key, width, dtype, limit, rank)
     logger.info(f"hidden-state cache: {config.hidden_cache}, {model.hidden_cache.num_bytes / 1e9:.3f} GB so far")
+
+
+def _autocast(args: Any) -> torch.dtype | None:
+    """What transformers' trainer computes in, by its `--bf16` and `--fp16`."""
+    if getattr(args, "bf16", False):
+        return torch.bfloat16
+    return torch.float16 if getattr(args, "fp16", False) else None
 
 
 def _epochs(args: Any, train: Any) -> float | None:

@@ -1,33 +1,55 @@
-"""Dataset `fastmtp-self-distill`: answers that the model generated itself, token by token as it did.
+"""Dataset `fastmtp-self-distill`: rows as `fastmtp distill` writes them, or plain `messages`.
 
     --dataset fastmtp-self-distill:distilled.jsonl           all rows; also .jsonl.gz, .jsonl.xz, .parquet
     --dataset fastmtp-self-distill:/data/distilled.jsonl#500 a sample, in ms-swift's own syntax
 
-Rows are what `fastmtp distill` writes, or plain `messages`. An answer that hit the token limit has no end-of-turn;
-training on it would teach one that the model never produced, so it is left out. Answers with `token_ids` are trained on
-exactly these tokens, the end token included: text, encoded again, may be other tokens than the model chose.
+A file whose rows have `messages` is read so without the name too (`own_name`). Nothing of a row is lost on the way to
+`rendering.py`: ms-swift's own reader would drop token ids, reasoning, tool calls and finish reasons.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, Json, List
+from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from datasets.exceptions import DatasetGenerationError
 from modelscope.hub.utils.utils import get_cache_dir
+from swift.dataset.dataset_syntax import DatasetSyntax
 from swift.dataset.loader import DatasetLoader
-from swift.utils import get_logger, safe_ddp_context
+from swift.utils import safe_ddp_context
 
 from .. import __version__
-from ..data.conversation import training_conversations
-from ..data.rows import dump_row, iter_rows, write_rows
+from ..config import HOW_TO_SKIP
+from ..data.rows import BadRows, dump_row, iter_rows, iter_values, write_rows
 from ..errors import FastMTPError
+from .knobs import run_knobs
 
 NAME = "fastmtp-self-distill"
-# A message's content is text or ids, and tools differ from row to row: as plain JSON, Arrow neither pads nor refuses.
-FEATURES = Features({"messages": List(Json()), "tools": List(Json()), "chat_template_kwargs": Json()})
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+# Messages and tools differ from row to row: as plain JSON, Arrow neither pads nor refuses.
+FEATURES = Features(
+    {
+        "messages": List(Json()),
+        "tools": List(Json()),
+        "chat_template_kwargs": Json(),
+        "finish_reason": Value("string"),
+        "source": Value("string"),
+        "left_out": Value("string"),
+    }
+)
 
-logger = get_logger()
+
+def own_name(dataset: str) -> str:
+    """What `--dataset` names, by our loader where it is a file whose first row has `messages`."""
+    syntax = DatasetSyntax.parse(dataset)
+    path = syntax.dataset
+    if syntax.dataset_type != "path" or not path.endswith(SUFFIXES) or "#" in path or syntax.subsets:
+        return dataset
+    _, first = next(iter_values(path, BadRows("skip")), ("", None))
+    if not isinstance(first, dict) or not first.get("messages"):
+        return dataset
+    sample = "" if syntax.dataset_sample is None else f"#{syntax.dataset_sample}"
+    return f"{NAME}:{path}{sample}"
 
 
 class SelfDistillLoader(DatasetLoader):
@@ -41,34 +63,36 @@ class SelfDistillLoader(DatasetLoader):
             raise FastMTPError(f"--dataset {NAME}:{path}: no such file")
         stamp = Path(path).stat()
         key = f"{__version__} {stamp.st_size} {stamp.st_mtime_ns}"
-        source = {"path": str(Path(path).resolve()), "cache_key": key}
+        policy = run_knobs().on_bad_row
+        source = {"path": str(Path(path).resolve()), "shown": path, "on_bad_row": policy, "cache_key": key}
         if self.streaming:
-            return IterableDataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source)
+            return IterableDataset.from_generator(_rows, features=FEATURES, gen_kwargs=source)
         try:
             with safe_ddp_context(None, True):
                 cache = str(Path(get_cache_dir()) / "datasets")
-                return Dataset.from_generator(_conversations, features=FEATURES, gen_kwargs=source, cache_dir=cache)
+                return Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source, cache_dir=cache)
         except DatasetGenerationError as error:
             raise error.__cause__ if isinstance(error.__cause__, FastMTPError) else error from None
         except ValueError as error:
             if "no data" not in str(error):
                 raise
-            raise FastMTPError(
-                f"--dataset {NAME}:{path}: no row is left; every answer was truncated (finish_reason 'length') or "
-                "empty: distill again with a larger --max_new_tokens"
-            ) from None
+            raise FastMTPError(f"--dataset {NAME}:{path}: holds no rows") from None
 
 
-def _conversations(path: str, cache_key: str) -> Iterator[dict[str, Any]]:
-    """`cache_key` is there for datasets, which makes the name of its cache of the arguments."""
-    rows = unfinished = 0
-    for _, row in iter_rows(path):
-        conversations = training_conversations(row["messages"], row.get("finish_reason"))
-        rows += 1
-        unfinished += not conversations
-        for conversation in conversations:
-            yield {"messages": conversation, **{k: row.get(k) for k in ("tools", "chat_template_kwargs")}}
-    logger.info(f"{path}: {unfinished} of {rows} rows left out, without a finished answer")
+def _rows(path: str, shown: str, on_bad_row: str, cache_key: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a bad one as a row that says why it is left out, unless it stops the run.
+
+    `cache_key` is there for datasets, which makes the name of its cache of the arguments.
+    """
+    bad = BadRows(on_bad_row, how_to_skip=HOW_TO_SKIP)
+    for where, row in iter_rows(path, bad):
+        kept = {key: row.get(key) for key in ("messages", "tools", "chat_template_kwargs", "finish_reason")}
+        yield {**kept, "source": where, "left_out": ""}
+    for what, count in bad.counts.items():
+        places = bad.places[what]
+        for number in range(count):
+            place = places[number] if number < len(places) else shown
+            yield {"messages": [], "source": place, "left_out": what}
 
 
 def save_dataset(name: str, path: Path) -> None:
@@ -85,12 +109,3 @@ def save_dataset(name: str, path: Path) -> None:
                 file.write(dump_row({k: v for k, v in row.items() if v is not None}))
     except Exception as error:  # whatever a network and somebody's files may do
         raise FastMTPError(f"swift:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
-
-
-def with_features(dataset: Any) -> Any:
-    """A streamed dataset whose columns have types again: ms-swift's mapping drops them and would then guess from rows
-    that one column holds one type, but a content is text or ids."""
-    if not isinstance(dataset, IterableDataset) or dataset.features is not None:
-        return dataset
-    first: dict[str, Any] = next(iter(dataset), {})
-    return dataset.cast(Features({name: FEATURES.get(name, Json()) for name in first})) if first else dataset

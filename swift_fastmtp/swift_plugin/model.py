@@ -5,18 +5,16 @@ from typing import Any
 
 from swift.model import MODEL_MAPPING, ModelLoader, ModelMeta
 from swift.model.model_meta import get_matched_model_meta, get_matched_model_types
-from swift.template import get_template
-from swift.utils import get_logger
 from transformers import AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import check_head
-from ..config import FastMTPConfig
+from ..data.chat_template import load_tokenizer
 from ..families import find_family, match_family, read_config
 from ..modeling import head_shapes, model_class, text_config
 from ..vocab.maps import read_token_map
-
-logger = get_logger()
+from .knobs import run_knobs
+from .template import TEMPLATE
 
 
 class FastMTPLoader(ModelLoader):
@@ -32,7 +30,7 @@ class FastMTPLoader(ModelLoader):
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
-        settings = FastMTPConfig.from_env()
+        settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
         self.auto_model_cls = model_class(model_dir)
@@ -54,7 +52,8 @@ def _has_gpu() -> bool:
 
 
 class FastMTPModelMeta(ModelMeta):
-    """Takes template and saved files from the model type that ms-swift has for the same checkpoint."""
+    """The folder's own chat template; the rest from the model type that ms-swift has for the same checkpoint, its
+    templates too where the folder has none (base models)."""
 
     def check_requires(self, model_info: Any = None) -> None:
         # The last call before ms-swift picks the chat template, and the first that knows the folder.
@@ -63,6 +62,7 @@ class FastMTPModelMeta(ModelMeta):
             return
         model_dir = model_info.model_dir
         self.additional_saved_files = sorted(f for f in os.listdir(model_dir) if f.endswith(".py"))
+        self.template = TEMPLATE if load_tokenizer(model_dir).chat_template else None
         base = get_matched_model_meta(model_dir)
         # By every name of the family: a text model has the chat template of the one with a vision tower.
         names = () if base else match_family(read_config(model_dir)).architectures
@@ -71,28 +71,3 @@ class FastMTPModelMeta(ModelMeta):
             return
         self.model_arch = next((b.model_arch for b in bases if not b.is_multimodal), None)
         self.candidate_templates = list(dict.fromkeys(t for b in bases for t in b.candidate_templates))
-        named = [b.template for b in bases if b.template]
-        self.template = named[0] if len(bases) == len(named) == 1 else self._matching_template(model_info)
-
-    def _matching_template(self, model_info: Any) -> str | None:
-        """The first candidate that renders a conversation as the tokenizer's own chat template does."""
-        candidates = self.candidate_templates
-        if len(candidates) == 1:
-            return candidates[0]
-        tokenizer = AutoTokenizer.from_pretrained(model_info.model_dir)
-        if not tokenizer.chat_template:
-            return None
-        tokenizer.model_info, tokenizer.model_meta = model_info, self
-        messages = [{"role": "user", "content": "1 + 1 = ?"}]
-
-        def alike(candidate: str, **thinking: bool) -> bool:
-            want = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **thinking)
-            template = get_template(tokenizer, template_type=candidate, **thinking)
-            return bool(tokenizer.decode(template.encode({"messages": messages})["input_ids"]) == want)
-
-        for candidate in candidates:
-            # The two may have other defaults of whether the model thinks.
-            if alike(candidate) or all(alike(candidate, enable_thinking=on) for on in (True, False)):
-                logger.info(f"template {candidate!r} renders like the tokenizer's chat template")
-                return candidate
-        return None

@@ -1,6 +1,12 @@
-"""Adds FastMTP to ms-swift's registries, once per process."""
+"""Adds FastMTP to ms-swift's registries, once per process.
 
+Should a step fail, the next call begins again: what is registered is registered anew, and what is wrapped is wrapped
+once.
+"""
+
+import functools
 import sys
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -10,17 +16,23 @@ from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
 from swift.model import register_model
+from swift.template import register_template
 from swift.tuner_plugin import tuners_map
 from transformers import PreTrainedConfig, trainer
 
 from ..errors import FastMTPError
 from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
-from .dataset import NAME, SelfDistillLoader, with_features
+from .dataset import NAME, SelfDistillLoader
 from .export import export_checkpoint
+from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta
+from .rendering import as_token_ids
+from .template import META as TEMPLATE_META
+from .template import TEMPLATE, FolderTemplate
 from .tuner import FastMTPTuner
+from .typed import watch
 
 _registered = False
 
@@ -30,10 +42,10 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    _registered = True
     # The architecture is one of ours: naming the families' own would make their plain loading ambiguous.
     meta = FastMTPModelMeta("fastmtp", [], FastMTPLoader, architectures=["FastMTPForCausalLM"])
     register_model(meta, exist_ok=True)
+    register_template(TEMPLATE_META, exist_ok=True)
     loss_map["fastmtp"] = FastMTPLoss
     tuners_map["fastmtp"] = FastMTPTuner
     register_dataset(DatasetMeta(dataset_name=NAME, loader=SelfDistillLoader), exist_ok=True)
@@ -42,17 +54,43 @@ def register() -> None:
     _hook_export()
     _hook_resume()
     _one_line_errors()
+    _registered = True
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """`owner.name` becomes `wrapper(owner.name)`, once."""
+    original = getattr(owner, name)
+    if getattr(original, "of_fastmtp", False):
+        return
+    wrapped: Any = functools.wraps(original)(wrapper(original))
+    wrapped.of_fastmtp = True
+    setattr(owner, name, wrapped)
 
 
 def _hook_arguments() -> None:
-    """Defaults and checks run where ms-swift parses `model_kwargs`: after plugins, before anything is loaded."""
-    original = BaseArguments._init_model_kwargs
+    """Defaults and checks run where ms-swift parses `model_kwargs`: after plugins, before anything is loaded. The model
+    is loaded with the knobs of these arguments."""
+    watch(BaseArguments)
 
-    def _init_model_kwargs(self: Any) -> None:
-        original(self)
-        prepare_arguments(self)
+    def parse_model_kwargs(original: Any) -> Any:
+        def _init_model_kwargs(self: Any) -> None:
+            with environment_kept():
+                original(self)
+            prepare_arguments(self)
 
-    BaseArguments._init_model_kwargs = _init_model_kwargs
+        return _init_model_kwargs
+
+    def load(original: Any) -> Any:
+        def get_model_processor(self: Any, **options: Any) -> Any:
+            if self.model_type != "fastmtp":
+                return original(self, **options)
+            with loading(knobs_of(self)):
+                return original(self, **options)
+
+        return get_model_processor
+
+    _wrap(BaseArguments, "_init_model_kwargs", parse_model_kwargs)
+    _wrap(BaseArguments, "get_model_processor", load)
 
 
 def _hook_sft() -> None:
@@ -64,34 +102,71 @@ def _hook_sft() -> None:
     """
     from swift.pipelines.train.sft import SwiftSft
 
-    original, run_original = SwiftSft._post_process_datasets, SwiftSft.run
+    def end_together(original: Any) -> Any:
+        def run(self: Any) -> Any:
+            try:
+                result = original(self)
+            except RuntimeError as error:
+                if self.args.model_type == "fastmtp" and _out_of_memory(error):
+                    raise FastMTPError(_less_memory(self.args, error)) from error
+                raise
+            if self.args.model_type == "fastmtp" and dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            return result
 
-    def run(self: Any) -> Any:
-        try:
-            result = run_original(self)
-        except RuntimeError as error:
-            if self.args.model_type == "fastmtp" and _out_of_memory(error):
-                raise FastMTPError(_less_memory(self.args, error)) from error
-            raise
-        if self.args.model_type == "fastmtp" and dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        return result
+        return run
 
-    def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
-        train = datasets[0]
-        if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
-            raise FastMTPError(
-                f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
-                "dropped: raise it, or choose --truncation_strategy"
-            )
-        if self.args.model_type == "fastmtp":
-            datasets = [with_features(dataset) for dataset in datasets]
-            attach_hidden_cache(self.args, self.model, datasets)
-        processed: list[Any] = original(self, datasets)
-        return processed
+    def look_at_rows(original: Any) -> Any:
+        def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
+            train = datasets[0]
+            if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
+                raise FastMTPError(
+                    f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
+                    "dropped: raise it, or choose --truncation_strategy"
+                )
+            if self.args.model_type == "fastmtp":
+                attach_hidden_cache(self.args, self.model, datasets)
+            processed: list[Any] = original(self, datasets)
+            return processed
 
-    SwiftSft._post_process_datasets, SwiftSft.run = _post_process_datasets, run
+        return _post_process_datasets
+
+    _wrap(SwiftSft, "run", end_together)
+    _wrap(SwiftSft, "_post_process_datasets", look_at_rows)
+    _hook_rendering(SwiftSft)
+
+
+def _hook_rendering(pipeline: Any) -> None:
+    """Rows are rendered by the chat template of the model's folder before ms-swift encodes them: in training, and
+    where `swift export` makes a cached dataset."""
+
+    def of_the_folder(original: Any) -> Any:
+        def _prepare_template(self: Any) -> None:
+            args = self.args
+            if args.model_type == "fastmtp" and self.processor.chat_template and args.template != TEMPLATE:
+                self.named_template = args.template  # compared with the folder's, and not used
+                args.template = TEMPLATE
+            original(self)
+
+        return _prepare_template
+
+    def rendered(original: Any) -> Any:
+        def _get_dataset(self: Any) -> Any:
+            if self.args.model_type != "fastmtp":
+                return original(self)
+            knobs = knobs_of(self.args)
+            with loading(knobs):
+                datasets = original(self)
+            if not isinstance(self.template, FolderTemplate) or not self.template.use_chat_template:
+                return datasets
+            named = getattr(self, "named_template", None)
+            return tuple(as_token_ids(self.args, self.template, d, knobs.on_bad_row, named) for d in datasets)
+
+        return _get_dataset
+
+    _wrap(pipeline, "_prepare_template", of_the_folder)
+    _wrap(pipeline, "_get_dataset", rendered)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -110,16 +185,18 @@ def _hook_export() -> None:
     """`swift export --adapters CKPT` with none of ms-swift's own actions writes a servable checkpoint."""
     from swift.pipelines.export.export import SwiftExport
 
-    original = SwiftExport.run
     actions = ("to_peft_format", "quant_method", "to_ollama", "to_cached_dataset", "to_hf", "to_mcore", "push_to_hub")
 
-    def run(self: Any) -> Any:
-        args = self.args
-        if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
-            return original(self)
-        return export_checkpoint(args)
+    def export(original: Any) -> Any:
+        def run(self: Any) -> Any:
+            args = self.args
+            if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
+                return original(self)
+            return export_checkpoint(args)
 
-    SwiftExport.run = run
+        return run
+
+    _wrap(SwiftExport, "run", export)
 
 
 class _AnyConfig(PreTrainedConfig):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoints import file_hash, read_json
-from ..data.conversation import load_tokenizer
+from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
 from ..families import config_value, read_config
 
