@@ -1,8 +1,6 @@
 """Checkpoint folders as files: tensors by name, without building or loading a model.
 
-Reading follows SGLang's loader (`model_loader/weight_utils.py`): `model.safetensors.index.json`, when there is
-one, only selects files, and every tensor of a selected file counts; without it every `*.safetensors` does. All
-weights are read with safetensors; nothing here unpickles.
+Which files are read is `weight_files.resolve`'s to say. All weights are read with safetensors; nothing here unpickles.
 """
 
 import fcntl
@@ -12,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import fp8
-from .errors import FastMTPError
+from .errors import FastMTPError, cannot_write
 from .families import Family, config_value, is_embedding, read_config
-from .headers import Entry, entries_of, read_header
+from .headers import Entry, entries_of, layer_elsewhere, read_header
+from .weight_files import resolve
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -38,23 +37,16 @@ class Weights:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise FastMTPError(f"{index}: cannot be read as a safetensors index ({error!r})") from None
-            self.files = sorted({self.folder / name for name in listed})
-        else:
-            self.files = sorted(self.folder.glob("*.safetensors"))
-        if not self.files:
-            raise FastMTPError(f"{self.folder}: holds no *.safetensors file; convert the checkpoint to safetensors")
+        self.chosen = resolve(self.folder)
+        self.files = list(self.chosen.files)
         self.file_of: dict[str, Path] = {}
         for path in self.files:
             for name in _open(path).keys():  # noqa: SIM118 (safe_open is not a dict)
                 if name in self.file_of:
                     raise FastMTPError(f"{path}: {name} is also in {self.file_of[name].name}; remove the stale one")
                 self.file_of[name] = path
+        self.lost = {n: file for n, file in (self.chosen.index or {}).items() if n not in self.file_of}
+        """Name → file of tensors that the index lists and no file holds; what is needed says who needs it."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(_open(self.file_of[name]).get_slice(name).get_shape())
@@ -76,9 +68,13 @@ class Weights:
         return tensor
 
     def has_backbone(self, config: dict[str, Any]) -> bool:
-        """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied."""
+        """Whether the model is here too, not only its MTP layer: what tells is the output matrix, which may be tied.
+
+        By the index too, so that a download that lacks a shard is not taken for a draft.
+        """
         tied = bool(config_value(config, "tie_word_embeddings"))
-        return any(n == "lm_head.weight" or (tied and is_embedding(n)) for n in self.file_of)
+        names = (*self.file_of, *self.lost)
+        return any(n == "lm_head.weight" or (tied and is_embedding(n)) for n in names)
 
     def under(self, *paths: str) -> list[str]:
         """Names below module paths, sorted."""
@@ -88,8 +84,6 @@ class Weights:
 def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise FastMTPError(f"{path}: listed in the index, but missing; download the checkpoint again") from None
     except (OSError, SafetensorError) as error:
         raise FastMTPError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
@@ -125,7 +119,11 @@ def head_reader(
     """
     weights = Weights(folder)
     found = sorted(n for n in weights.file_of if family.owns(n) and not family.is_copy(n))
-    if not found:
+    missing = [n for n in expected if n not in weights.file_of]
+    elsewhere = layer_elsewhere(folder, family) if missing else None
+    if elsewhere and (not found or set(missing) <= elsewhere.names):
+        raise FastMTPError(f"{folder}: {elsewhere.text}")
+    if not found and not any(n in weights.lost for n in missing):
         raise FastMTPError(
             f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
@@ -136,9 +134,12 @@ def head_reader(
             f"{folder}: the MTP layer has hidden size {weights.shape(projection)[0]}, the model "
             f"{expected[projection][0]}; it belongs to another model"
         )
-    for name in expected:
-        if name not in weights.file_of:
-            raise FastMTPError(f"{folder}: MTP tensor {name} is missing; download or export the checkpoint again")
+    for name in missing:
+        file, listed = weights.lost.get(name), ""
+        if file:
+            state = weights.chosen.missing.get(file)
+            listed = f" (the index has it in {file}, which {f'is {state}' if state else 'lacks it'})"
+        raise FastMTPError(f"{folder}: MTP tensor {name} is missing{listed}; download or export the checkpoint again")
     for name in found:
         if name.removesuffix(fp8.SCALE) not in expected:
             why = "engines would load it over another one"
@@ -319,8 +320,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         staged.chmod(0o644)  # safetensors writes 0600
         os.replace(staged, path)
     except (OSError, SafetensorError) as error:
-        staged.unlink(missing_ok=True)
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+        remove_quietly(staged)
+        raise cannot_write(path, error) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -328,9 +329,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FastMTPError(f"{path}: must hold a JSON object, not {type(value).__name__}; copy it from where it came")
     return value
 
 
@@ -341,8 +344,14 @@ def write_json(value: Any, path: Path) -> None:
         staged.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         os.replace(staged, path)
     except OSError as error:
+        remove_quietly(staged)
+        raise cannot_write(path, error) from None
+
+
+def remove_quietly(staged: Path) -> None:
+    """What a failed write left; where even that is forbidden, the error about the write is the one to tell."""
+    with suppress(OSError):
         staged.unlink(missing_ok=True)
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
 
 
 @contextmanager
@@ -352,7 +361,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises `FastMTPError` if `path` exists or cannot be written.
     """
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise FastMTPError(f"{path}: already exists; name another output folder or remove this one")
     staged: Path | None = None
     try:
@@ -362,10 +371,18 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         yield staged
         os.replace(staged, path)
     except OSError as error:
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+        raise cannot_write(path, error, staged) from None
     finally:
         if staged is not None:
             shutil.rmtree(staged, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """A folder to write into, with those above it. Raises `FastMTPError` if it cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def claim(file: Any, message: str) -> None:
@@ -377,9 +394,16 @@ def claim(file: Any, message: str) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Hard link where the file system allows it, else a byte-for-byte copy."""
+    """Put a file into a new folder: a hard link for `*.safetensors` where the file system allows it, else a copy.
+
+    Weights are large, and nothing edits them in place. Everything else is small, and people do edit it: through a link
+    they would edit the model that it came from.
+    """
     source = source.resolve()  # hub caches are folders of symbolic links
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if target.suffix == ".safetensors":
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # another file system, or one without links
+            pass
+    shutil.copyfile(source, target)

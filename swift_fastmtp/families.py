@@ -7,6 +7,7 @@ asks which family it has.
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -385,22 +386,91 @@ EMBEDDINGS = ("embed_tokens", "word_embeddings")
 """What the embedding's module is called, in one family or another."""
 
 
+class WrongTypeError(FastMTPError):
+    """A key of config.json holds something of another type than this package and the engines read."""
+
+
 def read_config(model_dir: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint folder. Raises `FastMTPError` if it is missing or not JSON."""
+    """config.json of a checkpoint folder.
+
+    Raises `FastMTPError` if it is missing or not a JSON object; `WrongTypeError` naming the first key of `_TYPES` that
+    is of another type.
+    """
     path = Path(model_dir) / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FastMTPError(f"{path}: not found; pass the folder of a Hugging Face checkpoint") from None
     except (OSError, ValueError) as error:
         raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise FastMTPError(
+            f"{path}: must hold a JSON object, not {type(config).__name__}; restore it from the base model"
+        )
+    _check_types(config, path)
     return config
 
 
-def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
-    """A key of config.json, or of its text part where a model has several."""
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "architectures": (
+        "a list of names",
+        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+    ),
+    "model_type": ("a name", lambda v: isinstance(v, str)),
+    "text_config": ("an object", lambda v: isinstance(v, dict)),
+    "quantization_config": ("an object", lambda v: isinstance(v, dict)),
+    "auto_map": ("an object", lambda v: isinstance(v, dict)),
+    "rope_scaling": ("an object", lambda v: isinstance(v, dict)),
+    "rope_parameters": ("an object", lambda v: isinstance(v, dict)),
+    "tie_word_embeddings": ("true or false", lambda v: isinstance(v, bool)),
+    "dtype": ("a name", lambda v: isinstance(v, str)),
+    "torch_dtype": ("a name", lambda v: isinstance(v, str)),
+    "eos_token_id": (
+        "a token id or a list of them",
+        lambda v: all(_is_int(i) for i in v) if isinstance(v, list) else _is_int(v),
+    ),
+    **dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "hidden_size",
+            "vocab_size",
+            "num_nextn_predict_layers",
+            "mtp_num_hidden_layers",
+            "num_experts",
+            "n_routed_experts",
+            "num_local_experts",
+            "moe_num_experts",
+            "num_experts_per_tok",
+        ),
+        ("a whole number that is not negative", lambda v: _is_int(v) and v >= 0),
+    ),
+}
+"""Keys of config.json that are read here, what they hold, and a test of it; null is a key that is not there."""
+
+
+def _check_types(config: dict[str, Any], path: Path) -> None:
     text = config.get("text_config")
-    return config.get(key, text.get(key, default) if isinstance(text, dict) else default)
+    for where, part in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        for key, (what, fits) in _TYPES.items():
+            value = part.get(key)
+            if value is not None and not fits(value):
+                raise WrongTypeError(
+                    f"{path}: {where}{key} is {json.dumps(value)[:80]}, it must be {what}; take it from the base "
+                    "model's config.json"
+                )
+
+
+def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
+    """A key of config.json, or of its text part where a model has several. Null is as if the key were not there."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if part.get(key) is not None:
+            return part[key]
+    return default
 
 
 def is_embedding(name: str) -> bool:
@@ -426,44 +496,73 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """One reason against training a checkpoint, in one line."""
+
+    about: str
+    """`draft`: engines would draft wrongly with it, or not start; `training`: only training stands against it."""
+    key: str
+    """Of config.json."""
+    text: str
+
+
 def find_family(config: dict[str, Any], where: str | Path = "config.json") -> Family:
     """The row for a checkpoint that we can train.
 
-    Raises `FastMTPError` if no row matches, if config.json has no `model_type`, if the checkpoint says it has another
-    number of MTP layers than the one that FastMTP shares between all steps, if it is quantised otherwise than in FP8
-    blocks (`fp8.read_blocks`), if it ties its output matrix to the embedding where the engines do not, or says two
-    things of that.
+    Raises `FastMTPError` if no row matches, or with the first of `refusals`.
     """
     family = match_family(config, where)
+    for refusal in refusals(config, family, where):
+        raise FastMTPError(refusal.text)
+    return family
+
+
+def refusals(config: dict[str, Any], family: Family, where: str | Path = "config.json") -> Iterator[Refusal]:
+    """What config.json says against training a checkpoint of this family.
+
+    It has no `model_type`; it has another number of MTP layers than the one that FastMTP shares between all steps; it
+    has a setting that the family's classes here do not know; it is quantised otherwise than in FP8 blocks
+    (`fp8.read_blocks`); it ties its output matrix to the embedding where the engines do not, or says two things of
+    that.
+    """
     if not config_value(config, "model_type"):  # LongCat-Flash-Thinking-2601's once had none
-        raise FastMTPError(f'{where}: has no model_type; add "model_type": "{family.config_model_type}"')
+        text = f'{where}: has no model_type; add "model_type": "{family.config_model_type}"'
+        yield Refusal("draft", "model_type", text)
     layers = config_value(config, family.num_layers_key, 1)
     if layers != 1:
-        raise FastMTPError(
+        text = (
             f"{where}: {family.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
             f"so the checkpoint must have exactly 1{'' if layers else ': `fastmtp graft` puts one in'}"
         )
+        yield Refusal("draft", family.num_layers_key, text)
     for key, value in family.only:
         if (found := config_value(config, key, value)) != value:
-            raise FastMTPError(
+            text = (
                 f"{where}: {key} is {json.dumps(found)}; {family.architectures[0]} can be trained with "
                 f"{json.dumps(value)} only"
             )
+            yield Refusal("training", key, text)
     from .fp8 import read_blocks  # this module alone needs no torch
 
-    read_blocks(config, where)
-    tied = [c["tie_word_embeddings"] for c in (config, config.get("text_config") or {}) if "tie_word_embeddings" in c]
+    try:
+        read_blocks(config, where)
+    except FastMTPError as error:
+        yield Refusal("training", "quantization_config", str(error))
+    parts = (config, config.get("text_config") or {})
+    tied = [part["tie_word_embeddings"] for part in parts if part.get("tie_word_embeddings") is not None]
     if len(set(tied)) > 1:
-        raise FastMTPError(
+        text = (
             f"{where}: tie_word_embeddings is {tied[0]}, and in text_config {tied[1]}; the target goes by the first, "
             "SGLang's draft by the second: set both alike"
         )
-    if any(tied) and not family.tied_embeddings:
-        raise FastMTPError(
+        yield Refusal("draft", "tie_word_embeddings", text)
+    elif any(tied) and not family.tied_embeddings:
+        text = (
             f"{where}: tie_word_embeddings is true, but {family.architectures[0]} has its own lm_head in every "
             "engine; set it to false and store lm_head.weight"
         )
-    return family
+        yield Refusal("draft", "tie_word_embeddings", text)
 
 
 def layout_table() -> str:

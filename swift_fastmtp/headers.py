@@ -7,13 +7,17 @@ missing or shorter than its header says is listed, and the rest is still there t
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import FastMTPError
+from .families import Family
+from .weight_files import INDEX_FILE, WeightFiles, resolve
 
-INDEX_FILE = "model.safetensors.index.json"
+TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
+"""In names of tensors that belong to what a model sees or hears with."""
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -44,8 +48,15 @@ class Headers:
     files: list[Path] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
-    """Name → file of tensors that the index lists in a file that is not there."""
+    """Name → file of tensors that the index lists in a file that is missing or damaged, and no other file holds.
+
+    No problem by itself: a model may need none of them (`modeling.needed_tensors`).
+    """
+    stale: dict[str, str] = field(default_factory=dict)
+    """Name → file of tensors that the index lists in a file that is sound, and no file holds."""
     problems: list[str] = field(default_factory=list)
+    chosen: WeightFiles | None = None
+    """The files of the folder and what becomes of them."""
 
     def under(self, *paths: str) -> list[str]:
         """Names below module paths, sorted."""
@@ -77,47 +88,108 @@ def entries_of(path: Path) -> dict[str, Entry]:
 
 
 def read_headers(folder: str | Path) -> Headers:
-    """All tensors of a checkpoint folder, from the files that its index selects, or else from every file.
+    """All tensors of a checkpoint folder, from the files that are loaded (`weight_files.resolve`).
 
-    Raises `FastMTPError` if there is no safetensors file at all, or the index is broken.
+    Raises `FastMTPError` as `resolve`.
     """
     folder = Path(folder)
-    index = folder / INDEX_FILE
-    found = Headers()
-    listed: dict[str, str] = {}
-    if index.exists():
-        try:
-            listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            found.files = sorted({folder / name for name in listed.values()})
-        except (OSError, ValueError, TypeError, LookupError) as error:
-            raise FastMTPError(f"{index}: cannot be read as a safetensors index ({error!r})") from None
-    else:
-        found.files = sorted(folder.glob("*.safetensors"))
-    if not found.files:
-        raise FastMTPError(f"{folder}: holds no *.safetensors file; convert the checkpoint to safetensors")
-    for path in found.files:
-        if path.exists():
-            _add(found, path)
+    chosen = resolve(folder)
+    headers = Headers(list(chosen.files), chosen=chosen)
+    damaged = {path.name for path in chosen.files if not _add(headers, path)}
+    for name, file in (chosen.index or {}).items():
+        if name in headers.entries:
+            continue
+        if file in chosen.missing or file in damaged:
+            headers.absent[name] = file
         else:
-            names = {n: f for n, f in listed.items() if f == path.name}
-            found.absent.update(names)
-            found.problems.append(f"{path.name}: listed in the index, but missing; it holds {len(names)} tensors")
-    lost = sorted(n for n in listed if n not in found.entries and n not in found.absent)
-    if lost:
-        found.problems.append(f"{index.name}: lists {lost[0]}, which no file holds ({len(lost)} such tensors)")
-    return found
+            headers.stale[name] = file
+    return headers
 
 
-def _add(found: Headers, path: Path) -> None:
+def _add(headers: Headers, path: Path) -> bool:
+    """Whether the file's header could be read."""
     try:
         offset, header = read_header(path)
     except FastMTPError as error:
-        found.problems.append(str(error))
-        return
+        headers.problems.append(str(error))
+        return False
     for name, entry in header.items():
-        if name in found.entries:
-            found.problems.append(f"{path.name}: {name} is also in {found.entries[name].file.name}; remove one")
-        found.entries[name] = Entry(path, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+        if name in headers.entries:
+            headers.problems.append(f"{path.name}: {name} is also in {headers.entries[name].file.name}; remove one")
+        headers.entries[name] = Entry(path, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
     end = offset + max((e["data_offsets"][1] for e in header.values()), default=0)
     if path.stat().st_size != end:
-        found.problems.append(f"{path.name}: {path.stat().st_size} bytes, its header says {end}; download it again")
+        headers.problems.append(f"{path.name}: {path.stat().st_size} bytes, its header says {end}; download it again")
+    return True
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Tensors of the MTP layer that are in the folder, where no engine finds them."""
+
+    names: frozenset[str]
+    """Those that engines look for."""
+    places: tuple[tuple[Path, str], ...]
+    """Each file that holds one, and the tensor's name there."""
+    text: str
+    """One line: where they are, what engines do with them, and how to fix it."""
+
+
+def layer_elsewhere(folder: str | Path, family: Family) -> Elsewhere | None:
+    """The part of the MTP layer that lies in files which the index leaves out, or under another path.
+
+    Another path is what a save of a wrapped model gives: `model.language_model.mtp.*` for `mtp.*`, or one without its
+    `model.`. Engines compare names from their beginning (SGLang `qwen3_5_mtp.py`, `deepseek_weight_loader.py`; vLLM
+    `is_unused_checkpoint_weight`), so they pass over those.
+    """
+    headers = read_headers(folder)
+    chosen = headers.chosen
+    assert chosen is not None
+    names: set[str] = set()
+    places: list[tuple[Path, str]] = []
+    unlisted: set[str] = set()
+    paths: set[tuple[str, str]] = set()
+    for path in (*chosen.files, *chosen.unlisted):
+        try:
+            stored = entries_of(path)
+        except FastMTPError:  # a file that nobody loads may be anything; the others' faults are in `problems`
+            continue
+        for name in stored:
+            root = next((r for r in family.roots if name.startswith(f"{r}.")), None)
+            here = name
+            if root is None:
+                other = _other_path(name, family.roots)
+                if other is None:
+                    continue
+                root, path_here = other
+                here = root + name[len(path_here) :]
+                paths.add((path_here, root))
+            if here in headers.entries:
+                continue
+            if path in chosen.unlisted:
+                unlisted.add(path.name)
+            names.add(here)
+            places.append((path, name))
+    if not names:
+        return None
+    parts = []
+    if unlisted:
+        parts.append(f"in {', '.join(sorted(unlisted))}, which {INDEX_FILE} does not list")
+    if paths:
+        parts += [f"named {old}.*, where engines look for {new}.*" for old, new in sorted(paths)]
+    how = [*(["list the file's tensors in the index"] if unlisted else []), *(["rename them"] if paths else [])]
+    text = (
+        f"{len(names)} tensors of the MTP layer are {' and '.join(parts)}: SGLang and vLLM leave them out; "
+        f"{' and '.join(how)} (docs/inspect.md has the lines)"
+    )
+    return Elsewhere(frozenset(names), tuple(places), text)
+
+
+def _other_path(name: str, roots: tuple[str, ...]) -> tuple[str, str] | None:
+    """The root that a name would belong to but for what stands before it, and the path that it has instead."""
+    for root in roots:
+        short = root.removeprefix("model.")
+        match = re.match(rf"((?:\w+\.)*{re.escape(short)})\.", name)
+        if match and match[1] != root and not TOWER.search(match[1]):
+            return root, match[1]
+    return None

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from .checkpoints import claim, read_json, write_json
-from .errors import FastMTPError
+from .errors import FastMTPError, cannot_write
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
@@ -213,7 +213,7 @@ class HiddenCache:
                 self._index.write(np.array([(digest, start, len(rows))], _RECORD).tobytes())
                 self._index.flush()
             except OSError as error:
-                raise FastMTPError(f"{self.folder}: cannot be written ({error}); free space and start again") from None
+                raise cannot_write(self.folder, error) from None
 
 
 def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:

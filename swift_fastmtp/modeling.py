@@ -9,8 +9,8 @@ and returns per-row losses and matches instead of logits.
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Container
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -114,6 +114,8 @@ class FastMTPMixin:
         if isinstance(kwargs.get("dtype"), torch.dtype):
             config.dtype = kwargs["dtype"]
         quantised = getattr(config, "quantization_config", None) is not None
+        headers = read_headers(model_dir)
+        assert headers.chosen is not None
         if is_deepspeed_zero3_enabled() and (parts := sources(cls, model_dir, config)):
             return load_partitioned(cls, model_dir, config, parts)
         mapping = kwargs.get("device_map")
@@ -130,12 +132,22 @@ class FastMTPMixin:
         if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
             folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
             kwargs["offload_folder"] = folder.name
+        # transformers picks files by rules of its own; where they differ from the engines', it gets a folder of links.
+        links = None
+        if not headers.chosen.read_by_transformers or getattr(config, "transformers_weights", None) is not None:
+            links = headers.chosen.linked({name: entry.file for name, entry in headers.entries.items()})
+            config.transformers_weights = None
         parent = super().from_pretrained  # type: ignore[misc]
-        model, info = parent(model_dir, *args, config=config, **{**kwargs, "output_loading_info": True})
+        source = links.name if links else model_dir
+        model, info = parent(source, *args, config=config, **{**kwargs, "output_loading_info": True})
         if missing := sorted(info["missing_keys"]):
-            raise FastMTPError(
-                f"{model_dir}: {missing[0]} is in no file ({len(missing)} such tensors); download the checkpoint again"
-            )
+            raise FastMTPError(_missing(model_dir, missing, headers))
+        if links:
+            model.name_or_path = model.config.name_or_path = str(model_dir)
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                model.weight_links = links  # layers that stay on disk are read through them
+            else:
+                links.cleanup()
         if quantised:
             saved_plain(model, model_dir)
         if len(getattr(model, "hf_device_map", ())) > 1:
@@ -330,6 +342,14 @@ class FastMTPMixin:
         return found
 
 
+def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:
+    """Why a model cannot be loaded: tensors that no loaded file holds."""
+    listed = next(((n, f) for n, f in headers.absent.items() if n in missing), None)
+    where = f", the index has it in {listed[1]}, which is missing or damaged" if listed else ""
+    name = listed[0] if listed else missing[0]
+    return f"{model_dir}: {name} is in no file ({len(missing)} such tensors{where}); download the checkpoint again"
+
+
 def _without_autocast(router: nn.Module, hidden_states: torch.Tensor) -> Any:
     """Routers of DeepSeek's kind compute in float32 in transformers and in engines. Under autocast their product would
     be bfloat16 all the same, and a near tie would be trained with one expert and served with another."""
@@ -373,33 +393,113 @@ def model_class(model_dir: str | Path) -> type:
 
 
 def load_config(model_dir: str | Path) -> Any:
-    """transformers' config of what is trained and run: the text model's, where a checkpoint has several."""
-    return text_config(AutoConfig.from_pretrained(model_dir), model_dir)
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
+
+    Raises `FastMTPError` if transformers cannot build it.
+    """
+    stored = read_config(model_dir)  # names a key of a wrong type
+    if "auto_map" in stored and stored["auto_map"] is None:
+        raise FastMTPError(f"{Path(model_dir) / 'config.json'}: auto_map is null; remove the key")
+    with _one_line(model_dir):
+        # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
+        return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)
+
+
+@contextmanager
+def _one_line(model_dir: str | Path) -> Iterator[None]:
+    """A config.json that transformers cannot take raises whatever it likes; this makes one line of it."""
+    try:
+        yield
+    except FastMTPError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise FastMTPError(
+            f"{Path(model_dir) / 'config.json'}: transformers cannot build it ({what[:300]}); compare with the base "
+            "model's, where a key is null or of another type"
+        ) from None
 
 
 def text_config(config: Any, model_dir: str | Path) -> Any:
     """The text part of a checkpoint's config, or the config itself where it has no parts."""
     text = config.get_text_config()
+    stored = read_config(model_dir)
     if text is not config:
-        stored = read_config(model_dir)
         text.tie_word_embeddings = bool(config_value(stored, "tie_word_embeddings"))
-        if quantization := config_value(stored, "quantization_config"):
-            text.quantization_config = quantization
+    if quantization := config_value(stored, "quantization_config"):
+        text.quantization_config = quantization
+    elif hasattr(text, "quantization_config"):
+        del text.quantization_config  # null or empty: an unquantised checkpoint
+    if getattr(text, "head_dim", 0) is None:  # engines take it as missing, transformers' older classes do not
+        text.head_dim = text.hidden_size // text.num_attention_heads
+    _check_rope(getattr(text, "rope_parameters", None), Path(model_dir) / "config.json")
     return text
+
+
+def _check_rope(parameters: Any, path: Path) -> None:
+    """Raises `FastMTPError` for a `rope_theta` that is no number; transformers computes with it without a look."""
+    if not isinstance(parameters, dict):
+        return
+    for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):  # one for each kind of layer
+        theta = part.get("rope_theta", 1.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+            raise FastMTPError(f"{path}: rope_theta is {theta!r}, it must be a positive number; take the base model's")
 
 
 def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that the head of a checkpoint must have.
 
     `weights` is the folder whose tensors show whether experts are stored one by one or joined, by default the same.
+    Raises `FastMTPError` if config.json has no known layout, or none that can be built.
     """
     family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
-    with torch.device("meta"):
-        head = MTPHead(load_config(model_dir), family)
+    config = load_config(model_dir)
+    with _one_line(model_dir), torch.device("meta"):
+        head = MTPHead(config, family)
         tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
         if not _experts_joined(weights or model_dir, family):
             tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def needed_tensors(model_dir: str | Path, names: Iterable[str], held: Iterable[str]) -> list[str]:
+    """Those of the names that the model, backbone or MTP layer, is loaded from.
+
+    For tensors that an index lists and no file holds: the rest of them is stale and nobody misses it.
+
+    Args:
+        model_dir: the folder of the config.json.
+        names: what is asked about.
+        held: the tensors that there are. All are compared without the `language_model.` that checkpoints with a vision
+            tower have in their names.
+
+    Raises as `head_shapes`.
+    """
+    asked = list(names)
+    if not asked:
+        return []
+    stored_config = read_config(model_dir)
+    family = match_family(stored_config, Path(model_dir) / "config.json")
+    config = load_config(model_dir)
+    with _one_line(model_dir), torch.device("meta"):
+        model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
+    tied = set(model.all_tied_weights_keys)
+    here = {_text_name(n) for n in held}
+    stored = here | {_text_name(n) for n in asked}
+    needed: set[str] = set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            needed.update(as_stored({name: tensor}, stored))
+    if config_value(stored_config, "quantization_config"):
+        # A quantised matrix is several tensors: scales, zero points, packed values, under their module or beside it.
+        modules = {name.rpartition(".")[0] for name in needed}
+        needed |= {n for n in stored if n.rpartition(".")[0] in modules}
+    return sorted(n for n in asked if _text_name(n) in needed - here)
+
+
+def _text_name(name: str) -> str:
+    name = name.replace("language_model.", "", 1)
+    return name if not name.startswith("model.model.") else name.removeprefix("model.")
 
 
 def keeps_float32(family: Family, name: str) -> bool:
@@ -412,7 +512,8 @@ def keeps_float32(family: Family, name: str) -> bool:
 def _experts_joined(folder: str | Path, family: Family) -> bool:
     """By the names of the MTP layer, or of the backbone where there is none yet."""
     headers = read_headers(folder) if any(Path(folder).glob("*.safetensors")) else Headers()
-    names = headers.under(*family.roots) or list(headers.entries)
+    every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
+    names = [name for name in every if name.startswith(tuple(f"{root}." for root in family.roots))] or every
     return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 

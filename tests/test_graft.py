@@ -79,7 +79,7 @@ def test_a_save_through_transformers_is_undone(lost, tmp_path, shown):
     done = graft(lost, tmp_path / "out", TINY)
     assert_grafted(tmp_path / "out", lost)
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").samefile(lost / "model.safetensors")
-    assert (tmp_path / "out" / "tokenizer.json").samefile(lost / "tokenizer.json")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (lost / "tokenizer.json").read_bytes()
     before, after = (json.loads((f / "config.json").read_text()) for f in (lost, tmp_path / "out"))
     tiny = json.loads((TINY / "config.json").read_text())
     assert {k: v for k, v in after.items() if before.get(k) != v} == {

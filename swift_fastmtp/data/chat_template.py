@@ -24,15 +24,18 @@ class RenderError(FastMTPError):
 
 
 def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer of a model folder. Raises `FastMTPError` if there is none."""
+    """The tokenizer of a model folder. Raises `FastMTPError` if there is none, or config.json cannot be built."""
     from transformers import AutoTokenizer
 
-    from .. import modeling  # noqa: F401 (makes `mimo` known to transformers)
+    from .. import modeling  # makes `mimo` known to transformers
 
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # transformers and tokenizers raise whatever they like
+        if (Path(model_dir) / "config.json").is_file():
+            modeling.load_config(model_dir)  # it is read for the tokenizer too: says so if the fault is there
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({what})") from None
 
 
 def check_chat_template(tokenizer: Any, model_dir: str | Path) -> None:

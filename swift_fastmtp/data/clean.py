@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..checkpoints import file_hash, write_json
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from .filters import (
     Asked,
     Decontaminate,
@@ -103,7 +103,7 @@ def clean(
         near = NearDuplicates(duplicates_of, similarity, ngram, folder) if "near_duplicates" in chosen else None
         verdicts, read_tokens = _decide(_rows(inputs, bad), tokens, judges, exact, near)
     except OSError as error:
-        raise FastMTPError(f"{output}: cannot be written ({error}); free space and start again") from None
+        raise cannot_write(output, error, Path(output).parent) from None
     if not verdicts:
         raise FastMTPError(f"{', '.join(inputs)}: holds no rows")
     token_sources = dict(tokens.how.most_common())

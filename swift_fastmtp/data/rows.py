@@ -11,12 +11,12 @@ import lzma
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from .row_forms import Row as Row
 from .row_forms import UnreadableRowError, normalize
 
@@ -126,9 +126,10 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.replace(staged, path)
     except OSError as error:
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+        raise cannot_write(path, error, staged) from None
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
 
 
 def save_hub_dataset(name: str, path: Path) -> None:
@@ -155,7 +156,7 @@ def dump_row(row: Row, default: Callable[[Any], Any] | None = None) -> str:
 
 def refuse_existing(path: str | Path) -> None:
     """Raises `FastMTPError` if an output is already there: nothing is overwritten."""
-    if Path(path).exists():
+    if os.path.lexists(path):
         raise FastMTPError(f"{path}: already exists; name another output or remove it")
 
 

@@ -22,7 +22,7 @@ from ..checkpoints import claim, read_json, write_json
 from ..data.chat_template import load_tokenizer
 from ..data.client import RefusedError
 from ..data.jobs import Part, cut_torn_line
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from .engines import Answer, Engine, Identity
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .provenance import provenance
@@ -83,15 +83,15 @@ def open_records(folder: Path, plan: Plan) -> Iterator[tuple[list[Record], Part,
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "requests.jsonl", "a+b")  # noqa: SIM115
     except OSError as error:
-        raise FastMTPError(f"{folder}: cannot be written ({error})") from None
+        raise cannot_write(folder, error) from None
     with file:
         claim(file, f"{folder}: another fastmtp bench writes here; name another --output_dir")
         found, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(plan.record()))
         wanted["sha256"] = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         if not found:
-            started_at = provenance(time.time())
-            wanted["provenance"] = {k: v for k, v in started_at.items() if k not in ("utc", "seconds")}
-            wanted["provenance"]["started"] = started_at["utc"]
+            made_by = provenance()
+            made_by["started"] = made_by.pop("utc")
+            wanted["provenance"] = made_by
             write_json(wanted, folder / "plan.json")
             found = wanted
         elif found.get("sha256") != wanted["sha256"]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import check_head, head_reader, write_json
+from ..checkpoints import check_head, head_reader, make_folder, write_json
 from ..config import FastMTPConfig
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
@@ -116,7 +116,7 @@ def simulate(
         raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
     if output_dir and (Path(output_dir) / "simulate.json").exists():
         raise FastMTPError(f"{output_dir}/simulate.json: already exists; name another folder or remove it")
-    started = time.time()
+    started, made_by = time.time(), provenance()
     rows = read_rows(dataset, max_rows)
     cost = read_cost(model_dir)
     if draft_ms is not None and verify_ms is not None:
@@ -134,6 +134,8 @@ def simulate(
     for file in token_maps:
         check_tokenizer(file, model_dir)
         maps[file] = read_token_map(file, model.config.vocab_size)
+    if output_dir:
+        make_folder(Path(output_dir))  # before the work, which a folder that cannot be made would lose
     torch.manual_seed(seed)
     texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size, temperature, top_k, top_p)
     groups = {ALL: list(range(len(texts)))}
@@ -173,7 +175,6 @@ def simulate(
         from .plots import plot_acceptance, plot_maps
 
         out = Path(output_dir)
-        out.mkdir(parents=True, exist_ok=True)
         plot_acceptance([r for r in whole if not r.token_map or len(whole) <= MOST_PLOTTED], out / "simulate.png")
         if by and token_maps:
             plot_maps(last, advice.num_steps, out / "maps.png")
@@ -181,7 +182,7 @@ def simulate(
             write_json(chosen, out / "maps.json")
         record = {
             "schema": "swift_fastmtp.simulate/2",
-            "provenance": provenance(started),
+            "provenance": {**made_by, "seconds": round(time.time() - started, 1)},
             "model": model_dir,
             "dataset": dataset,
             "answers": answers,

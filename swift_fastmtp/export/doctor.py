@@ -14,14 +14,20 @@ import torch
 
 from ..checkpoints import SETTINGS_FILE, Weights, has_fingerprint, read_json, read_plain
 from ..errors import FastMTPError
-from ..families import Family, config_value, match_family, read_config
+from ..families import Family, WrongTypeError, config_value, match_family, read_config, refusals
 from ..fp8 import DTYPE as FP8
 from ..fp8 import SCALE
+from ..headers import TOWER, layer_elsewhere
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
+from ..weight_files import INDEX_FILE
 from .inspection import MTP_WORD
 from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
+_NOT_LOADED = {
+    "error": "engines check the index before they load anything",
+    "warning": "the engine loads another set of files than SGLang, from which everything here was read",
+}
 _PLAIN = {"bfloat16", "float16", "float32"}
 # A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
 # what transformers takes for a missing one, where that is the same for all families.
@@ -73,7 +79,11 @@ def examine(
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    try:
+        config = read_config(folder)
+    except WrongTypeError as error:
+        why = "engines build the model and its draft from config.json"
+        return [Finding("error", str(error), why, "take the key from the base model's config.json")]
     family = match_family(config, folder / "config.json")
     findings = list(_config(config, family))
     try:
@@ -86,7 +96,12 @@ def examine(
     except FastMTPError as error:
         why = "an engine loads every tensor of every listed file; of two with one name, the last one wins"
         return [*findings, Finding("error", str(error), why, "export again, or remove the stale file")]
-    findings += _tensors(folder, weights, config, family)
+    findings += _files(folder, weights, config, family)
+    try:
+        findings += _tensors(folder, weights, config, family)
+    except FastMTPError as error:
+        why = "engines build the draft from config.json, and stop, or build another model"
+        return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
     findings += _origin(folder, weights, family, model)
     if token_map:
         findings += [*_map(Path(token_map), folder, config), *_static_map(token_map, config, tp_size)]
@@ -104,6 +119,10 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
             "engines size the draft's KV cache by it; the head is one layer, applied to its own output",
             f'set "{family.num_layers_key}": 1',
         )
+    for refusal in refusals(config, family):
+        if refusal.about == "draft" and refusal.key != family.num_layers_key:
+            why = "engines stop, or build a draft that is not the one in the files"
+            yield Finding("error", refusal.text, why, "set it as in the base model's config.json")
     if family.sglang_gap:
         yield Finding(
             "warning",
@@ -129,6 +148,41 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
         )
 
 
+def _files(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
+    """Whether engines load what the index says."""
+    for engine, why in weights.chosen.refusals.items():
+        if engine == "sglang" or "sglang" not in weights.chosen.refusals:  # one line where it is the same for both
+            level = "error" if weights.chosen.missing else "warning"
+            yield Finding(
+                level, f"{folder}: {why}", _NOT_LOADED[level], "set the index right, as docs/inspect.md shows"
+            )
+    if not weights.lost:
+        return
+    from ..modeling import needed_tensors
+
+    layer = {n for n in weights.lost if family.owns(n)}  # `_tensors` looks at these
+    rest = sorted(set(weights.lost) - layer)
+    needed = set(needed_tensors(folder, rest, weights.file_of)) if weights.has_backbone(config) else set()
+    has_tower = any(key in config for key in ("vision_config", "audio_config"))
+    needed |= {n for n in rest if has_tower and TOWER.search(n)}
+    if needed:
+        name = min(needed)
+        yield Finding(
+            "error",
+            f"{INDEX_FILE} lists {name} in {weights.lost[name]}, which no file holds ({len(needed)} such tensors)",
+            "engines keep random values where no tensor is, or stop; with this one the model itself is broken",
+            "download the checkpoint again",
+        )
+    stale = sorted(set(weights.lost) - needed - layer)
+    if stale:
+        yield Finding(
+            "warning",
+            f"{INDEX_FILE} lists {stale[0]}, which no file holds ({len(stale)} such tensors)",
+            "engines use the index to choose files only, and the model has no such tensor; other tools may stop",
+            "take its lines out of the index",
+        )
+
+
 def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
     from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
@@ -141,7 +195,13 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
     packed = {m for m, names in stored.items() if _is_packed(m, names)}
     found -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
-    for name in sorted(set(expected) - found):
+    missing = set(expected) - found
+    elsewhere = layer_elsewhere(folder, family) if missing else None
+    if elsewhere:
+        why = "engines keep the random values of a parameter that no tensor fills, and draft garbage"
+        yield Finding("error", elsewhere.text, why, "set index and names right; no graft is needed")
+        missing -= elsewhere.names
+    for name in sorted(missing):
         yield Finding(
             "error",
             f"{name} is missing",

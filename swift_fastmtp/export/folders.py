@@ -1,9 +1,10 @@
 """A trained head → a folder that an engine serves, by two routes.
 
-* full: the base checkpoint with its MTP tensors replaced. Files without MTP tensors are hard-linked; a shard that
+* full: the base checkpoint with its MTP tensors replaced. Shards without MTP tensors are hard-linked; a shard that
   holds some is copied and the new values are written into the same bytes of the copy, so header, names, order and
-  every other tensor stay as they were. (Adding a file and leaving the old tensors in place would not do: SGLang
-  loads every tensor of every listed shard, and the stale ones may come last.)
+  every other tensor stay as they were. What is not safetensors is copied: people edit it. (Adding a file and leaving
+  the old tensors in place would not do: SGLang loads every tensor of every listed shard, and the stale ones may come
+  last.)
 * draft-only: config, tokenizer and the MTP tensors alone, for `--speculative-draft-model-path`.
 
 Both write MTP tensors in the form in which the base stores them, so a head is served alike by both, and config.json is
@@ -36,9 +37,10 @@ from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
-from ..headers import read_headers
+from ..headers import entries_of, read_headers
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
+from ..weight_files import INDEX_FILE
 from .shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 
 # Written by trainers next to a model; they describe a run, not a model.
@@ -99,6 +101,7 @@ def export_full(
             shutil.copyfile(source, target)
             names = [n for n in trained.specs if trained.file_of[n] == source]
             written[target] = overwrite_tensors(target, names, trained)
+        _finish_index(base, out)
         _finish_config(out, family, remote_code)
         if token_maps:
             _add_maps(out, token_maps)
@@ -142,12 +145,24 @@ def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     if family.plain_model_type is None:
         raise FastMTPError(f"{folder}: {family.name} has no configuration without remote code; keep it")
     config.pop("auto_map", None)
-    _write_config({**config, "model_type": family.plain_model_type}, folder)
+    write_json({**config, "model_type": family.plain_model_type}, folder / "config.json")
 
 
-def _write_config(config: dict[str, Any], folder: Path) -> None:
-    (folder / "config.json").unlink()  # it may be a hard link to the base's
-    write_json(config, folder / "config.json")
+def _finish_index(base: Path, out: Path) -> None:
+    """An index that lists what is there, so that every engine starts; it stays the base's where that already is."""
+    headers = read_headers(base)
+    chosen = headers.chosen
+    assert chosen is not None
+    if chosen.index is None or not (headers.stale or chosen.missing or chosen.added):
+        return
+    write_index(out, {name: entry.file.name for name, entry in headers.entries.items()})
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    """Write an index of the tensors of a folder, name → file. Raises as `write_json`."""
+    total = sum(e.size for name in set(weight_map.values()) for e in entries_of(folder / name).values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(index, folder / INDEX_FILE)
 
 
 def _add_maps(folder: Path, token_maps: str | Path) -> None:
@@ -163,7 +178,7 @@ def _add_maps(folder: Path, token_maps: str | Path) -> None:
         shutil.copyfile(path, folder / named[language])
         if sidecar(path).exists():
             shutil.copyfile(sidecar(path), sidecar(folder / named[language]))
-    _write_config({**config, CONFIG_KEY: named}, folder)
+    write_json({**config, CONFIG_KEY: named}, folder / "config.json")
 
 
 class _Trained:
@@ -223,11 +238,18 @@ def _collect(
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = find_family(read_config(base), base / "config.json")
+    from ..modeling import head_shapes, needed_tensors  # torch models only from here on
+
+    weights = Weights(base)
+    if needed := needed_tensors(base, weights.lost, weights.file_of):
+        name = needed[0]
+        raise FastMTPError(
+            f"{base}: {name} is in no file, the index has it in {weights.lost[name]} ({len(needed)} such tensors); "
+            "download the checkpoint again"
+        )
     recorded = known.get("base_fingerprint")
     if recorded and not has_fingerprint(base, family, recorded):
         raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
-    from ..modeling import head_shapes  # torch models only from here on
-
     expected = head_shapes(base)
     if (checkpoint / "adapter_config.json").exists():
         from .lora import merge_head

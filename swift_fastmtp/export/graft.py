@@ -19,8 +19,9 @@ from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, writ
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
 from ..fp8 import read_blocks
-from ..headers import INDEX_FILE, Headers, entries_of, read_headers
-from .folders import RUN_FILES
+from ..headers import Headers, layer_elsewhere, read_headers
+from ..weight_files import INDEX_FILE
+from .folders import RUN_FILES, write_index
 from .inspection import size
 from .shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
 
@@ -76,7 +77,7 @@ def graft(
             f"{model / 'config.json'}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
             f"{(theirs or {}).get('num_hidden_layers')}; the MTP layer is numbered after it"
         )
-    stale = _stale(headers, family, model, overwrite)
+    stale, dropped = _stale(headers, family, model, overwrite)
     if theirs:
         notes += _compare(config, theirs, model, Path(donor or ""))
     dtype = _dtype(headers, config, model)
@@ -85,13 +86,14 @@ def graft(
         notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
         from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
+        notes += _index_notes(model, out, headers)
         expected = head_shapes(out, donor or model)
         dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
-        weight_map = _copy_files(model, out, headers, stale)
+        weight_map = _copy_files(model, out, headers, stale, dropped)
         read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
         hashes = write_tensors(out / HEAD_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
-        _write_index(out, weight_map)
+        write_index(out, weight_map)
         _verify(out, headers, stale, expected, hashes, dtypes)
     nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {donor}" if donor else "made from the last decoder layer"
@@ -108,6 +110,26 @@ def _sound(model: Path) -> Headers:
     return headers
 
 
+def _index_notes(model: Path, out: Path, headers: Headers) -> list[str]:
+    """What the model's index lists and nobody holds. Raises `FastMTPError` if the backbone needs any of it.
+
+    `out` has the config.json by which the backbone is built.
+    """
+    from ..modeling import needed_tensors
+
+    family = match_family(read_config(out), out / "config.json")
+    lost = [name for name in (*headers.stale, *headers.absent) if not family.owns(name)]
+    if needed := needed_tensors(out, lost, headers.entries):
+        file = {**headers.stale, **headers.absent}[needed[0]]
+        raise FastMTPError(
+            f"{model}: {needed[0]} is in no file, the index has it in {file} ({len(needed)} such tensors); download "
+            "the checkpoint again"
+        )
+    if not lost:
+        return []
+    return [f"{INDEX_FILE}: {len(lost)} tensors that no file holds, as {min(lost)}, are not listed any more"]
+
+
 def _family_of(config: dict[str, Any], model: Path) -> Family:
     """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
     architectures = config.get("architectures") or []
@@ -117,14 +139,21 @@ def _family_of(config: dict[str, Any], model: Path) -> Family:
     return match_family(config, model / "config.json")
 
 
-def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> set[str]:
+def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> tuple[set[str], set[Path]]:
+    """Tensors of an MTP layer that the model has, wherever they are, and the unlisted files that hold some."""
+    elsewhere = layer_elsewhere(model, family)
+    if elsewhere and not overwrite:
+        raise FastMTPError(f"{model}: {elsewhere.text}; or --overwrite replaces them")
+    places = elsewhere.places if elsewhere else ()
     stale = sorted(n for n in headers.entries if family.owns(n))
     if stale and not overwrite:
         raise FastMTPError(
             f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
             "`fastmtp inspect` tells what they are"
         )
-    return set(stale)
+    loaded = set(headers.files)
+    misnamed = {name for path, name in places if path in loaded}
+    return {*stale, *misnamed}, {path for path, _ in places if path not in loaded}
 
 
 def _with_head(
@@ -260,8 +289,9 @@ def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: P
     return [f"{', '.join(p.name for p in files)}: from the donor"]
 
 
-def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> dict[str, str]:
-    """Everything but config and index: linked, or copied without the stale tensors. Returns name → file of the rest.
+def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropped: set[Path]) -> dict[str, str]:
+    """Everything but config and index: weights linked, or copied without the stale tensors, other files copied; not
+    the `dropped` files. Returns name → file of the tensors.
 
     A lone `model.safetensors` gets the name of a shard: transformers would load it and never look at the index.
     """
@@ -274,7 +304,7 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str]) -> di
     emptied = touched - {e.file for n, e in headers.entries.items() if n not in stale}
     for source in sorted(model.iterdir()):
         skipped = source.name in (*RUN_FILES, "config.json", INDEX_FILE) or source.name.startswith(".")
-        if source.is_dir() or skipped or source in emptied:
+        if source.is_dir() or skipped or source in emptied | dropped:
             continue
         target = out / names.get(source, source.name)
         if source in touched:
@@ -291,11 +321,6 @@ def _fresh(
     from .init_head import initial_head
 
     return initial_head(model, load_config(out), family, expected)
-
-
-def _write_index(out: Path, weight_map: dict[str, str]) -> None:
-    total = sum(e.size for name in set(weight_map.values()) for e in entries_of(out / name).values())
-    write_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, out / INDEX_FILE)
 
 
 def _verify(

@@ -11,18 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
+from ..families import FAMILIES, Family, config_value, is_embedding, match_family, read_config, refusals
 from ..fp8 import SCALE
-from ..headers import Headers, read_headers
+from ..headers import TOWER, Headers, layer_elsewhere, read_headers
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
+from ..weight_files import INDEX_FILE
 from .quantization import left_out_in_words
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
 _OWN_HEAD = re.compile(r"\.(shared_head\.(head|output)|lm_head|embed_tokens|output)\.weight$")
 _FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _LAYER_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "mtp_num_layers")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a checkpoint cannot be trained, in one line, and whom it concerns."""
+
+    about: str
+    """`draft`: engines draft wrongly with it, or do not start; `training`: only training stands against it."""
+    text: str
 
 
 @dataclass
@@ -55,6 +64,8 @@ class Inspection:
     engines: dict[str, str]
     suspicious: list[str] = field(default_factory=list)
     """Tensor names of an unknown layout that look like MTP."""
+    notes: list[str] = field(default_factory=list)
+    """About the folder's files, each one line: what stands in nobody's way, but not as it should be."""
     mtp_left_out: str | None = None
     """Whether quantization_config leaves out the MTP layer: "left out", "partly left out", "not left out"."""
 
@@ -85,7 +96,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         architectures=architectures,
         family=family.name if family else layout.name if layout else None,
         trainable=not reasons,
-        reasons=reasons,
+        reasons=[reason.text for reason in reasons],
         mtp_layers_config=_layers_by_config(config, family),
         mtp_layers=count_layers(names),
         mtp_tensors=len(names),
@@ -100,8 +111,9 @@ def inspect_model(folder: str | Path) -> Inspection:
         backbone_bytes=sum(e.size for e in rest),
         files=len(headers.files),
         lost_on_save=_lost_on_save(family, layout) if names else None,
-        engines=_engines(family, layout, names, reasons),
+        engines=_engines(headers, family, layout, names, reasons),
         suspicious=[] if family or layout else suspicious,
+        notes=_notes(headers),
         mtp_left_out=left_out_in_words(folder, config, family, _head_shapes),
     )
 
@@ -114,7 +126,7 @@ def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
         if MTP_WORD.search(name):
             return True
         numbers = [int(n) for n in _LAYER.findall(name)]
-        return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not _TOWER.search(name)
+        return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not TOWER.search(name)
 
     return sorted(n for n in headers.entries if odd(n))
 
@@ -150,38 +162,88 @@ def _reasons(
     family: Family | None,
     layout: Layout | None,
     names: list[str],
-) -> list[str]:
+) -> list[Reason]:
     """Everything that stops `swift sft` from training this folder's head."""
+    broken = [Reason("draft", problem) for problem in headers.problems]
     if family is None:
-        return [layout.reason if layout else _unknown(config), *headers.problems]
-    reasons = list(headers.problems)
-    try:
-        find_family(config, folder / "config.json")
-    except FastMTPError as error:
-        reasons.append(str(error))
-    absent = [n for n in headers.absent if family.owns(n)]
-    if not names and not absent:
-        mend = "put the base model's back with `fastmtp graft`"
-        return [*reasons, f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {mend}"]
-    every = (*headers.entries, *headers.absent)
-    matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
-    if not matrices - set(names):
-        reasons.append("holds the MTP layer without a backbone; train from the full checkpoint")
+        broken += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
+        return [Reason("training", layout.reason if layout else _unknown(config)), *broken]
+    reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, folder / "config.json")]
     try:
         expected = _head_shapes(folder)
     except FastMTPError as error:
-        return [*reasons, str(error)]
-    reasons += [f"{n} is missing" for n in expected if n not in headers.entries and n not in headers.absent]
+        reasons += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
+        return [*reasons, Reason("draft", str(error))]
+
+    # The layer: all of it, and nothing else under its names.
+    missing = [n for n in expected if n not in headers.entries and n not in headers.absent]
+    elsewhere = layer_elsewhere(folder, family) if missing else None
+    if elsewhere:
+        reasons.append(Reason("draft", elsewhere.text))
+        missing = [n for n in missing if n not in elsewhere.names]
+    elif not names and not any(family.owns(n) for n in headers.absent):
+        how = "put the base model's back with `fastmtp graft`"
+        return [
+            *reasons,
+            Reason("draft", f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {how}"),
+        ]
+    reasons += [Reason("draft", f"{n} is missing") for n in missing]
     known = {n for n in names if n.removesuffix(SCALE) in expected or family.is_copy(n)}
-    reasons += [f"{n} is no tensor of the one MTP layer" for n in names if n not in known]
+    reasons += [Reason("draft", f"{n} is no tensor of the one MTP layer") for n in names if n not in known]
     for name in (n for n in names if n in expected):
         entry = headers.entries[name]
         if entry.shape != expected[name]:
-            reasons.append(f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}")
+            text = f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}"
+            reasons.append(Reason("draft", text))
         in_blocks = entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in headers.entries
         if entry.dtype not in _FLOATS and not in_blocks:
-            reasons.append(f"{name} is stored as {entry.dtype}; a quantised MTP layer cannot be trained")
+            about = "training" if config_value(config, "quantization_config") else "draft"
+            reasons.append(Reason(about, f"{name} is stored as {entry.dtype}; a quantised MTP layer cannot be trained"))
+
+    # The backbone.
+    every = (*headers.entries, *headers.absent, *headers.stale)
+    matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
+    if not matrices - set(names):
+        reasons.append(Reason("training", "holds the MTP layer without a backbone; train from the full checkpoint"))
+    from ..modeling import needed_tensors
+
+    listed = {*headers.stale, *headers.absent} - set(missing)
+    needed = needed_tensors(folder, listed, headers.entries)
+    reasons += [Reason("draft", line) for line in _lost(headers, needed)]
     return reasons
+
+
+def _lost(headers: Headers, needed: list[str]) -> list[str]:
+    """A line for each file in which the index has tensors that the model needs, and that no file holds."""
+    assert headers.chosen is not None
+    lines = []
+    for file, why in headers.chosen.missing.items():
+        if any(headers.absent.get(name) == file for name in needed):
+            number = len(headers.chosen.listed_in(file))
+            lines.append(f"{file}: listed in the index, but {why}; it holds {number} tensors")
+    gone = [name for name in needed if name in headers.stale]
+    if gone:
+        lines.append(
+            f"{INDEX_FILE}: lists {gone[0]}, which no file holds ({len(gone)} such tensors that the model needs)"
+        )
+    return lines
+
+
+def _notes(headers: Headers) -> list[str]:
+    chosen = headers.chosen
+    assert chosen is not None
+    notes = []
+    if headers.stale:
+        name = min(headers.stale)
+        notes.append(
+            f"{INDEX_FILE} lists {name}, which no file holds ({len(headers.stale)} such tensors); engines only choose "
+            "files by the index"
+        )
+    if chosen.unlisted:
+        names = ", ".join(path.name for path in chosen.unlisted)
+        notes.append(f"{INDEX_FILE} does not list {names}, so no engine loads it")
+    notes += [f"{engine}: {why}" for engine, why in chosen.refusals.items()]
+    return notes
 
 
 def _unknown(config: dict[str, Any]) -> str:
@@ -199,14 +261,7 @@ def _unknown(config: dict[str, Any]) -> str:
 def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from ..modeling import head_shapes  # transformers only where a family asks for it
 
-    try:
-        return head_shapes(folder)
-    except FastMTPError:
-        raise
-    except Exception as error:  # a config that transformers cannot take raises whatever it likes
-        raise FastMTPError(
-            f"{folder / 'config.json'}: transformers cannot build it ({error})".splitlines()[0]
-        ) from None
+    return head_shapes(folder)
 
 
 def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
@@ -233,17 +288,25 @@ def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
 _NO_METHOD = "it has no method for this architecture"
 
 
-def _engines(family: Family | None, layout: Layout | None, names: list[str], reasons: list[str]) -> dict[str, str]:
+def _engines(
+    headers: Headers, family: Family | None, layout: Layout | None, names: list[str], reasons: list[Reason]
+) -> dict[str, str]:
     if family is None and layout is None:
         return dict.fromkeys(("sglang", "vllm"), "unknown")
+    against = [r.text for r in reasons if r.about == "draft"]
     if not names:
-        return dict.fromkeys(("sglang", "vllm"), "no: there is nothing to draft with")
+        why = f" ({against[-1]})" if family and against else ""
+        return dict.fromkeys(("sglang", "vllm"), f"no: there is nothing to draft with{why}")
     chain = "the one layer, applied to its own output"
     if family:
-        unsound = [r for r in reasons if r.startswith(family.prefix.split(".")[0]) or family.num_layers_key in r]
+        assert headers.chosen is not None
+        files = headers.chosen.refusals
         gaps = {"sglang": family.sglang_gap, "vllm": None if family.vllm else _NO_METHOD}
-        why = {engine: unsound[0] if unsound else gap for engine, gap in gaps.items()}
-        return {engine: f"no: {gap}" if gap else f"yes: {chain}" for engine, gap in why.items()}
+        verdicts = {}
+        for engine, gap in gaps.items():
+            why_not = next((w for w in (*against[:1], files.get(engine), gap) if w), None)
+            verdicts[engine] = f"no: {why_not}" if why_not else f"yes: {chain}"
+        return verdicts
     assert layout is not None
     sglang = {
         None: "no",
@@ -260,6 +323,7 @@ def text(found: Inspection) -> str:
     rows += [("", f"- {reason}") for reason in found.reasons[:12]]
     if len(found.reasons) > 12:
         rows.append(("", f"- and {len(found.reasons) - 12} more"))
+    rows += [("note", note) for note in found.notes]
     config = "does not say" if found.mtp_layers_config is None else str(found.mtp_layers_config)
     rows.append(("MTP layers", f"{found.mtp_layers} by tensors, config.json: {config}"))
     if found.mtp_tensors:

@@ -9,6 +9,7 @@ from ..checkpoints import head_reader
 from ..errors import FastMTPError
 from ..families import match_family, read_config
 from ..head import as_stored
+from ..headers import entries_of
 from ..modeling import head_shapes, load_config, load_head, model_class
 
 
@@ -18,12 +19,11 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     Raises `FastMTPError` if the adapter reaches beyond the head.
     """
     from peft import PeftModel
-    from safetensors import safe_open
 
     cls: Any = model_class(base)
     family = match_family(read_config(base))
-    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as file:
-        names = [n.removeprefix("base_model.model.") for n in file.keys()]  # noqa: SIM118 (not a dict)
+    stored = entries_of(checkpoint / "adapter_model.safetensors")
+    names = [name.removeprefix("base_model.model.") for name in stored]
     outside = [n for n in names if not family.owns(n)]
     if outside:
         raise FastMTPError(

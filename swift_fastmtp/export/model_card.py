@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoints import SETTINGS_FILE, Weights, read_json
+from ..checkpoints import SETTINGS_FILE, Weights, read_json, remove_quietly
 from ..config import FastMTPConfig
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from ..evaluation.entries import slices
 from ..evaluation.merge import Merged, engine, load_results, notes
 from ..evaluation.table import Table, escape, markdown
@@ -69,8 +69,8 @@ def write_card(
         staged.write_text(f"{text}<!-- fastmtp card, sha256 {digest} -->\n", encoding="utf-8")
         os.replace(staged, path)  # the name only: another link to the old file keeps what it had
     except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+        remove_quietly(staged)
+        raise cannot_write(path, error) from None
     return path
 
 

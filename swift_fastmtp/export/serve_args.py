@@ -12,6 +12,7 @@ from pathlib import Path
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
 from ..families import Family, config_value, match_family, read_config
+from ..headers import layer_elsewhere
 from ..vocab.maps import CONFIG_KEY
 from .quantization import read_quantization
 
@@ -47,8 +48,12 @@ def serve_flags(
     config = read_config(folder)
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
+    if elsewhere := layer_elsewhere(folder, family):
+        raise FastMTPError(f"{folder}: {elsewhere.text}")
     if not weights.under(*family.roots):
         raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
+    if refusal := weights.chosen.refusals.get(engine):
+        raise FastMTPError(f"{folder}: {engine}: {refusal}")
     full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps", 3)

@@ -27,13 +27,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..checkpoints import file_hash
+from ..checkpoints import file_hash, remove_quietly
 from ..data.conversation import said
 from ..data.language import language
 from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
 from ..data.rows import BadRows, Row, iter_rows
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from .must_keep import Vocabulary
 
 Ints = NDArray[np.int64]
@@ -109,8 +109,8 @@ class Counts:
             staged.chmod(0o644)
             os.replace(staged, path)
         except (OSError, SafetensorError) as error:
-            staged.unlink(missing_ok=True)
-            raise FastMTPError(f"{path}: cannot be written ({error}); free space and start again") from None
+            remove_quietly(staged)
+            raise cannot_write(path, error) from None
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
@@ -156,7 +156,7 @@ def count_files(
             try:
                 cache_folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise FastMTPError(f"{cache_folder}: cannot be made ({error})") from None
+                raise cannot_write(cache_folder, error) from None
             counts.save(kept)
             total.add(counts)
     if not any(of_V.any() for of_V in total.counted.values()):
