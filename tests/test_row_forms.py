@@ -13,13 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swift_fastmtp.data.clean import clean
+from swift_fastmtp.data.conversation import Conversation, Reply, is_complete, said, training_conversations
 from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.filters import TokenCounter
 from swift_fastmtp.data.mix import mix
 from swift_fastmtp.data.row_forms import UnreadableRowError, normalize
 from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.vocab.build import vocab
+from swift_fastmtp.vocab.counts import Counts, CountSettings, count_files
+from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"name": "tide", "description": "high water at a port", "parameters": PARAMETERS}
@@ -63,11 +67,14 @@ FORMS = {
         {"instruction": "Translate.", "input": "high water", "output": "pleine mer", "system": None},
         [user("Translate.\nhigh water"), assistant("pleine mer")],
     ),
-    "Alpaca without input or output": ({"instruction": "Count to ten.", "input": "", "output": ""},
-                                       [user("Count to ten.")]),  # fmt: skip
+    "Alpaca without input or output": (
+        {"instruction": "Count to ten.", "input": "", "output": ""},
+        [user("Count to ten.")],
+    ),
     "TRL's and verl's prompt": ({"prompt": [system("Be brief."), ASKED]}, [system("Be brief."), ASKED]),
     "TRL's prompt and completion": (
-        {"prompt": [ASKED], "completion": [assistant("At six.")]}, [ASKED, assistant("At six.")]
+        {"prompt": [ASKED], "completion": [assistant("At six.")]},
+        [ASKED, assistant("At six.")],
     ),
     "ShareGPT": (
         {
@@ -161,7 +168,7 @@ FORMS = {
         {"system": "Of another run.", "messages": [ASKED, assistant("At six.", token_ids=[5, 6])]},
         [ASKED, assistant("At six.", token_ids=[5, 6])],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -257,8 +264,8 @@ def test_a_row_that_cannot_be_read_is_named(name, tmp_path):
 
 SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False) | st.text(max_size=5)
 JSON = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3))
-ROLE = st.sampled_from(["system", "developer", "user", "human", "assistant", "gpt", "tool", "tool_call", "tool_response",
-                        "function", "function_call", "observation", "bot"])  # fmt: skip
+NAMES = "system developer user human assistant gpt tool tool_call tool_response function function_call observation bot"
+ROLE = st.sampled_from(NAMES.split())
 CALL = st.fixed_dictionaries(
     {"name": st.sampled_from(["tide", "wind", ""])},
     optional={"arguments": st.sampled_from(["{}", '{"a": 1}', "[]", "a", {"a": 1}, {}, None]) | JSON},
@@ -351,6 +358,51 @@ def test_rows_with_images_stop_every_verb(tmp_path):
             FastMTPError, match=r"rows\.jsonl:2: has images, videos or audio, and this run is text only"
         ):
             run()
+
+
+@pytest.mark.parametrize(
+    "reason", ["eos_token", "end_turn", "eos", "stop_sequence", "complete", "STOP", "function_call"]
+)
+def test_other_words_for_an_answer_that_ended(reason, tmp_path):
+    """TGI's, Anthropic's and older servers' answers are not cut off: they are kept, trained and gone on from."""
+    path = write(tmp_path / "rows.jsonl", [{"messages": [ASKED, assistant(LONG)], "finish_reason": reason}])
+    clean([path], str(tmp_path / "clean.jsonl"))
+    (row,) = read_rows(tmp_path / "clean.jsonl")
+    assert row["finish_reason"] == reason
+    assert len(training_conversations(row["messages"], reason)) == 1
+    conversation = Conversation([ASKED, assistant("x"), user("And low water?")])
+    conversation.add(Reply("At six.", reason))
+    assert conversation.waiting and not conversation.ended_early
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "content_filter", {"type": "stop"}, ["stop"], 3])
+def test_what_else_a_server_says_is_no_end(reason):
+    assert not is_complete(reason) and training_conversations([ASKED, assistant(LONG)], reason) == []
+
+
+def test_arguments_are_counted_the_same_in_either_form(tmp_path):
+    """As the model writes them, an object, and not as a string in a string."""
+    said_of = []
+    for arguments in ({"city": "Brest", "day": 3}, '{"city":"Brest","day":3}', '{\n "city": "Brest",\n "day": 3}'):
+        call = {"id": "x7", "type": "function", "function": {"name": "tide", "arguments": arguments}}
+        row = {"messages": [ASKED, assistant("", tool_calls=[call])], "language": "en"}
+        name = f"{len(said_of)}.jsonl"
+        path = write(tmp_path / name, [row, {"messages": [user("And low water?"), assistant(LONG)], "language": "en"}])
+        counter = TokenCounter(str(TINY))
+        counts = Counts.load(count(path, tmp_path / f"{name}.counts"))
+        mix([path], str(tmp_path / f"{name}.mix"), shares=["general=1"], val_ratio=0, model=str(TINY))
+        mixed = json.loads((tmp_path / f"{name}.mix" / "report.json").read_text())["groups"]["general"]["input"]
+        said_of.append(
+            (said(row["messages"][1]), counter(row), counts.counted["en/general"].tolist(), mixed["answer_tokens"])
+        )
+    assert said_of[0] == said_of[1] == said_of[2] and "\\" not in said_of[0][0]
+
+
+def count(path, folder):
+    """The counts of a file, as `fastmtp vocab` keeps them."""
+    count_files([path], CountSettings(held_out=1e-9), read_vocabulary(str(TINY)), folder)
+    (kept,) = folder.iterdir()
+    return kept
 
 
 def test_a_response_is_the_answer(tmp_path):

@@ -102,7 +102,7 @@ class Servers:
         async def ask() -> tuple[Reply, list[int] | int | None]:
             answer = await self._clients[next(self._turn)].chat.completions.create(
                 model=self.model or "",
-                messages=[_for_server(m) for m in messages],  # type: ignore[misc]
+                messages=[for_server(m) for m in messages],  # type: ignore[misc]
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
@@ -173,8 +173,13 @@ def _with_version(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def _for_server(message: Message) -> Message:
-    return {k: v for k, v in message.items() if k not in ("token_ids", "finish_reason")}
+def for_server(message: Message) -> Message:
+    """A message as servers read it. For an earlier turn's reasoning newer vLLM looks under `reasoning` only (vLLM issue
+    38488), SGLang and older vLLM under `reasoning_content`; each leaves the other key alone."""
+    sent = {k: v for k, v in message.items() if k not in ("token_ids", "finish_reason")}
+    if "reasoning_content" in sent:
+        sent["reasoning"] = sent["reasoning_content"]
+    return sent
 
 
 def _read(answer: Any) -> tuple[Reply, list[int] | int | None]:

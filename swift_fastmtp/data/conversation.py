@@ -8,8 +8,18 @@ from ..errors import FastMTPError
 
 Message = dict[str, Any]
 
-COMPLETE = ("stop", "tool_calls")
-"""Finish reasons, in OpenAI's words, of an answer that the model itself ended."""
+COMPLETE = (
+    *("stop", "tool_calls", "function_call"),  # OpenAI
+    *("eos_token", "stop_sequence"),  # Hugging Face's TGI
+    *("end_turn", "tool_use"),  # Anthropic, with `stop_sequence`
+    *("eos", "complete"),  # older servers
+)
+"""Finish reasons of an answer that the model itself ended."""
+
+
+def is_complete(reason: Any) -> bool:
+    """Whether an answer with this finish reason was ended by the model, and not cut off; case does not matter."""
+    return isinstance(reason, str) and reason.lower() in COMPLETE
 
 
 @dataclass
@@ -63,7 +73,7 @@ class Conversation:
             results += 1
         asked = _called(said)
         called = _called([self.messages[-1]])
-        if reply.finish_reason not in COMPLETE or self._next == len(self._source):
+        if not is_complete(reply.finish_reason) or self._next == len(self._source):
             self.waiting = False
             self.ended_early = self._next < len(self._source)
         elif results != len(called) or (asked and [n for n, _ in asked] != [n for n, _ in called]):
@@ -95,8 +105,22 @@ def _called(messages: list[Message]) -> list[tuple[str, str | None]]:
 
 def said(message: Message) -> str:
     """All that an assistant's message says: reasoning, content and tool calls."""
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    calls = ""
+    if message.get("tool_calls"):
+        calls = json.dumps([_readable(call) for call in message["tool_calls"]], ensure_ascii=False)
     return "\n".join(str(part) for part in (message.get("reasoning_content"), message["content"], calls) if part)
+
+
+def _readable(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object: as the model writes them, also where a server made them a string."""
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments, str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments)}}
+    except (ValueError, RecursionError):
+        return call
 
 
 def without_answer(messages: list[Message]) -> list[Message]:
@@ -149,7 +173,7 @@ def training_conversations(messages: list[Message], finish_reason: str | None = 
 
 
 def _trainable(message: Message) -> bool:
-    complete = message.get("finish_reason", "stop") in COMPLETE
+    complete = is_complete(message.get("finish_reason", "stop"))
     return message["role"] == "assistant" and complete and bool(message["content"] or message.get("token_ids"))
 
 

@@ -193,14 +193,15 @@ def _content(message: Message, where: str) -> str:
     says_otherwise = message.get("tool_calls") or "function_call" in message or message.get("reasoning_content")
     if content is None and message["role"] == "assistant" and says_otherwise:
         return ""
-    if isinstance(content, list):
-        if all(
-            isinstance(part, str) or (isinstance(part, dict) and {"type", "text"} & part.keys()) for part in content
-        ):
-            return "".join(_text_of(part, where) for part in content)
+    if isinstance(content, list) and all(map(_is_part, content)):
+        return "".join(_text_of(part, where) for part in content)
     if isinstance(content, dict | list) and message["role"] == "tool":
         return json.dumps(content, ensure_ascii=False)  # a result as it is, as ms-swift has it
     raise UnreadableRowError(NO_CONTENT, where)
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, dict) and ("type" in value or "text" in value))
 
 
 def _text_of(part: Any, where: str) -> str:

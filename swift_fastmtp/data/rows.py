@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from ..errors import FastMTPError
-from .row_forms import Row, UnreadableRowError, normalize
+from .row_forms import UnreadableRowError, normalize
+
+Row = dict[str, Any]
 
 MAX_ROW_BYTES = 32 * 2**20
 """A longer line is a broken file, not a conversation; it is never held in memory."""

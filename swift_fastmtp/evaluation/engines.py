@@ -13,8 +13,8 @@ from typing import Any, cast
 import httpx
 import openai
 
-from ..data.client import MalformedError, RefusedError, Sampling, model_names, open_client, repeat
-from ..data.conversation import Message, encode_prompt
+from ..data.client import MalformedError, RefusedError, Sampling, for_server, model_names, open_client, repeat
+from ..data.conversation import Message, encode_prompt, is_complete
 from ..errors import FastMTPError
 
 
@@ -62,6 +62,7 @@ class Answer:
     """One assistant turn."""
 
     text: str
+    """The message's content: all of the text if the server does not take the reasoning out of it."""
     output_ids: list[int] | None
     completion_tokens: int
     prompt_tokens: int | None
@@ -80,6 +81,8 @@ class Answer:
     accepted: int | None = None
     histogram: list[int] | None = None
     """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
+    reasoning_content: str | None = None
+    """The reasoning, from a server that has a parser for it."""
 
 
 class Engine:
@@ -110,6 +113,8 @@ class Engine:
     async def connect(self) -> Identity:
         """Ask the server what it is. Raises `FastMTPError` if nothing usable answers."""
         self.identity = await self._repeat(self._ask_identity)
+        if self.native:
+            check_template(self.tokenizer)
         return self.identity
 
     async def close(self) -> None:
@@ -196,7 +201,7 @@ class Engine:
         Raises `RefusedError` if the server refuses the conversation, `FastMTPError` if the run cannot go on.
         """
         limit = max_new_tokens or self.sampling.max_new_tokens
-        ids = encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs) if self.native else []
+        ids = self._encode(messages) if self.native else []
 
         async def ask() -> Answer:
             try:
@@ -216,13 +221,22 @@ class Engine:
                 raise MalformedError(f"an answer without {error}") from None
             if not 0 < found.completion_tokens <= limit:
                 raise MalformedError(f"an answer of {found.completion_tokens} tokens")
-            if found.finish_reason not in ("stop", "length"):
+            if found.finish_reason != "length" and not is_complete(found.finish_reason):
                 raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
             return found
 
         found = await self._repeat(ask)
         assert isinstance(found, Answer)
         return found
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """Raises `RefusedError` where the template does not render such a conversation: other servers, which render it
+        themselves, refuse it then."""
+        try:
+            return encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs)
+        except Exception as error:  # a template is a program, and may raise anything
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+            raise RefusedError(f"the chat template of the model's folder does not render it: {what}") from None
 
     async def _generate(self, ids: list[int], temperature: float, seed: int, limit: int) -> Answer:
         sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": limit}
@@ -295,7 +309,7 @@ class Engine:
         watch = _Watch()
         stream = await self._client.chat.completions.create(
             model=self._name or "",
-            messages=cast(Any, messages),
+            messages=cast(Any, [for_server(message) for message in messages]),
             max_tokens=limit,
             temperature=temperature,
             top_p=self.sampling.top_p if temperature > 0 else 1.0,
@@ -304,17 +318,20 @@ class Engine:
             stream_options={"include_usage": True},
             extra_body=extra,
         )
-        text, output, usage, reason, model = "", list[int](), None, None, ""
+        text, reasoning, output, usage, reason, model = "", "", list[int](), None, None, ""
         async for chunk in stream:
             watch.tick()
             usage, model = chunk.usage or usage, chunk.model or model
             for choice in chunk.choices or ():
-                text += (getattr(choice.delta, "reasoning_content", None) or "") + (choice.delta.content or "")
+                text += choice.delta.content or ""
+                # SGLang's name, and vLLM's; versions of vLLM that have both say the same under both.
+                names = ("reasoning_content", "reasoning")
+                reasoning += next((part for name in names if (part := getattr(choice.delta, name, None))), "")
                 output += getattr(choice, "token_ids", None) or []
                 reason = choice.finish_reason or reason
                 if output:
                     watch.count(len(output))
-                elif text:
+                elif text or reasoning:
                     watch.count(0)
         if usage is None:
             raise MalformedError("an answer without usage")
@@ -324,6 +341,7 @@ class Engine:
         else:
             answer.chunk_tokens, answer.chunk_seconds = [], []  # chunks of unknown size tell nothing about tokens
         answer.prompt_tokens = usage.prompt_tokens
+        answer.reasoning_content = reasoning or None
         return answer
 
 
@@ -354,6 +372,15 @@ class _Watch:
         end = self.last if self.tokens else self.now
         return Answer(
             text, None, tokens, None, reason, self.start, end - self.begin, self.first, model, self.tokens, self.seconds
+        )
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raises `FastMTPError` if the model's folder has no chat template to make SGLang's prompts with."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise FastMTPError(
+            f"--model {tokenizer.name_or_path}: has no chat template, which the prompts are made with; put the model's "
+            "chat_template.jinja into the folder"
         )
 
 

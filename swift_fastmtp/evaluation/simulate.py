@@ -20,11 +20,12 @@ from transformers import AutoTokenizer
 from ..checkpoints import check_head, head_reader, write_json
 from ..config import FastMTPConfig
 from ..data.conversation import without_answer
+from ..data.language_names import UNKNOWN
 from ..data.rows import read_rows
 from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
 from ..vocab.build import part_of
-from ..vocab.counts import UNKNOWN, cell_of
+from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
 from ..vocab.maps import check_tokenizer, read_token_map
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
