@@ -1,7 +1,8 @@
 """A server that speaks SGLang's or OpenAI's protocol and goes wrong on demand: for tests of the benchmark's client.
 
 Answers follow from the prompt, so they can be predicted: `answer(ids)`. It counts what it is asked. `fault` is what
-goes wrong at the next answers, `times` how often; from answer `change_at` on it has other weights.
+goes wrong at the next answers, `times` how often; from answer `change_at` on it has other weights. `reasoning` is the
+key under which it gives the first half of an answer, as with a reasoning parser; `text` stands before every raw answer.
 
     python fake_engine.py --port 1234 --num_steps 2 --die_after 5
 """
@@ -40,6 +41,8 @@ class FakeEngine:
         self.num_steps, self.kind, self.version = num_steps, kind, version
         self.die_after, self.pause = die_after, pause
         self.weights, self.model = "default", "fake"
+        self.reasoning, self.reason, self.text = "", "stop", ""
+        self.conversations, self.prompts = [], []
         self.fault, self.times, self.asked, self.flushed, self.shift = "", 0, 0, 0, 0
         self.change_at = 10**9
         self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
@@ -128,6 +131,7 @@ class Handler(BaseHTTPRequestHandler):
     def generate(self, body, fault):
         engine = self.engine
         limit = body["sampling_params"]["max_new_tokens"]
+        engine.prompts.append(body["input_ids"])
         output = answer(body["input_ids"], limit)
         if engine.shift:
             output[-1] += engine.shift
@@ -146,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
             meta = {"completion_tokens": sent, "prompt_tokens": len(body["input_ids"]), "finish_reason": None}
             meta["weight_version"] = engine.weights
             if done:
-                meta["finish_reason"] = {"type": "length" if sent == limit else "stop"}
+                meta["finish_reason"] = {"type": "length" if sent == limit else engine.reason}
                 if engine.num_steps and parts and fault != "no metadata":
                     names = OLD_NAMES if engine.version == "0.5.9" else NAMES
                     if fault == "wrong histogram":
@@ -156,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.event({"error": {"message": "the scheduler is gone", "code": 503}})
                 break
             ids = ["x"] * sent if fault == "no integers" else output[:sent]
-            text = "" if fault == "empty" else " ".join(map(str, ids))
+            text = "" if fault == "empty" else engine.text + " ".join(map(str, ids))
             self.event({"text": text, "output_ids": ids, "meta_info": meta})
             if fault == "hang up" and sent > 1:
                 self.connection.close()
@@ -167,6 +171,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, body):
         engine = self.engine
+        engine.conversations.append(body["messages"])
         prompt = [len(m["content"]) for m in body["messages"]]
         output = answer(prompt, body["max_tokens"])
         self.begin()
@@ -179,11 +184,12 @@ class Handler(BaseHTTPRequestHandler):
                 engine.drafts += 1
                 for i in range(drafts):
                     engine.accepted[i] += 1
-            choice = {"index": 0, "delta": {"content": " ".join(map(str, new)) + " "}, "finish_reason": None}
+            key = engine.reasoning if engine.reasoning and sent <= len(output) / 2 else "content"
+            choice = {"index": 0, "delta": {key: " ".join(map(str, new)) + " "}, "finish_reason": None}
             if engine.kind == "vllm":
                 choice["token_ids"] = new
             self.event({**common, "choices": [choice]})
-        end = "length" if sent == body["max_tokens"] else "stop"
+        end = "length" if sent == body["max_tokens"] else engine.reason
         self.event({**common, "choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
         usage = {"prompt_tokens": len(prompt), "completion_tokens": sent, "total_tokens": sent + len(prompt)}
         self.event({**common, "choices": [], "usage": usage})

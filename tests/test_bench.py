@@ -184,6 +184,122 @@ def test_openai_servers(tmp_path):
     assert results.runs[0].tau_micro is None and "tau is not known" in warnings(results)[0]
 
 
+THINKING = (
+    "{%- for m in messages %}"
+    "{%- set text = m.content %}"
+    "{%- if m.role == 'system' and not loop.first %}{{ raise_exception('Only the first may be system.') }}{%- endif %}"
+    "{%- if m.role == 'assistant' and '</think>' in text %}{%- set text = text.split('</think>')[1]|trim %}{%- endif %}"
+    "{{- '<|im_start|>' + m.role + '\\n' + text + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+)
+"""As templates of reasoning models are: `<think>` is open before the answer, and history goes without the reasoning."""
+
+
+def with_template(folder, template):
+    """The tiny model's folder, with another chat template or none."""
+    shutil.copytree(TINY, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def two_turns(folder):
+    path = folder / "turns.jsonl"
+    path.write_text(json.dumps({"id": "t", "turns": ["When is high water?", "Are you sure?"]}) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_history_is_the_message_that_the_server_gave(key, tmp_path):
+    """Content and reasoning apart, under the names of SGLang and of vLLM; also after a kill between the turns."""
+    options = {**ASKED, "tasks": [two_turns(tmp_path)], "num_questions": None, "warmup": 0, "max_new_tokens": 32}
+    with FakeEngine(kind="vllm") as server:
+        server.reasoning = key
+        bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+        first, second = lines(tmp_path / "out")
+        assert first["reasoning_content"] and first["text"]
+        generated = [int(x) for x in (first["reasoning_content"] + first["text"]).split()]
+        assert generated == first["output_ids"]
+        asked = server.conversations[-1]
+        turn = {"role": "assistant", "content": first["text"], "reasoning_content": first["reasoning_content"]}
+        assert asked[1] == {**turn, "reasoning": first["reasoning_content"]}  # vLLM reads the one, SGLang the other
+
+        (tmp_path / "out" / "requests.jsonl").write_text(json.dumps(first) + "\n")
+        (tmp_path / "out" / "results.json").unlink()
+        bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+        assert server.conversations[-1] == asked and len(server.conversations) == 3
+        assert lines(tmp_path / "out")[1]["output_ids"] == second["output_ids"]
+
+
+def test_history_of_raw_text_is_what_the_template_makes_of_it(tmp_path):
+    """SGLang's `/generate` gives the reasoning as text; the template of the folder takes it out."""
+    model = with_template(tmp_path / "model", THINKING)
+    options = {**ASKED, "model": str(model), "tasks": [two_turns(tmp_path)], "num_questions": None, "warmup": 0}
+    with FakeEngine() as server:
+        server.text = "the moon\n</think>\n\n"
+        bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+        first, _ = lines(tmp_path / "out")
+        assert first["text"].startswith("the moon\n</think>")
+        said = first["text"].removeprefix(server.text)
+        tokenizer = load_tokenizer(str(model))
+        text = tokenizer.decode(server.prompts[1])
+    assert text == (
+        "<|im_start|>user\nWhen is high water?<|im_end|>\n"
+        f"<|im_start|>assistant\n{said}<|im_end|>\n"
+        "<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    )
+
+
+@pytest.mark.parametrize("reason", ["eos_token", "end_turn", "EOS", "tool_calls"])
+@pytest.mark.parametrize("kind", ["sglang", "openai"])
+def test_other_words_for_an_answer_that_ended(kind, reason, tmp_path):
+    options = {**ASKED, "tasks": [two_turns(tmp_path)], "num_questions": None, "warmup": 0, "max_new_tokens": 32}
+    with FakeEngine(kind=kind) as server:
+        server.reason = reason
+        results = bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+    assert results.runs[0].num_requests == 2 and results.runs[0].num_failed == 0
+
+
+def test_a_template_that_refuses_a_conversation(tmp_path):
+    """As servers that render it themselves do: that request has failed, and the others are measured."""
+    template = THINKING.replace("m.role == 'system' and not loop.first", "'secret' in m.content")
+    model = with_template(tmp_path / "model", template)
+    rows = [{"id": "a", "prompt": "When is high water?"}, {"id": "b", "prompt": "Tell me a secret."}]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {**ASKED, "model": str(model), "num_questions": None, "tasks": [str(tmp_path / "task.jsonl")]}
+    with FakeEngine() as server:
+        results = bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+        assert (results.runs[0].num_requests, results.runs[0].num_failed) == (2, 1)
+        (failed,) = [r for r in lines(tmp_path / "out") if "error" in r]
+        assert "does not render it: Only the first may be system." in failed["error"]
+
+        (tmp_path / "task.jsonl").write_text(json.dumps(rows[1]) + "\n")
+        with pytest.raises(
+            FastMTPError, match=r"refuses every request of task \(the chat template of the model's folder"
+        ):
+            bench(str(tmp_path / "all"), base_urls=[f"baseline={server.url}"], **options)
+
+
+def test_a_folder_without_a_chat_template(tmp_path):
+    """Said before anything is started or asked; a server that renders with its own template does without."""
+    model = with_template(tmp_path / "model", None)
+    options = {**ASKED, "model": str(model)}
+    message = "has no chat template, which the prompts are made with; put the model's chat_template.jinja"
+    with FakeEngine() as server, pytest.raises(FastMTPError, match=message):
+        bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
+    assert server.asked == 0
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({**options, "servers": {"baseline": {}}}))
+    with pytest.raises(FastMTPError, match=message):
+        bench(str(tmp_path / "started"), plan=str(plan))
+    with FakeEngine(kind="openai") as server:
+        assert bench(str(tmp_path / "openai"), base_urls=[f"baseline={server.url}"], **options).runs[0].num_requests
+
+
 def test_another_plan_is_refused(pair, tmp_path):
     measure(pair, tmp_path)
     with pytest.raises(FastMTPError, match=r"plan with settings.max_new_tokens 10, not 12; go on with that plan"):

@@ -14,14 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
+from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.clean import clean
+from swift_fastmtp.data.conversation import Conversation, Reply, is_complete, said
 from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.examples import training_examples
+from swift_fastmtp.data.filters import TokenCounter
 from swift_fastmtp.data.mix import mix
 from swift_fastmtp.data.row_forms import UnreadableRowError, normalize
 from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.vocab.build import vocab
+from swift_fastmtp.vocab.counts import Counts, CountSettings, count_files
+from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 FUNCTION = {"name": "tide", "description": "high water at a port", "parameters": PARAMETERS}
@@ -359,6 +365,52 @@ def test_rows_with_images_stop_every_verb(tmp_path):
             run()
 
 
+@pytest.mark.parametrize(
+    "reason", ["eos_token", "end_turn", "eos", "stop_sequence", "complete", "STOP", "function_call"]
+)
+def test_other_words_for_an_answer_that_ended(reason, tmp_path):
+    """TGI's, Anthropic's and older servers' answers are not cut off: they are kept, trained and gone on from."""
+    path = write(tmp_path / "rows.jsonl", [{"messages": [ASKED, assistant(LONG)], "finish_reason": reason}])
+    clean([path], str(tmp_path / "clean.jsonl"))
+    (row,) = read_rows(tmp_path / "clean.jsonl")
+    assert row["finish_reason"] == reason
+    assert len(training_examples(load_tokenizer(str(TINY)), row)) == 1
+    conversation = Conversation([ASKED, assistant("x"), user("And low water?")])
+    conversation.add(Reply("At six.", reason))
+    assert conversation.waiting and not conversation.ended_early
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "content_filter", {"type": "stop"}, ["stop"], 3])
+def test_what_else_a_server_says_is_no_end(reason):
+    row = {"messages": [ASKED, assistant(LONG)], "finish_reason": reason}
+    assert not is_complete(reason) and training_examples(load_tokenizer(str(TINY)), row) == []
+
+
+def test_arguments_are_counted_the_same_in_either_form(tmp_path):
+    """As the model writes them, an object, and not as a string in a string."""
+    said_of = []
+    for arguments in ({"city": "Brest", "day": 3}, '{"city":"Brest","day":3}', '{\n "city": "Brest",\n "day": 3}'):
+        call = {"id": "x7", "type": "function", "function": {"name": "tide", "arguments": arguments}}
+        row = {"messages": [ASKED, assistant("", tool_calls=[call])], "language": "en"}
+        name = f"{len(said_of)}.jsonl"
+        path = write(tmp_path / name, [row, {"messages": [user("And low water?"), assistant(LONG)], "language": "en"}])
+        counter = TokenCounter(str(TINY))
+        counts = Counts.load(count(path, tmp_path / f"{name}.counts"))
+        mix([path], str(tmp_path / f"{name}.mix"), shares=["general=1"], val_ratio=0, model=str(TINY))
+        mixed = json.loads((tmp_path / f"{name}.mix" / "report.json").read_text())["groups"]["general"]["input"]
+        said_of.append(
+            (said(row["messages"][1]), counter(row), counts.counted["en/general"].tolist(), mixed["answer_tokens"])
+        )
+    assert said_of[0] == said_of[1] == said_of[2] and "\\" not in said_of[0][0]
+
+
+def count(path, folder):
+    """The counts of a file, as `fastmtp vocab` keeps them."""
+    count_files([path], CountSettings(held_out=1e-9), read_vocabulary(str(TINY)), folder)
+    (kept,) = folder.iterdir()
+    return kept
+
+
 def test_a_response_is_the_answer(tmp_path):
     """ms-swift trains on it, so that is what is cleaned and counted."""
     row = {"query": "When is high water?", "response": LONG, "category": "tides"}
@@ -408,13 +460,6 @@ def test_rows_of_a_dataset_are_named_by_it(tmp_path):
     assert row["tools"] == [TOOL]
     report = json.loads((tmp_path / "skip.jsonl.report.json").read_text())
     assert [bad["rows"] for bad in report["bad_rows"].values()] == [[f"swift:{path}, row 2 (`images`)"]]
-
-
-@pytest.mark.parametrize("reason", ["stop", "eos_token", "end_turn", "tool_use", "function_call"])
-def test_answers_that_the_model_ended_are_whole(reason, tmp_path):
-    path = write(tmp_path / "rows.jsonl", [{"messages": [ASKED, assistant(LONG)], "finish_reason": reason}])
-    clean([path], str(tmp_path / "c.jsonl"), filters=["truncated"])
-    assert len(read_rows(tmp_path / "c.jsonl")) == 1
 
 
 def test_arguments_as_objects_are_sent_as_the_protocol_has_them(tmp_path):

@@ -145,7 +145,7 @@ class Servers:
         async def ask(server: Server, _: Hear) -> tuple[Reply, list[int] | int | None]:
             answer = await server.client.chat.completions.create(
                 model=self.model or "",
-                messages=[_for_server(m) for m in messages],  # type: ignore[misc]
+                messages=[for_server(m) for m in messages],  # type: ignore[misc]
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p if sampling.temperature > 0 else 1.0,
@@ -334,11 +334,17 @@ def _with_version(url: str) -> str:
     return url if url.endswith("/v1") else f"{url}/v1"
 
 
-def _for_server(message: Message) -> Message:
-    """A message as the protocol has it: `arguments` of tool calls are text."""
+def for_server(message: Message) -> Message:
+    """A message as servers read it: `arguments` of tool calls are text.
+
+    For an earlier turn's reasoning newer vLLM looks under `reasoning` only (vLLM issue 38488), SGLang and older vLLM
+    under `reasoning_content`; each leaves the other key alone.
+    """
     sent = {k: message[k] for k in RENDERED if k in message}
     if sent.get("tool_calls"):
         sent["tool_calls"] = [_with_text_arguments(call) for call in sent["tool_calls"]]
+    if "reasoning_content" in sent:
+        sent["reasoning"] = sent["reasoning_content"]
     return sent
 
 

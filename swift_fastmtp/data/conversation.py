@@ -7,8 +7,18 @@ from typing import Any
 from .prompt_ids import Message as Message
 from .prompt_ids import shorten
 
-COMPLETE = ("stop", "tool_calls", "function_call", "end_turn", "tool_use", "eos_token", "eos")
-"""Finish reasons of an answer that the model itself ended: OpenAI's, Anthropic's, TGI's."""
+COMPLETE = (
+    *("stop", "tool_calls", "function_call"),  # OpenAI
+    *("eos_token", "stop_sequence"),  # Hugging Face's TGI
+    *("end_turn", "tool_use"),  # Anthropic, with `stop_sequence`
+    *("eos", "complete"),  # older servers
+)
+"""Finish reasons of an answer that the model itself ended."""
+
+
+def is_complete(reason: Any) -> bool:
+    """Whether an answer with this finish reason was ended by the model, and not cut off; case does not matter."""
+    return isinstance(reason, str) and reason.lower() in COMPLETE
 
 
 @dataclass
@@ -70,7 +80,7 @@ class Conversation:
         results = self._results()
         expected, called = _called(replaced), _called([message])
         same_names = [name for name, _ in expected] == [name for name, _ in called]
-        if reply.finish_reason not in COMPLETE or self._next == len(self._source):
+        if not is_complete(reply.finish_reason) or self._next == len(self._source):
             self.waiting = False
             self.ended_early = self._next < len(self._source)
         elif len(results) != len(called) or (expected and not same_names):
@@ -120,8 +130,22 @@ def _in_order(results: list[Message], calls: list[tuple[str, str | None]]) -> li
 
 def said(message: Message) -> str:
     """All that an assistant's message says: reasoning, content and tool calls."""
-    calls = json.dumps(message["tool_calls"], ensure_ascii=False) if message.get("tool_calls") else ""
+    calls = ""
+    if message.get("tool_calls"):
+        calls = json.dumps([_readable(call) for call in message["tool_calls"]], ensure_ascii=False)
     return "\n".join(str(part) for part in (message.get("reasoning_content"), message["content"], calls) if part)
+
+
+def _readable(call: dict[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object: as the model writes them, also where a server made them a string."""
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments, str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments)}}
+    except (ValueError, RecursionError):
+        return call
 
 
 def without_answer(messages: list[Message]) -> list[Message]:

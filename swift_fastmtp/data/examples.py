@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import FastMTPError
 from .chat_template import answer_ids, encode_prompt, same_prompt
-from .conversation import COMPLETE, Message
+from .conversation import Message, is_complete
 from .prompt_ids import asked_ids, common, ids_of
 
 Row = dict[str, Any]
@@ -108,7 +108,7 @@ def finished(message: Message) -> bool:
     """Whether the model itself ended this answer, as far as the row tells, and said something."""
     reason = message.get("finish_reason")
     says = message["content"] or message.get("tool_calls") or message.get("token_ids")
-    return bool(says) and (reason is None or reason in COMPLETE)
+    return bool(says) and (reason is None or is_complete(reason))
 
 
 def check_vocabulary(example: Example, size: int) -> None:

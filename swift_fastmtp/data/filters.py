@@ -19,9 +19,10 @@ import numpy as np
 from ..errors import FastMTPError
 from ..families import config_value, read_config
 from .chat_template import load_tokenizer
-from .conversation import COMPLETE, said
+from .conversation import is_complete, said
 from .examples import check_vocabulary, rendered_otherwise, training_examples
 from .language import language
+from .language_names import language_code
 from .near_duplicates import prompt_and_answer
 from .rows import Row
 from .scripts import CJK
@@ -33,7 +34,8 @@ CountTokens = Callable[[Row], list[int]]
 
 @dataclass
 class Truncated:
-    """Rows whose answer was cut off (`finish_reason` neither stop nor tool_calls), or that do not end with an answer.
+    """Rows whose answer was cut off (a `finish_reason` that `is_complete` does not know), or that do not end with an
+    answer.
 
     Source: the paper's "truncated reasoning" (Appendix A).
     """
@@ -48,7 +50,7 @@ class Truncated:
             return "the answer is empty"
         for holder in (row, *row["messages"]):
             reason = holder.get("finish_reason")
-            if reason is not None and reason not in COMPLETE:
+            if reason is not None and not is_complete(reason):
                 return f"finish_reason is {reason}"
         return None
 
@@ -210,17 +212,12 @@ class Language:
     def __call__(self, row: Row) -> str | None:
         asked, answer = prompt_and_answer(row)
         spoken = language(answer)
-        if spoken is None or _base(row.get("language")) == spoken:
+        if spoken is None or language_code(row.get("language")) == spoken:
             return None
         expected = language(asked)
         if expected in (None, spoken) or self._ABOUT_LANGUAGES.search(asked):
             return None
         return f"asked in {expected}, answered in {spoken}"
-
-
-def _base(code: Any) -> str:
-    """`zh-Hant` is `zh`."""
-    return re.split("[-_]", code.lower())[0] if isinstance(code, str) else ""
 
 
 @dataclass

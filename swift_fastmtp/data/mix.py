@@ -24,6 +24,7 @@ from .. import __version__
 from ..checkpoints import file_hash, new_folder, write_json
 from ..errors import FastMTPError
 from .filters import TokenCounter
+from .language_names import language_code
 from .mix_groups import Groups, language_of, read_groups
 from .mix_report import make_report, markdown, plot_lengths, table
 from .rows import BadRows, Row, dump_row, iter_rows, write_rows
@@ -229,7 +230,7 @@ def _read(
                 language = language_of(row)
                 source = row.get("source")
                 index.group_N.append(index.groups(assigned or groups.group(row, language)))
-                index.language_N.append(index.languages(language))
+                index.language_N.append(index.languages(language_code(language)))
                 index.source_N.append(index.sources(source if isinstance(source, str) and source else Path(path).name))
                 index.answer_tokens_N.append(answer)
                 index.all_tokens_N.append(sum(counts))

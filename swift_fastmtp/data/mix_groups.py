@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
+from .language_names import UNKNOWN, language_tag
 from .rows import Row
 from .scripts import HAN, KANA
 
@@ -25,7 +26,7 @@ class Groups:
     shares: dict[str, float] = field(default_factory=lambda: {"general": 0.42, "math": 0.18, "code": 0.13, "zh": 0.27})
     """Group -> its share of the mix's tokens; they sum to 1. A group without a share is left out of the mix."""
     languages: dict[str, list[str]] = field(default_factory=lambda: {"zh": ["zh"]})
-    """Group -> how the language of its rows begins; asked first."""
+    """Group -> languages of its rows, by name or tag; asked first. `zh` is all Chinese, `zh-Hant` what is tagged so."""
     categories: dict[str, list[str]] = field(
         default_factory=lambda: {
             "math": ["math"],
@@ -39,8 +40,10 @@ class Groups:
     """The group of every other row."""
 
     def group(self, row: Row, language: str) -> str:
-        for group, beginnings in self.languages.items():
-            if language.startswith(tuple(beginnings)):
+        """The group of a row whose `language` is a tag of `language_tag`."""
+        for group, names in self.languages.items():
+            tags = map(language_tag, names)
+            if any(language == tag or language.startswith(f"{tag}-") for tag in tags):
                 return group
         for group, categories in self.categories.items():
             if row.get("category") in categories:
@@ -115,12 +118,13 @@ def _check_shares(shares: Mapping[str, Any], where: str) -> None:
 
 
 def language_of(row: Row) -> str:
-    """The row's `language`; without it `zh` for Chinese script without kana, else `unknown`."""
-    language = row.get("language")
-    if isinstance(language, str) and language:
-        return language
+    """The tag of the row's `language` (`language_tag`); without it `zh` for Chinese script without kana, else
+    `unknown`."""
+    tag = language_tag(row.get("language"))
+    if tag != UNKNOWN:
+        return tag
     text = " ".join(m["content"] for m in row["messages"])
     han, kana = len(_HAN.findall(text)), len(_KANA.findall(text))
     # One ideograph says about what three letters of another script say; some kana make it Japanese.
     chinese = 3 * han >= 0.5 * (sum(map(str.isalpha, text)) + 2 * han) and kana <= 0.1 * han
-    return "zh" if han and chinese else "unknown"
+    return "zh" if han and chinese else UNKNOWN

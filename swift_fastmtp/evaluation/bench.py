@@ -19,14 +19,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..checkpoints import claim, read_json, write_json
-from ..data.chat_template import load_tokenizer
+from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.client import RefusedError
+from ..data.conversation import Message
 from ..data.jobs import Part, cut_torn_line
 from ..errors import FastMTPError, cannot_write
 from .engines import Answer, Engine, Identity
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .provenance import provenance
-from .results import Record, Results, RunKey, plan_runs, run_key, summarize
+from .results import Record, Results, RunKey, generated_text, plan_runs, run_key, summarize
 from .servers import Started, started
 from .tasks import Question, Task
 
@@ -58,6 +59,8 @@ def bench(
     wanted |= {k: v for k, v in values.items() if v is not None}
     made = make_plan(wanted)
     tokenizer = load_tokenizer(made.model)
+    if any(any("sglang" in part for part in launch.command) for launch in made.launches.values()):
+        check_chat_template(tokenizer, made.model)  # before a server is started, which takes minutes
     folder = Path(output_dir)
     _meet(made, folder, tokenizer, api_key)
     with open_records(folder, made) as (records, part, record):
@@ -313,28 +316,30 @@ class _Measure:
 
     async def _run(self, key: RunKey, task: Task, bar: Any) -> None:
         """`concurrency` conversations at a time; the first failure of the run cancels the others."""
-        said: dict[str, list[str]] = {}
+        answered: dict[str, list[Message]] = {}
         ended: set[str] = set()
         for r in self.records:
             if run_key(r) == key and "counters" not in r:
-                said.setdefault(r["id"], []).append(r.get("text", ""))
+                answered.setdefault(r["id"], []).append(_message(r))
                 if "error" in r:
                     ended.add(r["id"])
-        questions = iter([q for q in task.questions if q.id not in ended and len(said.get(q.id, ())) < len(q.turns)])
+        questions = iter(
+            [q for q in task.questions if q.id not in ended and len(answered.get(q.id, ())) < len(q.turns)]
+        )
         tokens = 0
         begin = time.monotonic()
 
         async def worker() -> None:
             nonlocal tokens
             for question in questions:
-                history = list(said.get(question.id, ()))
+                history = list(answered.get(question.id, ()))
                 for turn in range(len(history), len(question.turns)):
                     answer = await self._ask(key, question, history, turn)
                     bar.update(1)
                     if answer is None:
                         bar.update(len(question.turns) - turn - 1)
                         break
-                    history.append(answer.text)
+                    history.append(_message(asdict(answer)))
                     tokens += answer.completion_tokens
                     bar.set_postfix_str(f"{tokens / max(time.monotonic() - begin, 1e-9):.1f} tok/s", refresh=False)
 
@@ -347,7 +352,7 @@ class _Measure:
                 one.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, key: RunKey, question: Question, history: list[str], turn: int) -> Answer | None:
+    async def _ask(self, key: RunKey, question: Question, history: list[Message], turn: int) -> Answer | None:
         named = {**_named(key), "id": question.id, "turn": turn, "engine": self.engine.identity.engine}
         try:
             answer = await self.engine.answer(_messages(question, history), key[2], _seed(self.plan, question.id, turn))
@@ -379,7 +384,7 @@ class _Measure:
         if all("error" in r for r in answers):
             self.part.write([{**_named(key), "void": "nothing was answered"}])
             raise FastMTPError(f"{self.name}: refuses every request of {key[1]} ({answers[0]['error']})")
-        if all(r.get("completion_tokens", 1) == 1 or not r.get("text", "").strip() for r in answers):
+        if all(r.get("completion_tokens", 1) == 1 or not generated_text(r).strip() for r in answers):
             self.part.write([{**_named(key), "void": "empty"}])
             raise FastMTPError(
                 f"{self.name}: every answer to {key[1]} is empty; is {self.plan.model} the model that it serves?"
@@ -390,13 +395,22 @@ def _named(key: RunKey) -> Record:
     return dict(zip(("server", "task", "temperature", "concurrency"), key, strict=True))
 
 
-def _messages(question: Question, history: list[str]) -> list[dict[str, Any]]:
+def _message(record: Record) -> Message:
+    """An answer as the next turn's history has it: as the server gave it, for the chat template to choose from. Where
+    nobody parsed the text it is all content, in which templates of reasoning models look for `</think>` themselves."""
+    message = {"role": "assistant", "content": record.get("text", "")}
+    if record.get("reasoning_content"):
+        message["reasoning_content"] = record["reasoning_content"]
+    return message
+
+
+def _messages(question: Question, history: list[Message]) -> list[Message]:
     """The conversation up to the next answer, with the model's own answers so far."""
     messages = [{"role": "system", "content": question.system}] if question.system else []
     for turn, answer in zip(question.turns, [*history, None], strict=False):
         messages.append({"role": "user", "content": turn})
         if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
+            messages.append(answer)
     return messages
 
 

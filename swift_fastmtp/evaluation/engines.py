@@ -14,9 +14,9 @@ from typing import Any, cast
 import httpx
 import openai
 
-from ..data.chat_template import encode_prompt
-from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, longest_silence, repeat
-from ..data.conversation import Message
+from ..data.chat_template import RenderError, check_chat_template, encode_prompt
+from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, for_server, longest_silence, repeat
+from ..data.conversation import Message, is_complete
 from ..errors import FastMTPError
 
 
@@ -64,6 +64,7 @@ class Answer:
     """One assistant turn."""
 
     text: str
+    """The message's content: all of the text if the server does not take the reasoning out of it."""
     output_ids: list[int] | None
     completion_tokens: int
     prompt_tokens: int | None
@@ -82,6 +83,8 @@ class Answer:
     accepted: int | None = None
     histogram: list[int] | None = None
     """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
+    reasoning_content: str | None = None
+    """The reasoning, from a server that has a parser for it."""
 
 
 class Engine:
@@ -114,6 +117,8 @@ class Engine:
     async def connect(self) -> Identity:
         """Ask the server what it is. Raises `FastMTPError` if nothing usable answers."""
         self.identity = await self._repeat(self._ask_identity)
+        if self.native:
+            check_chat_template(self.tokenizer, self.tokenizer.name_or_path)
         return self.identity
 
     async def close(self) -> None:
@@ -200,7 +205,7 @@ class Engine:
         Raises `RefusedError` if the server refuses the conversation, `FastMTPError` if the run cannot go on.
         """
         limit = max_new_tokens or self.sampling.max_new_tokens
-        ids = encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs) if self.native else []
+        ids = self._encode(messages) if self.native else []
 
         async def ask(hear: Hear) -> Answer:
             try:
@@ -220,7 +225,7 @@ class Engine:
                 raise MalformedError(f"an answer without {error}") from None
             if not 0 < found.completion_tokens <= limit:
                 raise MalformedError(f"an answer of {found.completion_tokens} tokens")
-            if found.finish_reason not in ("stop", "length"):
+            if found.finish_reason != "length" and not is_complete(found.finish_reason):
                 raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
             return found
 
@@ -228,6 +233,14 @@ class Engine:
         found = await self._repeat(partial(self._server.in_time, ask, longest))
         assert isinstance(found, Answer)
         return found
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        """Raises `RefusedError` where the template does not render such a conversation: other servers, which render it
+        themselves, refuse it then."""
+        try:
+            return encode_prompt(self.tokenizer, messages, None, self.sampling.chat_template_kwargs)
+        except RenderError as error:
+            raise RefusedError(str(error)) from None
 
     async def _generate(self, ids: list[int], temperature: float, seed: int, limit: int, hear: Hear) -> Answer:
         sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": limit}
@@ -301,7 +314,7 @@ class Engine:
         watch = _Watch()
         stream = await self._server.client.chat.completions.create(
             model=self._name or "",
-            messages=cast(Any, messages),
+            messages=cast(Any, [for_server(message) for message in messages]),
             max_tokens=limit,
             temperature=temperature,
             top_p=self.sampling.top_p if temperature > 0 else 1.0,
@@ -310,18 +323,21 @@ class Engine:
             stream_options={"include_usage": True},
             extra_body=extra,
         )
-        text, output, usage, reason, model = "", list[int](), None, None, ""
+        text, reasoning, output, usage, reason, model = "", "", list[int](), None, None, ""
         async for chunk in stream:
             watch.tick()
             hear()
             usage, model = chunk.usage or usage, chunk.model or model
             for choice in chunk.choices or ():
-                text += (getattr(choice.delta, "reasoning_content", None) or "") + (choice.delta.content or "")
+                text += choice.delta.content or ""
+                # SGLang's name, and vLLM's; versions of vLLM that have both say the same under both.
+                names = ("reasoning_content", "reasoning")
+                reasoning += next((part for name in names if (part := getattr(choice.delta, name, None))), "")
                 output += getattr(choice, "token_ids", None) or []
                 reason = choice.finish_reason or reason
                 if output:
                     watch.count(len(output))
-                elif text:
+                elif text or reasoning:
                     watch.count(0)
         if usage is None:
             raise MalformedError("an answer without usage")
@@ -331,6 +347,7 @@ class Engine:
         else:
             answer.chunk_tokens, answer.chunk_seconds = [], []  # chunks of unknown size tell nothing about tokens
         answer.prompt_tokens = usage.prompt_tokens
+        answer.reasoning_content = reasoning or None
         return answer
 
 

@@ -298,6 +298,11 @@ def _speedup(reference: list[Record], answers: list[Record]) -> tuple[float, flo
     return speedup([(p[0][0], p[0][1]) for p in sums.values()], [(p[1][0], p[1][1]) for p in sums.values()], SEED)
 
 
+def generated_text(record: Record) -> str:
+    """All that the model wrote in one answer, its reasoning first."""
+    return (record.get("reasoning_content") or "") + record.get("text", "")
+
+
 def _lossless(reference: list[Record], answers: list[Record]) -> Lossless:
     base, own = _by_turn(reference), _by_turn(answers)
     compared = equal = 0
@@ -308,8 +313,10 @@ def _lossless(reference: list[Record], answers: list[Record]) -> Lossless:
             continue
         compared += 1
         one, other = base[name, turn], own[name, turn]
-        what = "text" if one["output_ids"] is None or other["output_ids"] is None else "output_ids"
-        place = first_difference(one[what], other[what])
+        if one["output_ids"] is None or other["output_ids"] is None:
+            place = first_difference(generated_text(one), generated_text(other))
+        else:
+            place = first_difference(one["output_ids"], other["output_ids"])
         if place is None:
             equal += 1
         else:

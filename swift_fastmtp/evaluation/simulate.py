@@ -21,11 +21,12 @@ from ..config import FastMTPConfig
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
 from ..data.generate import padding_id
+from ..data.language_names import UNKNOWN
 from ..data.rows import read_rows
 from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
 from ..vocab.build import part_of
-from ..vocab.counts import UNKNOWN, cell_of
+from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
 from ..vocab.maps import check_tokenizer, read_token_map
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance

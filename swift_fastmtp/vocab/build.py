@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from .. import __version__
 from ..checkpoints import new_folder, read_json, save_tensors, write_json
 from ..data.jobs import parts_folder
+from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError
-from .counts import UNKNOWN, Counts, CountSettings, count_files
+from .counts import Counts, CountSettings, count_files
 from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
 from .maps import read_token_map, sidecar
 from .must_keep import Vocabulary, read_vocabulary

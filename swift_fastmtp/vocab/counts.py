@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ..checkpoints import file_hash, remove_quietly
 from ..data.conversation import said
 from ..data.language import language
+from ..data.language_names import UNKNOWN, language_code
 from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
 from ..data.rows import BadRows, Row, iter_rows
@@ -39,11 +40,10 @@ from .must_keep import Vocabulary
 Ints = NDArray[np.int64]
 Chunk = list[tuple[str, Row]]
 
-FORMAT = 1
+FORMAT = 2
 """Of the counts on disk; another number, and they are counted again."""
 MAX_CELLS = 256
 CHUNK_ROWS, CHUNK_CHARACTERS = 1024, 2**20
-UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -303,14 +303,14 @@ def _own_ids(messages: list[Row], vocabulary: Vocabulary) -> tuple[list[Ints], t
 def cell_of(row: Row, categories: bool = False) -> str:
     """`language/domain` of a row.
 
-    The language is the row's `language` without its region, else zh by script, else what py3langid says of prompt and
-    answer where it is sure, else `unknown`. The domain is `code`, `math` or `general` by its category, as in
-    `fastmtp mix`, or the category itself.
+    The language is the code of the row's `language` (`language_code`), else zh by script, else what py3langid says of
+    prompt and answer where it is sure, else `unknown`. The domain is `code`, `math` or `general` by its category, as
+    in `fastmtp mix`, or the category itself.
     """
     told = language_of(row)
     if told == UNKNOWN:
         told = language("\n".join(m["content"] for m in row["messages"] if m["role"] != "system")) or UNKNOWN
-    name = re.split("[-_]", told)[0].lower()
+    name = language_code(told)
     category = row.get("category")
     if categories:
         return f"{plain(name)}/{plain(category) if isinstance(category, str) else UNKNOWN}"
