@@ -369,6 +369,16 @@ def test_prompts_before_they_are_answered(tmp_path):
     assert len(kept) > 0.5 * len(read(source)) and {r["removed_by"] for r in removed} <= set(chosen)
 
 
+def test_tasks_in_other_forms_are_compared(tmp_path):
+    """As rows are read: a task that is asked by `query`, or whose content is a list of parts, is a task."""
+    parts = [{"type": "text", "text": TASK_ZH}]
+    tasks = write(tmp_path / "tasks.jsonl", [{"query": TASK_EN}, {"messages": [{"role": "user", "content": parts}]}])
+    rows = [row(EN, TASK_EN), row(ZH, TASK_ZH), row(EN, "What is photosynthesis?")]
+    source = write(tmp_path / "rows.jsonl", rows)
+    kept, _, _ = run(tmp_path / "out", source, filters=["decontaminate"], decontaminate=[str(tasks)])
+    assert kept == rows[2:]
+
+
 BAD = {
     b'{"messages": [': "not JSON",
     '{"prompt": "ä"}'.encode("latin-1"): "not UTF-8",

@@ -25,6 +25,7 @@ from swift_fastmtp.data.row_forms import UnreadableRowError, normalize
 from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.simulate import simulate
+from swift_fastmtp.swift_plugin.register import register
 from swift_fastmtp.vocab.build import vocab
 from swift_fastmtp.vocab.counts import Counts, CountSettings, count_files
 from swift_fastmtp.vocab.must_keep import read_vocabulary
@@ -347,6 +348,13 @@ def write(path, rows):
 LONG = "High water at Brest is at six in the morning, and again half an hour after it was in the evening before."
 
 
+def load_for_training(path):
+    register()
+    from swift.dataset import load_dataset
+
+    load_dataset([f"fastmtp-self-distill:{path}"])
+
+
 def test_rows_with_images_stop_every_verb(tmp_path):
     """A text-only run would ask and train the text `<image>`."""
     row = {"messages": [user("<image>What is this?"), assistant(LONG)], "images": ["port.jpg"]}
@@ -358,6 +366,7 @@ def test_rows_with_images_stop_every_verb(tmp_path):
         lambda: mix([path], out),
         lambda: vocab([path], model, out, sizes=[1024]),
         lambda: simulate(model, [], path),
+        lambda: load_for_training(path),
     ):
         with pytest.raises(
             FastMTPError, match=r"rows\.jsonl:2: has images, videos or audio, and this run is text only"

@@ -79,6 +79,12 @@ def test_users_files(tmp_path):
         assert task.name == name
         assert [q.turns for q in task.questions] == [["One?"], ["Two?", "And?"], ["Three?", "Why?"]]
         assert [q.id for q in task.questions] == ["0", "b", "2"] and task.questions[2].system == "Be brief."
+    forms = [
+        {"query": "Two?", "history": [["One?", "Yes."]], "system": "Be brief."},
+        {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"text": "One?"}]}]},
+    ]
+    questions = load_task(str(write(tmp_path / "forms.jsonl", forms))).questions
+    assert [(q.turns, q.system) for q in questions] == [(["One?", "Two?"], "Be brief."), (["One?"], "Be brief.")]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["One?"]}), tmp_path / "t.parquet")
     assert load_task(str(tmp_path / "t.parquet")).questions[0].turns == ["One?"]
 
@@ -146,6 +152,11 @@ BROKEN = {
     "no list": ([{"turns": "a"}], ":1: its turns must be texts"),
     "no user": ([{"messages": [{"role": "assistant", "content": "a"}]}], ":1: its turns must be texts"),
     "odd messages": ([{"messages": ["a"]}], ":1: its turns must be texts"),
+    "an image": (
+        [{"prompt": "What is this?", "images": ["port.jpg"]}],
+        ":1: its turns must be texts, none of them empty "
+        "(has images, videos or audio, and this run is text only (`images`)); fix the row",
+    ),
     "id twice": ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], "two questions have the id '1'"),
     "no rows": ([], "holds no questions"),
 }

@@ -24,6 +24,7 @@ from .examples import check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .language_names import language_code
 from .near_duplicates import prompt_and_answer
+from .row_forms import UnreadableRowError, normalize
 from .rows import Row
 from .scripts import CJK
 from .shingles import Hashes, runs, units
@@ -315,8 +316,9 @@ def _task_texts(path: str) -> list[str]:
                 if not line.strip():
                     continue
                 task = json.loads(line)
-                asked = [m["content"] for m in task.get("messages", []) if m["role"] == "user"]
-                asked += [*task.get("turns", []), *([task["prompt"]] if "prompt" in task else [])]
+                asked = list(task.get("turns", []))
+                if not asked or "messages" in task or "prompt" in task:
+                    asked += [m["content"] for m in normalize(task)["messages"] if m["role"] == "user"]
                 if not asked or not all(isinstance(text, str) for text in asked):
                     raise KeyError
                 texts += asked
@@ -324,7 +326,7 @@ def _task_texts(path: str) -> list[str]:
         raise FastMTPError(f"--decontaminate {path}: cannot be read ({error})") from None
     except ValueError as error:
         raise FastMTPError(f"--decontaminate {path}:{number}: not JSON ({error})") from None
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, UnreadableRowError):
         raise FastMTPError(
             f"--decontaminate {path}:{number}: a task needs `messages`, `prompt` or `turns` (a list of strings)"
         ) from None

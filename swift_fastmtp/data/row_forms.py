@@ -250,7 +250,8 @@ def _call(value: Any, where: str) -> dict[str, Any]:
         raise UnreadableRowError(NO_TOOL_CALLS, where)
     if not isinstance(call.get("id", ""), str):
         raise UnreadableRowError("the `id` of a tool call must be a string", where)
-    call.setdefault("type", "function")
+    if "type" not in call:
+        call = {"type": "function", **call}
     arguments = function.get("arguments")
     call["function"] = {**function, "arguments": _arguments(arguments, f"{where}: {function['name'][:40]}")}
     return call
@@ -282,9 +283,8 @@ def _with_calls_in_turns(messages: list[Message]) -> list[Message]:
     number = 0
     for message in messages:
         calls = message.pop("content") if message["role"] == _TOOL_CALL else message.pop("function_call", [])
-        for call in calls:
-            call["id"] = f"call_{number}"
-            number += 1
+        calls = [{"id": f"call_{i}", **call} for i, call in enumerate(calls, start=number)]
+        number += len(calls)
         if message["role"] == _TOOL_CALL:
             if not result or result[-1]["role"] != "assistant":
                 result.append({**message, "role": "assistant", "content": ""})

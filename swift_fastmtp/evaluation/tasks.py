@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ..data.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..data.rows import BadRows, Row, iter_values
 from ..errors import FastMTPError
 
@@ -160,17 +161,22 @@ def _question(row: Row, described: Descriptor, name: str, where: str) -> Questio
         turns: Any = [template.format_map(row).strip() for template in described.turns]
     elif isinstance(described.turns, str) and described.turns in row:
         turns = row[described.turns]
-    elif isinstance(messages := row.get("messages"), list):
-        said = [m if isinstance(m, dict) else {} for m in messages]
-        turns = [m.get("content") for m in said if m.get("role") == "user"]
-        system = "\n".join(str(m.get("content")) for m in said if m.get("role") == "system") or None
-    elif "turns" in row or "prompt" in row:
-        turns = row.get("turns", [row.get("prompt")])
+    elif "turns" in row and not row.get("messages"):
+        turns = row["turns"]
     else:
-        wanted = "turns, prompt or messages"
-        if isinstance(described.turns, list):
-            wanted = f"{', '.join(_missing(described.turns, row))} (or {wanted})"
-        raise FastMTPError(f"{where}: needs {wanted}; mend it")
+        try:
+            messages = normalize(row)["messages"]
+        except UnreadableRowError as error:
+            if error.what != NO_MESSAGES:
+                raise FastMTPError(
+                    f"{where}: its turns must be texts, none of them empty ({error}); fix the row"
+                ) from None
+            wanted = "turns, prompt or messages"
+            if isinstance(described.turns, list):
+                wanted = f"{', '.join(_missing(described.turns, row))} (or {wanted})"
+            raise FastMTPError(f"{where}: needs {wanted}; mend it") from None
+        turns = [m["content"] for m in messages if m["role"] == "user"]
+        system = "\n".join(m["content"] for m in messages if m["role"] == "system") or None
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise FastMTPError(f"{where}: its turns must be texts, none of them empty; mend it")
     return Question(name, turns, system)
