@@ -177,9 +177,9 @@ def _read_message(value: Any, number: int) -> Message:
     if role == _TOOL_CALL:
         message["content"] = _calls_of(message.get("content"), where)
         return message
-    if role == "assistant":
-        _read_reasoning(message, where)
-        _read_tool_calls(message, where)
+    # Of any role: templates look for these keys, not for who has them.
+    _read_reasoning(message, where)
+    _read_tool_calls(message, where)
     if not isinstance(message.get("tool_call_id", ""), str):
         raise UnreadableRowError("`tool_call_id` must be a string", where)
     message["content"] = _content(message, where)
