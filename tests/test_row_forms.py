@@ -246,6 +246,14 @@ BAD = {
     "the id of a call": ({"messages": [assistant("", tool_calls=[{**called(0, {}), "id": 7}])]}, "`id` of a tool call"),
     "the id of a result": ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 7}]}, "`tool_call_id` must"),
     "a call of ms-swift's": ({"messages": [{"role": "tool_call", "content": "tide"}]}, "a `tool_call` message needs"),
+    "reasoning of a call": (
+        {"messages": [{"role": "tool_call", "content": {"name": "tide"}, "reasoning_content": []}]},
+        "`reasoning_content` must be a string (message 0)",
+    ),
+    "the id of a call that is a message": (
+        {"messages": [{"role": "function_call", "content": {"name": "tide"}, "tool_call_id": []}]},
+        "`tool_call_id` must be a string (message 0)",
+    ),
     "reasoning": ({"messages": [assistant("x", reasoning=["y"])]}, "`reasoning_content` must be a string"),
     "an unknown role": ({"conversations": [{"from": "narrator", "value": "x"}]}, "a message needs a `role`"),
     "conversations that are text": ({"conversations": "a: b"}, "(`conversations` is no list)"),

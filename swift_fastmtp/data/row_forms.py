@@ -174,15 +174,13 @@ def _read_message(value: Any, number: int) -> Message:
     if role is None:
         raise UnreadableRowError(NO_ROLE, where)
     message["role"] = role
-    if role == _TOOL_CALL:
-        message["content"] = _calls_of(message.get("content"), where)
-        return message
     # Of any role: templates look for these keys, not for who has them.
     _read_reasoning(message, where)
     _read_tool_calls(message, where)
     if not isinstance(message.get("tool_call_id", ""), str):
         raise UnreadableRowError("`tool_call_id` must be a string", where)
-    message["content"] = _content(message, where)
+    is_call = role == _TOOL_CALL
+    message["content"] = _calls_of(message.get("content"), where) if is_call else _content(message, where)
     return message
 
 
@@ -282,7 +280,9 @@ def _with_calls_in_turns(messages: list[Message]) -> list[Message]:
     unanswered: list[str] = []
     number = 0
     for message in messages:
-        calls = message.pop("content") if message["role"] == _TOOL_CALL else message.pop("function_call", [])
+        calls = message.pop("function_call", [])
+        if message["role"] == _TOOL_CALL:
+            calls = [*calls, *message.pop("content")]
         calls = [{"id": f"call_{i}", **call} for i, call in enumerate(calls, start=number)]
         number += len(calls)
         if message["role"] == _TOOL_CALL:
