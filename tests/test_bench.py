@@ -275,7 +275,7 @@ def test_a_template_that_refuses_a_conversation(tmp_path):
         results = bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
         assert (results.runs[0].num_requests, results.runs[0].num_failed) == (2, 1)
         (failed,) = [r for r in lines(tmp_path / "out") if "error" in r]
-        assert "does not render it: Only the first may be system." in failed["error"]
+        assert "cannot render this conversation (Only the first may be system.)" in failed["error"]
 
         (tmp_path / "task.jsonl").write_text(json.dumps(rows[1]) + "\n")
         with pytest.raises(
@@ -288,7 +288,7 @@ def test_a_folder_without_a_chat_template(tmp_path):
     """Said before anything is started or asked; a server that renders with its own template does without."""
     model = with_template(tmp_path / "model", None)
     options = {**ASKED, "model": str(model)}
-    message = "has no chat template, which the prompts are made with; put the model's chat_template.jinja"
+    message = "has no chat template .*take the folder of the chat model"
     with FakeEngine() as server, pytest.raises(FastMTPError, match=message):
         bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
     assert server.asked == 0
