@@ -11,8 +11,8 @@ import pytest
 from conftest import TINY
 from fake_engine import FakeEngine
 
+from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.client import Sampling, Servers, longest_silence, repeat
-from swift_fastmtp.data.conversation import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.evaluation.engines import Engine
 

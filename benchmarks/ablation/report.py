@@ -59,7 +59,7 @@ def main():
     prompts = {lang: len(groups[BASELINE][0]["test"][f"0.0-{lang}"]["rounds"]) for lang in LANGUAGES}
     record = {
         "schema": "swift_fastmtp.ablation/1",
-        "provenance": provenance(started),
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
         "prompts": prompts,
         "rows": rows,
     }

@@ -60,7 +60,10 @@ def main():
     for seed in SEEDS:
         for name, folder in folders.items():
             heads[name, seed] = train(name, folder, rows[name], seed, args.epochs, out)
-    record = {**measure(folders["asked"], heads), "provenance": provenance(started)}
+    record = {
+        **measure(folders["asked"], heads),
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
+    }
     write_json(record, Path(args.results) / "asked.json")
     text = table(record)
     (Path(args.results) / "asked.md").write_text(text, encoding="utf-8")

@@ -56,7 +56,12 @@ def main():
     commands = [command for arm in ARMS for command in prepare(arm, args.base_url, out)]
     commands += [command for arm, seed in product(ARMS, SEEDS) for command in train(arm, seed, out)]
     tau, steps = intervals(measure(out)), rows_of_steps(out)
-    record = {"tau": tau, "steps": steps, "commands": commands, "provenance": provenance(started)}
+    record = {
+        "tau": tau,
+        "steps": steps,
+        "commands": commands,
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
+    }
     write_json(record, Path(args.results) / "data_chain.json")
     text = table(record)
     (Path(args.results) / "data_chain.md").write_text(text, encoding="utf-8")

@@ -356,7 +356,7 @@ def main():
                 done = measured(name, distinct_rows(rows, size, random.Random(size)))
                 report["scale"][name][str(size)] = {k: done[k] for k in ("seconds", "mb")}
                 print(size, name, f"{done['seconds']:.1f} s, {done['mb']:.0f} MB", flush=True)
-    report["run"] = provenance(started)
+    report["run"] = {**provenance(), "seconds": round(time.time() - started, 1)}
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, output.with_suffix(".json"))

@@ -207,7 +207,7 @@ def main():
             facts["verbs"] = {verb: measure(verb, Path(work) / name) for verb in VERBS}
             sizes[name] = facts
             print(name, json.dumps(facts, indent=2))
-    results = {"sizes": sizes, "provenance": provenance(started)}
+    results = {"sizes": sizes, "provenance": {**provenance(), "seconds": round(time.time() - started, 1)}}
     results["provenance"]["command"] = ["benchmarks/export/huge.py"]  # --work is a folder of the machine
     write_json(results, args.output.with_suffix(".json"))
     if set(sizes) == set(SIZES):

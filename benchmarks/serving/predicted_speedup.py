@@ -30,7 +30,7 @@ def main():
     args = parser.parse_args()
     started = time.time()
     sections = [predict(path, args.model) for path in args.results]
-    record = {"sections": sections, "provenance": provenance(started)}
+    record = {"sections": sections, "provenance": {**provenance(), "seconds": round(time.time() - started, 1)}}
     write_json(record, Path(args.output) / "predicted_speedup.json")
     (Path(args.output) / "predicted_speedup.md").write_text(table(record), encoding="utf-8")
     print(table(record))

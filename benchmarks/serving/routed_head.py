@@ -131,7 +131,7 @@ def main():
     found = measure()
     record = {
         "schema": "swift_fastmtp.routed_head/1",
-        "provenance": {**provenance(started), "triton": version("triton")},
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1), "triton": version("triton")},
         "shape": {"vocab": V, "hidden": D, "map": M, "dtype": str(DTYPE).split(".")[1], "bytes": DTYPE.itemsize},
         "copy_bytes_per_second": bandwidth,
         "weight_rows": WEIGHT_ROWS,

@@ -79,7 +79,7 @@ def main():
         "requests": number,
         "requests_equal": equal,
         "sglang": engine_version(),
-        "provenance": provenance(started),
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
     }
     write_json(record, results / "token_maps.json")
     shown = [r for r in found if r.group in LANGUAGES and r.head == "base"]

@@ -164,7 +164,11 @@ def main():
         for way in WAYS:
             results["ways"][way] = measure(way, Path(work) / "model")
             print(way, json.dumps(results["ways"][way]))
-    results["provenance"] = {**provenance(started), "command": ["benchmarks/training/loading.py"]}
+    results["provenance"] = {
+        **provenance(),
+        "seconds": round(time.time() - started, 1),
+        "command": ["benchmarks/training/loading.py"],
+    }
     write_json(results, args.output.with_suffix(".json"))
     args.output.with_suffix(".md").write_text(page(results), encoding="utf-8")
 

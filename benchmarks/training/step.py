@@ -259,7 +259,7 @@ def main():
         memory, growth = ({}, {}) if args.no_memory else (extra_memory(args, map_file), sweep(args, map_file))
     record = {
         "schema": "swift_fastmtp.training_step/1",
-        "provenance": provenance(started),
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
         "shape": {**SHAPES[args.shape], "layers": args.layers, "vocab": VOCAB[args.shape], "map": MAP[args.shape]},
         "length": args.length,
         "supervised": SUPERVISED,

@@ -89,7 +89,12 @@ def main():
     sizes = {m["name"]: m["size"] for m in json.loads((target / "coverage.json").read_text())["maps"]}
     megabytes = rows.stat().st_size / 1e6
     record = {"coverage": {k: report[k] for k in ("cells", "maps", "unions", "must_keep", "tokenizer_sha256")}}
-    record |= {"sizes_for_99_percent": sizes, "megabytes": megabytes, "runs": runs, "provenance": provenance(started)}
+    record |= {
+        "sizes_for_99_percent": sizes,
+        "megabytes": megabytes,
+        "runs": runs,
+        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
+    }
     record["provenance"]["command"] = [Path(word).name for word in sys.argv]
     write_json(record, results / "vocab.json")
     shutil.copyfile(first / "coverage.png", results / "vocab.png")

@@ -76,7 +76,8 @@ def main():
         "found": {name: dict(counts.most_common()) for name, counts in sorted(found.items())},
         "microseconds": {kind: 1e6 * s / max(numbers[kind], 1) for kind, s in seconds.items()},
         "seconds_to_build": built,
-        "provenance": provenance(began) | {"command": ["benchmarks/vocab/languages.py"]},
+        "provenance": {**provenance(), "seconds": round(time.time() - began, 1)}
+        | {"command": ["benchmarks/vocab/languages.py"]},
     }
     write_json(record, Path(args.results) / "languages.json")
     (Path(args.results) / "languages.md").write_text(table(record), encoding="utf-8")

@@ -127,7 +127,7 @@ class Servers:
         return self.model
 
     async def reply(
-        self, messages: list[Message], tools: Any, seed: int, chat_template_kwargs: dict[str, Any]
+        self, messages: list[Message], tools: Any, seed: int, chat_template_kwargs: dict[str, Any] | None = None
     ) -> tuple[Reply, list[int] | int | None]:
         """The assistant's next turn, and the prompt as the server saw it: its token ids, their number, or None.
 
