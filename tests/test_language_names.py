@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swift_fastmtp.data.clean import clean
-from swift_fastmtp.data.language import known_languages
+from swift_fastmtp.data.language import known_languages, language
 from swift_fastmtp.data.language_names import language_code, language_tag
 from swift_fastmtp.data.mix import mix
 from swift_fastmtp.data.mix_groups import Groups, language_of
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.vocab.counts import cell_of
+from swift_fastmtp.vocab.languages import check_names
 
 CODES = {
     "zh": ["zh", "ZH", "zh-CN", "zh_Hant", "zh-Hans-CN", "zho", "zho_Hans", "cmn-Hans", "Chinese", "CHINESE", "中文",
@@ -41,6 +42,20 @@ def test_every_language_that_is_detected_has_a_name():
     names = {"ar": "Arabic", "hi": "Hindi", "ko": "Korean", "ru": "Russian", "vi": "Vietnamese", "sw": "Swahili"}
     assert {code: language_code(name) for code, name in names.items()} == {code: code for code in names}
     assert {language_code(code) for code in known_languages()} >= set(names)
+
+
+def test_detected_languages_have_the_codes_that_rows_have():
+    """py3langid's `kik`, `gug` and `yue` are `ki`, `gn` and `zh` in rows and maps; its `zxx` is no language."""
+    known = known_languages()
+    assert {language_code(code) for code in known} == known
+    assert known >= {"ki", "gn", "zh", "en", "uz"} and not known & {"kik", "gug", "yue", "wuu", "uzs", "zxx", "unknown"}
+    assert check_names(["ki", "gn"]) == {"ki", "gn"}
+
+
+def test_a_detected_text_and_a_row_agree():
+    prose = "Andũ othe maciaragwo marĩ na wĩyathi na maiganaine na matiĩo na ihooto ciao. " * 3
+    kikuyu = language(prose)
+    assert kikuyu == "ki" and language_code("Kikuyu") == kikuyu
 
 
 @given(st.text(max_size=12) | st.sampled_from([name for names in CODES.values() for name in names]))

@@ -8,6 +8,7 @@ import re
 from functools import cache
 from typing import Any
 
+from .language_names import UNKNOWN, language_code
 from .scripts import HAN, KANA
 
 MIN_LETTERS = 60
@@ -25,8 +26,8 @@ _KANA = re.compile(f"[{KANA}]")
 
 
 def language(text: str) -> str | None:
-    """ISO 639-1 code of the language of a text's prose (`zh` for every Chinese), or None if there is too little of it
-    or it is not clear."""
+    """Code (`language_code`) of the language of a text's prose (`zh` for every Chinese), or None if there is too little
+    of it or it is not clear."""
     lines = _NO_PROSE.sub(" ", text).splitlines()
     prose = " ".join(line for line in lines if not _CODE_LINE.search(line))[:_LOOKED_AT]
     han, kana = len(_HAN.findall(prose)), len(_KANA.findall(prose))
@@ -37,8 +38,12 @@ def language(text: str) -> str | None:
         return "ja" if kana > 0.1 * (han + kana) else "zh"
     if 3 * han > 0.1 * letters:
         return None  # a mixture
-    found, confidence = _identifier().classify(prose)
-    return found if confidence >= MIN_CONFIDENCE else None
+    label, confidence = _identifier().classify(prose)
+    if confidence < MIN_CONFIDENCE:
+        return None
+    # py3langid has labels such as `kik`; a row's `language` is `ki` then, and both must be one name.
+    code = language_code(label)
+    return None if code == UNKNOWN else code
 
 
 @cache
@@ -50,4 +55,5 @@ def _identifier() -> Any:
 
 def known_languages() -> set[str]:
     """The codes that `language` may return."""
-    return {str(name) for name in _identifier().nb_classes}
+    codes = {language_code(str(label)) for label in _identifier().nb_classes}
+    return codes - {UNKNOWN}  # `zxx`, which is no language
