@@ -143,12 +143,16 @@ def test_from_servers_that_tell_less(tells, folders, tmp_path):
 def test_in_process(name, folders, tmp_path):
     """The model itself, with several turns and the template's switch."""
     thinking = {"enable_thinking": False}
-    talk = [
+    two_turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "x"},
         {"role": "user", "content": "Why?"},
     ]
-    rows = [{"prompt": "Name a colour."}, {"prompt": "Hello.", "chat_template_kwargs": thinking}, {"messages": talk}]
+    rows = [
+        {"prompt": "Name a colour."},
+        {"prompt": "Hello.", "chat_template_kwargs": thinking},
+        {"messages": two_turns},
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = folders(name)
     distill(
