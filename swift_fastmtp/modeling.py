@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any, cast
@@ -29,6 +29,7 @@ from .checkpoints import check_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
 from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
+from .finite import check_drafts, check_hidden_states, check_losses, first_bad_module
 from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
 from .headers import Headers, read_headers
 from .hidden_cache import HiddenCache, documents_of
@@ -211,6 +212,8 @@ class FastMTPMixin:
 
         Without them this is the plain language model: `generate`, evaluation and export tools see no difference.
         `num_items_in_batch`, if given, is the token count the loss is divided by (see `losses.weighted_loss`).
+
+        Raises `NotFiniteError` at the first state, draft or loss that is NaN or infinite.
         """
         labels = kwargs.pop("mtp_labels", labels)  # ms-swift's trainer takes `labels` out of the inputs
         if labels is None:
@@ -228,10 +231,13 @@ class FastMTPMixin:
             rows = rows.new_zeros(1)  # a batch without a target must still take part in a distributed backward
         hidden = self.backbone_states(input_ids, attention_mask, position_ids, segments, **kwargs)
         outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
-        found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid.flatten(1)[:, rows], rows)
+        valid_KN = valid.flatten(1)[:, rows]
+        check_drafts(self, outputs, valid_KN, rows, input_ids.shape[1])
+        found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid_KN, rows)
         for name, value in found.items():
             dense = value.new_zeros(valid.flatten(1).shape)
             found[name] = dense.index_copy(1, rows, value).view_as(valid)
+        check_losses(self, found["step_loss"])
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
@@ -251,6 +257,8 @@ class FastMTPMixin:
 
         `segments` [B, T] are the documents (`rollout.segment_ids`); rows outside any are 0 when
         they come from the cache.
+
+        Raises `NotFiniteError` for states that hold a NaN or an infinity.
         """
         spans = documents_of(segments) if self.hidden_cache else []
         documents = [input_ids[b, start:end] for b, start, end in spans]
@@ -259,6 +267,8 @@ class FastMTPMixin:
             hidden = torch.zeros(*input_ids.shape, self.hidden_cache.width, dtype=self.hidden_cache.dtype)
             for (b, start, end), states in zip(spans, found, strict=True):
                 hidden[b, start:end] = states
+            folder = self.hidden_cache.folder
+            check_hidden_states(hidden, (segments >= 0).cpu(), lambda: f"it is from {folder}; delete that folder")
             return hidden.to(input_ids.device, non_blocking=True)
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
         several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
@@ -267,12 +277,27 @@ class FastMTPMixin:
                 f"a row holds several documents, and {self.family.name} has layers that carry a state from one to the "
                 "next; train without --packing and --padding_free"
             )
-        hidden = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **packed
-        ).last_hidden_state
+        run = partial(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **packed,
+        )
+        hidden = run().last_hidden_state
+        real = segments >= 0
+        check_hidden_states(hidden, real, lambda: self.source_of_bad_states(run, real))
         if self.hidden_cache:
             self.hidden_cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
         return hidden
+
+    @torch.no_grad()
+    def source_of_bad_states(self, run: Callable[[], Any], real_BT: torch.Tensor) -> str:
+        """Which module gave states that are not finite, for an error message. `run` calls the backbone again."""
+        if is_deepspeed_zero3_enabled():
+            return "run `fastmtp doctor` on the model"  # the other ranks would have to take part
+        return first_bad_module(self, run, real_BT)
 
     def draft_states(
         self,
@@ -395,11 +420,18 @@ def model_class(model_dir: str | Path) -> type:
 def load_config(model_dir: str | Path) -> Any:
     """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
 
-    Raises `FastMTPError` if transformers cannot build it.
+    No code of the folder runs. Raises `FastMTPError` if transformers cannot build it without.
     """
     stored = read_config(model_dir)  # names a key of a wrong type
     if "auto_map" in stored and stored["auto_map"] is None:
         raise FastMTPError(f"{Path(model_dir) / 'config.json'}: auto_map is null; remove the key")
+    kind = stored.get("model_type")
+    if stored.get("auto_map") and kind not in CONFIG_MAPPING:
+        family = match_family(stored, Path(model_dir) / "config.json")
+        raise FastMTPError(
+            f"{Path(model_dir) / 'config.json'}: model_type {kind!r} is known to Python code of the folder only "
+            f"(auto_map), and this package runs none; set it to {family.config_model_type!r} if the model is one"
+        )
     with _one_line(model_dir):
         # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
         return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)

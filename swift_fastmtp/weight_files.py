@@ -18,6 +18,7 @@ from typing import Any
 
 from .errors import FastMTPError
 from .families import config_value, read_config
+from .paths import check_link
 
 INDEX_FILE = "model.safetensors.index.json"
 ENGINES = ("sglang", "vllm")
@@ -108,10 +109,12 @@ def resolve(folder: str | Path) -> WeightFiles:
 
     Nothing but the index and config.json is opened. Raises `FastMTPError` if the folder has no safetensors file, or if
     its index is broken, or lists something that is no file of the folder itself (paths that lead elsewhere, folders
-    below): engines read none of those, or read outside the folder.
+    below), or a file is a link that leads out of it: engines read none of those, or read outside the folder.
     """
     folder = Path(folder)
     here = tuple(sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith(".")))
+    for path in here:
+        check_link(path, folder)
     consolidated = tuple(p for p in here if p.name.startswith("consolidated"))
     index = _read_index(folder / INDEX_FILE)
     if index is None:

@@ -1,6 +1,7 @@
 """Generation and the simulator, on the trained tiny model."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from swift_fastmtp.evaluation.metrics import micro_tau
 from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.modeling import load_model
 from swift_fastmtp.rollout import segment_ids
-from swift_fastmtp.vocab.maps import DraftVocabulary
+from swift_fastmtp.vocab.maps import DraftVocabulary, read_map_list
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
 
@@ -156,9 +157,11 @@ def test_tables_and_maps_by_language(few, tmp_path, capsys):
     (again,) = [r for r in results if r.group == "all" and r.token_map == maps[0]]
     assert again == alone[1]
     best = record["recommended"]["token_maps"]
-    assert json.loads((out / "maps.json").read_text()) == {
-        g: f"../{m.rpartition('/')[2]}" for g, m in best.items() if m and g != "unknown"
-    }
+    chosen = {g: m for g, m in best.items() if m and g != "unknown"}
+    listed = read_map_list(out / "maps.json")
+    assert list(listed) == list(chosen)
+    for group, path in listed.items():
+        assert path.parent == out / "token_maps" and path.read_bytes() == Path(chosen[group]).read_bytes()
     assert "recommended: K=" in printed or "recommended: no drafts" in printed
     assert (out / "maps.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -412,7 +412,7 @@ CONFIGS = {
     "base of RoPE: null": ({"rope_theta": None}, "rope_theta is None"),
     "norm: null": ({"rms_norm_eps": None}, "rms_norm_eps"),
     "model type: null": ({"model_type": None}, "has no model_type"),
-    "model type: unknown": ({"model_type": "nobodys"}, "transformers cannot build it"),
+    "model type: unknown": ({"model_type": "nobodys"}, "this package runs none"),
 }
 
 

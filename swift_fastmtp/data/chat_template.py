@@ -24,7 +24,10 @@ class RenderError(FastMTPError):
 
 
 def load_tokenizer(model_dir: str) -> Any:
-    """The tokenizer of a model folder. Raises `FastMTPError` if there is none, or config.json cannot be built."""
+    """The tokenizer of a model folder; no code of the folder runs.
+
+    Raises `FastMTPError` if there is none, or none without such code, or config.json cannot be built.
+    """
     from transformers import AutoTokenizer
 
     from .. import modeling  # makes `mimo` known to transformers
@@ -34,6 +37,11 @@ def load_tokenizer(model_dir: str) -> Any:
     except Exception as error:  # transformers and tokenizers raise whatever they like
         if (Path(model_dir) / "config.json").is_file():
             modeling.load_config(model_dir)  # it is read for the tokenizer too: says so if the fault is there
+        if "trust_remote_code" in str(error):
+            raise FastMTPError(
+                f"--model {model_dir}: tokenizer_config.json names Python code of the folder (auto_map), and this "
+                "package runs none; save it as a tokenizer.json (transformers' `PreTrainedTokenizerFast`)"
+            ) from None
         what = " ".join(str(error).split())[:300] or type(error).__name__
         raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({what})") from None
 

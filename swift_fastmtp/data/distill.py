@@ -21,6 +21,7 @@ from .. import __version__
 from ..checkpoints import file_hash, fingerprint, write_json
 from ..errors import FastMTPError
 from ..families import config_value, read_config
+from ..finite import NotFiniteError
 from ..modeling import load_model
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers
@@ -68,7 +69,7 @@ def distill(
     Returns whether the output is complete; it is not while other shards are missing.
 
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the folder has no
-    chat template, the server's is another, or no server answers.
+    chat template, the server's is another, no server answers, or the model computes a NaN or an infinity.
     """
     refuse_existing(output)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
@@ -226,20 +227,24 @@ class Worker:
         ends = end_token_ids(model, self.tokenizer)
         done: list[Conversation | RenderError] = [Conversation(row["messages"]) for _, row in sources]
         while True:
-            waiting, prompts = [], []
-            for number, (_, row) in enumerate(sources):
+            waiting, prompts, places = [], [], []
+            for number, (where, row) in enumerate(sources):
                 conversation = done[number]
                 if isinstance(conversation, RenderError) or not conversation.waiting:
                     continue
                 try:
                     prompts.append(self.encode(row, conversation))
                     waiting.append(conversation)
+                    places.append(where)
                 except RenderError as error:
                     done[number] = error
             if not waiting:
                 return done
             limits = (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
-            answers = generate(model, self.tokenizer, prompts, *limits)
+            try:
+                answers = generate(model, self.tokenizer, prompts, *limits)
+            except NotFiniteError as error:
+                raise error.of(places[error.row]) from None
             for conversation, asked, answer in zip(waiting, prompts, answers, strict=True):
                 ids = answer.token_ids[:-1] if answer.token_ids[-1] in ends else answer.token_ids
                 reply = Reply(self.tokenizer.decode(ids), answer.finish_reason, answer.token_ids)

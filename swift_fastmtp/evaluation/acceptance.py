@@ -18,6 +18,7 @@ from ..data.conversation import without_answer
 from ..data.examples import turns
 from ..data.generate import generate
 from ..errors import FastMTPError
+from ..finite import NotFiniteError, check_drafts, not_finite, output_matrix
 from ..frozen_head import chunk_size, project
 from ..rollout import segment_ids, step_targets
 from ..vocab.maps import DraftVocabulary
@@ -54,7 +55,7 @@ def make_texts(
 
     Prompts are those that an engine would be asked with: the row's own where it keeps them (`answers` "given"), else
     rendered by the folder's chat template with the row's tools and `chat_template_kwargs`. Raises `FastMTPError` for a
-    row that cannot be rendered, or has no answer where it should.
+    row that cannot be rendered, has no answer where it should, or makes the model compute a NaN or an infinity.
     """
     if answers == "given":
         texts = [_given(tokenizer, number, row) for number, row in enumerate(rows)]
@@ -66,9 +67,12 @@ def make_texts(
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
             batch = order[start : start + batch_size]
             sampling = (temperature, top_k, top_p)
-            generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, *sampling)
-            whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
-            beyond = generate(model, tokenizer, whole, K, *sampling, stop=False)
+            try:
+                generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, *sampling)
+                whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
+                beyond = generate(model, tokenizer, whole, K, *sampling, stop=False)
+            except NotFiniteError as error:
+                raise error.of(f"row {batch[error.row] + 1}") from None
             for i, ids, more in zip(batch, whole, beyond, strict=True):
                 found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
         texts = [found[i] for i in range(len(prompts))]
@@ -119,7 +123,7 @@ def greedy_acceptance(
     vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
     def accepted(states: torch.Tensor, _: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logits = project(states, model.lm_head.weight)
+        logits = _logits(model, states)
         return torch.stack([v.decode(v.columns(logits).argmax(-1)) == tokens for v in vocabularies])
 
     return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.bool, label)
@@ -146,10 +150,9 @@ def sampled_acceptance(
     vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
     def accepted(states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        weight, chosen = model.lm_head.weight, tokens[:, None]
-        target = _cut(project(teacher, weight).float() / temperature, top_k, top_p)
-        log_p = target.log_softmax(-1).gather(1, chosen)[:, 0]
-        logits = project(states, weight).float() / temperature
+        target = _cut(_logits(model, teacher).float() / temperature, top_k, top_p)
+        log_p = target.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        logits = _logits(model, states).float() / temperature
         found = []
         for vocabulary in vocabularies:
             rows = vocabulary.encode(tokens)
@@ -159,6 +162,14 @@ def sampled_acceptance(
         return torch.stack(found).double()
 
     return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.float64, label)
+
+
+def _logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
+    """[N, V]. Raises `FastMTPError` for one that is not finite, which `argmax` would take for the largest."""
+    logits = project(states_ND, model.lm_head.weight)
+    if bool(not_finite(logits).any()):
+        raise FastMTPError(f"{model.name_or_path}: logits of drafts are not finite: {output_matrix(model)}")
+    return logits
 
 
 def _cut(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -262,8 +273,13 @@ def _batches(model: Any, texts: list[Text], pad: int, batch_size: int, label: st
         targets, exists = step_targets(ids, segments, None, K)
         exists &= base
         rows = exists.any(0).flatten().nonzero().squeeze(1)
-        hidden = model.backbone_states(ids, mask, positions, segments)
-        outputs = model.draft_states(hidden, ids, positions, segments, rows)
-        yield _Batch(places, targets, exists, hidden, rows, outputs)
+        try:
+            hidden = model.backbone_states(ids, mask, positions, segments)
+            outputs = model.draft_states(hidden, ids, positions, segments, rows)
+            batch = _Batch(places, targets, exists, hidden, rows, outputs)
+            check_drafts(model, outputs, batch.wanted, rows, width)
+        except NotFiniteError as error:
+            raise error.of(f"row {texts[places[error.row]].row + 1}") from None
+        yield batch
         progress.update(len(places))
     progress.close()

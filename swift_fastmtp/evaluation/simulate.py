@@ -6,7 +6,6 @@ The backbone answers each prompt (or the dataset's answers are taken as they are
 bytes that a step reads turn tau into speed (`cost.py`).
 """
 
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ from ..data.conversation import without_answer
 from ..data.generate import padding_id
 from ..data.language_names import UNKNOWN
 from ..data.rows import read_rows
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
 from ..modeling import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
-from ..vocab.maps import check_tokenizer, read_token_map
+from ..vocab.maps import check_tokenizer, copy_maps, read_token_map
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .cost import StepCost, read_cost
 from .metrics import expected_rounds, text_counts, verify_rounds
@@ -179,8 +178,11 @@ def simulate(
         plot_acceptance([r for r in whole if not r.token_map or len(whole) <= MOST_PLOTTED], out / "simulate.png")
         if by and token_maps:
             plot_maps(last, advice.num_steps, out / "maps.png")
-            chosen = {g: os.path.relpath(p, out) for g, p in advice.token_maps.items() if p and g != UNKNOWN}
-            write_json(chosen, out / "maps.json")
+            chosen = {g: Path(p) for g, p in advice.token_maps.items() if p and g != UNKNOWN}
+            try:
+                write_json(copy_maps(chosen, out), out / "maps.json")  # a list names maps beside it
+            except OSError as error:
+                raise cannot_write(out / "maps.json", error) from None
         record = {
             "schema": "swift_fastmtp.simulate/2",
             "provenance": {**made_by, "seconds": round(time.time() - started, 1)},

@@ -38,14 +38,14 @@ from ..errors import FastMTPError
 from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
 from ..headers import entries_of, read_headers
+from ..paths import files_of
 from ..vocab.languages import check_names
-from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
+from ..vocab.maps import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
 from ..weight_files import INDEX_FILE
 from .shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 
 # Written by trainers next to a model; they describe a run, not a model.
 RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
-MAPS_FOLDER = "token_maps"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -90,23 +90,24 @@ def export_full(
     """
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
-        changed, written = set(trained.file_of.values()), {}
-        for source in sorted(base.iterdir()):
+        changed = set(trained.file_of.values())
+        hashes: dict[str, str] = {}
+        for source in files_of(base):
             target = out / source.name
-            if source.is_dir() or source.name in RUN_FILES or source.name.startswith("."):
+            if source.name in RUN_FILES:
                 continue
             if source not in changed:
                 link_or_copy(source, target)
                 continue
             shutil.copyfile(source, target)
             names = [n for n in trained.specs if trained.file_of[n] == source]
-            written[target] = overwrite_tensors(target, names, trained)
+            hashes |= overwrite_tensors(target, names, trained)
         _finish_index(base, out)
         _finish_config(out, family, remote_code)
         if token_maps:
             _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
-        _verify(out, family, expected, written)
+        _verify(out, family, expected, hashes)
     return base
 
 
@@ -120,7 +121,7 @@ def export_draft(
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
-        for source in sorted(base.iterdir()):
+        for source in files_of(base):
             if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
@@ -128,7 +129,7 @@ def export_draft(
             _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         hashes = write_tensors(out / WEIGHTS_FILE, trained.specs, trained)
-        _verify(out, family, expected, {out / WEIGHTS_FILE: hashes})
+        _verify(out, family, expected, hashes)
     return base
 
 
@@ -167,18 +168,13 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 
 def _add_maps(folder: Path, token_maps: str | Path) -> None:
     """Copy the maps of a list, with what is known of them, and name them in config.json."""
-    config, named = read_config(folder), {}
+    config = read_config(folder)
     maps = read_map_list(token_maps)
     check_names(maps)
-    (folder / MAPS_FOLDER).mkdir()
-    for language, path in maps.items():
+    for path in maps.values():
         check_tokenizer(path, folder)
         read_token_map(path, config_value(config, "vocab_size"))
-        named[language] = f"{MAPS_FOLDER}/{language}.pt"
-        shutil.copyfile(path, folder / named[language])
-        if sidecar(path).exists():
-            shutil.copyfile(sidecar(path), sidecar(folder / named[language]))
-    write_json({**config, CONFIG_KEY: named}, folder / "config.json")
+    write_json({**config, CONFIG_KEY: copy_maps(maps, folder)}, folder / "config.json")
 
 
 class _Trained:
@@ -271,9 +267,17 @@ def _collect(
     return base, family, trained, expected, known
 
 
-def _verify(folder: Path, family: Family, expected: dict[str, tuple[int, ...]], written: dict[Path, Any]) -> None:
-    """Read the result back: exactly these MTP tensors with exactly these bytes."""
+def _verify(folder: Path, family: Family, expected: dict[str, tuple[int, ...]], hashes: dict[str, str]) -> None:
+    """Read the result back, from the files that an engine will load: exactly these MTP tensors with these bytes.
+
+    Args:
+        hashes: name → SHA-256 of the bytes that were written.
+    """
     head_reader(folder, family, expected)
-    for path, hashes in written.items():
-        if tensor_hashes(path, hashes) != hashes:
-            raise FastMTPError(f"{path}: reads back with other values; the disk may be faulty")
+    file_of = Weights(folder).file_of
+    for name, written in hashes.items():
+        path = file_of[name]
+        if path.resolve().parent != folder.resolve():
+            raise FastMTPError(f"{path}: {name} would be read from {path.resolve()}, outside of what was written")
+        if tensor_hashes(path, [name])[name] != written:
+            raise FastMTPError(f"{path}: {name} reads back with other values; the disk may be faulty")

@@ -20,6 +20,7 @@ from ..errors import FastMTPError
 from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
 from ..fp8 import read_blocks
 from ..headers import Headers, layer_elsewhere, read_headers
+from ..paths import check_link, files_of
 from ..weight_files import INDEX_FILE
 from .folders import RUN_FILES, write_index
 from .inspection import size
@@ -285,6 +286,7 @@ def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: P
             raise FastMTPError(f"{model / 'config.json'}: auto_map names {name}, which is not there; add the file")
     files = sorted(p for p in donor.glob("*.py") if not (model / p.name).exists()) if donor else []
     for source in files:  # remote code imports its neighbours
+        check_link(source, source.parent)
         link_or_copy(source, out / source.name)
     return [f"{', '.join(p.name for p in files)}: from the donor"]
 
@@ -302,9 +304,9 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
         raise FastMTPError(f"{model / HEAD_FILE}: holds other tensors than MTP ones; give that file another name")
     touched = {headers.entries[n].file for n in stale}
     emptied = touched - {e.file for n, e in headers.entries.items() if n not in stale}
-    for source in sorted(model.iterdir()):
-        skipped = source.name in (*RUN_FILES, "config.json", INDEX_FILE) or source.name.startswith(".")
-        if source.is_dir() or skipped or source in emptied | dropped:
+    for source in files_of(model):
+        skipped = source.name in (*RUN_FILES, "config.json", INDEX_FILE)
+        if skipped or source in emptied | dropped:
             continue
         target = out / names.get(source, source.name)
         if source in touched:

@@ -1,5 +1,6 @@
 """Loss type `fastmtp`: hands the labels to the model, weights its steps, and logs acceptance."""
 
+import math
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from swift.metrics import Metric
 
 from ..errors import FastMTPError
 from ..evaluation.metrics import AcceptanceCounts, count_acceptance
+from ..finite import NotFiniteError, check_trained
 from ..losses import weighted_loss
 from ..rollout import shift_left
 
@@ -22,7 +24,9 @@ class FastMTPLoss(BaseLoss):
         super().__init__(args, trainer)
         # The trainer takes `labels` out of the inputs when it has a loss function. The model needs them: rows
         # without supervision are never projected to the vocabulary.
-        trainer.compute_loss = partial(_compute_loss, trainer.compute_loss)
+        trainer.compute_loss = partial(_compute_loss, trainer, trainer.compute_loss)
+        trainer._get_grad_norm = partial(_finite_grad_norm, trainer, trainer._get_grad_norm)
+        trainer._save_checkpoint = partial(_save_finite, trainer, trainer._save_checkpoint)
         for mode in ("train", "eval"):
             trainer.custom_metrics[mode]["mtp"] = FastMTPMetric(args.device)
         self.checked = False
@@ -43,10 +47,34 @@ class FastMTPLoss(BaseLoss):
         return weighted_loss(outputs.step_loss, model.fastmtp.step_weights, num_items_in_batch)
 
 
-def _compute_loss(original: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _compute_loss(trainer: Any, original: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     if inputs.get("labels") is not None:
         inputs["mtp_labels"] = inputs["labels"]
-    return original(model, inputs, *args, **kwargs)
+    try:
+        return original(model, inputs, *args, **kwargs)
+    except NotFiniteError as error:
+        mode = "step" if trainer.model.training else "evaluation after step"
+        number = trainer.state.global_step + trainer.model.training
+        raise error.of(f"{mode} {number}, batch row {error.row + 1}") from None
+
+
+def _finite_grad_norm(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The norm of the gradients, before the optimizer sees them.
+
+    With float16 the trainer's loss scaler finds its scale by gradients that overflow, and skips their steps itself.
+    """
+    norm = original(*args, **kwargs)
+    if norm is not None and not math.isfinite(norm) and not trainer.args.fp16:
+        raise FastMTPError(
+            f"step {trainer.state.global_step + 1}: the gradient is not finite (norm {float(norm)}), the loss was; "
+            "lower --learning_rate, or train in bfloat16 or float32; the checkpoints before this step are sound"
+        )
+    return norm
+
+
+def _save_finite(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
+    check_trained(trainer.accelerator.unwrap_model(trainer.model), trainer.state.global_step)
+    return original(*args, **kwargs)
 
 
 def _check_trainable(model: Any) -> None:

@@ -1,17 +1,20 @@
 """Model type `fastmtp`: any checkpoint whose MTP layout is in `families.py`."""
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from swift.model import MODEL_MAPPING, ModelLoader, ModelMeta
+from swift.model import MODEL_MAPPING, ModelLoader, ModelMeta, model_meta
 from swift.model.model_meta import get_matched_model_meta, get_matched_model_types
-from transformers import AutoTokenizer
+from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoints import check_head
 from ..data.chat_template import load_tokenizer
 from ..families import find_family, match_family, read_config
-from ..modeling import head_shapes, model_class, text_config
+from ..modeling import head_shapes, load_config, model_class
 from ..vocab.maps import read_token_map
 from .knobs import run_knobs
 from .template import TEMPLATE
@@ -20,13 +23,15 @@ from .template import TEMPLATE
 class FastMTPLoader(ModelLoader):
     """Loads backbone and head as one model, after checking that the checkpoint has everything the head needs."""
 
+    default_trust_remote_code = False
+    """ms-swift runs Python code of any model folder; here every class is transformers' or ours."""
+
     def get_config(self, model_dir: str) -> Any:
         find_family(read_config(model_dir), os.path.join(model_dir, "config.json"))
-        return text_config(super().get_config(model_dir), model_dir)
+        return load_config(model_dir)
 
     def get_processor(self, model_dir: str, config: Any) -> Any:
-        self.auto_tokenizer_cls = AutoTokenizer  # rows are text, whatever else the model sees
-        return super().get_processor(model_dir, config)
+        return load_tokenizer(model_dir)  # no processor: rows are text, whatever else the model sees
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
@@ -43,6 +48,30 @@ class FastMTPLoader(ModelLoader):
         model = super().get_model(model_dir, config, processor, model_kwargs)
         model.fastmtp = settings
         return model
+
+
+@contextmanager
+def without_folder_code() -> Iterator[None]:
+    """Inside, ms-swift's first look at a model folder runs no Python code of it (`_get_model_info`, which always
+    would), nor does it say so."""
+    original = model_meta.AutoConfig
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return "trust_remote_code=True" not in record.getMessage()
+
+    model_meta.AutoConfig = _AutoConfig
+    model_meta.logger.addFilter(is_true)
+    try:
+        yield
+    finally:
+        model_meta.AutoConfig = original
+        model_meta.logger.removeFilter(is_true)
+
+
+class _AutoConfig:
+    @staticmethod
+    def from_pretrained(model_dir: str, **_: Any) -> Any:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
 
 
 def _has_gpu() -> bool:

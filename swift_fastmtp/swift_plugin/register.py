@@ -7,6 +7,7 @@ once.
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
-from swift.model import register_model
+from swift.model import model_meta, register_model
 from swift.template import register_template
 from swift.tuner_plugin import tuners_map
 from transformers import PreTrainedConfig, trainer
@@ -27,7 +28,7 @@ from .dataset import NAME, SelfDistillLoader
 from .export import export_checkpoint
 from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
-from .model import FastMTPLoader, FastMTPModelMeta
+from .model import FastMTPLoader, FastMTPModelMeta, without_folder_code
 from .rendering import as_token_ids
 from .template import META as TEMPLATE_META
 from .template import TEMPLATE, FolderTemplate
@@ -89,6 +90,14 @@ def _hook_arguments() -> None:
 
         return get_model_processor
 
+    def look_at_folder(original: Any) -> Any:
+        def _get_model_info(model_dir: str, model_type: str | None, **options: Any) -> Any:
+            with without_folder_code() if model_type == "fastmtp" else nullcontext():
+                return original(model_dir, model_type, **options)
+
+        return _get_model_info
+
+    _wrap(model_meta, "_get_model_info", look_at_folder)
     _wrap(BaseArguments, "_init_model_kwargs", parse_model_kwargs)
     _wrap(BaseArguments, "get_model_processor", load)
 

@@ -1,6 +1,8 @@
 """Token maps: the ids that a draft may choose from (SGLang's `--speculative-token-map`), alone or by language."""
 
 import json
+import re
+import shutil
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,6 +12,7 @@ import torch
 
 from ..checkpoints import file_hash, read_json
 from ..errors import FastMTPError
+from ..paths import inside
 
 
 def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
@@ -46,11 +49,30 @@ def check_map_list(maps: Any, where: Path) -> dict[str, Path]:
     """The same for an object that was read from `where`."""
     if not isinstance(maps, dict) or not maps or not all(isinstance(v, str) for v in maps.values()):
         raise FastMTPError(f'{where}: must be an object of languages and files, as {{"zh": "zh-16384.pt"}}')
-    found = {name: where.parent / file for name, file in maps.items()}
+    found = {name: inside(where.parent, file, f"{where}: {name}") for name, file in maps.items()}
     for name, file in found.items():
         if not file.is_file():
             raise FastMTPError(f"{where}: {name}: {file}: no such file")
     return found
+
+
+MAPS_FOLDER = "token_maps"
+
+
+def copy_maps(maps: dict[str, Path], folder: Path) -> dict[str, str]:
+    """Copy maps, with what is known of them, to `token_maps/` of a folder. Returns language -> file, below the folder.
+
+    Raises `OSError` if it cannot.
+    """
+    (folder / MAPS_FOLDER).mkdir(exist_ok=True)
+    copied = {}
+    for number, (language, path) in enumerate(maps.items()):
+        is_name = re.fullmatch(r"\w[\w-]{0,63}", language)  # groups of rows may be called anything
+        copied[language] = f"{MAPS_FOLDER}/{language if is_name else f'map-{number}'}.pt"
+        shutil.copyfile(path, folder / copied[language])
+        if sidecar(path).exists():
+            shutil.copyfile(sidecar(path), sidecar(folder / copied[language]))
+    return copied
 
 
 def sidecar(path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_the_papers_plans(tmp_path, monkeypatch):
     for path in [p for paths in maps.values() for p in paths]:
         torch.save([1, 2, 3], path)
     (tmp_path / "simulate").mkdir()
-    (tmp_path / "simulate/maps.json").write_text('{"en": "../en-8.pt"}')
+    shutil.copy(maps["en"][0], tmp_path / "simulate")
+    (tmp_path / "simulate/maps.json").write_text('{"en": "en-8.pt"}')
     for arm in ("fixed", "self"):
         (tmp_path / arm).symlink_to(TINY)
     monkeypatch.setenv("MODEL", str(TINY))
