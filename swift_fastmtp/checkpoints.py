@@ -185,11 +185,14 @@ def read_plain(weights: Weights, name: str) -> torch.Tensor:
 
 def is_finite(tensor: torch.Tensor) -> bool:
     """No NaN, no infinity. In pieces: `torch.isfinite` alone would take several times the tensor's memory."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(2**22))
+    pieces = tensor.reshape(-1).split(2**22)
+    if tensor.element_size() == 1:  # FP8, which torch does not look at
+        return all(bool(torch.isfinite(piece.float()).all()) for piece in pieces)
+    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
 _FINGERPRINT = "v2:"
-_WHOLE_BELOW = 32 * 10**9
+WHOLE_BELOW = 32 * 10**9
 """Bytes of a backbone up to which every byte counts."""
 _SPACING, _BLOCK, _SMALL = 2**22, 2**12, 2**16
 """Above that: bytes between two samples of a matrix, bytes of a sample, bytes of a tensor that is read whole."""
@@ -214,7 +217,7 @@ def fingerprint(folder: str | Path, family: Family) -> str:
     names = sorted(n for n in weights.file_of if not family.owns(n))
     entries = weights.entries()
     starts = {path: read_header(path)[0] for path in weights.files}
-    whole = sum(entries[n].size for n in names) <= _WHOLE_BELOW
+    whole = sum(entries[n].size for n in names) <= WHOLE_BELOW
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}
     try:
@@ -242,6 +245,18 @@ def has_fingerprint(folder: str | Path, family: Family, recorded: str) -> bool:
     if str(recorded).startswith(_FINGERPRINT):
         return fingerprint(folder, family) == recorded
     return _first_rows(folder, family) == recorded
+
+
+def check_backbone(checkpoint: str | Path, model_dir: str | Path, family: Family) -> None:
+    """Raises `FastMTPError` if a checkpoint says that its head was trained for another backbone than a model's.
+
+    One without `fastmtp.json` (tuner types `full` and `lora`) does not say.
+    """
+    recorded = read_json(Path(checkpoint) / SETTINGS_FILE).get("base_fingerprint")
+    if recorded and not has_fingerprint(model_dir, family, recorded):
+        raise FastMTPError(
+            f"{checkpoint}: this head was trained for another backbone than {model_dir}; pass the right one"
+        )
 
 
 def _sampled(name: str, size: int) -> list[int]:

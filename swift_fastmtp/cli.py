@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -187,6 +188,14 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def number(text: str) -> float:
+    """No NaN, which is below and above no limit, and no infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
 def tokens(text: str) -> int:
     from .data.mix import parse_tokens
 
@@ -212,10 +221,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
     verb.add_argument("--concurrency", type=int, default=128, help="conversations at a time, on servers")
     verb.add_argument(
-        "--timeout", type=float, default=600, help="seconds of silence until a server must show that it lives"
+        "--timeout", type=number, default=600, help="seconds of silence until a server must show that it lives"
     )
     verb.add_argument(
-        "--retry_seconds", type=float, default=600, help="a request is repeated so long after its first failure"
+        "--retry_seconds", type=number, default=600, help="a request is repeated so long after its first failure"
     )
     verb.add_argument("--batch_size", type=int, default=32, help="conversations at a time, in process")
     verb.add_argument(
@@ -224,9 +233,9 @@ def _parser() -> argparse.ArgumentParser:
         help="in process; default: float32, on a GPU the model's",
     )
     verb.add_argument("--max_new_tokens", type=int, default=4096, help="paper: 4096")
-    verb.add_argument("--temperature", type=float, default=0.6, help="paper: 0.6; 0 is greedy")
+    verb.add_argument("--temperature", type=number, default=0.6, help="paper: 0.6; 0 is greedy")
     verb.add_argument("--top_k", type=int, default=20, help="paper: 20")
-    verb.add_argument("--top_p", type=float, default=0.95, help="paper: 0.95")
+    verb.add_argument("--top_p", type=number, default=0.95, help="paper: 0.95")
     verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
     verb.add_argument("--num_answers", type=int, default=1, help="answers to every prompt, each with its own seed")
     verb.add_argument("--seed", type=int, default=0)
@@ -246,12 +255,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--min_answer_tokens", type=int, help="of the last answer; default 4")
     verb.add_argument("--max_answer_tokens", type=int, help="of any answer; default and paper: 4096")
     verb.add_argument("--max_row_tokens", type=int, help="of all messages together; default 32768")
-    verb.add_argument("--max_duplicate_lines", type=float, help="share of an answer's lines; default 0.5")
-    verb.add_argument("--max_duplicate_ngrams", type=float, help="share of an answer's words in them; default 0.5")
+    verb.add_argument("--max_duplicate_lines", type=number, help="share of an answer's lines; default 0.5")
+    verb.add_argument("--max_duplicate_ngrams", type=number, help="share of an answer's words in them; default 0.5")
     verb.add_argument("--min_loop_characters", type=int, help="an end that loops for less is no loop; default 60")
     verb.add_argument("--decontaminate", nargs="+", metavar="TASK", help="names, name=FILE or files; default: smoke")
     verb.add_argument("--duplicates_of", choices=("row", "prompt"), help="what has to be alike; default: row")
-    verb.add_argument("--similarity", type=float, help="Jaccard similarity of near-duplicates; default 0.6")
+    verb.add_argument("--similarity", type=number, help="Jaccard similarity of near-duplicates; default 0.6")
     verb.add_argument("--ngram", type=int, help="words (Chinese: characters) that are compared together; default 3")
     verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_clean)
@@ -264,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tokens", type=tokens, help="training tokens, as 200M; default: as many as the shares allow")
     verb.add_argument("--count", choices=("answers", "all"), default="answers", help="which tokens")
     verb.add_argument("--max_repeat", type=int, default=1, help="how often a row may be in train.jsonl")
-    verb.add_argument("--val_ratio", type=float, default=0.005, help="fraction of the prompts that is held out")
+    verb.add_argument("--val_ratio", type=number, default=0.005, help="fraction of the prompts that is held out")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument(
         "--model", help="folder of the tokenizer that counts where there are no token_ids; default: estimate"
@@ -277,10 +286,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--model", required=True, help="folder with config.json and the tokenizer")
     verb.add_argument("--output_dir", required=True, help="folder to write; must not exist")
     verb.add_argument("--sizes", nargs="+", type=int, help="ids in each map; default: 8192 16384 32768 65536")
-    verb.add_argument("--coverage", type=float, help="instead of sizes: share of held-out tokens, as 0.99")
+    verb.add_argument("--coverage", type=number, help="instead of sizes: share of held-out tokens, as 0.99")
     verb.add_argument("--by", choices=("language", "group", "category"), default="language", help="what has maps")
     verb.add_argument("--count", choices=("answers", "all"), default="answers", help="which tokens")
-    verb.add_argument("--held_out", type=float, default=0.05, help="fraction of prompts that coverage is measured on")
+    verb.add_argument("--held_out", type=number, default=0.05, help="fraction of prompts that coverage is measured on")
     verb.add_argument("--jobs", type=int, default=1, help="processes that count")
     verb.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="skipped rows are in the report")
     verb.set_defaults(run=_vocab)
@@ -337,13 +346,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--answers", choices=("generate", "given"), default="generate", help="greedy, or the dataset's")
     verb.add_argument("--token_map", nargs="*", default=[], help="also measure with these SGLang token maps")
     verb.add_argument("--by", choices=("language", "group", "category"), help="a table and a token map for each")
-    verb.add_argument("--temperature", type=float, default=0.0, help="of the answers; also measures sampled drafts")
+    verb.add_argument("--temperature", type=number, default=0.0, help="of the answers; also measures sampled drafts")
     verb.add_argument("--top_k", type=int, default=20, help="of sampled answers, as in bench; 0 is all")
-    verb.add_argument("--top_p", type=float, default=0.95, help="of sampled answers, as in bench")
+    verb.add_argument("--top_p", type=number, default=0.95, help="of sampled answers, as in bench")
     verb.add_argument("--seed", type=int, default=0, help="of sampled answers")
-    verb.add_argument("--draft_ms", type=float, help="measured: one draft step; default: predicted from bytes")
-    verb.add_argument("--verify_ms", type=float, help="measured: one verification step")
-    verb.add_argument("--decode_ms", type=float, help="measured: one step without drafts; default: as --verify_ms")
+    verb.add_argument("--draft_ms", type=number, help="measured: one draft step; default: predicted from bytes")
+    verb.add_argument("--verify_ms", type=number, help="measured: one verification step")
+    verb.add_argument("--decode_ms", type=number, help="measured: one step without drafts; default: as --verify_ms")
     verb.add_argument("--max_rows", type=int, help="of the dataset, from its top; default: all")
     verb.add_argument("--batch_size", type=int, default=16)
     verb.add_argument("--torch_dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -358,9 +367,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--tasks", nargs="+", metavar="TASK", help="names, name=FILE or files; default: smoke")
     verb.add_argument("--num_questions", type=int, help="of every task, drawn by --seed; default: the task's")
     verb.add_argument("--max_new_tokens", type=int, help="default and paper: 1024")
-    verb.add_argument("--temperature", type=float, nargs="+", dest="temperatures", help="default: 0, greedy")
+    verb.add_argument("--temperature", type=number, nargs="+", dest="temperatures", help="default: 0, greedy")
     verb.add_argument("--top_k", type=int, help="above temperature 0; default: 20")
-    verb.add_argument("--top_p", type=float, help="above temperature 0; default: 0.95")
+    verb.add_argument("--top_p", type=number, help="above temperature 0; default: 0.95")
     verb.add_argument("--concurrency", type=int, nargs="+", help="conversations at a time; default: 1")
     verb.add_argument("--num_steps", type=int, nargs="+", help="drafts per step, K, of a plan's servers; default: 3")
     verb.add_argument("--baseline", metavar="NAME", help="what others are compared with; default: the plan's first")
@@ -370,10 +379,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
     verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
     verb.add_argument(
-        "--timeout", type=float, help="seconds of silence until a server must show that it lives; default: 600"
+        "--timeout", type=number, help="seconds of silence until a server must show that it lives; default: 600"
     )
     verb.add_argument(
-        "--retry_seconds", type=float, help="a request is repeated so long after its first failure; default: 60"
+        "--retry_seconds", type=number, help="a request is repeated so long after its first failure; default: 60"
     )
     verb.set_defaults(run=_bench)
 
@@ -385,9 +394,11 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("compare", help="did B get worse than A? exit status 1 if so")
     verb.add_argument("a", metavar="A", help="results.json of before")
     verb.add_argument("b", metavar="B", help="results.json of now")
-    verb.add_argument("--max_tau_drop", type=float, default=0.02, help="fraction of A's micro tau")
-    verb.add_argument("--max_speed_drop", type=float, default=0.05, help="fraction of A's token/s")
-    verb.add_argument("--max_equal_drop", type=float, default=0.0, help="of the share of answers equal to the baseline")
+    verb.add_argument("--max_tau_drop", type=number, default=0.02, help="fraction of A's micro tau")
+    verb.add_argument("--max_speed_drop", type=number, default=0.05, help="fraction of A's token/s")
+    verb.add_argument(
+        "--max_equal_drop", type=number, default=0.0, help="of the share of answers equal to the baseline"
+    )
     verb.set_defaults(run=_compare)
 
     verb = verbs.add_parser("card", help="README.md of an exported folder, for the Hugging Face hub")

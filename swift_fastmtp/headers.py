@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FastMTPError
-from .families import Family
+from .families import Family, config_value, is_embedding, read_config
 from .weight_files import INDEX_FILE, WeightFiles, resolve
 
 TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
 """In names of tensors that belong to what a model sees or hears with."""
+_PLAIN = ("F64", "F32", "F16", "BF16", "F8_E4M3")
+"""Types of matrices that have a row for each of their rows; packed ones have other shapes."""
 _MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
@@ -121,6 +123,34 @@ def _add(headers: Headers, path: Path) -> bool:
     if path.stat().st_size != end:
         headers.problems.append(f"{path.name}: {path.stat().st_size} bytes, its header says {end}; download it again")
     return True
+
+
+def vocab_size_fault(headers: Headers, config: dict[str, Any]) -> str | None:
+    """What is wrong with config.json's vocab_size, by the rows of embedding and output matrix; None if nothing is, or
+    neither is there. Engines and maps take it for the number of rows."""
+    size = config_value(config, "vocab_size")
+    for name, entry in sorted(headers.entries.items()):
+        is_matrix = is_embedding(name) or name.endswith("lm_head.weight")
+        if not is_matrix or TOWER.search(name) or len(entry.shape) != 2 or entry.dtype not in _PLAIN:
+            continue
+        if entry.shape[0] != size:
+            return f"vocab_size is {size}, and {name} has {entry.shape[0]} rows; set it to that"
+    return None
+
+
+def read_vocab_size(folder: str | Path) -> int:
+    """Tokens of a model by config.json, which must agree with the matrices where the folder holds some.
+
+    Raises `FastMTPError` if it does not, or there is no such number.
+    """
+    path = Path(folder) / "config.json"
+    config = read_config(folder)
+    size = config_value(config, "vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise FastMTPError(f"{path}: vocab_size is {size!r}; it must be the rows of the output matrix")
+    if any(Path(folder).glob("*.safetensors")) and (fault := vocab_size_fault(read_headers(folder), config)):
+        raise FastMTPError(f"{path}: {fault}")
+    return size
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from .errors import FastMTPError
 from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
 from .finite import check_drafts, check_hidden_states, check_losses, first_bad_module
 from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
-from .headers import Headers, read_headers
+from .headers import Headers, read_headers, vocab_size_fault
 from .hidden_cache import HiddenCache, documents_of
 from .losses import drafts, step_losses, weighted_loss
 from .partitioned import load_partitioned, sources
@@ -549,6 +549,17 @@ def _experts_joined(folder: str | Path, family: Family) -> bool:
     return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
+def check_checkpoint(model_dir: str | Path) -> None:
+    """Raises `FastMTPError` unless the folder is a checkpoint that can be trained: a family of ours, as many tokens as
+    its matrices have rows, and a whole, finite MTP layer."""
+    path = Path(model_dir) / "config.json"
+    config = read_config(model_dir)
+    family = find_family(config, path)
+    if fault := vocab_size_fault(read_headers(model_dir), config):
+        raise FastMTPError(f"{path}: {fault}")
+    check_head(model_dir, family, head_shapes(model_dir))
+
+
 def load_head(
     model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor], stored: Container[str] = ()
 ) -> None:
@@ -569,10 +580,10 @@ def load_head(
 def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
     """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
 
-    Raises `FastMTPError` if the layout is unknown or an MTP tensor is missing, misshapen or not finite.
+    Raises as `check_checkpoint`.
     """
+    check_checkpoint(model_dir)
     cls: Any = model_class(model_dir)
-    check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
     model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 

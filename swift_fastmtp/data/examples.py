@@ -118,6 +118,18 @@ def check_vocabulary(example: Example, size: int) -> None:
         raise FastMTPError(f"holds token id {largest}, the model has {size}: the row was made with another model")
 
 
+def check_row_ids(row: Row, vocab_size: int) -> None:
+    """Raises `FastMTPError` for ids of a row, asked or answered, finished or not, that the model does not have."""
+    for number, message in enumerate(row["messages"]):
+        for key in ("token_ids", "prompt_token_ids"):
+            ids = ids_of(message, key) or []
+            if ids and max(ids) >= vocab_size:
+                raise FastMTPError(
+                    f"message {number}: {key} holds id {max(ids)}, the model has {vocab_size}: the row was made with "
+                    "another model"
+                )
+
+
 class Difference(NamedTuple):
     """Two renderings of one prompt, around the first token in which they differ."""
 

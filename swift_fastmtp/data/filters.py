@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import FastMTPError
-from ..families import config_value, read_config
+from ..headers import read_vocab_size
 from .chat_template import load_tokenizer
 from .conversation import is_complete, said
-from .examples import check_vocabulary, rendered_otherwise, training_examples
+from .examples import check_row_ids, check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .language_names import language_code
 from .near_duplicates import prompt_and_answer
@@ -345,12 +345,15 @@ class Asked:
 
     def __post_init__(self) -> None:
         self._tokenizer = load_tokenizer(self.model) if self.model else None
-        self._vocab_size = config_value(read_config(self.model), "vocab_size") if self.model else 0
+        self._vocab_size = read_vocab_size(self.model) if self.model else 0
 
     def __call__(self, row: Row) -> str | None:
-        if self._tokenizer is None or not self._tokenizer.chat_template:
+        if self._tokenizer is None:
             return None
         try:
+            check_row_ids(row, self._vocab_size)
+            if not self._tokenizer.chat_template:
+                return None
             other = rendered_otherwise(self._tokenizer, row)
             for example in training_examples(self._tokenizer, row):
                 check_vocabulary(example, self._vocab_size)
@@ -366,6 +369,7 @@ class TokenCounter:
 
     def __init__(self, model: str | None = None) -> None:
         self._tokenizer = load_tokenizer(model) if model else None
+        self._vocab_size = read_vocab_size(model) if model else None
         self._row: Row | None = None
         self._counts: list[int] = []
         self.how: Counter[str] = Counter()
@@ -374,6 +378,11 @@ class TokenCounter:
         if row is not self._row:
             self._row, self._counts = row, [self._count(m) for m in row["messages"]]
         return self._counts
+
+    def check(self, row: Row) -> None:
+        """Raises `FastMTPError` for token ids that are none, or that the model does not have."""
+        if self._vocab_size is not None:
+            check_row_ids(row, self._vocab_size)
 
     def _count(self, message: dict[str, Any]) -> int:
         ids = message.get("token_ids")

@@ -220,6 +220,11 @@ def _read(
         for path, assigned in files:
             for where, row in iter_rows(path, bad):
                 progress.update()
+                try:
+                    counter.check(row)
+                except FastMTPError as error:
+                    bad.add(where, "token ids that no row of this model has", str(error))
+                    continue
                 counts = counter(row)
                 answer = sum(n for n, m in zip(counts, row["messages"], strict=True) if m["role"] == "assistant")
                 if not (answer if count == "answers" else sum(counts)):

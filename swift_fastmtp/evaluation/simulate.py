@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import check_head, head_reader, make_folder, write_json
+from ..checkpoints import check_backbone, check_head, head_reader, make_folder, write_json
 from ..config import FastMTPConfig
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
@@ -128,6 +128,7 @@ def simulate(
     expected = head_shapes(model_dir)
     heads = {"base": head_reader(model_dir, model.family, expected)}
     for checkpoint in checkpoints:
+        check_backbone(checkpoint, model_dir, model.family)
         check_head(checkpoint, model.family, expected)
         heads[str(checkpoint)] = head_reader(checkpoint, model.family, expected)
     maps: dict[str | None, torch.Tensor | None] = {None: None}

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, Weights, has_fingerprint, read_json, read_plain
+from ..checkpoints import SETTINGS_FILE, WHOLE_BELOW, Weights, has_fingerprint, is_finite, read_json, read_plain
 from ..errors import FastMTPError
 from ..families import Family, WrongTypeError, config_value, match_family, read_config, refusals
 from ..fp8 import DTYPE as FP8
 from ..fp8 import SCALE
-from ..headers import TOWER, layer_elsewhere
+from ..headers import TOWER, layer_elsewhere, read_headers, vocab_size_fault
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..weight_files import INDEX_FILE
@@ -29,6 +29,8 @@ _NOT_LOADED = {
     "warning": "the engine loads another set of files than SGLang, from which everything here was read",
 }
 _PLAIN = {"bfloat16", "float16", "float32"}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_SMALL = 2**20  # bytes
 # A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
 # what transformers takes for a missing one, where that is the same for all families.
 _SHARED_KEYS: dict[str, Any] = {
@@ -97,11 +99,15 @@ def examine(
         why = "an engine loads every tensor of every listed file; of two with one name, the last one wins"
         return [*findings, Finding("error", str(error), why, "export again, or remove the stale file")]
     findings += _files(folder, weights, config, family)
+    if fault := vocab_size_fault(read_headers(folder), config):
+        why = "engines stop, or read and draft ids that no row is for"
+        findings.append(Finding("error", f"config.json: {fault}", why, "take config.json from the base model"))
     try:
         findings += _tensors(folder, weights, config, family)
     except FastMTPError as error:
         why = "engines build the draft from config.json, and stop, or build another model"
         return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
+    findings += _backbone(weights, family)
     findings += _origin(folder, weights, family, model)
     if token_map:
         findings += [*_map(Path(token_map), folder, config), *_static_map(token_map, config, tp_size)]
@@ -255,6 +261,22 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         )
     elif not bool(tensor.any()) and not name.endswith("bias") and not (family.zero_centred_norms and len(shape) == 1):
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
+
+
+def _backbone(weights: Weights, family: Family) -> Iterator[Finding]:
+    """Whether the backbone's numbers are some. Of one larger than `WHOLE_BELOW` only the small tensors are read."""
+    sizes = {name: entry.size for name, entry in weights.entries().items() if entry.dtype in _FLOATS}
+    names = sorted(name for name in sizes if not family.owns(name))
+    if sum(sizes[name] for name in names) > WHOLE_BELOW:
+        names = [name for name in names if sizes[name] <= _SMALL]
+    bad = [name for name in names if not is_finite(weights.read(name))]
+    if bad:
+        yield Finding(
+            "error",
+            f"{bad[0]} holds NaN or infinity ({len(bad)} such tensors of the backbone)",
+            "hidden states become NaN: the model answers token 0 for ever, and every draft is accepted",
+            "download the checkpoint again",
+        )
 
 
 def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: set[str]) -> Iterator[Finding]:

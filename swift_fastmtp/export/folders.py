@@ -25,8 +25,8 @@ from ..checkpoints import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
     Weights,
+    check_backbone,
     fingerprint,
-    has_fingerprint,
     head_reader,
     link_or_copy,
     new_folder,
@@ -37,7 +37,7 @@ from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
-from ..headers import entries_of, read_headers
+from ..headers import entries_of, read_headers, vocab_size_fault
 from ..paths import files_of
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
@@ -236,6 +236,8 @@ def _collect(
     family = find_family(read_config(base), base / "config.json")
     from ..modeling import head_shapes, needed_tensors  # torch models only from here on
 
+    if fault := vocab_size_fault(read_headers(base), read_config(base)):
+        raise FastMTPError(f"{base / 'config.json'}: {fault}")
     weights = Weights(base)
     if needed := needed_tensors(base, weights.lost, weights.file_of):
         name = needed[0]
@@ -243,9 +245,7 @@ def _collect(
             f"{base}: {name} is in no file, the index has it in {weights.lost[name]} ({len(needed)} such tensors); "
             "download the checkpoint again"
         )
-    recorded = known.get("base_fingerprint")
-    if recorded and not has_fingerprint(base, family, recorded):
-        raise FastMTPError(f"{checkpoint}: this head was trained for another backbone than {base}; pass the right one")
+    check_backbone(checkpoint, base, family)
     expected = head_shapes(base)
     if (checkpoint / "adapter_config.json").exists():
         from .lora import merge_head

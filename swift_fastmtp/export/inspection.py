@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import FastMTPError
 from ..families import FAMILIES, Family, config_value, is_embedding, match_family, read_config, refusals
 from ..fp8 import SCALE
-from ..headers import TOWER, Headers, layer_elsewhere, read_headers
+from ..headers import TOWER, Headers, layer_elsewhere, read_headers, vocab_size_fault
 from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
 from ..weight_files import INDEX_FILE
 from .quantization import left_out_in_words
@@ -169,6 +169,8 @@ def _reasons(
         broken += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
         return [Reason("training", layout.reason if layout else _unknown(config)), *broken]
     reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, folder / "config.json")]
+    if fault := vocab_size_fault(headers, config):
+        reasons.append(Reason("draft", f"{folder / 'config.json'}: {fault}"))
     try:
         expected = _head_shapes(folder)
     except FastMTPError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..errors import FastMTPError
 from ..families import Family, config_value, match_family, read_config
-from ..headers import layer_elsewhere
+from ..headers import layer_elsewhere, read_headers, vocab_size_fault
 from ..vocab.maps import CONFIG_KEY
 from .quantization import read_quantization
 
@@ -50,6 +50,8 @@ def serve_flags(
     weights = Weights(folder)
     if elsewhere := layer_elsewhere(folder, family):
         raise FastMTPError(f"{folder}: {elsewhere.text}")
+    if fault := vocab_size_fault(read_headers(folder), config):
+        raise FastMTPError(f"{folder / 'config.json'}: {fault}")
     if not weights.under(*family.roots):
         raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
     if refusal := weights.chosen.refusals.get(engine):

@@ -11,10 +11,9 @@ from swift.model.model_meta import get_matched_model_meta, get_matched_model_typ
 from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoints import check_head
 from ..data.chat_template import load_tokenizer
 from ..families import find_family, match_family, read_config
-from ..modeling import head_shapes, load_config, model_class
+from ..modeling import check_checkpoint, load_config, model_class
 from ..vocab.maps import read_token_map
 from .knobs import run_knobs
 from .template import TEMPLATE
@@ -34,7 +33,7 @@ class FastMTPLoader(ModelLoader):
         return load_tokenizer(model_dir)  # no processor: rows are text, whatever else the model sees
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
-        check_head(model_dir, match_family(read_config(model_dir)), head_shapes(model_dir))
+        check_checkpoint(model_dir)
         settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)

@@ -10,13 +10,25 @@ from typing import Any
 
 import torch
 from swift.tuner_plugin import Tuner
+from swift.utils import get_logger
 
-from ..checkpoints import SETTINGS_FILE, WEIGHTS_FILE, fingerprint, head_reader, save_tensors, write_json
+from ..checkpoints import (
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    check_backbone,
+    fingerprint,
+    head_reader,
+    save_tensors,
+    write_json,
+)
+from ..errors import FastMTPError
 from ..export.folders import settings
 from ..families import read_config
 from ..fp8 import read_blocks, without_quantization
 from ..head import as_stored
 from ..modeling import head_shapes, load_head
+
+logger = get_logger()
 
 
 class FastMTPTuner(Tuner):
@@ -51,6 +63,10 @@ class FastMTPTuner(Tuner):
     def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **_: Any) -> Any:
         model.freeze_backbone()
         if is_trainable:
+            try:
+                check_backbone(model_id, model.model_dir, model.family)
+            except FastMTPError as error:  # how a tuned model's head is healed
+                logger.warning(f"{error}; it is where this training starts")
             # Before loading: a checkpoint holds the fp32 master copy, and resuming must not round it.
             if not _uses_deepspeed():
                 _upcast_head(model)
