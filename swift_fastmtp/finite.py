@@ -6,7 +6,7 @@ looked at where they are made, before anything is counted, written or saved.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from .checkpoints import is_finite
 from .errors import FastMTPError
 
 BROKEN = "the checkpoint is broken, download it again"
-BROKEN_OR_TRAINED = "the checkpoint is broken, or, in training, --learning_rate is too high"
 OVERFLOW = "its weights are finite: look at config.json (norms, RoPE), or compute in bfloat16 or float32"
 
 
@@ -43,18 +42,28 @@ def not_finite(tensor: Tensor) -> Tensor:
     return ~largest.isfinite()
 
 
-def check_hidden_states(hidden_BTD: Tensor, real_BT: Tensor, source: Callable[[], str]) -> None:
+class Source(NamedTuple):
+    """Where a number that is not finite comes from."""
+
+    text: str
+    """With how to fix it."""
+    place: tuple[int, int] | None = None
+    """Row and token where it is first; attention spreads it over the row."""
+
+
+def check_hidden_states(hidden_BTD: Tensor, real_BT: Tensor, source: Callable[[], Source]) -> None:
     """Raises `NotFiniteError` if the backbone's states hold a NaN or an infinity.
 
     Args:
         hidden_BTD: h.
         real_BT: bool; padding may hold anything, because nothing reads it.
-        source: asked only then: where they come from, and how to fix it.
+        source: asked only then.
     """
     bad_BT = not_finite(hidden_BTD) & real_BT
     if bool(bad_BT.any()):
-        row, token = bad_BT.nonzero()[0].tolist()
-        raise NotFiniteError(f"the backbone's hidden state is not finite: {source()}", row, token)
+        text, place = source()
+        row, token = place or bad_BT.nonzero()[0].tolist()
+        raise NotFiniteError(f"the backbone's hidden state is not finite: {text}", row, token)
 
 
 def check_drafts(model: Any, outputs_KND: Tensor, wanted_KN: Tensor, rows_N: Tensor, length: int) -> None:
@@ -71,8 +80,9 @@ def check_drafts(model: Any, outputs_KND: Tensor, wanted_KN: Tensor, rows_N: Ten
     if bool(bad_KN.any()):
         step, place = bad_KN.nonzero()[0].tolist()
         row, token = divmod(int(rows_N[place]), length)
-        source = _weights(model.head_tensors().items(), BROKEN_OR_TRAINED)
-        raise NotFiniteError(f"draft step {step + 1} of the MTP layer is not finite: {source}", row, token)
+        source = _weights(model.head_tensors().items())
+        what = f"draft step {step + 1} of the MTP layer is not finite: {source}; in training, lower --learning_rate"
+        raise NotFiniteError(what, row, token)
 
 
 def check_losses(model: Any, loss_KBT: Tensor) -> None:
@@ -100,7 +110,7 @@ def output_matrix(model: Any) -> str:
     return _weights([("lm_head.weight", model.lm_head.weight)])
 
 
-def first_bad_module(model: Any, run: Callable[[], Any], real_BT: Tensor) -> str:
+def first_bad_module(model: Any, run: Callable[[], Any], real_BT: Tensor) -> Source:
     """Runs the backbone again to see which of its modules is the first with an output that is not finite.
 
     Args:
@@ -108,12 +118,20 @@ def first_bad_module(model: Any, run: Callable[[], Any], real_BT: Tensor) -> str
         run: calls that.
         real_BT: as in `check_hidden_states`.
     """
-    first: list[tuple[str, nn.Module]] = []
+    first: list[Source] = []
 
     def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
-            if not first and any(bool((not_finite(t) & _real(t, real_BT)).any()) for t in _vectors(output)):
-                first.append((name, module))
+            for tensor in _vectors(output):
+                bad = not_finite(tensor) & _real(tensor, real_BT)
+                if first or not bool(bad.any()):
+                    continue
+                place = None
+                if bad.shape == real_BT.shape:
+                    row, token = bad.nonzero()[0].tolist()
+                    place = (row, token)
+                weights = _weights(module.state_dict(prefix=f"{name}.").items())
+                first.append(Source(f"{name} is the first that is not; {weights}", place))
 
         return hook
 
@@ -124,9 +142,8 @@ def first_bad_module(model: Any, run: Callable[[], Any], real_BT: Tensor) -> str
         for handle in hooks:
             handle.remove()
     if not first:  # an output of the whole, but of none of its parts: it does not happen again
-        return "it is not when computed again; the hardware may be faulty"
-    name, module = first[0]
-    return f"{name} is the first that is not; {_weights(module.state_dict(prefix=f'{name}.').items())}"
+        return Source("it is when it is computed again; the hardware may be faulty")
+    return first[0]
 
 
 def _stages(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,10 +168,10 @@ def _real(tensor: Tensor, real_BT: Tensor) -> Tensor:
     return torch.ones(tensor.shape[:-1], dtype=torch.bool, device=tensor.device)
 
 
-def _weights(tensors: Any, why: str = BROKEN) -> str:
+def _weights(tensors: Any) -> str:
     """Which of some weights holds a NaN or an infinity, or that none does."""
     for name, tensor in tensors:
         known = tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
         if known and not is_finite(tensor.detach()):
-            return f"{name} holds NaN or infinite values; {why}"
+            return f"{name} holds NaN or infinite values; {BROKEN}"
     return OVERFLOW

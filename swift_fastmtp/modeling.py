@@ -29,7 +29,7 @@ from .checkpoints import check_head
 from .config import FastMTPConfig
 from .errors import FastMTPError
 from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
-from .finite import check_drafts, check_hidden_states, check_losses, first_bad_module
+from .finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
 from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
 from .headers import Headers, read_headers, vocab_size_fault
 from .hidden_cache import HiddenCache, documents_of
@@ -268,7 +268,9 @@ class FastMTPMixin:
             for (b, start, end), states in zip(spans, found, strict=True):
                 hidden[b, start:end] = states
             folder = self.hidden_cache.folder
-            check_hidden_states(hidden, (segments >= 0).cpu(), lambda: f"it is from {folder}; delete that folder")
+            check_hidden_states(
+                hidden, (segments >= 0).cpu(), lambda: Source(f"it is from {folder}; delete that folder")
+            )
             return hidden.to(input_ids.device, non_blocking=True)
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
         several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
@@ -293,10 +295,10 @@ class FastMTPMixin:
         return hidden
 
     @torch.no_grad()
-    def source_of_bad_states(self, run: Callable[[], Any], real_BT: torch.Tensor) -> str:
+    def source_of_bad_states(self, run: Callable[[], Any], real_BT: torch.Tensor) -> Source:
         """Which module gave states that are not finite, for an error message. `run` calls the backbone again."""
         if is_deepspeed_zero3_enabled():
-            return "run `fastmtp doctor` on the model"  # the other ranks would have to take part
+            return Source("run `fastmtp doctor` on the model")  # the other ranks would have to take part
         return first_bad_module(self, run, real_BT)
 
     def draft_states(

@@ -163,7 +163,7 @@ FINE_TUNES = [every_other_row, merged_lora, one_embedding, one_layer]
 def test_the_fingerprint_notices_fine_tunes(change, whole, tmp_path, monkeypatch):
     """Also where only samples are read, as of checkpoints beyond 32 GB, which this one is made to be."""
     if not whole:
-        monkeypatch.setattr(checkpoints, "_WHOLE_BELOW", 0)
+        monkeypatch.setattr(checkpoints, "WHOLE_BELOW", 0)
         monkeypatch.setattr(checkpoints, "_SMALL", 2**10)
     assert fingerprint(backbone(tmp_path, change), FAMILIES[0]) != fingerprint(TINY, FAMILIES[0])
 
@@ -179,7 +179,7 @@ def test_samples_are_spread_and_few():
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_fingerprint_does_not_depend_on_the_shards(whole, tmp_path, monkeypatch):
     if not whole:
-        monkeypatch.setattr(checkpoints, "_WHOLE_BELOW", 0)
+        monkeypatch.setattr(checkpoints, "WHOLE_BELOW", 0)
         monkeypatch.setattr(checkpoints, "_SMALL", 2**10)
     parts = [fingerprint(backbone(tmp_path, name=f"in{n}", parts=n), FAMILIES[0]) for n in (1, 2, 5)]
     assert len({*parts, fingerprint(shard(TINY, tmp_path / "base"), FAMILIES[0])}) == 1

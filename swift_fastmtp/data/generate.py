@@ -55,7 +55,7 @@ class _Finite(LogitsProcessor):
         mask_BT = torch.cat([self.mask_BT, new], 1)
         run = partial(self.model.model, input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
         if bool((not_finite(run().last_hidden_state) & mask_BT.bool()).any()):
-            return str(self.model.source_of_bad_states(run, mask_BT.bool()))
+            return str(self.model.source_of_bad_states(run, mask_BT.bool()).text)
         return output_matrix(self.model)
 
 
