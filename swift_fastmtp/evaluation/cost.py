@@ -16,6 +16,7 @@ from pathlib import Path
 from ..checkpoints import Weights
 from ..errors import FastMTPError
 from ..families import config_value, is_embedding, match_family, read_config
+from ..headers import read_vocab_size
 
 # Config keys of mixtures of experts: how many there are, and how many a token reads.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -69,7 +70,7 @@ class StepCost:
 def read_cost(model_dir: str | Path) -> StepCost:
     """The bytes of a checkpoint that its steps read; of a mixture of experts, those that one token takes.
 
-    Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer.
+    Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer, or whose vocab_size is wrong.
     """
     config = read_config(model_dir)
     family = match_family(config, Path(model_dir) / "config.json")
@@ -90,5 +91,5 @@ def read_cost(model_dir: str | Path) -> StepCost:
             draft += cost
         else:
             verify += cost
-    V = int(config_value(config, "vocab_size"))
+    V = read_vocab_size(model_dir)
     return StepCost(verify + sizes[head], draft, sizes[head] / V, V)
