@@ -137,7 +137,7 @@ def count_files(
     Raises `FastMTPError` if a file cannot be read, changes meanwhile or is named twice, a row is bad (unless
     `settings.on_bad_row` is "skip"), or there is nothing to count.
     """
-    if len({Path(path).resolve() for path in inputs}) < len(inputs):
+    if len({os.path.realpath(path) for path in inputs}) < len(inputs):
         raise FastMTPError("--inputs: a file is named twice; each is counted once")
     total, hashes = Counts(vocabulary.rows), []
     with ExitStack() as stack:
