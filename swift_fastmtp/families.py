@@ -119,7 +119,7 @@ class Family:
         """Whether a tensor belongs to an MTP layer after the first."""
         for path in self.layer_paths:
             layers, _, number = path.rpartition(".")
-            match = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+            match = re.match(rf"{re.escape(layers)}\.(\d{{1,18}})\.", name)
             if match and int(match[1]) > int(number):
                 return True
         return False

@@ -109,7 +109,9 @@ def _check_entries(header: dict[str, Any]) -> None:
             raise ValueError(f"a name of {len(name)} characters")
         if not isinstance(entry, dict):
             raise ValueError(f"{name}: {inputs.shown(entry)} is no entry of a tensor")
-        dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+        dtype = entry.get("dtype")
+        shape: Any = entry.get("shape")
+        offsets: Any = entry.get("data_offsets")
         if not isinstance(dtype, str):
             raise ValueError(f"{name}: dtype {inputs.shown(dtype)}")
         if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:

@@ -261,6 +261,7 @@ TOKEN_IDS = Kind(
 _KNOB_KINDS = {int: Kind("a whole number", is_int), float: NUMBER, str: NAME}
 _SETTINGS = {
     **{f.name: _KNOB_KINDS[type(f.default)] for f in fields(FastMTPConfig)},
+    "num_speculative_steps": whole(1, 1000),
     "token_map": PATH,
     "swift_fastmtp": NAME,
     "base_model": PATH,

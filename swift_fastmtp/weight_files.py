@@ -11,6 +11,7 @@ Read in SGLang 0.5.23 (`model_loader/loader.py` `_prepare_weights`; `model_loade
 """
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class WeightFiles:
     @property
     def read_by_transformers(self) -> bool:
         """Whether transformers, given the folder, reads exactly `files`."""
-        if (self.folder / _SINGLE).is_file():
+        if os.path.isfile(self.folder / _SINGLE):
             return self.files == (self.folder / _SINGLE,)
         if self.index is None:
             return False
@@ -111,7 +112,7 @@ def resolve(folder: str | Path) -> WeightFiles:
     """
     folder = Path(folder)
     inputs.check_folder(folder)
-    here = tuple(sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith(".")))
+    here = tuple(sorted(p for p in folder.glob("*.safetensors") if os.path.isfile(p) and not p.name.startswith(".")))
     consolidated = tuple(p for p in here if p.name.startswith("consolidated"))
     index = _read_index(folder / INDEX_FILE)
     if index is None:
@@ -135,7 +136,7 @@ def resolve(folder: str | Path) -> WeightFiles:
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():  # engines look for a file too: a folder or a dangling link of that name is none
+    if not os.path.isfile(path):  # engines look for a file too: a folder or a dangling link of that name is none
         return None
     index = _read_object(path).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
@@ -166,11 +167,12 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _why_not(path: Path) -> str:
-    if path.is_dir():
+    # os.path says no to a name that is too long for a file, where pathlib raises.
+    if os.path.isdir(path):
         return "a folder, no file"
-    if path.is_symlink():
+    if os.path.islink(path):
         return "a link to a missing file"
-    return "no file" if path.exists() else "missing"
+    return "no file" if os.path.exists(path) else "missing"
 
 
 def _is_added(folder: Path) -> bool:

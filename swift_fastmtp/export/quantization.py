@@ -11,6 +11,7 @@ Modules are named as the checkpoint names them. SGLang builds some MTP layers un
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ def read_quantization(config: dict[str, Any], folder: Path | None = None) -> Qua
     """
     file = "config.json"
     settings = config_value(config, "quantization_config") or config_value(config, "compression_config")
-    if not settings and folder is not None and (folder / "hf_quant_config.json").exists():
+    if not settings and folder is not None and os.path.lexists(folder / "hf_quant_config.json"):
         file = "hf_quant_config.json"
         settings = read_json(folder / file)
     if not settings:
@@ -291,8 +292,8 @@ class _Expression:
             return getattr(self._pattern, how)(name, **self._limit) is not None
         except TimeoutError:
             raise FastMTPError(
-                f"quantization_config: {self._text[:80]!r} takes over {_SECONDS_OF_A_MATCH} s to match {name}; write it "
-                "without repetitions in repetitions"
+                f"quantization_config: {self._text[:80]!r} takes over {_SECONDS_OF_A_MATCH} s to match {name}; "
+                "write it without repetitions in repetitions"
             ) from None
 
 

@@ -1,5 +1,6 @@
 """Token maps: the ids that a draft may choose from (SGLang's `--speculative-token-map`), alone or by language."""
 
+import os
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -82,7 +83,7 @@ def _check_archive(path: Path, vocab_size: int) -> None:
 def _of_json(path: Path) -> str:
     """What to say of a JSON list of ids, which SGLang does not read."""
     ours = path.with_suffix(".pt")
-    if ours.is_file():
+    if os.path.isfile(ours):
         return f"{path}: is a JSON list, which SGLang does not read; pass {ours}, which holds the same ids"
     convert = f"torch.save(json.load(open({path.name!r})), {ours.name!r})"
     return f'{path}: is a JSON list, which SGLang does not read; convert it: python -c "import json, torch; {convert}"'
@@ -119,7 +120,7 @@ def check_map_list(maps: Any, where: Path) -> dict[str, Path]:
         raise FastMTPError(f'{where}: must be an object of languages and files, as {{"zh": "zh-16384.pt"}}')
     found = {name: where.parent / file for name, file in maps.items()}
     for name, file in found.items():
-        if not file.is_file():
+        if not os.path.isfile(file):  # no, too, of a name that is too long for a file
             raise FastMTPError(f"{where}: {name}: {file}: no such file")
     return found
 
