@@ -26,11 +26,16 @@ class FastMTPError(ValueError):
 
 
 def _one_line(text: str) -> str:
-    if len(text) > MAX_LINE:
-        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 + 5 :]}"
+    text = _shortened(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _shortened("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_LINE:
+        return text
+    return f"{text[: MAX_LINE // 2]} ... {text[5 - MAX_LINE // 2 :]}"
 
 
 _HOW_TO_FIX = {

@@ -467,6 +467,14 @@ def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
     return default
 
 
+def vocabulary_size(config: dict[str, Any], where: str | Path) -> int:
+    """V, the rows of the output matrix. Raises `FastMTPError` if config.json does not say."""
+    rows = config_value(config, "vocab_size")
+    if not is_int(rows) or rows < 1:
+        raise FastMTPError(f"{where}: vocab_size is {rows!r}; it must be the rows of the output matrix")
+    return int(rows)
+
+
 def is_embedding(name: str) -> bool:
     """Whether a tensor is an embedding matrix: the model's, or a copy in the MTP layer."""
     return name.endswith(tuple(f"{module}.weight" for module in EMBEDDINGS))

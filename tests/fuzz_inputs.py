@@ -164,7 +164,7 @@ def places(value):
 
 def mutated(rng, value):
     """A copy with one to three changes: other values, missing or further keys, values of other places."""
-    value = copy.deepcopy(value)
+    value = json.loads(json.dumps(value))
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = places(value)
         if not found:
@@ -328,7 +328,17 @@ def map_bytes(value, folder):
 
 def fault(reader, data, folder):
     """What is wrong with how a reader took some bytes; None if it ended well, or with one line, in time."""
-    start = time.process_time()
+    start = time.perf_counter()
+    found = _outcome(reader, data, folder)
+    if found is not None or time.perf_counter() - start < SECONDS:
+        return found
+    start = time.process_time()  # is exact where others use the machine too, and takes its time
+    _outcome(reader, data, folder)
+    seconds = time.process_time() - start
+    return f"{seconds:.1f} s" if seconds > SECONDS else None
+
+
+def _outcome(reader, data, folder):
     try:
         reader(data, folder)
     except (FastMTPError, UnreadableRowError) as error:
@@ -337,5 +347,4 @@ def fault(reader, data, folder):
             return f"more than one line: {text!r:.300}"
     except BaseException as error:
         return f"{type(error).__name__}: {error!s:.300}"
-    seconds = time.process_time() - start
-    return f"{seconds:.1f} s" if seconds > SECONDS else None
+    return None

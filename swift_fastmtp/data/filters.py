@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import inputs
 from ..errors import FastMTPError
-from ..families import config_value, read_config
+from ..families import read_config, vocabulary_size
 from .chat_template import load_tokenizer
 from .conversation import is_complete, said
 from .examples import check_vocabulary, rendered_otherwise, training_examples
@@ -349,7 +349,9 @@ class Asked:
 
     def __post_init__(self) -> None:
         self._tokenizer = load_tokenizer(self.model) if self.model else None
-        self._vocab_size = config_value(read_config(self.model), "vocab_size") if self.model else 0
+        self._vocab_size = 0
+        if self.model:
+            self._vocab_size = vocabulary_size(read_config(self.model), Path(self.model) / "config.json")
 
     def __call__(self, row: Row) -> str | None:
         if self._tokenizer is None or not self._tokenizer.chat_template:

@@ -62,10 +62,8 @@ def _check_archive(path: Path, vocab_size: int) -> None:
             if begin.startswith(b"["):
                 raise FastMTPError(_of_json(path))
             if not begin.startswith(b"PK"):
-                old = begin.startswith(b"\x80")
-                raise _no_map(
-                    path, "a pickle, as torch.save wrote before 1.6; save it again" if old else "no torch file"
-                )
+                is_pickle = begin.startswith(b"\x80")
+                raise _no_map(path, "a pickle, as torch wrote before 1.6" if is_pickle else "no torch file")
             with zipfile.ZipFile(file) as archive:
                 size = sum(entry.file_size for entry in archive.infolist())
     except FileNotFoundError as error:
@@ -86,7 +84,8 @@ def _of_json(path: Path) -> str:
     if os.path.isfile(ours):
         return f"{path}: is a JSON list, which SGLang does not read; pass {ours}, which holds the same ids"
     convert = f"torch.save(json.load(open({path.name!r})), {ours.name!r})"
-    return f'{path}: is a JSON list, which SGLang does not read; convert it: python -c "import json, torch; {convert}"'
+    command = f'python -c "import json, torch; {convert}"'
+    return f"{path}: is a JSON list, which SGLang does not read; convert it in its folder: {command}"
 
 
 def _flat_ids(stored: Any, vocab_size: int) -> torch.Tensor | None:

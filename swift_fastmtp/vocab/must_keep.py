@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..checkpoints import file_hash, read_json
 from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
-from ..families import config_value, read_config
+from ..families import config_value, read_config, vocabulary_size
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Kept where the vocabulary has them as one token, whether or not the tokenizer says that they were added."""
@@ -51,11 +51,7 @@ def read_vocabulary(model_dir: str | Path) -> Vocabulary:
     """
     folder = Path(model_dir)
     config = read_config(folder)
-    rows = config_value(config, "vocab_size")
-    if not isinstance(rows, int) or rows < 1:
-        raise FastMTPError(
-            f"{folder / 'config.json'}: vocab_size is {rows!r}; it must be the rows of the output matrix"
-        )
+    rows = vocabulary_size(config, folder / "config.json")
     tokenizer = load_tokenizer(str(folder))
     tokens = all_tokens(tokenizer)
     exists_V = np.zeros(rows, dtype=bool)
