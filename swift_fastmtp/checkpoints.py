@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import fp8
+from . import fp8, inputs
 from .errors import FastMTPError, cannot_write
 from .families import Family, config_value, is_embedding, read_config
 from .headers import Entry, entries_of, layer_elsewhere, read_header
@@ -82,6 +82,7 @@ class Weights:
 
 
 def _open(path: Path) -> Any:
+    inputs.check_file(path)  # of a pipe, safetensors would wait for the end
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -319,12 +320,12 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, for manifests."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with inputs.open_file(path) as file:
             while block := file.read(2**20):
                 digest.update(block)
         return digest.hexdigest()
     except OSError as error:
-        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+        raise inputs.cannot_read(path, error) from None
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -340,16 +341,12 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file. Raises `FastMTPError` if it is broken."""
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise FastMTPError(f"{path}: must hold a JSON object, not {type(value).__name__}; copy it from where it came")
-    return value
+    """A JSON object, or {} where there is no such file.
+
+    Raises `FastMTPError` if it is broken, or a key that is read from files of its name is of another type
+    (`inputs.read_object`).
+    """
+    return inputs.read_object(path)
 
 
 def write_json(value: Any, path: Path) -> None:
@@ -414,7 +411,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     Weights are large, and nothing edits them in place. Everything else is small, and people do edit it: through a link
     they would edit the model that it came from.
     """
-    source = source.resolve()  # hub caches are folders of symbolic links
+    source = Path(os.path.realpath(source))  # hub caches are folders of symbolic links
     if target.suffix == ".safetensors":
         try:
             os.link(source, target)

@@ -1,6 +1,7 @@
 """The `fastmtp` verbs. Each only parses its arguments and calls the function that does the work."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 from . import __version__
 from .errors import FastMTPError
+from .inputs import loads
 
 
 def _plugin_path(_: argparse.Namespace) -> None:
@@ -182,7 +184,7 @@ def _card(args: argparse.Namespace) -> None:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    value = loads(text)
     if not isinstance(value, dict):
         raise ValueError
     return value
@@ -410,13 +412,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_REFUSED_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. A `FastMTPError` becomes one line on stderr and exit status 1."""
+    """Entry point. A `FastMTPError` becomes one line on stderr and exit status 1.
+
+    So does a name that no file can have, or that may not be opened."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except FastMTPError as error:
         sys.exit(f"fastmtp: error: {error}")
+    except OSError as error:
+        # A name or a folder that the system refuses, wherever it was met first: no mistake of the program.
+        if error.errno not in _REFUSED_NAMES or not error.filename:
+            raise
+        sys.exit(f"fastmtp: error: {FastMTPError(f'{error.filename}: {error.strerror}')}")
     except KeyboardInterrupt:
         print("fastmtp: interrupted; long jobs go on when started again", file=sys.stderr)
         sys.exit(130)

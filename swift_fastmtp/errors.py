@@ -1,7 +1,7 @@
 """The one exception users are meant to read.
 
 Every check of user input (a knob, a checkpoint, a dataset, an output folder) raises `FastMTPError` with one
-line that names what is wrong and how to mend it. The command line prints that line and exits with 1; no
+line that names what is wrong and how to fix it. The command line prints that line and exits with 1; no
 traceback, because the mistake is not in the program.
 """
 
@@ -10,9 +10,32 @@ import os
 import re
 from pathlib import Path
 
+MAX_LINE = 700
+"""Characters of a message; a longer one holds a name or a value that nobody can read at once."""
+
 
 class FastMTPError(ValueError):
-    """Bad input. The message is one line: what is wrong (file, key or row) and the mend."""
+    """Bad input. The message is one line: what is wrong (file, key or row) and how to fix it.
+
+    Names and values in it may be anybody's: line ends, control characters and what is no text are written as escapes,
+    and of a message longer than `MAX_LINE` the middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: str) -> str:
+    text = _shortened(text)
+    if text.isprintable():
+        return text
+    return _shortened("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= MAX_LINE:
+        return text
+    return f"{text[: MAX_LINE // 2]} ... {text[5 - MAX_LINE // 2 :]}"
 
 
 _HOW_TO_FIX = {

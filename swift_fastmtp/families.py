@@ -7,12 +7,14 @@ asks which family it has.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from . import inputs
 from .errors import FastMTPError
+from .inputs import FLAG, NAME, NAMES, NUMBER, OBJECT, TOKEN_IDS, Kind, is_int, not_finite, shown, wrong_types
 from .known_layouts import LAYOUTS, known_layout
 
 
@@ -117,7 +119,7 @@ class Family:
         """Whether a tensor belongs to an MTP layer after the first."""
         for path in self.layer_paths:
             layers, _, number = path.rpartition(".")
-            match = re.match(rf"{re.escape(layers)}\.(\d+)\.", name)
+            match = re.match(rf"{re.escape(layers)}\.(\d{{1,18}})\.", name)
             if match and int(match[1]) > int(number):
                 return True
         return False
@@ -394,15 +396,13 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint folder.
 
     Raises `FastMTPError` if it is missing or not a JSON object; `WrongTypeError` naming the first key of `_TYPES` that
-    is of another type.
+    is of another type, or the first that holds NaN or an infinite number.
     """
     path = Path(model_dir) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = inputs.read_json(path)
     except FileNotFoundError:
         raise FastMTPError(f"{path}: not found; pass the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise FastMTPError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(config, dict):
         raise FastMTPError(
             f"{path}: must hold a JSON object, not {type(config).__name__}; restore it from the base model"
@@ -411,57 +411,51 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "architectures": (
-        "a list of names",
-        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+_COUNT = Kind("a whole number that is not negative, and at most 2**24", lambda v: is_int(v) and 0 <= v <= 2**24)
+_LAYERS = Kind("a whole number that is not negative, and at most 1000", lambda v: is_int(v) and 0 <= v <= 1000)
+_EXPERTS = Kind("a whole number that is not negative, and at most 10000", lambda v: is_int(v) and 0 <= v <= 10_000)
+_TYPES: dict[str, Kind] = {
+    "architectures": NAMES,
+    "model_type": NAME,
+    **dict.fromkeys(("text_config", "quantization_config", "auto_map", "rope_scaling", "rope_parameters"), OBJECT),
+    "tie_word_embeddings": FLAG,
+    "dtype": NAME,
+    "torch_dtype": NAME,
+    "eos_token_id": TOKEN_IDS,
+    "rms_norm_eps": NUMBER,
+    "rope_theta": NUMBER,
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        _COUNT,
     ),
-    "model_type": ("a name", lambda v: isinstance(v, str)),
-    "text_config": ("an object", lambda v: isinstance(v, dict)),
-    "quantization_config": ("an object", lambda v: isinstance(v, dict)),
-    "auto_map": ("an object", lambda v: isinstance(v, dict)),
-    "rope_scaling": ("an object", lambda v: isinstance(v, dict)),
-    "rope_parameters": ("an object", lambda v: isinstance(v, dict)),
-    "tie_word_embeddings": ("true or false", lambda v: isinstance(v, bool)),
-    "dtype": ("a name", lambda v: isinstance(v, str)),
-    "torch_dtype": ("a name", lambda v: isinstance(v, str)),
-    "eos_token_id": (
-        "a token id or a list of them",
-        lambda v: all(_is_int(i) for i in v) if isinstance(v, list) else _is_int(v),
+    # transformers makes lists of so many entries, and layers.
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "num_nextn_predict_layers", "mtp_num_hidden_layers"),
+        _LAYERS,
     ),
     **dict.fromkeys(
-        (
-            "num_hidden_layers",
-            "hidden_size",
-            "vocab_size",
-            "num_nextn_predict_layers",
-            "mtp_num_hidden_layers",
-            "num_experts",
-            "n_routed_experts",
-            "num_local_experts",
-            "moe_num_experts",
-            "num_experts_per_tok",
-        ),
-        ("a whole number that is not negative", lambda v: _is_int(v) and v >= 0),
+        ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok"),
+        _EXPERTS,
     ),
 }
-"""Keys of config.json that are read here, what they hold, and a test of it; null is a key that is not there."""
+"""Keys of config.json that are read here, and what they hold; null is a key that is not there."""
+_MAY_BE_INFINITE = ("time_step_limit",)
+"""Of state-space layers, in published files."""
 
 
 def _check_types(config: dict[str, Any], path: Path) -> None:
     text = config.get("text_config")
     for where, part in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
-        for key, (what, fits) in _TYPES.items():
-            value = part.get(key)
-            if value is not None and not fits(value):
-                raise WrongTypeError(
-                    f"{path}: {where}{key} is {json.dumps(value)[:80]}, it must be {what}; take it from the base "
-                    "model's config.json"
-                )
+        for key, what in wrong_types(part, _TYPES):
+            raise WrongTypeError(
+                f"{path}: {where}{key} is {shown(part[key])}, it must be {what}; take it from the base model's "
+                "config.json"
+            )
+    for key, value in not_finite(config):
+        if key.rpartition(".")[2] not in _MAY_BE_INFINITE:
+            raise WrongTypeError(
+                f"{path}: {key} is {value}, it must be a finite number; take it from the base model's config.json"
+            )
 
 
 def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
@@ -471,6 +465,14 @@ def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
         if part.get(key) is not None:
             return part[key]
     return default
+
+
+def vocabulary_size(config: dict[str, Any], where: str | Path) -> int:
+    """V, the rows of the output matrix. Raises `FastMTPError` if config.json does not say."""
+    rows = config_value(config, "vocab_size")
+    if not is_int(rows) or rows < 1:
+        raise FastMTPError(f"{where}: vocab_size is {rows!r}; it must be the rows of the output matrix")
+    return int(rows)
 
 
 def is_embedding(name: str) -> bool:

@@ -5,15 +5,16 @@ a few megabytes. Unlike `checkpoints.Weights`, which refuses a broken folder, th
 missing or shorter than its header says is listed, and the rest is still there to look at.
 """
 
-import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import inputs
 from .errors import FastMTPError
-from .families import Family, config_value, is_embedding, read_config
+from .families import Family, config_value, is_embedding, read_config, vocabulary_size
 from .weight_files import INDEX_FILE, WeightFiles, resolve
 
 TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
@@ -68,20 +69,69 @@ class Headers:
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Offset of a safetensors file's first data byte, and its header without `__metadata__`.
 
+    Each entry is one that safetensors itself would take, but for the size of the file, which `_add` compares: a name,
+    a shape of whole numbers, and as many bytes as dtype and shape need, without gaps between tensors.
+
     Raises `FastMTPError` if the file is no safetensors file, such as the pointer that git leaves without LFS.
     """
     try:
-        with open(path, "rb") as file:
+        with inputs.open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MAX_HEADER:
                 raise ValueError(f"header of {length} bytes")
-            header = json.loads(file.read(length))
+            if length > os.fstat(file.fileno()).st_size - 8:
+                raise ValueError(f"header of {length} bytes, which is more than the file has")
+            data = file.read(length)
+        header = inputs.loads(data, unique_keys=True)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
         header.pop("__metadata__", None)
-        for entry in header.values():
-            entry["dtype"], entry["shape"], entry["data_offsets"][1]
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        _check_entries(header)
+    except (OSError, ValueError) as error:
         raise FastMTPError(f"{path}: not a readable safetensors file ({error}); download it again") from None
     return 8 + length, header
+
+
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Size of a value by its dtype; a dtype that is not here is of a newer safetensors, and is taken as it is."""
+_MAX_NAME, _MAX_DIMENSIONS = 1000, 64
+
+
+def _check_entries(header: dict[str, Any]) -> None:
+    """Raises `ValueError` naming the first tensor that is impossible."""
+    for name, entry in header.items():
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"a name of {len(name)} characters")
+        if not isinstance(entry, dict):
+            raise ValueError(f"{name}: {inputs.shown(entry)} is no entry of a tensor")
+        dtype = entry.get("dtype")
+        shape: Any = entry.get("shape")
+        offsets: Any = entry.get("data_offsets")
+        if not isinstance(dtype, str):
+            raise ValueError(f"{name}: dtype {inputs.shown(dtype)}")
+        if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"{name}: shape {inputs.shown(shape)}")
+        if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise ValueError(f"{name}: data_offsets {inputs.shown(offsets)}")
+        size, bits = offsets[1] - offsets[0], _BITS.get(dtype)
+        if bits is not None and bits * math.prod(shape) != 8 * size:
+            raise ValueError(f"{name}: {dtype} of shape {inputs.shown(shape)} in {size} bytes")
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["data_offsets"][0] != end:
+            raise ValueError(f"{name}: begins at byte {entry['data_offsets'][0]}, the tensor before it ends at {end}")
+        end = entry["data_offsets"][1]
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(inputs.is_int(n) and 0 <= n < 2**63 for n in value)
 
 
 def entries_of(path: Path) -> dict[str, Entry]:
@@ -145,9 +195,7 @@ def read_vocab_size(folder: str | Path) -> int:
     """
     path = Path(folder) / "config.json"
     config = read_config(folder)
-    size = config_value(config, "vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise FastMTPError(f"{path}: vocab_size is {size!r}; it must be the rows of the output matrix")
+    size = vocabulary_size(config, path)
     if any(Path(folder).glob("*.safetensors")) and (fault := vocab_size_fault(read_headers(folder), config)):
         raise FastMTPError(f"{path}: {fault}")
     return size

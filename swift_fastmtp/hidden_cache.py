@@ -24,6 +24,7 @@ import torch
 
 from .checkpoints import claim, read_json, write_json
 from .errors import FastMTPError, cannot_write
+from .inputs import check_folder
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
@@ -120,7 +121,8 @@ class HiddenCache:
 
     def _open_folder(self, info: dict[str, Any]) -> None:
         path = self.folder / _INFO
-        if not path.exists():
+        check_folder(self.folder)
+        if not os.path.lexists(path):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(info, path)
@@ -143,14 +145,18 @@ class HiddenCache:
 
     def _open_own(self, rank: int) -> tuple[Any, Any]:
         """Files of this rank, cut to the last whole document."""
-        states = open(self.folder / f"states-{rank}.bin", "ab")  # noqa: SIM115
+        try:
+            states = open(self.folder / f"states-{rank}.bin", "ab")  # noqa: SIM115
+            index = open(self.folder / f"index-{rank}.bin", "ab")  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(self.folder, error) from None
         claim(states, f"{self.folder}: another run is writing this cache; wait for it, or name another folder")
-        index = open(self.folder / f"index-{rank}.bin", "ab")  # noqa: SIM115
         index.truncate(index.tell() // _RECORD.itemsize * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)
         records = np.fromfile(index.name, _RECORD)
         # A record whose states did not reach the disk (a power cut, not a kill) ends the file before it.
-        whole = int((records["start"] + records["rows"] <= states.tell() // self.row_bytes).cumprod().sum())
+        rows_on_disk = states.tell() // self.row_bytes
+        whole = int(_are_in(records, rows_on_disk).cumprod().sum())
         index.truncate(whole * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)
         states.truncate(int((records["start"] + records["rows"])[:whole].max(initial=0)) * self.row_bytes)
@@ -161,11 +167,16 @@ class HiddenCache:
         """Read what any rank has added since the last look. Returns whether there was something."""
         new = False
         for path in sorted(self.folder.glob("index-*.bin")):
+            states = path.with_name(path.name.replace("index", "states"))
+            if not (path.is_file() and states.is_file()):
+                continue
             seen, size = self._read.get(path, 0), path.stat().st_size // _RECORD.itemsize
             if size <= seen:
                 continue
-            states = path.with_name(path.name.replace("index", "states"))
-            for record in np.fromfile(path, _RECORD, count=size - seen, offset=seen * _RECORD.itemsize):
+            records = np.fromfile(path, _RECORD, count=size - seen, offset=seen * _RECORD.itemsize)
+            # States are written before their record: one whose states are not there is damaged, and no use.
+            rows_on_disk = states.stat().st_size // self.row_bytes
+            for record in records[_are_in(records, rows_on_disk)]:
                 # numpy drops trailing zero bytes of fixed-width strings
                 digest = bytes(record["digest"]).ljust(16, b"\0")
                 self._places[digest] = (states, int(record["start"]), int(record["rows"]))
@@ -227,6 +238,13 @@ def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:
                 found.append((b, start, start + count))
             start += count
     return found
+
+
+def _are_in(records: "np.ndarray[Any, Any]", rows_on_disk: int) -> "np.ndarray[Any, Any]":
+    """Whether the states of each record are in a file of so many rows; a damaged record may hold any numbers."""
+    starts, rows = records["start"], records["rows"]
+    most = np.uint64(rows_on_disk)
+    return (starts <= most) & (rows <= most - np.minimum(starts, most))
 
 
 def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
 from . import bailing, placement  # noqa: F401 (the first registers what transformers has no classes for)
-from .checkpoints import check_head
+from .checkpoints import check_head, read_json
 from .config import FastMTPConfig
 from .errors import FastMTPError
 from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
@@ -434,6 +434,7 @@ def load_config(model_dir: str | Path) -> Any:
             f"{Path(model_dir) / 'config.json'}: model_type {kind!r} is known to Python code of the folder only "
             f"(auto_map), and this package runs none; set it to {family.config_model_type!r} if the model is one"
         )
+    read_json(Path(model_dir) / "generation_config.json")  # transformers loads it with the model
     with _one_line(model_dir):
         # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
         return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)

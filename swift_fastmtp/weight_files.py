@@ -11,11 +11,13 @@ Read in SGLang 0.5.23 (`model_loader/loader.py` `_prepare_weights`; `model_loade
 """
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import inputs
 from .errors import FastMTPError
 from .families import config_value, read_config
 from .paths import check_link
@@ -23,6 +25,7 @@ from .paths import check_link
 INDEX_FILE = "model.safetensors.index.json"
 ENGINES = ("sglang", "vllm")
 _SINGLE = "model.safetensors"
+_MAX_INDEX = 100_000_000  # bytes, as of a file's header; of the largest models a tenth of it
 _SIDECAR = "mtp.safetensors"
 # SGLang adds an unlisted `mtp.safetensors` for these, whose published FP4 checkpoints forgot to list it.
 _SIDECAR_ARCHITECTURES = (
@@ -75,14 +78,11 @@ class WeightFiles:
     @property
     def read_by_transformers(self) -> bool:
         """Whether transformers, given the folder, reads exactly `files`."""
-        if (self.folder / _SINGLE).is_file():
+        if os.path.isfile(self.folder / _SINGLE):
             return self.files == (self.folder / _SINGLE,)
         if self.index is None:
             return False
-        try:
-            metadata = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8")).get("metadata")
-        except (OSError, ValueError):
-            return False
+        metadata = _read_object(self.folder / INDEX_FILE).get("metadata")
         names = {path.name for path in self.files}
         return isinstance(metadata, dict) and names == set(self.index.values())
 
@@ -109,10 +109,12 @@ def resolve(folder: str | Path) -> WeightFiles:
 
     Nothing but the index and config.json is opened. Raises `FastMTPError` if the folder has no safetensors file, or if
     its index is broken, or lists something that is no file of the folder itself (paths that lead elsewhere, folders
-    below), or a file is a link that leads out of it: engines read none of those, or read outside the folder.
+    below), or a file is a link that leads out of it: engines read none of those, or read outside the folder; or if it
+    has a pipe or a device in it.
     """
     folder = Path(folder)
-    here = tuple(sorted(p for p in folder.glob("*.safetensors") if p.is_file() and not p.name.startswith(".")))
+    inputs.check_folder(folder)
+    here = tuple(sorted(p for p in folder.glob("*.safetensors") if os.path.isfile(p) and not p.name.startswith(".")))
     for path in here:
         check_link(path, folder)
     consolidated = tuple(p for p in here if p.name.startswith("consolidated"))
@@ -138,15 +140,15 @@ def resolve(folder: str | Path) -> WeightFiles:
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
-    if not path.is_file():  # engines look for a file too: a folder or a dangling link of that name is none
+    if not os.path.isfile(path):  # engines look for a file too: a folder or a dangling link of that name is none
         return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted({str(name) for name in index.values() if isinstance(name, str)})
-        if not all(isinstance(name, str) for name in index.values()):
-            raise TypeError("weight_map names something that is no text")
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise FastMTPError(f"{path}: cannot be read as a safetensors index ({error!r}); download it again") from None
+    index = _read_object(path).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+        raise FastMTPError(
+            f"{path}: cannot be read as a safetensors index: weight_map must be an object of tensors and files; "
+            "download it again"
+        )
+    names = sorted(set(index.values()))
     if not names:
         raise FastMTPError(f"{path}: lists no tensor; download it again, or remove it")
     for name in names:
@@ -158,12 +160,23 @@ def _read_index(path: Path) -> dict[str, str] | None:
     return dict(index)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = inputs.read_json(path, _MAX_INDEX)
+    except FileNotFoundError:
+        value = None
+    if not isinstance(value, dict):
+        raise FastMTPError(f"{path}: cannot be read as a safetensors index, a JSON object; download it again")
+    return value
+
+
 def _why_not(path: Path) -> str:
-    if path.is_dir():
+    # os.path says no to a name that is too long for a file, where pathlib raises.
+    if os.path.isdir(path):
         return "a folder, no file"
-    if path.is_symlink():
+    if os.path.islink(path):
         return "a link to a missing file"
-    return "no file" if path.exists() else "missing"
+    return "no file" if os.path.exists(path) else "missing"
 
 
 def _is_added(folder: Path) -> bool:

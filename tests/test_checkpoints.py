@@ -24,8 +24,11 @@ HEAD = "model.mtp_layers.0."
 
 @pytest.fixture
 def trained(tmp_path):
+    return write_trained(tmp_path / "checkpoint")
+
+
+def write_trained(folder):
     """A head-only checkpoint, as the tuner writes it, with other values than the base's."""
-    folder = tmp_path / "checkpoint"
     folder.mkdir()
     head = {n: t.float() + 0.5 for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
     save_file(head, folder / "model.safetensors")

@@ -1,6 +1,7 @@
 """The cache gives back what the backbone computed, survives kills, and belongs to one model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -15,7 +17,7 @@ from models import packed_positions, random_mimo
 
 from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.hidden_cache import HiddenCache
+from swift_fastmtp.hidden_cache import _RECORD, HiddenCache
 from swift_fastmtp.modeling import load_model
 
 KEY = {"backbone": "abc"}
@@ -68,6 +70,31 @@ def test_a_torn_tail_is_cut_off(tmp_path, name, lost):
     assert torch.equal(cache.get(ids[:1])[0], states[0]) and cache.get(ids[1:2]) is None
     cache.put(ids[1:], states[1:])
     assert all(torch.equal(a, b) for a, b in zip(cache.get(ids), states, strict=True))
+
+
+def test_records_of_states_that_are_not_there_are_passed_over(tmp_path):
+    """Of another rank, and of this one: numbers that a broken disk made up, also those whose sum is small again."""
+    one = open_cache(tmp_path, 1)
+    ids, states = documents(5, 3)
+    one.put(ids[:1], states[:1])
+    one._index.write(
+        np.array([(b"a" * 16, 2**63, 5), (b"b" * 16, 2**64 - 1, 2), (b"c" * 16, 6, 30)], _RECORD).tobytes()
+    )
+    one.put(ids[1:], states[1:])
+    zero = open_cache(tmp_path, 0)
+    assert all(torch.equal(a, b) for a, b in zip(zero.get(ids), states, strict=True))
+    assert len(zero._places) == 2
+    del one
+    again = open_cache(tmp_path, 1)
+    assert torch.equal(again.get(ids[:1])[0], states[0]) and len(again._places) == 1
+
+
+def test_what_is_no_file_is_passed_over_or_refused(tmp_path):
+    (tmp_path / "index-7.bin").mkdir()
+    open_cache(tmp_path)
+    os.mkfifo(tmp_path / "states-3.bin")
+    with pytest.raises(FastMTPError, match="is a pipe"):
+        open_cache(tmp_path)
 
 
 def test_nothing_beyond_the_limit_is_written(tmp_path):

@@ -1,5 +1,10 @@
 """Training inside a token map is training a draft that is served with it."""
 
+import pickle
+import shlex
+import subprocess
+import sys
+
 import pytest
 import torch
 from models import random_mimo
@@ -116,3 +121,64 @@ def test_maps_that_do_not_fit_are_refused(tmp_path, content, says):
     torch.save(content, tmp_path / "map.pt")
     with pytest.raises(FastMTPError, match=says):
         read_token_map(tmp_path / "map.pt", 97)
+
+
+class Code:
+    """What a pickle can do when it is loaded."""
+
+    def __reduce__(self):
+        return print, ("this ran",)
+
+
+def test_a_pickle_with_code_is_not_loaded_and_nobody_is_told_to_load_it(tmp_path, capsys):
+    torch.save([1, Code()], tmp_path / "map.pt")
+    with pytest.raises(FastMTPError) as error:
+        read_token_map(tmp_path / "map.pt", 97)
+    assert "map.pt: holds more than tensors and lists, which could be code; it was not loaded" in str(error.value)
+    assert "`fastmtp vocab` makes maps" in str(error.value)
+    assert not any(word in str(error.value) for word in ("weights_only", "safe_globals", "trust"))
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_a_json_list_is_told_apart(tmp_path):
+    """`fastmtp vocab` writes one beside each map; SGLang reads the other file."""
+    path = tmp_path / "zh-4.json"
+    path.write_text("[1, 2, 3, 4]\n")
+    with pytest.raises(FastMTPError) as error:
+        read_token_map(path, 97)
+    command = str(error.value).partition("convert it in its folder: ")[2]
+    assert command.startswith("python -c ")
+    # The command that is given makes the file that is then named.
+    subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), cwd=tmp_path, check=True)
+    assert read_token_map(tmp_path / "zh-4.pt", 97).tolist() == [1, 2, 3, 4]
+    with pytest.raises(FastMTPError, match=r"pass .*zh-4\.pt, which holds the same ids"):
+        read_token_map(path, 97)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"1 2 3\n", "no torch file"),
+        (b"", "no torch file"),
+        (b"PK\x03\x04", "not a token map"),
+        (pickle.dumps([1, 2]), "as torch wrote before 1.6"),
+    ],
+)
+def test_other_files_are_no_maps(tmp_path, content, says):
+    (tmp_path / "map.pt").write_bytes(content)
+    with pytest.raises(FastMTPError, match=says):
+        read_token_map(tmp_path / "map.pt", 97)
+
+
+def test_ids_of_every_whole_type_and_no_other(tmp_path):
+    path = tmp_path / "map.pt"
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        torch.save(torch.tensor([5, 3], dtype=dtype), path)
+        assert read_token_map(path, 97).tolist() == [5, 3]
+    for stored in (torch.tensor([True, False]), torch.tensor([1j]), [True], [2**70], torch.eye(3).to_sparse()):
+        torch.save(stored, path)
+        with pytest.raises(FastMTPError, match="not a token map"):
+            read_token_map(path, 97)
+    torch.save([3, -1], path)
+    with pytest.raises(FastMTPError, match="holds id -1"):
+        read_token_map(path, 97)

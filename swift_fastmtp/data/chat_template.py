@@ -5,18 +5,26 @@ ms-swift has templates of its own; they are not used, because a head that is tra
 it is served behind follows hidden states that never occur.
 """
 
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .. import inputs
 from ..errors import FastMTPError
 
 Message = dict[str, Any]
 
 RENDERED = ("role", "content", "name", "reasoning_content", "tool_calls", "tool_call_id")
 """Keys of a message that a template may read; the others are about how it was made."""
+
+
+_RESERVED = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+}
+"""Arguments of transformers' `apply_chat_template`: with them a row could bring a template of its own, a program."""
 
 
 class RenderError(FastMTPError):
@@ -32,9 +40,12 @@ def load_tokenizer(model_dir: str) -> Any:
 
     from .. import modeling  # makes `mimo` known to transformers
 
+    inputs.check_folder(model_dir)
     try:
         return AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise whatever they like
+    except BaseException as error:  # transformers and tokenizers raise what they like; Rust's panic is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+            raise
         if (Path(model_dir) / "config.json").is_file():
             modeling.load_config(model_dir)  # it is read for the tokenizer too: says so if the fault is there
         if "trust_remote_code" in str(error):
@@ -71,8 +82,10 @@ def render(
     """The text of a conversation by the tokenizer's own chat template, as engines render it.
 
     `add_generation_prompt`: with what opens the assistant's turn. Raises `RenderError` if the template refuses the
-    conversation or fails on it.
+    conversation or fails on it, or where the kwargs are not for the template but for what renders it.
     """
+    if reserved := sorted(_RESERVED & (chat_template_kwargs or {}).keys()):
+        raise RenderError(f"chat_template_kwargs must not hold {reserved[0]}, which is no variable of a chat template")
     try:
         text: str = tokenizer.apply_chat_template(
             [for_template(message) for message in messages],
@@ -118,7 +131,7 @@ def _with_parsed_arguments(call: Any) -> Any:
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
     try:
-        arguments = json.loads(function["arguments"] or "{}")
+        arguments = inputs.loads(function["arguments"] or "{}")
     except ValueError as error:
         name = function.get("name")
         raise RenderError(f"the arguments of the call of {name} are not JSON ({error})") from None

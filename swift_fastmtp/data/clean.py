@@ -4,6 +4,7 @@ The files are read twice. The first pass decides: cheap filters first, duplicate
 never removes another. The second writes the kept rows, in their order and unchanged.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -85,7 +86,7 @@ def clean(
     if not 0 < similarity <= 1 or ngram < 1:
         raise FastMTPError("--similarity must be above 0 and at most 1, --ngram at least 1")
     outputs = [output, f"{output}.report.json", *([removed] if removed else [])]
-    if len({Path(p).resolve() for p in [*inputs, *outputs]}) < len(inputs) + len(outputs):
+    if len({os.path.realpath(p) for p in [*inputs, *outputs]}) < len(inputs) + len(outputs):
         raise FastMTPError("--inputs, --output and --removed must all be different files")
     refuse_existing(output)
     if removed:

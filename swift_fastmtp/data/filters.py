@@ -8,6 +8,7 @@ good code.
 import hashlib
 import json
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .. import inputs
 from ..errors import FastMTPError
 from ..headers import read_vocab_size
 from .chat_template import load_tokenizer
@@ -25,7 +27,7 @@ from .language import language
 from .language_names import language_code
 from .near_duplicates import prompt_and_answer
 from .row_forms import UnreadableRowError, normalize
-from .rows import Row
+from .rows import MAX_ROW_BYTES, Row
 from .scripts import CJK
 from .shingles import Hashes, runs, units
 
@@ -310,18 +312,20 @@ def _task_texts(path: str) -> list[str]:
     texts: list[str] = []
     number = 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line in file:
+        with inputs.open_file(path) as file:
+            while line := file.readline(MAX_ROW_BYTES):
                 number += 1
                 if not line.strip():
                     continue
-                task = json.loads(line)
+                task = inputs.loads(line.removeprefix(BOM_UTF8) if number == 1 else line)
                 asked = list(task.get("turns", []))
                 if not asked or "messages" in task or "prompt" in task:
                     asked += [m["content"] for m in normalize(task)["messages"] if m["role"] == "user"]
                 if not asked or not all(isinstance(text, str) for text in asked):
                     raise KeyError
                 texts += asked
+    except FastMTPError as error:
+        raise FastMTPError(f"--decontaminate {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FastMTPError(f"--decontaminate {path}: cannot be read ({error})") from None
     except ValueError as error:

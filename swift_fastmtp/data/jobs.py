@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from .. import inputs
 from ..checkpoints import claim, read_json, write_json
 from ..errors import FastMTPError
 from .rows import Row, dump_row, refuse_existing, write_rows
@@ -142,7 +143,7 @@ class Job:
         found: dict[Key, Place] = {}
         try:
             for part in sorted(self.folder.glob("shard-*.jsonl")):
-                with open(part, "rb") as file:
+                with inputs.open_file(part) as file:
                     offset = 0
                     for number, line in enumerate(file, start=1):
                         if line.endswith(b"\n"):  # else it is being written, or a kill cut it off
@@ -235,10 +236,13 @@ class Part:
 
 def _key(line: bytes, where: str) -> Key:
     try:
-        row, sample = json.loads(line)["key"]
-        return int(row), int(sample)
+        record = inputs.loads(line)
+        row, sample = record["key"]
+        if not (isinstance(record, dict) and inputs.is_int(row) and inputs.is_int(sample)):
+            raise ValueError("its key must be two whole numbers")
     except (ValueError, KeyError, TypeError) as error:
         raise FastMTPError(f"{where}: not a record of this job ({error}); delete the line and start again") from None
+    return row, sample
 
 
 def cut_torn_line(file: IO[bytes]) -> None:

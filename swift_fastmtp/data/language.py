@@ -15,11 +15,13 @@ MIN_LETTERS = 60
 """Fewer letters (Chinese characters count three) say too little."""
 MIN_CONFIDENCE = 0.9
 _LOOKED_AT = 800
+# Formulas between brackets, `\[ .. \]` and `\( .. \)`, are only begun here: see `_without_code`.
 _NO_PROSE = re.compile(
     r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]*`|<think>|</think>|https?://\S+"
-    r"|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)|\\\w+|^(?: {4}|\t).*$",
+    r"|\$\$.*?\$\$|\$[^$\n]*\$|(?P<formula>\\[\[(])|\\\w+|^(?: {4}|\t).*$",
     re.S | re.M,
 )
+_CLOSED_BY = {"\\[": "\\]", "\\(": "\\)"}
 _CODE_LINE = re.compile(r"[{};]\s*$|^\s*(?:#include|import |from \w+ import|def |class |return\b|//|@)", re.M)
 _HAN = re.compile(f"[{HAN}]")
 _KANA = re.compile(f"[{KANA}]")
@@ -28,7 +30,7 @@ _KANA = re.compile(f"[{KANA}]")
 def language(text: str) -> str | None:
     """Code (`language_code`) of the language of a text's prose (`zh` for every Chinese), or None if there is too little
     of it or it is not clear."""
-    lines = _NO_PROSE.sub(" ", text).splitlines()
+    lines = _without_code(text).splitlines()
     prose = " ".join(line for line in lines if not _CODE_LINE.search(line))[:_LOOKED_AT]
     han, kana = len(_HAN.findall(prose)), len(_KANA.findall(prose))
     letters = sum(map(str.isalpha, prose)) + 2 * (han + kana)
@@ -44,6 +46,28 @@ def language(text: str) -> str | None:
     # py3langid has labels such as `kik`; a row's `language` is `ki` then, and both must be one name.
     code = language_code(label)
     return None if code == UNKNOWN else code
+
+
+def _without_code(text: str) -> str:
+    """The text with a space for each piece of code, formula or address.
+
+    An expression alone would look for the end of each formula up to the end of the text: of many that nobody closed, in
+    the square of their number. Here an end that is once not there is not looked for again.
+    """
+    kept: list[str] = []
+    open_for_good: set[str] = set()
+    start = place = 0
+    while found := _NO_PROSE.search(text, place):
+        place = found.end()
+        if begin := found["formula"]:
+            end = -1 if begin in open_for_good else text.find(_CLOSED_BY[begin], place)
+            if end < 0:
+                open_for_good.add(begin)
+                continue
+            place = end + 2
+        kept += [text[start : found.start()], " "]
+        start = place
+    return "".join(kept) + text[start:]
 
 
 @cache

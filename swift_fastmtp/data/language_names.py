@@ -7,6 +7,8 @@ ISO 639-2/B that differ), name in English, other names and the language's own.
 import re
 import unicodedata
 
+from .scripts import normalized
+
 UNKNOWN = "unknown"
 
 _TABLE = """
@@ -146,6 +148,8 @@ zu: zul, zulu, isizulu
 """
 _NO_LANGUAGE = ("", "und", "mul", "zxx", "none", "null", "unknown", "n/a")
 _QUALIFIERS = re.compile(r"\b(simplified|traditional|brazilian|european|american|british|modern|standard)\b|\(.*\)")
+_MAX_NAME = 100
+"""Characters; a longer text is no language's name, and the expression above takes the square of its length."""
 _TAG = re.compile(r"[a-z]{2,3}(-[a-z0-9]{1,8})*")
 
 
@@ -167,11 +171,13 @@ def language_tag(name: object) -> str:
     case; `unknown` if it is no text or says that it is not known."""
     if not isinstance(name, str):
         return UNKNOWN
-    text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    text = " ".join(normalized(name).casefold().split())
     if text in _NO_LANGUAGE:
         return UNKNOWN
     if text in _CODES:
         return _CODES[text]
+    if len(text) > _MAX_NAME:
+        return text
     plain = " ".join(_QUALIFIERS.sub(" ", text).split())  # "Simplified Chinese", "Portuguese (Brazil)"
     if plain in _CODES:
         return _CODES[plain]

@@ -10,7 +10,6 @@ import os
 import platform
 import sys
 import time
-import unicodedata
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from .language_names import language_code
 from .mix_groups import Groups, language_of, read_groups
 from .mix_report import make_report, markdown, plot_lengths, table
 from .rows import BadRows, Row, dump_row, iter_rows, write_rows
+from .scripts import normalized
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
@@ -199,7 +199,7 @@ def _assigned(inputs: Sequence[str], groups: Groups) -> list[tuple[str, str | No
             files.append((path, group))
         else:
             raise FastMTPError(f"--inputs {text}: group {group!r} has no share; there are {', '.join(groups.shares)}")
-    if len({Path(path).resolve() for path, _ in files}) < len(files):
+    if len({os.path.realpath(path) for path, _ in files}) < len(files):
         raise FastMTPError("--inputs: a file is named twice; --max_repeat repeats rows")
     return files
 
@@ -256,7 +256,7 @@ def prompt_text(row: Row) -> str:
     for message in row["messages"]:
         if message["role"] == "assistant":
             break
-        text = unicodedata.normalize("NFKC", message["content"]).casefold()
+        text = normalized(message["content"]).casefold()
         parts.append(f"{message['role']}\n{' '.join(text.split())}")
     return "\0".join(parts)
 

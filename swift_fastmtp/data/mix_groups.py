@@ -7,9 +7,9 @@ What stands here is the same file as a dataclass, for who gives none, and the ch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from .. import inputs
 from ..errors import FastMTPError
 from .language_names import UNKNOWN, language_tag
 from .rows import Row
@@ -66,12 +66,7 @@ def read_groups(config: str | None, shares: Iterable[str] | None) -> Groups:
 
 
 def _read_yaml(path: str) -> Groups:
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FastMTPError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    values = inputs.read_yaml(path)
     keys = [f.name for f in fields(Groups)]
     if not isinstance(values, dict):
         raise FastMTPError(f"{path}: must hold the keys {', '.join(keys)}")

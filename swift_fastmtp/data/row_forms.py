@@ -14,6 +14,8 @@ silently left out is a question that nobody asked. A row in this form is returne
 import json
 from typing import Any
 
+from .. import inputs
+
 Row = dict[str, Any]
 Message = dict[str, Any]
 
@@ -224,8 +226,10 @@ def _read_reasoning(message: Message, where: str) -> None:
 
 def _read_tool_calls(message: Message, where: str) -> None:
     calls = message.get("tool_calls")
-    if isinstance(calls, str):
+    if isinstance(calls, str) and calls.strip() not in ("", "null"):
         calls = _parsed(calls)
+        if calls is None:
+            raise UnreadableRowError(NO_TOOL_CALLS, where)
     if not calls:
         message.pop("tool_calls", None)
     elif isinstance(calls, list):
@@ -340,10 +344,8 @@ def _read_chat_template_kwargs(row: Row) -> None:
 def _parsed(text: str) -> Any:
     """The value of a JSON string, or None if it is none."""
     try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        return value
-    except (ValueError, RecursionError):
+        return inputs.loads(text)
+    except ValueError:
         return None
 
 

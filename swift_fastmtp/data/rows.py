@@ -9,13 +9,16 @@ import hashlib
 import json
 import lzma
 import os
+import zlib
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from .. import inputs
 from ..errors import FastMTPError, cannot_write
 from .row_forms import Row as Row
 from .row_forms import UnreadableRowError, normalize
@@ -23,6 +26,8 @@ from .row_forms import UnreadableRowError, normalize
 MAX_ROW_BYTES = 32 * 2**20
 """A longer line is a broken file, not a conversation; it is never held in memory."""
 EXAMPLES = 5
+_PARQUET_ROWS = 128
+"""Rows in memory at once."""
 
 
 class BadRows:
@@ -144,14 +149,14 @@ def save_hub_dataset(name: str, path: Path) -> None:
         rows = datasets.load_dataset(name, subset or None, split="train", streaming=True)
         with write_rows(path) as file:
             for row in rows:
-                file.write(dump_row(_without_nulls(row), default=str))
+                file.write(dump_row(as_json(row)))
     except Exception as error:  # whatever a network and somebody's files may do
         raise FastMTPError(f"hf:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
 
 
-def dump_row(row: Row, default: Callable[[Any], Any] | None = None) -> str:
-    """One line of JSON, with its line end. `default`: what stands there for a value that JSON has no form for."""
-    return json.dumps(row, ensure_ascii=False, default=default) + "\n"
+def dump_row(row: Row) -> str:
+    """One line of JSON, with its line end."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def refuse_existing(path: str | Path) -> None:
@@ -173,43 +178,54 @@ def _json_lines(path: Path, bad: BadRows, place: str) -> Iterator[tuple[str, Any
                     bad.add(where, f"longer than {MAX_ROW_BYTES // 2**20} MiB")
                 elif line.strip():
                     try:
-                        value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                        if b"\\ud" in line or b"\\uD" in line:
-                            dump_row(value).encode()
-                        yield where, value
+                        value = inputs.loads(line.removeprefix(BOM_UTF8) if number == 1 else line)
                     except UnicodeEncodeError as error:
                         bad.add(where, "half a surrogate pair, which is no text", str(error))
                     except UnicodeDecodeError as error:
                         bad.add(where, "not UTF-8", str(error))
-                    except (ValueError, RecursionError) as error:
+                    except ValueError as error:
                         bad.add(where, "not JSON", str(error))
-    except (OSError, EOFError, lzma.LZMAError) as error:
+                    else:
+                        yield where, value
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise FastMTPError(f"{path}: cannot be read after line {number} ({error})") from None
 
 
-def _open(path: Path) -> BinaryIO:
-    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    file: BinaryIO = opener(path, "rb")
-    return file
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked. Raises as `inputs.open_file`."""
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix)
+    with inputs.open_file(path) as file:
+        if opener is None:
+            yield file
+            return
+        with opener(file, "rb") as unpacked:
+            yield unpacked
 
 
 def _parquet(path: Path, place: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        number = 0
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+        with inputs.open_file(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{place}{number}", _without_nulls(row)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+                    yield f"{place}{number}", as_json(row)
+    except FastMTPError:
+        raise
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        what = " ".join(str(error).split())
+        raise FastMTPError(f"{path}: cannot be read after row {number} ({what})") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Arrow pads structs with nulls for fields that a row never had."""
+def as_json(value: Any) -> Any:
+    """A value of Arrow as JSON has it: without the nulls that pad structs for fields which a row never had; what JSON
+    has no form for, a date or bytes, as text."""
     if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {str(k): as_json(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [as_json(v) for v in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)

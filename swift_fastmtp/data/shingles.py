@@ -6,14 +6,13 @@ language first.
 """
 
 import re
-import unicodedata
 import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .scripts import CJK
+from .scripts import CJK, normalized
 
 Hashes = NDArray[np.uint64]
 
@@ -26,7 +25,7 @@ _SHIFT = np.uint64(33)
 
 def units(text: str) -> list[str]:
     """Words and CJK characters of a text, in its order, without differences of case and width (NFKC)."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = normalized(text).casefold()
     return _UNIT.findall(text) or text.split()
 
 

@@ -8,7 +8,7 @@ from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.examples import check_vocabulary, rendered_otherwise, training_examples
 from ..data.rows import BadRows, iter_rows
 from ..errors import FastMTPError
-from ..families import config_value, read_config
+from ..families import read_config, vocabulary_size
 from .doctor import Finding
 
 FOREIGN = "the chat template renders {n} of {rows} rows otherwise than they were asked"
@@ -26,7 +26,7 @@ def examine_data(folder: str | Path, file: str | Path) -> list[Finding]:
         check_chat_template(tokenizer, folder)
     except FastMTPError as error:
         return [Finding("error", str(error), "nothing can be asked, and rows cannot be rendered", "see above")]
-    vocab_size = config_value(read_config(folder), "vocab_size")
+    vocab_size = vocabulary_size(read_config(folder), Path(folder) / "config.json")
 
     places: dict[str, list[str]] = defaultdict(list)
     bad = BadRows("skip")

@@ -5,21 +5,24 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import head_reader
+from ..checkpoints import head_reader, read_json
 from ..errors import FastMTPError
 from ..families import match_family, read_config
 from ..head import as_stored
 from ..headers import entries_of
+from ..inputs import check_folder
 from ..modeling import head_shapes, load_config, load_head, model_class
 
 
 def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     """The head of `base` with the adapter of `checkpoint` merged, fp32, under checkpoint names.
 
-    Raises `FastMTPError` if the adapter reaches beyond the head.
+    Raises `FastMTPError` if the adapter reaches beyond the head, or peft cannot read it.
     """
     from peft import PeftModel
 
+    check_folder(checkpoint)
+    read_json(checkpoint / "adapter_config.json")
     cls: Any = model_class(base)
     family = match_family(read_config(base))
     stored = entries_of(checkpoint / "adapter_model.safetensors")
@@ -34,5 +37,9 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     model.head.to_empty(device="cpu")
     expected = head_shapes(base)
     load_head(model, head_reader(base, family, expected), expected)
-    merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    try:
+        merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    except Exception as error:  # peft raises whatever a key of adapter_config.json makes it stumble over
+        what = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FastMTPError(f"{checkpoint}: peft cannot read the adapter ({what}); take it from the run again") from None
     return as_stored({n: p.detach() for n, p in merged.head_tensors().items()}, expected)

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
+from .. import __version__, inputs
 from ..checkpoints import SETTINGS_FILE, Weights, read_json, remove_quietly
 from ..config import FastMTPConfig
 from ..errors import FastMTPError, cannot_write
@@ -76,8 +76,8 @@ def write_card(
 
 def _is_ours(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = inputs.read_text(path)
+    except (OSError, FastMTPError):
         return False
     mark = _MARK.search(text)
     return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
@@ -86,8 +86,8 @@ def _is_ours(path: Path) -> bool:
 def _is_the_base_models(path: Path, info: dict[str, Any]) -> bool:
     original = Path(info.get("base_model") or "") / CARD
     try:
-        return original.samefile(path) or original.read_bytes() == path.read_bytes()
-    except OSError:
+        return original.samefile(path) or inputs.read_bytes(original) == inputs.read_bytes(path)
+    except (OSError, FastMTPError):
         return False
 
 
@@ -114,7 +114,7 @@ def make_card(
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
     head = sum(math.prod(weights.shape(n)) for n in weights.under(*family.roots) if not family.is_copy(n))
-    steps = info.get("num_speculative_steps", 3)
+    steps = info.get("num_speculative_steps") or 3
     what = (
         f"{linked} with its multi-token-prediction (MTP) layer fine-tuned by FastMTP ([paper]"
         f"(https://arxiv.org/abs/2509.18362)) to draft {steps} tokens in a row. All other weights are the base's, bit "
@@ -194,13 +194,10 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
 
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML block at the top of a card; {} where there is none, or where it is broken."""
-    import yaml
-
     try:
-        text = card.read_text(encoding="utf-8")
-        match = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|\Z)", text, re.S)
-        value = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        match = re.match(r"---\r?\n(.*?)\r?\n---[^\S\n]*(\n|\Z)", inputs.read_text(card), re.S)
+        value = inputs.parse_yaml(match[1][: inputs.MAX_YAML_BYTES], card) if match else None
+    except (OSError, FastMTPError):
         return {}
     return value if isinstance(value, dict) else {}
 

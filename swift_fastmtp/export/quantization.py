@@ -10,10 +10,13 @@ Modules are named as the checkpoint names them. SGLang builds some MTP layers un
 `model.layers.46`); `fastmtp serve-args` gives the flag that makes this no matter.
 """
 
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +129,7 @@ def read_quantization(config: dict[str, Any], folder: Path | None = None) -> Qua
     """
     file = "config.json"
     settings = config_value(config, "quantization_config") or config_value(config, "compression_config")
-    if not settings and folder is not None and (folder / "hf_quant_config.json").exists():
+    if not settings and folder is not None and os.path.lexists(folder / "hf_quant_config.json"):
         file = "hf_quant_config.json"
         settings = read_json(folder / file)
     if not settings:
@@ -259,12 +262,83 @@ def _object(settings: dict[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def _regex(pattern: str, key: str) -> "re.Pattern[str]":
+class _Expression:
+    """A regular expression of a config.json, which is anybody's: one that would take for ever is given up.
+
+    Python's own engine cannot be stopped; `regex` can. That one is slow to compile, and most entries are plain names,
+    of which there may be thousands: those without a repetition or an alternative go to Python's.
+
+    Raises `ValueError` for what is no expression, or too large a one.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self._text = pattern
+        self._limit: dict[str, float] = {}
+        if len(pattern) > _LONGEST or _nesting(pattern) > _DEEPEST or _repetitions(pattern) > _MOST_REPETITIONS:
+            raise ValueError("it is too large")
+        try:
+            if not set("*+?{|") & set(pattern):
+                self._pattern: Any = re.compile(pattern)
+                return
+            import regex  # of transformers
+
+            self._pattern, self._limit = regex.compile(pattern), {"timeout": _SECONDS_OF_A_MATCH}
+        except Exception as error:  # each engine has its own, and others for odd expressions
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+    def match(self, name: str, how: str = "match") -> bool:
+        """Whether it matches (`match`, `fullmatch`, `search`). Raises `FastMTPError` if that takes too long."""
+        try:
+            return getattr(self._pattern, how)(name, **self._limit) is not None
+        except TimeoutError:
+            raise FastMTPError(
+                f"quantization_config: {self._text[:80]!r} takes over {_SECONDS_OF_A_MATCH} s to match {name}; "
+                "write it without repetitions in repetitions"
+            ) from None
+
+
+# `regex` writes repetitions out when it compiles, each as often as the ones around it say.
+_LONGEST, _DEEPEST, _MOST_REPETITIONS = 500, 5, 200
+_SECONDS_OF_A_MATCH = 0.2
+
+
+def _nesting(pattern: str) -> int:
+    """How many groups are in each other, at most; an escaped parenthesis counts, which does no harm."""
+    depth = deepest = 0
+    for character in pattern:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _repetitions(pattern: str) -> int:
+    """The product of all counts, `{3}` or `{1,5}`."""
+    counts = [int(most or least or 1) for least, most in re.findall(r"\{(\d*)(?:,(\d*))?\}", pattern)]
+    return math.prod(max(count, 1) for count in counts)
+
+
+@lru_cache(maxsize=2**16)
+def _compiled(pattern: str) -> "_Expression | str":
+    """The expression, or why it is none: kept, too, because every part of a layer asks for it."""
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise FastMTPError(f"quantization_config: {key} has {pattern!r}, which is no regular expression ({error})"
-                           ) from None  # fmt: skip
+        return _Expression(pattern)
+    except ValueError as error:
+        return str(error)
+
+
+def _expression(pattern: str) -> _Expression | None:
+    """None: it is no expression."""
+    compiled = _compiled(pattern)
+    return None if isinstance(compiled, str) else compiled
+
+
+def _regex(pattern: str, key: str) -> _Expression:
+    compiled = _compiled(pattern)
+    if isinstance(compiled, str):
+        raise FastMTPError(
+            f"quantization_config: {key} has {pattern[:80]!r}, which is no regular expression ({compiled})"
+        )
+    return compiled
 
 
 def _exact_or_regex(entries: list[str], key: str, suffix: bool = False) -> Rule:
@@ -295,11 +369,9 @@ def _transformers(*keys: str) -> Callable[[dict[str, Any]], Rule]:
             for entry in entries:
                 if name.endswith(entry):
                     return True
-                try:
-                    if re.match(entry, name):
-                        return True
-                except re.error:  # a name that is no expression: engines take it literally
-                    continue
+                expression = _expression(entry)  # None: engines take it literally
+                if expression is not None and expression.match(name):
+                    return True
             return False
 
         return plain
@@ -377,12 +449,9 @@ def _auto_round(settings: dict[str, Any], in_vllm: bool) -> Rule:
             if in_vllm and name.endswith(f".{pattern}"):
                 return _is_plain(bits(entry, True))
             if special & set(pattern):
-                match = re.search if in_vllm else re.fullmatch
-                try:
-                    if match(pattern, name):
-                        return _is_plain(bits(entry, quantized))
-                except re.error:  # both engines pass over it
-                    continue
+                expression = _expression(pattern)  # None: both engines pass over it
+                if expression is not None and expression.match(name, "search" if in_vllm else "fullmatch"):
+                    return _is_plain(bits(entry, quantized))
         return not quantized
 
     return plain
@@ -454,7 +523,7 @@ def _modelopt_sglang(settings: dict[str, Any]) -> Rule:
     def excluded(name: str) -> bool:
         if any(_path_match(entry, name) for entry in entries):
             return True
-        return any(p.fullmatch(part) for p in patterns for part in (name, *name.split(".")))
+        return any(p.match(part, "fullmatch") for p in patterns for part in (name, *name.split(".")))
 
     return _mixed(settings, excluded)
 

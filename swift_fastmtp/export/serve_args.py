@@ -58,8 +58,8 @@ def serve_flags(
         raise FastMTPError(f"{folder}: {engine}: {refusal}")
     full = weights.has_backbone(config)
     settings = read_json(folder / SETTINGS_FILE)
-    steps = num_steps or settings.get("num_speculative_steps", 3)
-    target = folder if full else Path(model or settings.get("base_model", ""))
+    steps = num_steps or settings.get("num_speculative_steps") or 3
+    target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":

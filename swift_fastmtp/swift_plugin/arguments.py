@@ -13,6 +13,7 @@ from ..errors import FastMTPError
 from ..families import FAMILIES, Family, match_family, read_config
 from ..head import import_class
 from ..headers import read_headers
+from ..inputs import check_folder
 from .dataset import own_name
 from .knobs import knobs_of
 from .template import BASE_STRATEGIES
@@ -69,6 +70,8 @@ def prepare_arguments(args: Any) -> None:
         args.freeze_parameters_ratio = 1.0
         args.trainable_parameters_regex = rf"^({_roots(_families(args.model))})\."
     if os.path.isdir(args.model or ""):
+        check_folder(args.model)
+        read_config(args.model)  # ms-swift reads it next, and expects no other than a sound one
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
         # Without it ms-swift refuses bf16 on a machine without a GPU, and several processes train unsynchronised.

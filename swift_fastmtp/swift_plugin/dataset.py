@@ -20,7 +20,7 @@ from swift.utils import safe_ddp_context
 
 from .. import __version__
 from ..config import HOW_TO_SKIP
-from ..data.rows import BadRows, dump_row, iter_rows, iter_values, write_rows
+from ..data.rows import BadRows, as_json, dump_row, iter_rows, iter_values, write_rows
 from ..errors import FastMTPError
 from .knobs import run_knobs
 
@@ -111,7 +111,7 @@ def save_dataset(name: str, path: Path, on_bad_row: str = "stop") -> None:
         )
         with write_rows(path) as file:
             for row in dataset:
-                file.write(dump_row({k: v for k, v in row.items() if v is not None}, default=str))
+                file.write(dump_row(as_json(row)))
     except Exception as error:  # whatever a network and somebody's files may do
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise FastMTPError(

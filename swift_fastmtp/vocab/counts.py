@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from .. import inputs
 from ..checkpoints import file_hash, remove_quietly
 from ..data.conversation import said
 from ..data.language import language
@@ -115,15 +116,16 @@ class Counts:
     @classmethod
     def load(cls, path: Path) -> "Counts":
         """Raises `FastMTPError` if the file is not one of `save`."""
+        inputs.check_file(path)
         try:
             with safe_open(path, framework="numpy") as file:
-                about = json.loads(file.metadata()["counts"])
+                about = inputs.loads(file.metadata()["counts"])
                 counted, held_out = (
                     dict(zip(about["cells"], file.get_tensor(name), strict=True)) for name in ("counted", "held_out")
                 )
                 rows = file.get_slice("counted").get_shape()[1]
             return cls(rows, counted, held_out, Counter(about["how"]), about["bad"])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise FastMTPError(f"{path}: cannot be read as counts ({error}); delete it") from None
 
 
@@ -137,7 +139,7 @@ def count_files(
     Raises `FastMTPError` if a file cannot be read, changes meanwhile or is named twice, a row is bad (unless
     `settings.on_bad_row` is "skip"), or there is nothing to count.
     """
-    if len({Path(path).resolve() for path in inputs}) < len(inputs):
+    if len({os.path.realpath(path) for path in inputs}) < len(inputs):
         raise FastMTPError("--inputs: a file is named twice; each is counted once")
     total, hashes = Counts(vocabulary.rows), []
     with ExitStack() as stack:
