@@ -10,9 +10,14 @@ import os
 import re
 from pathlib import Path
 
+from .redaction import redact
+
 
 class FastMTPError(ValueError):
-    """Bad input. The message is one line: what is wrong (file, key or row) and the mend."""
+    """Bad input. The message is one line: what is wrong (file, key or row) and how to fix it. It holds no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 _HOW_TO_FIX = {

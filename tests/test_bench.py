@@ -71,7 +71,7 @@ def test_what_is_measured(pair, tmp_path, capsys):
         if r["turn"] == 0:
             continue
         first = next(x for x in records if named(x) == (*named(r)[:-1], 0))
-        task = make_plan({**ASKED, "servers": {"x": {"base_url": "u"}}}).tasks["smoke"]
+        task = make_plan({**ASKED, "servers": {"x": {"base_url": "http://u"}}}).tasks["smoke"]
         turns = next(q.turns for q in task.questions if q.id == r["id"])
         history = [("user", turns[0]), ("assistant", first["text"]), ("user", turns[1])]
         ids = encode_prompt(tokenizer, [{"role": a, "content": b} for a, b in history])
