@@ -14,6 +14,9 @@ from fake_engine import FakeEngine
 from scripted_engine import ScriptedEngine
 
 from swift_fastmtp.cli import main
+from swift_fastmtp.data import distill
+from swift_fastmtp.data.chat_template import load_tokenizer
+from swift_fastmtp.evaluation import bench, compare, report
 from swift_fastmtp.evaluation.results import read_results
 from swift_fastmtp.redaction import redact, redact_words
 
@@ -22,6 +25,13 @@ KEY = "canary-7f3a/90+c4%e"
 """With characters that addresses, JSON and base64 write otherwise."""
 LOGIN = f"user:{quote(KEY, safe='')}"
 FORMS = [KEY, quote(KEY, safe=""), base64.b64encode(f"user:{KEY}".encode()).decode(), "canary"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported():
+    """Once, and not in every fork."""
+    assert distill and bench and compare and report
+    load_tokenizer(str(TINY))
 
 
 @pytest.fixture(autouse=True)
@@ -258,9 +268,9 @@ def test_results_of_an_older_version(tmp_path, tmp_path_factory):
 
     import bench_results
 
-    value = bench_results.table_1()
+    value = bench_results.table_2()
     value["provenance"]["command"] = ["fastmtp", "bench", "--api_key", KEY, "--base_url", f"http://{LOGIN}@host"]
-    value["servers"]["self-k3"]["command"] = ["python", "-m", "sglang.launch_server", f"--api-key={KEY}"]
+    value["servers"]["tuned-k3"]["command"] = ["python", "-m", "sglang.launch_server", f"--api-key={KEY}"]
     old = tmp_path_factory.mktemp("inputs") / "results.json"
     old.write_text(json.dumps(value))
     status, text = fastmtp(tmp_path, "report", old, "--output_dir", "out")
