@@ -1,4 +1,4 @@
-"""Processes that a benchmark's servers leave behind: found by a variable in their environment, which children inherit."""
+"""Processes that a benchmark's servers leave behind, found by a variable in their environment: children inherit it."""
 
 import os
 import time

@@ -1,5 +1,8 @@
-"""Whatever ends `fastmtp bench`, nothing of a server that it started lives on: here a shell script with children that do
-not want to end; the real SGLang in `serving/test_bench_engine.py`."""
+"""Whatever ends `fastmtp bench`, nothing of a server that it started lives on.
+
+Here the server is a shell script with children that do not want to end; the real SGLang is in
+`serving/test_bench_engine.py`.
+"""
 
 import os
 import random
