@@ -1,4 +1,4 @@
-"""Hostile plans, tasks, results and records: strategies that make them, and functions that read one and judge what came.
+"""Hostile plans, tasks, results and records: strategies that make them, and functions that read one and judge it.
 
 A reader may succeed or raise one line; it may not raise anything else, nor work for over a second.
 """
@@ -114,7 +114,7 @@ _NAMES = st.sampled_from(
         "\x1b[31m",
         "a\nb",
         "$x$",
-        "http://u:p@[",
+        "http://u@[",
         "none",
     ]
 )
@@ -129,7 +129,8 @@ _VALUES = st.recursive(
 )
 _YAML = st.sampled_from(
     [".nan", ".inf", "-.inf", "1.0e+999", "1e999", "0x" + "f" * 6000, "9" * 6000, "1:1:1:1", "2024-99-99", "2024-01-01",
-     "!!python/object/apply:os.system [x]", "!!bool x", "!!int ''", "!!float x", "!!binary x", "!!set {a}", "!!omap [a]",
+     "!!python/object/apply:os.system [x]", "!!bool x", "!!int ''", "!!float x", "!!binary x", "!!set {a}",
+     "!!omap [a]",
      "!!timestamp x", "*nowhere", "&a [*a]", "<<", "@", "`", "%", "- -", "{", "[", "]", "?", "${HOME}", "${NO_SUCH}",
      "[" * 10_000, "{a: " * 10_000, "!x y", "'", '"', '"\\ud800"', '"\\0"', "|", "&x", "\ue000HOME\ue001", "\t",
      "[" + ",".join(["a"] * 9000) + "]", "[" + ",".join(map(str, range(1, 900))) + "]"]

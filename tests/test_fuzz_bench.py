@@ -21,6 +21,8 @@ CHECKS = {
     "results": (fuzz.results, fuzz.check_results),
     "records": (fuzz.records, fuzz.check_records),
 }
+MANY = {"plan": 3_000, "task": 10_000, "results": 10_000, "records": 10_000}
+"""Cases in about three minutes."""
 GOOD = {
     "plan": fuzz.emit({"model": str(TINY), "servers": {"base": {}, "v": {"folder": str(TINY)}}}),
     "task": json.dumps(fuzz.ROW),
@@ -51,13 +53,13 @@ def _one_variable(monkeypatch):
 @pytest.mark.parametrize("kind", CHECKS)
 def test_hostile_files(kind):
     assert CHECKS[kind][1](GOOD[kind])
-    run(kind, 200)
+    run(kind, 100)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", CHECKS)
 def test_many_hostile_files(kind):
-    run(kind, 20_000)
+    run(kind, MANY[kind])
 
 
 @pytest.mark.parametrize("depth", [2, 4, 10, 100])
@@ -98,7 +100,7 @@ def test_what_is_no_file(reader, tmp_path):
 
 BAD_PLANS = {
     "a NaN": ("timeout: .nan", "timeout: nan"),
-    "infinity": ("temperatures: [.inf]", "temperatures: inf"),
+    "infinity": ("temperatures: [.inf]", "temperatures[0]: inf is not"),
     "1e999": ("top_p: 1.0e+999", "top_p: inf"),
     "a huge integer": (f"seed: {'9' * 4000}", "seed: an integer of 13288 bits is too large"),
     "a list": ("[1]", "a plan is a mapping"),
@@ -116,7 +118,7 @@ BAD_PLANS = {
     "an engine": ("engine: llama", "engine: 'llama' is none of sglang, vllm"),
     "an address": ("servers: {a: {base_url: 3}}", "servers.a.base_url: '3' is no address"),
     "too many servers": (f"num_steps: {list(range(1, 2000))}", "num_steps: 1001 is too much; at most 1000"),
-    "too many runs": (f"concurrency: {list(range(1, 4000))}\ntemperatures: {list(range(900))}", "a plan of 3599100 runs"),
+    "too many runs": (f"concurrency: {list(range(1, 4000))}\ntemperatures: {list(range(90))}", "a plan of 359910 runs"),
 }  # fmt: skip
 
 
@@ -139,9 +141,7 @@ def test_plans_that_cannot_be(case, tmp_path):
 def test_a_servers_name_stays_in_the_folder(name, tmp_path):
     command = {"command": ["false"], "method": "baseline"}
     for server in ({}, {"folder": str(TINY)}, {"base_url": "http://127.0.0.1:1"}, command):
-        with pytest.raises(
-            FastMTPError, match="its log has the name of the server, which must be a plain one"
-        ) as error:
+        with pytest.raises(FastMTPError, match="its log has the name of the server, which must be plain") as error:
             make_plan({"model": str(TINY), "servers": {name: server}})
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(FastMTPError):

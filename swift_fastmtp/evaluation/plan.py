@@ -313,7 +313,7 @@ def _check_name(name: str) -> None:
     plain = name.isprintable() and "/" not in name and "\\" not in name and name.strip(". ") == name
     if not plain or not name or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
         raise FastMTPError(
-            f"servers.{show(name)}: its log has the name of the server, which must be a plain one: no slash, no dot at "
+            f"servers.{show(name)}: its log has the name of the server, which must be plain: no slash, no dot at "
             f"an end, at most {MAX_NAME_BYTES} bytes; `label` is what tables show"
         )
 
