@@ -20,6 +20,8 @@ from ..config import FastMTPConfig
 from ..errors import FastMTPError, cannot_write
 from ..evaluation.entries import slices
 from ..evaluation.merge import Merged, engine, load_results, notes
+from ..evaluation.plan_file import parse_yaml
+from ..evaluation.schema import read_text
 from ..evaluation.table import Table, escape, markdown
 from ..evaluation.tables import (
     acceptance_table,
@@ -36,6 +38,7 @@ from .serve_args import Flag, explain, serve_flags
 CARD = "README.md"
 # The last line of a card that we wrote and nobody has edited since.
 _MARK = re.compile(r"<!-- fastmtp card, sha256 ([0-9a-f]{64}) -->\n\Z")
+_MAX_CARD_BYTES = 4 * 2**20
 _FROM_BASE = ("license", "license_name", "license_link", "language")
 _OF_THE_MACHINE = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size")
 
@@ -76,19 +79,25 @@ def write_card(
 
 def _is_ours(path: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(path, _MAX_CARD_BYTES)
+    except FastMTPError:
         return False
     mark = _MARK.search(text)
     return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
 
 
 def _is_the_base_models(path: Path, info: dict[str, Any]) -> bool:
-    original = Path(info.get("base_model") or "") / CARD
+    original = Path(_base_path(info)) / CARD
     try:
-        return original.samefile(path) or original.read_bytes() == path.read_bytes()
-    except OSError:
+        return original.samefile(path) or read_text(original, _MAX_CARD_BYTES) == read_text(path, _MAX_CARD_BYTES)
+    except (OSError, ValueError):
         return False
+
+
+def _base_path(info: dict[str, Any]) -> str:
+    """Where the base model was, as far as an export tells."""
+    path = info.get("base_model")
+    return path if isinstance(path, str) and "\0" not in path else ""
 
 
 def make_card(
@@ -109,7 +118,7 @@ def make_card(
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
     full = weights.has_backbone(config)
-    base_path = str(info.get("base_model") or "")
+    base_path = _base_path(info)
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
@@ -176,7 +185,7 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
     theirs: dict[str, Any] = {}
     for card in (Path(base_path) / CARD if base_path else folder / CARD, folder / CARD):
         theirs = theirs or front_matter(card)
-    matter: dict[str, Any] = {key: theirs[key] for key in _FROM_BASE if isinstance(theirs.get(key), str | list)}
+    matter: dict[str, Any] = {key: theirs[key] for key in _FROM_BASE if _is_text(theirs.get(key))}
     if hub_name:
         matter |= {"base_model": hub_name, "base_model_relation": "finetune"}
     matter["library_name"] = "transformers" if full else "sglang"
@@ -192,15 +201,17 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
     return f"---\n{text}{missing}---\n"
 
 
+def _is_text(value: Any) -> bool:
+    return all(isinstance(one, str) for one in value) if isinstance(value, list) else isinstance(value, str)
+
+
 def front_matter(card: Path) -> dict[str, Any]:
     """The YAML block at the top of a card; {} where there is none, or where it is broken."""
-    import yaml
-
     try:
-        text = card.read_text(encoding="utf-8")
+        text = read_text(card, _MAX_CARD_BYTES)
         match = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|\Z)", text, re.S)
-        value = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        value = parse_yaml(match[1]) if match else None
+    except ValueError:  # a FastMTPError is one
         return {}
     return value if isinstance(value, dict) else {}
 
