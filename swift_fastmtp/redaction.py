@@ -73,7 +73,11 @@ def is_secret_name(name: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` without secrets."""
-    for secret, shown in known_secrets().items():
+    return _redact(text, known_secrets())
+
+
+def _redact(text: str, known: dict[str, str]) -> str:
+    for secret, shown in known.items():
         if len(secret) >= _SURE:
             text = text.replace(secret, shown)
         elif secret in text:
@@ -98,6 +102,7 @@ def redact_words(words: Sequence[str], abbreviated: str = "--api") -> list[str]:
         abbreviated: the shortest way to write `--api_key` for the command's own parser (argparse takes any beginning
             that fits one flag only).
     """
+    known = known_secrets()
     found = []
     behind_flag = False
     for word in words:
@@ -107,7 +112,7 @@ def redact_words(words: Sequence[str], abbreviated: str = "--api") -> list[str]:
         elif mark and _is_secret_flag(flag, abbreviated):
             found.append(f"{flag}={_shown(value)}")
         else:
-            found.append(redact(word))
+            found.append(_redact(word, known))
         behind_flag = not mark and _is_secret_flag(word, abbreviated)
     return found
 

@@ -3,8 +3,9 @@
 Answers follow from the prompt, so they can be predicted: `answer(ids)`. It counts what it is asked. `fault` is what
 goes wrong at the next answers, `times` how often; from answer `change_at` on it has other weights. `reasoning` is the
 key under which it gives the first half of an answer, as with a reasoning parser; `text` stands before every raw answer.
-`echo` is a status with which it refuses every request, repeating all that it was sent; `authorizations` are the headers
-that it saw, `launch_command` what it says that it was started with.
+`lies` are values of `meta_info`, or of the page of metrics, that are not true. `echo` is a status with which it refuses
+every request, repeating all that it was sent; `authorizations` are the headers that it saw, `launch_command` what it
+says that it was started with.
 
     python fake_engine.py --port 1234 --num_steps 2 --die_after 5
 """
@@ -51,6 +52,7 @@ class FakeEngine:
         self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
         self.dead, self.probed = False, 0  # what /health says, and how often it was asked
         self.drafts, self.accepted = 0, [0] * num_steps
+        self.lies = {}
         self.echo, self.launch_command, self.authorizations = 0, None, set()
         self.lock = threading.Lock()
         self.http = Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"engine": self}))
@@ -114,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{i}"}} {n}.0'
                 for i, n in enumerate(engine.accepted)
             ]
+            if "metrics" in engine.lies and engine.drafts:
+                lines = engine.lies["metrics"]
             return self.reply(200, "\n".join(lines).encode(), "text/plain")
         if self.path == "/health":
             engine.probed += 1
@@ -174,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
                     if fault == "wrong histogram":
                         histogram[0] += 1
                     meta |= dict(zip(names, (len(parts), accepted, histogram), strict=True))
+                    meta |= engine.lies
             if fault == "error in stream":
                 self.event({"error": {"message": "the scheduler is gone", "code": 503}})
                 break

@@ -24,8 +24,8 @@ from swift_fastmtp.evaluation.table import markdown
 from swift_fastmtp.evaluation.tasks import load_task
 
 SECONDS = 1.0
-LONGEST = 1200
-"""Characters of an error; each of the few things that it quotes is cut."""
+LONGEST = 2500
+"""Characters of an error: what it quotes is cut, but for a path of 1,000 of them, twice."""
 
 
 class Raw(str):
@@ -48,18 +48,25 @@ def judge(read, content):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "file"
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
-        begin = time.process_time()  # what others do meanwhile does not count
-        try:
-            read(str(path))
-            taken = True
-        except FastMTPError as error:
-            taken = False
-            line = str(error).replace(folder, "")
-            assert line.isprintable() or len(line.splitlines()) == 1, line
-            assert len(line) <= LONGEST, line
-        seconds = time.process_time() - begin
+        taken, seconds = _timed(read, path, folder)
+        if seconds >= SECONDS:  # once more: a machine that is busy is no reader that is slow
+            taken, seconds = _timed(read, path, folder)
         assert seconds < SECONDS, f"{seconds:.1f} s for {content[:500]!r}"
     return taken
+
+
+def _timed(read, path, folder):
+    """Whether a file was taken, and the seconds of work that it took."""
+    begin = time.process_time()  # what others do meanwhile does not count
+    try:
+        read(str(path))
+        taken = True
+    except FastMTPError as error:
+        taken = False
+        line = str(error).replace(folder, "")
+        assert len(line.splitlines()) == 1, line
+        assert len(line) <= LONGEST, line
+    return taken, time.process_time() - begin
 
 
 def check_plan(content):

@@ -32,6 +32,10 @@ MAX_SERVERS = 1000
 MAX_RUNS = 100_000
 MAX_NAME_BYTES = 200
 """Of a server's name, from which its log has its own."""
+MAX_TEXT = 1000
+"""Characters of a name or a path."""
+MAX_WORD = 100_000
+"""Of a word of a command, which may be a script; Linux takes no longer ones."""
 
 
 @dataclass
@@ -403,7 +407,7 @@ def _words(value: Any, where: str) -> list[str]:
     """Words of a command line; YAML reads some of them as numbers."""
     found = []
     for element in value if isinstance(value, list) else [value]:
-        found += [_text(word, where) for word in several(element)]
+        found += [_text(word, where, MAX_WORD) for word in several(element)]
     return found
 
 
@@ -415,14 +419,16 @@ def _environment(value: Any, where: str) -> dict[str, str]:
         key = _text(name, where)
         if not key or "=" in key:
             raise FastMTPError(f"{where}: {show(key)} is no name of a variable")
-        found[key] = _text(text, f"{where}.{show_key(key)}")
+        found[key] = _text(text, f"{where}.{show_key(key)}", MAX_WORD)
     return found
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any, where: str, most: int = MAX_TEXT) -> str:
     """A text; numbers and paths become one."""
     if not isinstance(value, str | int | float | Path) or "\0" in str(value):
         raise FastMTPError(f"{where}: must be a text, not {show(value)}")
+    if len(str(value)) > most:
+        raise FastMTPError(f"{where}: {show(value)} is longer than {most} characters")
     return value if isinstance(value, str) else str(value)
 
 
