@@ -6,13 +6,15 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import __version__
 from .errors import FastMTPError
 from .inputs import loads
+from .redaction import hide, redact
 
 
 def _plugin_path(_: argparse.Namespace) -> None:
@@ -204,8 +206,18 @@ def tokens(text: str) -> int:
     return parse_tokens(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse, but a key that stands behind a misspelt option is not repeated."""
+        known, mark, words = message.partition("unrecognized arguments: ")
+        if mark:
+            options = [word.partition("=")[0] for word in words.split() if word.startswith("-")]
+            message = known + mark + " ".join(options or ["a word behind the others"])
+        super().error(redact(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
+    parser = _Parser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -220,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--base_url", nargs="+", help="servers of the model (SGLang, vLLM, swift deploy); default: in process"
     )
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
-    verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
+    verb.add_argument("--api_key", help="default, which others on the machine do not see: $OPENAI_API_KEY")
     verb.add_argument("--concurrency", type=int, default=128, help="conversations at a time, on servers")
     verb.add_argument(
         "--timeout", type=number, default=600, help="seconds of silence until a server must show that it lives"
@@ -379,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, help="of drawn questions and sampled answers; default: 0")
     verb.add_argument("--chat_template_kwargs", type=_json_object, help='JSON, as {"enable_thinking": false}')
     verb.add_argument("--served_model_name", help="the servers' name of the model; default: the only one they have")
-    verb.add_argument("--api_key", help="default: $OPENAI_API_KEY")
+    verb.add_argument("--api_key", help="default, which others on the machine do not see: $OPENAI_API_KEY")
     verb.add_argument(
         "--timeout", type=number, help="seconds of silence until a server must show that it lives; default: 600"
     )
@@ -416,22 +428,22 @@ _REFUSED_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, er
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. A `FastMTPError` becomes one line on stderr and exit status 1.
-
-    So does a name that no file can have, or that may not be opened."""
+    """Entry point. A `FastMTPError` becomes one line on stderr and exit status 1; so does a name that no file can have,
+    or that may not be opened. No secret is printed, in a traceback neither."""
     args = _parser().parse_args(argv)
+    hide(getattr(args, "api_key", None))
     try:
         args.run(args)
     except FastMTPError as error:
         sys.exit(f"fastmtp: error: {error}")
-    except OSError as error:
-        # A name or a folder that the system refuses, wherever it was met first: no mistake of the program.
-        if error.errno not in _REFUSED_NAMES or not error.filename:
-            raise
-        sys.exit(f"fastmtp: error: {FastMTPError(f'{error.filename}: {error.strerror}')}")
     except KeyboardInterrupt:
         print("fastmtp: interrupted; long jobs go on when started again", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSED_NAMES and error.filename:
+            # A name or a folder that the system refuses, wherever it was met first: no mistake of the program.
+            sys.exit(f"fastmtp: error: {FastMTPError(f'{error.filename}: {error.strerror}')}")
+        sys.exit(redact(traceback.format_exc().rstrip()))
 
 
 if __name__ == "__main__":

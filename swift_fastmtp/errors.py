@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+from .redaction import redact
+
 MAX_LINE = 700
 """Characters of a message; a longer one holds a name or a value that nobody can read at once."""
 
@@ -17,12 +19,12 @@ MAX_LINE = 700
 class FastMTPError(ValueError):
     """Bad input. The message is one line: what is wrong (file, key or row) and how to fix it.
 
-    Names and values in it may be anybody's: line ends, control characters and what is no text are written as escapes,
-    and of a message longer than `MAX_LINE` the middle is left out.
+    It holds no secret. Names and values in it may be anybody's: line ends, control characters and what is no text are
+    written as escapes, and of a message longer than `MAX_LINE` the middle is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message))
+        super().__init__(_one_line(redact(message)))
 
 
 def _one_line(text: str) -> str:

@@ -3,6 +3,9 @@
 Answers follow from the prompt, so they can be predicted: `answer(ids)`. It counts what it is asked. `fault` is what
 goes wrong at the next answers, `times` how often; from answer `change_at` on it has other weights. `reasoning` is the
 key under which it gives the first half of an answer, as with a reasoning parser; `text` stands before every raw answer.
+`lies` are values of `meta_info`, or of the page of metrics, that are not true. `echo` is a status with which it refuses
+every request, repeating all that it was sent; `authorizations` are the headers that it saw, `launch_command` what it
+says that it was started with.
 
     python fake_engine.py --port 1234 --num_steps 2 --die_after 5
 """
@@ -10,6 +13,7 @@ key under which it gives the first half of an answer, as with a reasoning parser
 import argparse
 import json
 import os
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +52,8 @@ class FakeEngine:
         self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
         self.dead, self.probed = False, 0  # what /health says, and how often it was asked
         self.drafts, self.accepted = 0, [0] * num_steps
+        self.lies = {}
+        self.echo, self.launch_command, self.authorizations = 0, None, set()
         self.lock = threading.Lock()
         self.http = Quiet(("127.0.0.1", port), type("Handler", (Handler,), {"engine": self}))
         self.http.daemon_threads = True
@@ -91,11 +97,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         engine = self.engine
+        engine.authorizations.add(self.headers["Authorization"])
+        if engine.echo == 401 and self.path != "/health":
+            return self.repeat(b"")
         sglang = engine.kind == "sglang"
         pages = {"/v1/models": {"object": "list", "data": [{"id": engine.model, "object": "model"}]}}
         if sglang:
             spec = {"speculative_algorithm": "EAGLE", "speculative_num_steps": engine.num_steps}
             pages["/server_info"] = {"version": engine.version, **(spec if engine.num_steps else {})}
+            if engine.launch_command:
+                pages["/server_info"]["launch_command"] = engine.launch_command
             pages["/model_info"] = {"model_path": engine.model, "weight_version": engine.weights}
         elif engine.kind == "vllm":
             pages["/version"] = {"version": "0.11"}
@@ -105,6 +116,8 @@ class Handler(BaseHTTPRequestHandler):
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="{i}"}} {n}.0'
                 for i, n in enumerate(engine.accepted)
             ]
+            if "metrics" in engine.lies and engine.drafts:
+                lines = engine.lies["metrics"]
             return self.reply(200, "\n".join(lines).encode(), "text/plain")
         if self.path == "/health":
             engine.probed += 1
@@ -114,7 +127,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply(404, b"{}")
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"{}")
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = json.loads(content or b"{}")
+        self.engine.authorizations.add(self.headers["Authorization"])
+        if self.engine.echo and self.path != "/flush_cache":
+            return self.repeat(content)
         if self.path == "/flush_cache":
             self.engine.flushed += 1
             return self.reply(200, b"ok")
@@ -127,6 +144,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, b'{"error": {"message": "the prompt is too long"}}')
         time.sleep(self.engine.pause)
         return self.generate(body, fault) if self.path == "/generate" else self.chat(body)
+
+    def repeat(self, content):
+        sent = dict(self.headers)
+        what = f"wrong key {self.headers['Authorization'].split()[-1]}; you sent {sent} and {content.decode()}"
+        self.reply(self.engine.echo, json.dumps({"error": {"message": what}}).encode())
 
     def generate(self, body, fault):
         engine = self.engine
@@ -156,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
                     if fault == "wrong histogram":
                         histogram[0] += 1
                     meta |= dict(zip(names, (len(parts), accepted, histogram), strict=True))
+                    meta |= engine.lies
             if fault == "error in stream":
                 self.event({"error": {"message": "the scheduler is gone", "code": 503}})
                 break
@@ -222,8 +245,15 @@ def main():
     parser.add_argument("--num_steps", type=int, default=0)
     parser.add_argument("--die_after", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--api-key")
+    parser.add_argument("--admin-api-key")
+    parser.add_argument("--echo", type=int, default=0)
     args = parser.parse_args()
+    if args.api_key:  # as servers print their arguments
+        print(args, os.environ.get("SERVER_TOKEN"), os.environ.get("WHATEVER"), flush=True)
     engine = FakeEngine(args.num_steps, port=args.port, die_after=args.die_after, pause=args.pause)
+    engine.echo = args.echo
+    engine.launch_command = " ".join(sys.argv)
     engine.http.serve_forever()
 
 

@@ -71,7 +71,7 @@ def test_what_is_measured(pair, tmp_path, capsys):
         if r["turn"] == 0:
             continue
         first = next(x for x in records if named(x) == (*named(r)[:-1], 0))
-        task = make_plan({**ASKED, "servers": {"x": {"base_url": "u"}}}).tasks["smoke"]
+        task = make_plan({**ASKED, "servers": {"x": {"base_url": "http://u"}}}).tasks["smoke"]
         turns = next(q.turns for q in task.questions if q.id == r["id"])
         history = [("user", turns[0]), ("assistant", first["text"]), ("user", turns[1])]
         ids = encode_prompt(tokenizer, [{"role": a, "content": b} for a, b in history])
@@ -121,6 +121,84 @@ def test_a_broken_server_is_one_line(fault, pair, tmp_path):
     results = measure(pair, tmp_path, warmup=0)
     assert pair[0].asked == asked  # what was finished is not asked for again
     assert all(run.num_requests == 9 and run.num_failed == 0 for run in results.runs)
+
+
+LIES = {
+    "too many accepted": ({"spec_num_correct_drafts": 99}, "99 drafts accepted in 5 steps of 2 drafts is not possible"),
+    "negative": ({"spec_num_correct_drafts": -1}, "-1 drafts accepted in 5 steps of 2 drafts is not possible"),
+    "negative steps": ({"spec_verify_ct": -5}, "drafts accepted in -5 steps of 2 drafts is not possible"),
+    "NaN": ({"spec_num_correct_drafts": float("nan")}, "its answers do not tell spec_num_correct_drafts"),
+    "a histogram of texts": ({"spec_correct_drafts_histogram": ["1"]}, "its histogram ['1'] is not that of"),
+    "a negative histogram": (
+        {"spec_correct_drafts_histogram": [-1, 8, -2]},
+        "its histogram [-1, 8, -2] is not that of",
+    ),
+    "a length that is no number": ({"prompt_tokens": float("inf")}, "a wrong prompt_tokens: must be int, not inf"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_numbers_that_cannot_be(lie, pair, tmp_path):
+    """Of a server, at once, with the run named; nothing of it is kept."""
+    pair[1].lies, message = LIES[lie]
+    with pytest.raises(FastMTPError) as error:
+        measure(pair, tmp_path, warmup=0)
+    assert message in str(error.value) and str(error.value).startswith("vanilla on smoke, T=0, 1 at once: ")
+    assert not (tmp_path / "results.json").exists()
+    assert not [r for r in lines(tmp_path) if r["server"] == "vanilla"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "-1", "x", "1e999", "7"])
+def test_counters_that_cannot_be(value, tmp_path):
+    """Of vLLM; 7 drafts accepted behind 3 is impossible too."""
+    with FakeEngine(num_steps=2, kind="vllm") as server:
+        name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+        metrics = [f'{name}{{position="{i}"}} {n}' for i, n in ((0, 3), (1, value))]
+        server.lies = {"metrics": ["vllm:spec_decode_num_drafts_total 5", *metrics]}
+        with pytest.raises(FastMTPError, match=r"cannot be trusted|no count"):
+            bench(str(tmp_path / "out"), base_urls=[f"vanilla={server.url}"], **{**ASKED, "warmup": 0})
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_files_of_a_folder_that_somebody_changed(pair, tmp_path):
+    """One line each, and nothing is overwritten."""
+    measure(pair, tmp_path / "good", num_questions=2)
+    plan = json.loads((tmp_path / "good/plan.json").read_text())
+    record = lines(tmp_path / "good")[0]
+    changes = {
+        "plan.json": [
+            "[]",
+            "null",
+            "[" * 10_000,
+            '{"servers": 1}',
+            json.dumps({**plan, "temperatures": [0, 1]}),
+            "\xff",
+        ],
+        "requests.jsonl": [
+            "[]",
+            json.dumps({**record, "task": "other"}),
+            json.dumps({**record, "latency": -1}),
+            json.dumps({**record, "latency": float("nan")}),
+            json.dumps({**record, "chunk_tokens": [1]}),
+            json.dumps({**record, "output_ids": [1, "2"]}),
+            json.dumps({**record, "accepted": 3}),
+            "[" * 10_000,
+        ],
+    }
+    for name, contents in changes.items():
+        for i, content in enumerate(contents):
+            folder = tmp_path / f"{name}-{i}"
+            shutil.copytree(tmp_path / "good", folder)
+            (folder / name).write_text(content + "\n", encoding="latin-1")
+            before = (folder / name).read_bytes()
+            with pytest.raises(FastMTPError) as error:
+                measure(pair, folder, num_questions=2)
+            assert name in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 600
+            assert (folder / name).read_bytes() == before
+    os.remove(tmp_path / "good/plan.json")
+    os.mkfifo(tmp_path / "good/plan.json")
+    with pytest.raises(FastMTPError, match=r"plan.json: not the plan of a benchmark .*it is no file"):
+        measure(pair, tmp_path / "good", num_questions=2)
 
 
 def test_one_refused_request_is_counted_and_said(pair, tmp_path):

@@ -173,7 +173,7 @@ def test_broken_rows_are_named(case, tmp_path):
 
 def test_a_row_that_lacks_a_templates_field(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"unique_id": "1", "question": "x"}])
-    with pytest.raises(FastMTPError, match=r"t.jsonl:1: needs problem \(or turns, prompt or messages\); mend it"):
+    with pytest.raises(FastMTPError, match=r"t.jsonl:1: needs problem \(or turns, prompt or messages\); fix the row"):
         load_task(f"math_500={path}")
     with pytest.raises(FastMTPError, match="cannot be read"):
         load_task("gsm8k=nowhere.jsonl")

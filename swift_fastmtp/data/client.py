@@ -19,12 +19,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import tenacity
 
 from ..errors import FastMTPError
+from ..redaction import authorization, redact, without_login
 from .chat_template import RENDERED
 from .conversation import Message, Reply
 
@@ -51,7 +53,11 @@ Hear = Callable[[], None]
 
 
 class RefusedError(Exception):
-    """The server will not answer this conversation, however often it is asked."""
+    """The server will not answer this conversation, however often it is asked. What it says may repeat our key, and is
+    kept with the other records: the message holds no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class MalformedError(Exception):
@@ -105,7 +111,9 @@ class Servers:
         self.sampling = sampling
         self.retry_seconds = retry_seconds
         self.model = served_model_name
-        self._urls = base_urls
+        for url in base_urls:
+            check_address(url, "--base_url")
+        self._urls = [without_login(url) for url in base_urls]
         self._servers = [Server(url, api_key, timeout) for url in base_urls]
         self._turn = itertools.cycle(self._servers)
         self._longest = longest_silence(timeout, sampling.max_new_tokens, concurrency)
@@ -167,16 +175,19 @@ class Servers:
 class Server:
     """One address: its client, and whether it lives.
 
-    `timeout`: seconds of silence after which it must show that it lives.
+    `url` may hold a login, `http://user:password@host`, which goes before `api_key`. `timeout`: seconds of silence
+    after which it must show that it lives.
     """
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
-        self.url = _with_version(url)
+        self.url = _with_version(without_login(url))
+        self.headers = {"Authorization": authorization(url, api_key)}
         self.timeout = timeout
         # The library itself repeats nothing: it does not know that half a JSON is worth another try.
         self.client = openai.AsyncOpenAI(
             base_url=self.url,
             api_key=api_key or "none",
+            default_headers=self.headers,
             max_retries=0,
             http_client=cast(Any, _http_client(timeout)),  # openai 2 and 3 take it; 3's types name another library
         )
@@ -258,10 +269,9 @@ class Server:
     async def _status(self, url: str) -> int | None:
         """The status of a page, None if nobody answers."""
         limit = min(self.timeout, PROBE_SECONDS)
-        key = {"Authorization": f"Bearer {self.client.api_key}"}
         try:
             async with httpx.AsyncClient(timeout=limit) as client:  # not behind the requests that wait
-                return (await asyncio.wait_for(client.get(url, headers=key), limit)).status_code
+                return (await asyncio.wait_for(client.get(url, headers=self.headers), limit)).status_code
         except (httpx.HTTPError, asyncio.TimeoutError):
             return None
 
@@ -327,6 +337,18 @@ async def repeat(ask: Callable[[], Awaitable[T]], urls: list[str], retry_seconds
             f"{', '.join(urls)}: no usable answer in {attempts} attempts, {time.monotonic() - started:.0f} s ({what}); "
             "what is finished is kept, start again when the server is back"
         ) from None
+
+
+def check_address(url: str, where: str) -> None:
+    """Raises `FastMTPError`, naming `where` it stands, if `url` is no address of a server."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or not url.isprintable() or " " in url:
+        shown = "this" if "@" in url else repr(url[:300])  # a login that we cannot read is one
+        raise FastMTPError(f"{where}: {shown} is no address, as http://host:30000 is")
 
 
 def _with_version(url: str) -> str:
@@ -403,12 +425,16 @@ def _pause(state: tenacity.RetryCallState) -> float:
 
 
 def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    # Redacted before it is cut: half of a key is not found any more.
+    return redact(" ".join(str(error).split()))[:300]
+
+
+_KEY = "; is the server's key in OPENAI_API_KEY, or given with --api_key?"
 
 
 def _how_to_fix(error: openai.APIStatusError) -> str:
     return {
-        401: "; name the key with --api_key or OPENAI_API_KEY",
-        403: "; name the key with --api_key or OPENAI_API_KEY",
+        401: _KEY,
+        403: _KEY,
         404: "; is --base_url right, and --served_model_name?",
     }.get(error.status_code, "")

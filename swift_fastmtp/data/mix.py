@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..checkpoints import file_hash, new_folder, write_json
 from ..errors import FastMTPError
+from ..redaction import redact_words
 from .filters import TokenCounter
 from .language_names import language_code
 from .mix_groups import Groups, language_of, read_groups
@@ -159,7 +160,7 @@ def mix(
             "schema": "swift_fastmtp.mix/1",
             "swift_fastmtp": __version__,
             "python": platform.python_version(),
-            "command": sys.argv,
+            "command": redact_words(sys.argv),
             "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "settings": settings,
             "inputs": [

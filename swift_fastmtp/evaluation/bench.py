@@ -8,26 +8,41 @@ goes on where it was; `results.json` follows from the lines (`results.summarize`
 import asyncio
 import hashlib
 import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from ..checkpoints import claim, read_json, write_json
+from ..checkpoints import claim, write_json
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.client import RefusedError
 from ..data.conversation import Message
 from ..data.jobs import Part, cut_torn_line
 from ..errors import FastMTPError, cannot_write
+from ..inputs import loads
+from ..redaction import without_login
 from .engines import Answer, Engine, Identity
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .provenance import provenance
-from .results import Record, Results, RunKey, generated_text, plan_runs, run_key, summarize
+from .results import (
+    MAX_BYTES,
+    Record,
+    Results,
+    RunKey,
+    Server,
+    check_results,
+    generated_text,
+    plan_runs,
+    run_key,
+    summarize,
+)
+from .schema import Amount, Count, Positive, build, check_values, one_line, read_text
 from .servers import Started, started
 from .tasks import Question, Task
 
@@ -71,6 +86,7 @@ def bench(
                     engine = _engine(url, made, tokenizer, api_key)
                     asyncio.run(_Measure(made, name, engine, server, records, part).all(left))
         results = summarize(records, record)
+        check_results(results)
         write_json(results.as_json(), folder / "results.json")
     print(table(results))
     print(f"{folder / 'results.json'}: {len(results.runs)} runs, {sum(r.num_requests for r in results.runs)} requests")
@@ -89,8 +105,8 @@ def open_records(folder: Path, plan: Plan) -> Iterator[tuple[list[Record], Part,
         raise cannot_write(folder, error) from None
     with file:
         claim(file, f"{folder}: another fastmtp bench writes here; name another --output_dir")
-        found, wanted = read_json(folder / "plan.json"), json.loads(json.dumps(plan.record()))
-        wanted["sha256"] = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+        found, wanted = _read_plan(folder), json.loads(json.dumps(plan.record()))
+        wanted["sha256"] = _digest(wanted)
         if not found:
             made_by = provenance()
             made_by["started"] = made_by.pop("utc")
@@ -103,9 +119,11 @@ def open_records(folder: Path, plan: Plan) -> Iterator[tuple[list[Record], Part,
                 f"{folder / 'plan.json'}: this folder is of a plan with {where} {before}, not {now}; go on with that "
                 "plan, or name another --output_dir"
             )
+        elif _digest(found) != found["sha256"]:
+            raise FastMTPError(f"{folder / 'plan.json'}: was changed by hand; name another --output_dir")
         cut_torn_line(file)
         file.seek(0)
-        records = _read_records(file, folder / "requests.jsonl")
+        records = _read_records(file, folder / "requests.jsonl", set(plan_runs(found)))
         part = Part(file)
         try:
             yield records, part, found
@@ -113,16 +131,82 @@ def open_records(folder: Path, plan: Plan) -> Iterator[tuple[list[Record], Part,
             part.sync()
 
 
-def _read_records(lines: Any, path: Path) -> list[Record]:
-    """Lines, without those of a run that a later line declares void."""
+def _read_plan(folder: Path) -> dict[str, Any]:
+    """`plan.json`, or {} where there is none. Raises `FastMTPError` if it is none of ours."""
+    path = folder / "plan.json"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        value = loads(read_text(path, MAX_BYTES))
+        check_values(value)
+        plan = build(dict[str, Any], value, "the file")
+        build(dict[str, Server], plan.get("servers"), "servers")
+        build(dict[str, Any], plan.get("provenance"), "provenance")
+    except ValueError as error:  # a FastMTPError is one
+        what = one_line(error).removeprefix(f"{path}: ")
+        raise FastMTPError(f"{path}: not the plan of a benchmark ({what}); name another --output_dir") from None
+    return plan
+
+
+def _digest(plan: dict[str, Any]) -> str:
+    """Of all that must be the same to go on in a folder."""
+    kept = {key: value for key, value in plan.items() if key not in ("sha256", "provenance")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass
+class _Place:
+    """What every line of `requests.jsonl` has: the run that it is of."""
+
+    server: str
+    task: str
+    temperature: Amount
+    concurrency: Positive
+
+
+@dataclass
+class _Request:
+    """What the line of a request has besides."""
+
+    id: str
+    turn: Count
+    engine: list[str]
+
+
+def _check_record(record: Any, runs: Container[RunKey]) -> None:
+    """Raises `FastMTPError` if a line of `requests.jsonl` is none that we wrote."""
+    build(_Place, record)
+    if run_key(record) not in runs:
+        raise FastMTPError("of a run that plan.json does not have")
+    for kind, type_ in (("void", str), ("counters", list[Count])):
+        if kind in record:
+            build(type_, record[kind], kind)
+            return
+    build(_Request, record)
+    if len(record["engine"]) != 2:
+        raise FastMTPError("engine: must be a name and a version")
+    if "error" in record:
+        build(str, record["error"], "error")
+        return
+    answer = build(Answer, record)
+    if (answer.steps is None) != (answer.accepted is None) or len(answer.chunk_tokens) != len(answer.chunk_seconds):
+        raise FastMTPError("its counts contradict each other")
+
+
+def _read_records(lines: Any, path: Path, runs: Container[RunKey]) -> list[Record]:
+    """Lines, without those of a run that a later line declares void.
+
+    Raises `FastMTPError` with file and line of the first that is not of this benchmark.
+    """
     records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = loads(line.decode())
+            _check_record(record, runs)
             key = run_key(record)
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:  # no UTF-8, no JSON, or a FastMTPError
             raise FastMTPError(
-                f"{path}:{number}: not a line of this run ({error}); delete it and start again"
+                f"{path}:{number}: not a line of this run ({one_line(error)}); delete it and start again"
             ) from None
         if "void" in record:
             records = [r for r in records if run_key(r) != key]
@@ -172,7 +256,7 @@ def _engine(url: str, plan: Plan, tokenizer: Any, api_key: str | None) -> Engine
 
 def _meet(plan: Plan, folder: Path, tokenizer: Any, api_key: str | None) -> None:
     """Ask running servers what they are. One that was asked when the folder was begun need not be there any more."""
-    known = read_json(folder / "plan.json").get("servers", {})
+    known = _read_plan(folder).get("servers", {})
     for name, launch in plan.launches.items():
         if launch.base_url is None:
             continue
@@ -194,8 +278,8 @@ def _meet(plan: Plan, folder: Path, tokenizer: Any, api_key: str | None) -> None
         if steps is not None and asked.method and (asked.method == "baseline") != (steps == 0):
             what = f"makes {steps} drafts per step" if steps else "makes no drafts"
             raise FastMTPError(
-                f"{name}: the server at {launch.base_url} {what}, so it is no {asked.method} server; name it by what "
-                "it is, or serve it so"
+                f"{name}: the server at {without_login(launch.base_url)} {what}, so it is no {asked.method} server; "
+                "name it by what it is, or serve it so"
             )
         token_map = asked.token_map or (Path(identity.token_map).stem if identity.token_map else None)
         launch.server = replace(
@@ -343,7 +427,7 @@ class _Measure:
                     tokens += answer.completion_tokens
                     bar.set_postfix_str(f"{tokens / max(time.monotonic() - begin, 1e-9):.1f} tok/s", refresh=False)
 
-        workers = [asyncio.create_task(worker()) for _ in range(key[3])]
+        workers = [asyncio.create_task(worker()) for _ in range(min(key[3], len(task.questions)))]
         try:
             for done in asyncio.as_completed(workers):
                 await done
@@ -359,6 +443,8 @@ class _Measure:
         except RefusedError as error:
             self._keep({**named, "error": str(error)})
             return None
+        except FastMTPError as error:
+            raise FastMTPError(f"{_sentence(key)}: {error}") from None
         if self.model is None:
             self.model = answer.model
         if answer.model != self.model:
@@ -377,6 +463,11 @@ class _Measure:
         reached = [a - b for a, b in zip(after, [*before, *[0] * len(after)], strict=False)] + [0]
         if min(reached) >= 0 and reached[0]:
             counts = [a - b for a, b in pairwise(reached)]
+            if min(counts) < 0:
+                raise FastMTPError(
+                    f"{_sentence(key)}: of {reached[0]} steps {reached[1:-1]} accepted the drafts of each depth, which "
+                    "is not possible; its acceptance cannot be trusted"
+                )
             self._keep({**_named(key), "counters": counts})
 
     def _check_answers(self, key: RunKey) -> None:
@@ -389,6 +480,11 @@ class _Measure:
             raise FastMTPError(
                 f"{self.name}: every answer to {key[1]} is empty; is {self.plan.model} the model that it serves?"
             )
+
+
+def _sentence(key: RunKey) -> str:
+    server, task, temperature, concurrency = key
+    return f"{server} on {task}, T={temperature:g}, {concurrency} at once"
 
 
 def _named(key: RunKey) -> Record:
@@ -447,7 +543,7 @@ def warnings(results: Results) -> list[str]:
     """What a reader of the table must know."""
     found = []
     for run in results.runs:
-        where = f"{run.server} on {run.task}, T={run.temperature:g}, {run.concurrency} at once"
+        where = _sentence((run.server, run.task, run.temperature, run.concurrency))
         if run.num_failed:
             found.append(f"warning: {where}: {run.num_failed} of {run.num_requests} requests refused")
         if run.tau_micro is None and results.servers[run.server].num_steps:

@@ -5,9 +5,10 @@ only there do tokens, times and acceptance come together. Any other server is as
 tells its acceptance in sums at `/metrics`, the others do not tell.
 """
 
+import math
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from ..data.chat_template import RenderError, check_chat_template, encode_prompt
 from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, for_server, longest_silence, repeat
 from ..data.conversation import Message, is_complete
 from ..errors import FastMTPError
+from ..redaction import redact_words, without_login
+from .results import MAX_STEPS
+from .schema import Amount, Count, Positive, build, show
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ SGLANG_FIELDS = (
 # Counters of vLLM's /metrics (`vllm/v1/spec_decode/metrics.py`).
 _DRAFTS = re.compile(r"^vllm:spec_decode_num_drafts(?:_total)?(?:\{[^}]*\})? (\S+)$", re.M)
 _ACCEPTED = re.compile(
-    r'^vllm:spec_decode_num_accepted_tokens_per_pos(?:_total)?\{[^}]*position="(\d+)"[^}]*\} (\S+)$', re.M
+    r'^vllm:spec_decode_num_accepted_tokens_per_pos(?:_total)?\{[^}]*position="(\d{1,4})"[^}]*\} (\S+)$', re.M
 )
 
 
@@ -65,23 +69,23 @@ class Answer:
 
     text: str
     """The message's content: all of the text if the server does not take the reasoning out of it."""
-    output_ids: list[int] | None
-    completion_tokens: int
-    prompt_tokens: int | None
+    output_ids: list[Count] | None
+    completion_tokens: Positive
+    prompt_tokens: Count | None
     finish_reason: str
-    start: float
+    start: Amount
     """Unix time."""
-    latency: float
-    ttft: float | None
+    latency: Amount
+    ttft: Amount | None
     """Seconds to the first chunk and to the end."""
     model: str
     """Under what the server answered."""
-    chunk_tokens: list[int] = field(default_factory=list)
-    chunk_seconds: list[float] = field(default_factory=list)
+    chunk_tokens: list[Positive] = field(default_factory=list)
+    chunk_seconds: list[Amount] = field(default_factory=list)
     """New tokens of each chunk, and the seconds since the one before (or the request)."""
-    steps: int | None = None
-    accepted: int | None = None
-    histogram: list[int] | None = None
+    steps: Count | None = None
+    accepted: Count | None = None
+    histogram: list[Count] | None = None
     """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
     reasoning_content: str | None = None
     """The reasoning, from a server that has a parser for it."""
@@ -105,14 +109,14 @@ class Engine:
         retry_seconds: float = 60.0,
         concurrency: int = 1,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = without_login(url).rstrip("/").removesuffix("/v1")
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.identity = Identity(("", ""), "", "")
         self._name = served_model_name
         self._timeout, self._retry_seconds, self._concurrency = timeout, retry_seconds, concurrency
-        self._server = Server(self.url, api_key, timeout)
-        self._http = httpx.AsyncClient(timeout=30)
+        self._server = Server(url.rstrip("/").removesuffix("/v1"), api_key, timeout)
+        self._http = httpx.AsyncClient(timeout=30, headers=self._server.headers)
 
     async def connect(self) -> Identity:
         """Ask the server what it is. Raises `FastMTPError` if nothing usable answers."""
@@ -139,7 +143,7 @@ class Engine:
             return answer.json() if answer.status_code == 200 else None
         except httpx.HTTPError as error:
             raise MalformedError(f"no connection ({type(error).__name__} {error})".rstrip()) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     async def _ask_identity(self) -> Identity:
@@ -151,10 +155,10 @@ class Engine:
                 ("sglang", str(info["version"])),
                 _sglang_model(path, model.get("weight_version")),
                 path,
-                int(info.get("speculative_num_steps") or 0) if info.get("speculative_algorithm") else 0,
-                info.get("speculative_token_map"),
-                info.get("speculative_draft_model_path"),
-                info["launch_command"].split() if isinstance(info.get("launch_command"), str) else None,
+                self._num_steps(info) if info.get("speculative_algorithm") else 0,
+                _text(info.get("speculative_token_map")),
+                _text(info.get("speculative_draft_model_path")),
+                redact_words(info["launch_command"].split()) if isinstance(info.get("launch_command"), str) else None,
             )
         if self._name is None:
             names = await self._server.model_names()
@@ -168,6 +172,12 @@ class Engine:
         counted = await self.counters()
         steps = len(counted) - 1 if counted else None
         return Identity(("vllm", str(version["version"])), self._name, self._name, steps)
+
+    def _num_steps(self, info: dict[str, Any]) -> int:
+        steps = info.get("speculative_num_steps") or 0
+        if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= MAX_STEPS:
+            raise FastMTPError(f"{self.url}: says that it makes {show(steps)} drafts per step, which is not possible")
+        return steps
 
     async def flush(self) -> None:
         """Forget cached prefixes, so that every run prefills. SGLang only; vLLM has no such page by default."""
@@ -184,18 +194,30 @@ class Engine:
             await self._repeat(ask)
 
     async def counters(self) -> list[int] | None:
-        """vLLM's sums so far: [drafting steps, accepted at position 1, 2, ..]; None where there are none."""
+        """vLLM's sums so far: [drafting steps, accepted at position 1, 2, ..]; None where there are none.
+
+        Raises `FastMTPError` if one is no count.
+        """
         if self.native:
             return None
         try:
             text = (await self._http.get(f"{self.url}/metrics")).text
         except httpx.HTTPError:
             return None
-        drafts = sum(int(float(x)) for x in _DRAFTS.findall(text))
+        drafts = sum(self._counted(x) for x in _DRAFTS.findall(text))
         accepted: dict[int, int] = {}
         for position, value in _ACCEPTED.findall(text):
-            accepted[int(position)] = accepted.get(int(position), 0) + int(float(value))
+            accepted[int(position)] = accepted.get(int(position), 0) + self._counted(value)
         return [drafts, *(accepted[p] for p in sorted(accepted))] if accepted else None
+
+    def _counted(self, text: str) -> int:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < 0:
+            raise FastMTPError(f"{self.url}/metrics: {show(text)} is no count; its acceptance cannot be trusted")
+        return int(value)
 
     async def answer(
         self, messages: list[Message], temperature: float, seed: int, max_new_tokens: int | None = None
@@ -221,13 +243,16 @@ class Engine:
                 raise MalformedError(str(error)) from None
             except httpx.HTTPError as error:
                 raise MalformedError(f"the connection broke ({type(error).__name__})") from None
-            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
                 raise MalformedError(f"an answer without {error}") from None
             if not 0 < found.completion_tokens <= limit:
                 raise MalformedError(f"an answer of {found.completion_tokens} tokens")
             if found.finish_reason != "length" and not is_complete(found.finish_reason):
                 raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
-            return found
+            try:
+                return build(Answer, asdict(found))
+            except FastMTPError as error:
+                raise MalformedError(f"an answer with a wrong {error}") from None
 
         longest = longest_silence(self._timeout, limit, self._concurrency)
         found = await self._repeat(partial(self._server.in_time, ask, longest))
@@ -286,7 +311,7 @@ class Engine:
         if meta["completion_tokens"] == 1 and names.steps not in meta:  # the prefill's token was the last
             return 0, 0, [0]
         wanted = (names.steps, names.accepted)
-        missing = [name for name in wanted if not isinstance(meta.get(name), int)]
+        missing = [name for name in wanted if type(meta.get(name)) is not int]
         if missing:
             like = ", ".join(sorted(k for k in meta if k.startswith("spec_"))) or "nothing that begins with spec_"
             raise FastMTPError(
@@ -294,13 +319,16 @@ class Engine:
                 f"(they have {like}); use another version, or add its names to SGLANG_FIELDS in evaluation/engines.py"
             )
         steps, accepted = meta[names.steps], meta[names.accepted]
-        histogram = meta.get(names.histogram)
-        if histogram is not None and (
-            sum(histogram) != steps or sum(j * n for j, n in enumerate(histogram)) != accepted
-        ):
+        if steps < 0 or not 0 <= accepted <= steps * self.identity.num_steps:
             raise FastMTPError(
-                f"{self.url}: its histogram {histogram} is not that of {accepted} drafts accepted in {steps} steps; "
-                "its acceptance cannot be trusted"
+                f"{self.url}: {show(accepted)} drafts accepted in {show(steps)} steps of {self.identity.num_steps} "
+                "drafts is not possible; its acceptance cannot be trusted"
+            )
+        histogram = meta.get(names.histogram)
+        if histogram is not None and not _is_histogram(histogram, accepted, steps):
+            raise FastMTPError(
+                f"{self.url}: its histogram {str(histogram)[:100]} is not that of {accepted} drafts accepted in "
+                f"{steps} steps; its acceptance cannot be trusted"
             )
         return steps, accepted, histogram
 
@@ -379,6 +407,16 @@ class _Watch:
         return Answer(
             text, None, tokens, None, reason, self.start, end - self.begin, self.first, model, self.tokens, self.seconds
         )
+
+
+def _is_histogram(value: Any, accepted: int, steps: int) -> bool:
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        return False
+    return sum(value) == steps and sum(j * n for j, n in enumerate(value)) == accepted
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _sglang_model(path: str, weights: Any) -> str:

@@ -12,6 +12,7 @@ import torch
 from transformers import __version__ as transformers_version
 
 from .. import __version__
+from ..redaction import redact_words
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -26,12 +27,18 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers_version,
         "python": platform.python_version(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command(),
         "git_revision": git_revision(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "num_threads": torch.get_num_threads(),
         "utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def command() -> list[str]:
+    """The command line of this process, without keys and passwords."""
+    # --api_key is the only option of ours that begins so, and argparse takes any beginning.
+    return redact_words([Path(sys.argv[0]).name, *sys.argv[1:]], "--a")
 
 
 def git_revision(package: Path = _PACKAGE) -> str | None:

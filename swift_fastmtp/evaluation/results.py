@@ -4,14 +4,14 @@
 Everything that reports, compares or plots reads it through `read_results`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 from ..errors import FastMTPError
+from ..inputs import loads
+from ..redaction import redact_words
 from .metrics import (
     busy_seconds,
     conditional_rates,
@@ -25,10 +25,27 @@ from .metrics import (
     tau_by_position,
     token_gaps,
 )
+from .schema import (
+    Amount,
+    Count,
+    Positive,
+    Range,
+    Rate,
+    Tau,
+    build,
+    check_values,
+    one_line,
+    read_text,
+    show,
+)
 
 SCHEMA = "swift_fastmtp.bench/1"
 SEED = 0
 """Of the bootstrap."""
+MAX_BYTES = 8 * 2**20
+"""Of a results file: some thousand runs."""
+MAX_STEPS = 1000
+"""Drafts per step: far more than anybody serves with."""
 
 Record = dict[str, Any]
 """A line of `requests.jsonl`."""
@@ -38,28 +55,28 @@ Record = dict[str, Any]
 class Percentiles:
     """Seconds."""
 
-    p50: float
-    p90: float
-    p99: float
+    p50: Amount
+    p90: Amount
+    p99: Amount
 
 
 @dataclass
 class Interval:
     """A ratio and its 95 % interval."""
 
-    value: float
-    low: float
-    high: float
+    value: Amount
+    low: Amount
+    high: Amount
 
 
 @dataclass
 class Part:
     """tau of the verification steps that start in one part of the answer, in tokens from its beginning."""
 
-    start: int
-    end: int
-    tau: float
-    steps: int
+    start: Count
+    end: Count
+    tau: Tau
+    steps: Positive
 
 
 @dataclass
@@ -67,16 +84,16 @@ class Divergence:
     """Where an answer first differs from the baseline's. `token` counts characters if the server tells no ids."""
 
     id: str
-    turn: int
-    token: int
+    turn: Count
+    token: Count
 
 
 @dataclass
 class Lossless:
     """Greedy answers against the baseline's. Turns behind an answer that already differed are not compared."""
 
-    compared: int
-    equal: int
+    compared: Count
+    equal: Count
     first_divergence: Divergence | None
 
 
@@ -86,24 +103,24 @@ class Run:
 
     server: str
     task: str
-    temperature: float
-    concurrency: int
-    num_requests: int
-    num_failed: int
+    temperature: Amount
+    concurrency: Positive
+    num_requests: Count
+    num_failed: Count
     """Requests that the server refused; they are in `num_requests` and in nothing else."""
-    completion_tokens: int
-    tau_micro: float | None
-    tau_macro: float | None
-    marginal: list[float]
+    completion_tokens: Count
+    tau_micro: Tau | None
+    tau_macro: Tau | None
+    marginal: list[Rate]
     """Per depth, [num_steps]; empty for a baseline, and where the server does not tell."""
-    conditional: list[float]
-    histogram: list[int]
+    conditional: list[Rate]
+    histogram: list[Count]
     """Verification steps that accepted 0..num_steps drafts, [num_steps + 1]; empty like `marginal`."""
     tau_by_position: list[Part]
     """Only of answers that arrived step by step."""
-    tokens_per_second: float
+    tokens_per_second: Amount
     """Completion tokens over the seconds in which at least one request was on its way."""
-    tokens_per_second_per_request: float
+    tokens_per_second_per_request: Amount
     """Median over requests of completion tokens / latency."""
     ttft: Percentiles | None
     itl: Percentiles | None
@@ -119,10 +136,10 @@ class Server:
     label: str
     method: str
     """`baseline`, `vanilla`, `tuned` or `tuned+map`."""
-    num_steps: int
+    num_steps: Annotated[int, Range(0, MAX_STEPS)]
     """K; 0 for a baseline."""
     token_map: str | None
-    token_map_size: int | None
+    token_map_size: Positive | None
     model: str
     draft_model: str | None
     command: list[str] | None
@@ -136,7 +153,7 @@ class TaskInfo:
     language: str
     source: str
     licence: str
-    num_rows: int
+    num_rows: Count
     sha256: str
 
 
@@ -144,12 +161,12 @@ class TaskInfo:
 class Settings:
     """What all servers were asked alike."""
 
-    max_new_tokens: int
-    seed: int
-    warmup: int
+    max_new_tokens: Positive
+    seed: Count
+    warmup: Count
     tasks: dict[str, TaskInfo]
     top_k: int = 20
-    top_p: float = 0.95
+    top_p: Rate = 0.95
     """`top_k` and `top_p` count where the temperature is above 0."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -191,8 +208,8 @@ def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
             counters.setdefault(run_key(record), []).append(record["counters"])
         else:
             runs.setdefault(run_key(record), []).append(record)
-    servers = {name: _build(Server, value, f"servers.{name}") for name, value in plan["servers"].items()}
-    settings: Settings = _build(Settings, plan["settings"], "settings")
+    servers = {name: build(Server, value, f"servers.{name}") for name, value in plan["servers"].items()}
+    settings = build(Settings, plan["settings"], "settings")
     baseline = plan["baseline"]
     order = {key: i for i, key in enumerate(plan_runs(plan))}
     made = []
@@ -326,58 +343,74 @@ def _lossless(reference: list[Record], answers: list[Record]) -> Lossless:
 
 
 def read_results(path: str | Path) -> Results:
-    """A results file. Raises `FastMTPError` in one line if it is none, of another version, or lacks something."""
+    """A results file, without secrets that an older version may have written into it.
+
+    Raises `FastMTPError` in one line if it is none, of another version, lacks something, or holds a number that cannot
+    be (not finite, a rate above 1, a negative count).
+    """
+    name = str(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FastMTPError(f"{path}: cannot be read ({error})") from None
+        value = loads(read_text(path, MAX_BYTES))
+    except FastMTPError:
+        raise
     except ValueError as error:
-        raise FastMTPError(f"{path}: not JSON ({error}); make it again with fastmtp bench") from None
+        raise FastMTPError(f"{name}: not JSON ({one_line(error)}); make it again with fastmtp bench") from None
     found = value.get("schema") if isinstance(value, dict) else None
     if found != SCHEMA:
         raise FastMTPError(
-            f"{path}: its schema is {found!r}, this version reads {SCHEMA!r}; make it again with this version's "
+            f"{name}: its schema is {show(found)}, this version reads {SCHEMA!r}; make it again with this version's "
             "fastmtp bench (in the same folder: finished requests are not repeated), or read it with the version that "
             "wrote it"
         )
     try:
-        results: Results = _build(Results, value, "")
+        check_values(value)
+        results = build(Results, value)
+        _check_provenance(results.provenance)
         for i, run in enumerate(results.runs):
             if run.server not in results.servers or run.task not in results.settings.tasks:
                 raise FastMTPError(f"runs[{i}]: of a server or task that is not listed")
+            check_run(run, f"runs[{i}]")
         if results.baseline is not None and results.baseline not in results.servers:
-            raise FastMTPError(f"baseline: {results.baseline!r} is not among the servers")
+            raise FastMTPError(f"baseline: {show(results.baseline)} is not among the servers")
     except FastMTPError as error:
-        raise FastMTPError(f"{path}: {error}; make it again with fastmtp bench") from None
-    return results
+        raise FastMTPError(f"{name}: {error}; make it again with fastmtp bench") from None
+    return _without_secrets(results)
 
 
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as a `kind` (a dataclass, list, dict, union or plain type). Raises `FastMTPError` that says where not."""
-    origin, args = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if origin is UnionType:
-        if value is None and NoneType in args:
-            return None
-        return _build(next(a for a in args if a is not NoneType), value, where)
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise FastMTPError(f"{where}: must be an object, not {type(value).__name__}")
-        hints = get_type_hints(kind)
-        needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-        if missing := [name for name in needed if name not in value]:
-            raise FastMTPError(f"{where or 'the file'} lacks {', '.join(missing)}")
-        names = [f.name for f in fields(kind) if f.name in value]
-        made = {name: _build(hints[name], value[name], f"{where}.{name}".lstrip(".")) for name in names}
-        return kind(**made)  # type: ignore[operator]
-    if origin in (list, dict):
-        if not isinstance(value, origin):
-            raise FastMTPError(f"{where}: must be a {origin.__name__}, not {type(value).__name__}")
-        if origin is list:
-            return [_build(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
-        return {k: _build(args[1], v, f"{where}.{k}") for k, v in value.items()}
-    wanted = (int, float) if kind is float else kind
-    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        raise FastMTPError(f"{where}: must be {kind.__name__}, not {value!r}")
-    return value
+def check_results(results: Results) -> None:
+    """Raises `FastMTPError`, naming the run, if a number cannot be: nobody shall read it, and nobody could."""
+    for run in results.runs:
+        where = f"{run.server} on {run.task}, T={run.temperature:g}, {run.concurrency} at once"
+        try:
+            build(Run, asdict(run))
+            check_run(run, "the run")
+        except FastMTPError as error:
+            raise FastMTPError(f"{where}: {error}; what the server tells cannot be trusted") from None
+
+
+def check_run(run: Run, where: str) -> None:
+    """Raises `FastMTPError` if numbers of a run contradict each other."""
+    if run.num_failed > run.num_requests:
+        raise FastMTPError(f"{where}.num_failed: {run.num_failed} of {run.num_requests} requests is not possible")
+    if run.lossless and run.lossless.equal > run.lossless.compared:
+        raise FastMTPError(
+            f"{where}.lossless: {run.lossless.equal} equal of {run.lossless.compared} compared is not possible"
+        )
+    if run.speedup and not run.speedup.low <= run.speedup.high:
+        raise FastMTPError(f"{where}.speedup: its low end is above its high end")
+
+
+def _check_provenance(provenance: dict[str, Any]) -> None:
+    """The facts that tables and cards use; the others are only shown."""
+    build(list[str] | None, provenance.get("command"), "provenance.command")  # type: ignore[arg-type]
+    build(dict[str, str] | None, provenance.get("engine"), "provenance.engine")  # type: ignore[arg-type]
+
+
+def _without_secrets(results: Results) -> Results:
+    provenance = dict(results.provenance)
+    if provenance.get("command"):
+        provenance["command"] = redact_words(provenance["command"], "--a")
+    servers = {}
+    for name, server in results.servers.items():
+        servers[name] = replace(server, command=redact_words(server.command) if server.command else server.command)
+    return replace(results, provenance=provenance, servers=servers)

@@ -1,10 +1,10 @@
 """A server that the benchmark starts and stops itself.
 
-It runs in a process group of its own, which ends with the benchmark however that ends: a normal exit, Ctrl-C, SIGTERM,
-or kill -9 (on Linux the kernel then ends the server too).
+It ends, with everything that it started, when the benchmark ends, however that ends: a normal exit, Ctrl-C, SIGTERM, a
+closed terminal, kill -9. That is `watchdog.py`'s work, the process between the two.
 """
 
-import ctypes
+import json
 import os
 import secrets
 import shlex
@@ -16,15 +16,18 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
+from ..redaction import hide, hide_of_command, is_secret_name, known_secrets, redact
+from . import watchdog
 from .plan import Launch
 
-_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 STOP_SECONDS = 30
+_LAST_BYTES = 2**16
+"""Of a log, in which its last words are looked for."""
 
 
 class Started:
@@ -43,9 +46,12 @@ class Started:
 
     def last_words(self) -> str:
         """The last line of the log that says something, an exception's rather than a shell's."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        with open(self.log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            text = file.read().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         telling = [line for line in lines if "Error" in line or "error:" in line]
-        return (telling or lines or ["it said nothing"])[-1][:300]
+        return redact((telling or lines or ["it said nothing"])[-1])[:300]
 
 
 def free_port() -> int:
@@ -68,28 +74,42 @@ def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Itera
     Raises `FastMTPError` if it cannot be started, ends, or is not ready after `start_seconds`.
     """
     port = str(free_port())
-    words = [word.replace("{port}", port) for word in launch.command]
+    words, shown = ([w.replace("{port}", port) for w in command] for command in (launch.command, launch.shown_command))
     if words == launch.command:
-        words += ["--host", "127.0.0.1", "--port", port]
-    environment = {**os.environ, **launch.environment}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "ab") as file:
-        file.write(f"$ {shlex.join(words)}\n".encode())
-        file.flush()
-        try:
-            process = subprocess.Popen(
-                words,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-            )
-        except OSError as error:
-            raise FastMTPError(f"{name}: cannot start {words[0]} ({error})") from None
+        added = ["--host", "127.0.0.1", "--port", port]
+        words, shown = [*words, *added], [*shown, *added]
+    hide_of_command(launch.command)
+    for variable, value in launch.environment.items():
+        if is_secret_name(variable):
+            hide(value)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as file:
+            file.write(f"$ {shlex.join(shown)}\n".encode(errors="replace"))
+    except OSError as error:
+        raise cannot_write(log, error) from None
+    order = {
+        "command": words,
+        "environment": {**os.environ, **launch.environment},
+        "log": str(log.absolute()),
+        "hidden": known_secrets(),
+        "stop_seconds": STOP_SECONDS,
+    }
+    # By itself: neither what the plan sets for the server nor what is installed here has a say in it.
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", watchdog.__file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert process.stdin is not None and process.stdout is not None
     with _terminated_like_interrupted():
         try:
+            process.stdin.write(f"{json.dumps(order)}\n".encode())
+            process.stdin.flush()
+            if failure := process.stdout.readline().decode(errors="replace").strip():
+                raise FastMTPError(f"{name}: cannot start {shown[0]} ({failure})")
             server = Started(name, f"http://127.0.0.1:{port}", process, log)
             _wait(server, start_seconds)
             yield server
@@ -114,25 +134,19 @@ def _wait(server: Started, start_seconds: float) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    for how in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, how)
-            process.wait(timeout=STOP_SECONDS)
-        except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-            continue
-
-
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent() -> None:
-    if _libc is not None:
-        _libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    """The watchdog ends the server as soon as the pipe is closed; one that has lost its mind is left behind."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=3 * STOP_SECONDS)
 
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends the benchmark as Ctrl-C does: with the server."""
+    """SIGTERM and SIGHUP (the terminal is closed) end the benchmark as Ctrl-C does: with the server. Where they are
+    ignored, as under `nohup`, they still are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -140,8 +154,12 @@ def _terminated_like_interrupted() -> Iterator[None]:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

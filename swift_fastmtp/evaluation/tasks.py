@@ -21,9 +21,13 @@ import yaml
 from ..data.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..data.rows import BadRows, Row, iter_values
 from ..errors import FastMTPError
+from ..inputs import check_file
+from .schema import MAX_INTEGER, one_line, show
 
 FOLDER = Path(__file__).with_suffix("")
 """The descriptors, and the prompts that were written for this package."""
+MAX_NAME = 200
+"""Characters of a task's or a question's name."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def read_descriptor(name: str) -> Descriptor:
     path = FOLDER / f"{name}.yaml"
     if name not in task_names():
         raise FastMTPError(
-            f"no task is called {name!r}; there are {', '.join(task_names())}, and any FILE or name=FILE"
+            f"no task is called {show(name)}; there are {', '.join(task_names())}, and any FILE or name=FILE"
         )
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert set(values) <= {f.name for f in fields(Descriptor)}, path
@@ -116,8 +120,12 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     Raises `FastMTPError` for an unknown name, a source that cannot be reached, or a bad row, by file and line.
     """
     name, _, file = spec.partition("=")
-    if not file and name not in task_names() and (Path(spec).exists() or Path(spec).suffix):
+    if not file and name not in task_names() and (os.path.lexists(spec) or Path(spec).suffix):
         name, file = Path(spec).name.split(".")[0], spec
+    if not name or not name.isprintable() or len(name) > MAX_NAME:
+        raise FastMTPError(f"tasks: {show(spec)}: the task has no plain name; name it as name=FILE")
+    if file:
+        check_file(file)
     known = not file or name in task_names()
     described = read_descriptor(name) if known else Descriptor("", "", "not stated")
     paths = [Path(file)] if file else _fetch(name, described, offline)
@@ -131,7 +139,9 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
-            raise FastMTPError(f"task {name}: {paths[0]}: two questions have the id {question.id!r}; mend it")
+            raise FastMTPError(
+                f"task {name}: {paths[0]}: two questions have the id {show(question.id)}; give each its own"
+            )
         seen.add(question.id)
     questions = _draw(questions, num_questions or described.num_questions, rng)
     source = described.source if known and not file else Path(file).name
@@ -148,11 +158,18 @@ def _read(path: Path, described: Descriptor, prefix: str) -> list[Question]:
     found: list[Question] = []
     for where, row in iter_values(path, BadRows(how_to_skip=None)):
         if not isinstance(row, dict):
-            raise FastMTPError(f"{where}: a row must be a JSON object; mend it")
+            raise FastMTPError(f"{where}: a row must be a JSON object; fix the row")
         if all(row.get(k) == v for k, v in described.where.items() if k in row):
             name = row.get(described.id or "id")
+            _check_id(name, where)
             found.append(_question(row, described, f"{prefix}{len(found) if name is None else name}", where))
     return found
+
+
+def _check_id(name: Any, where: str) -> None:
+    is_number = isinstance(name, int | float) and abs(name) <= MAX_INTEGER
+    if name is not None and not is_number and not (isinstance(name, str) and len(name) <= MAX_NAME):
+        raise FastMTPError(f"{where}: its id {show(name)} must be a text of at most {MAX_NAME} characters, or a number")
 
 
 def _question(row: Row, described: Descriptor, name: str, where: str) -> Question:
@@ -169,16 +186,16 @@ def _question(row: Row, described: Descriptor, name: str, where: str) -> Questio
         except UnreadableRowError as error:
             if error.what != NO_MESSAGES:
                 raise FastMTPError(
-                    f"{where}: its turns must be texts, none of them empty ({error}); fix the row"
+                    f"{where}: its turns must be texts, none of them empty ({one_line(error)}); fix the row"
                 ) from None
             wanted = "turns, prompt or messages"
             if isinstance(described.turns, list):
                 wanted = f"{', '.join(_missing(described.turns, row))} (or {wanted})"
-            raise FastMTPError(f"{where}: needs {wanted}; mend it") from None
+            raise FastMTPError(f"{where}: needs {wanted}; fix the row") from None
         turns = [m["content"] for m in messages if m["role"] == "user"]
         system = "\n".join(m["content"] for m in messages if m["role"] == "system") or None
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
-        raise FastMTPError(f"{where}: its turns must be texts, none of them empty; mend it")
+        raise FastMTPError(f"{where}: its turns must be texts, none of them empty; fix the row")
     return Question(name, turns, system)
 
 

@@ -84,11 +84,17 @@ def _is_ours(path: Path) -> bool:
 
 
 def _is_the_base_models(path: Path, info: dict[str, Any]) -> bool:
-    original = Path(info.get("base_model") or "") / CARD
+    original = Path(_base_path(info)) / CARD
     try:
         return original.samefile(path) or inputs.read_bytes(original) == inputs.read_bytes(path)
     except (OSError, FastMTPError):
         return False
+
+
+def _base_path(info: dict[str, Any]) -> str:
+    """Where the base model was, as far as an export tells."""
+    path = info.get("base_model")
+    return path if isinstance(path, str) and "\0" not in path else ""
 
 
 def make_card(
@@ -109,7 +115,7 @@ def make_card(
     family = match_family(config, folder / "config.json")
     weights = Weights(folder)
     full = weights.has_backbone(config)
-    base_path = str(info.get("base_model") or "")
+    base_path = _base_path(info)
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
@@ -176,7 +182,7 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
     theirs: dict[str, Any] = {}
     for card in (Path(base_path) / CARD if base_path else folder / CARD, folder / CARD):
         theirs = theirs or front_matter(card)
-    matter: dict[str, Any] = {key: theirs[key] for key in _FROM_BASE if isinstance(theirs.get(key), str | list)}
+    matter: dict[str, Any] = {key: theirs[key] for key in _FROM_BASE if _is_text(theirs.get(key))}
     if hub_name:
         matter |= {"base_model": hub_name, "base_model_relation": "finetune"}
     matter["library_name"] = "transformers" if full else "sglang"
@@ -190,6 +196,10 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
     )
     missing += "" if hub_name else "# base_model: OWNER/NAME, not known here; or fastmtp card --base_model OWNER/NAME\n"
     return f"---\n{text}{missing}---\n"
+
+
+def _is_text(value: Any) -> bool:
+    return all(isinstance(one, str) for one in value) if isinstance(value, list) else isinstance(value, str)
 
 
 def front_matter(card: Path) -> dict[str, Any]:

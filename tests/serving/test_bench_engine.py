@@ -4,7 +4,15 @@ Two servers that the benchmark starts itself, on our own prompts, second turns i
 """
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
 
+import orphans
 import pytest
 import torch
 import yaml
@@ -116,3 +124,57 @@ def test_times_make_sense(run):
         assert one.tokens_per_second > 0 and one.tokens_per_second_per_request > 0
     ratio = run[0].runs[1].speedup
     assert ratio.low <= ratio.value <= ratio.high
+
+
+def killed(folder, how, group, seconds):
+    """Kill a benchmark of the real server, `seconds` after it is started (None: while it answers).
+
+    Returns how many processes the server had, and those that are left."""
+    folder.mkdir(exist_ok=True)
+    mark = uuid.uuid4().hex
+    plan = {
+        "model": str(TINY),
+        "max_new_tokens": TOKENS,
+        "warmup": 0,
+        "python": engine_python(),
+        "flags": CPU_FLAGS,
+        "environment": {**ENVIRONMENT, orphans.MARK: mark},
+        "servers": {"baseline": {}},
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    words = ["--plan", str(folder / "plan.yaml"), "--output_dir", str(folder / "out")]
+    command = [sys.executable, "-m", "swift_fastmtp.cli", "bench", *words]
+    log, requests = folder / "out/logs/baseline.log", folder / "out/requests.jsonl"
+    with open(folder / "printed.txt", "wb") as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=printed, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (log.exists() if seconds is not None else requests.exists() and requests.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "printed.txt").read_text()
+        time.sleep(0.05)
+    time.sleep(seconds or 0.5)
+    alive = len(orphans.processes(mark))
+    orphans.kill(process.pid, how, group)
+    assert process.wait(timeout=120) != 0
+    left = orphans.left_after(mark, 60)
+    for one, _ in left:
+        os.kill(one, signal.SIGKILL)
+    return alive, left
+
+
+def test_a_killed_benchmark_leaves_no_server(tmp_path):
+    alive, left = killed(tmp_path, signal.SIGKILL, True, None)
+    assert alive >= 3 and left == []  # the server, its scheduler, its detokenizer
+
+
+@pytest.mark.matrix
+def test_no_end_of_a_benchmark_leaves_a_server(tmp_path):
+    """Nine ends, while the server starts and while it answers."""
+    chance = random.Random(0)
+    ways = [(signal.SIGKILL, False), (signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGHUP, True)]
+    found = []
+    for round_ in range(9):
+        how, group = ways[round_ % len(ways)]
+        when = None if round_ < 4 else chance.uniform(0.5, 20)
+        found.append((how.name, when, *killed(tmp_path / str(round_), how, group, when)))
+    assert [left for *_, left in found] == [[]] * len(found), found
+    assert all(alive >= 3 for _, when, alive, _ in found if when is None), found
