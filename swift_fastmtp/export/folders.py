@@ -38,6 +38,7 @@ from ..errors import FastMTPError
 from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
 from ..headers import entries_of, read_headers
+from ..staging import try_output
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, read_map_list, read_token_map, sidecar
 from ..weight_files import INDEX_FILE
@@ -88,6 +89,7 @@ def export_full(
 
     Raises `FastMTPError` naming the file or tensor.
     """
+    try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         changed, written = set(trained.file_of.values()), {}
@@ -118,6 +120,7 @@ def export_draft(
     token_maps: str | Path | None = None,
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
+    try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in sorted(base.iterdir()):

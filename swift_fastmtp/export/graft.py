@@ -20,6 +20,7 @@ from ..errors import FastMTPError
 from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
 from ..fp8 import read_blocks
 from ..headers import Headers, layer_elsewhere, read_headers
+from ..staging import try_output
 from ..weight_files import INDEX_FILE
 from .folders import RUN_FILES, write_index
 from .inspection import size
@@ -59,6 +60,7 @@ def graft(
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
+    try_output(output_dir)
     model = Path(model)
     if (donor is None) != init_from_last_layer:
         raise FastMTPError("graft: pass either --donor BASE or --init_from_last_layer")
