@@ -43,10 +43,10 @@ fi
 
 echo "== 4/6 training: swift sft, backbone frozen, K = 3"
 if [ ! -e "$out/train/best" ]; then
-  last=$(ls -d "$out"/train/checkpoint-*/trainer_state.json 2>/dev/null | sort -V | tail -1 || true)
+  started=$(ls -d "$out"/train/checkpoint-* 2>/dev/null || true)  # then the newest whole one is resumed from
   swift sft recipes/quickstart_cpu.yaml --dataset "fastmtp-self-distill:$out/mixed/train.jsonl" \
     --val_dataset "fastmtp-self-distill:$out/mixed/val.jsonl" \
-    --output_dir "$out/train" --seed $((42 + seed)) ${last:+--resume_from_checkpoint "$(dirname "$last")"}
+    --output_dir "$out/train" --seed $((42 + seed)) ${started:+--resume_from_checkpoint "$out/train"}
 fi
 
 echo "== 5/6 export: a checkpoint that SGLang and vLLM serve"

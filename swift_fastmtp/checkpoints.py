@@ -8,9 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from . import fp8, inputs
 from .errors import FastMTPError, cannot_write
 from .families import Family, config_value, is_embedding, read_config
 from .headers import Entry, entries_of, layer_elsewhere, read_header
+from .staging import refuse_existing, staged
 from .weight_files import resolve
 
 SETTINGS_FILE = "fastmtp.json"
@@ -330,14 +330,12 @@ def file_hash(path: str | Path) -> str:
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file that appears whole or not at all. Raises `FastMTPError` if it cannot be written."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, staged, metadata={"format": "pt"})
-        staged.chmod(0o644)  # safetensors writes 0600
-        os.replace(staged, path)
-    except (OSError, SafetensorError) as error:
-        remove_quietly(staged)
-        raise cannot_write(path, error) from None
+    with staged(path) as file:
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise cannot_write(path, error) from None
+        file.chmod(0o644)  # safetensors writes 0600
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -350,20 +348,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(value: Any, path: Path) -> None:
-    """Write JSON that appears whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        staged.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        remove_quietly(staged)
-        raise cannot_write(path, error) from None
-
-
-def remove_quietly(staged: Path) -> None:
-    """What a failed write left; where even that is forbidden, the error about the write is the one to tell."""
-    with suppress(OSError):
-        staged.unlink(missing_ok=True)
+    """Write JSON that appears whole or not at all. Raises `FastMTPError` if it cannot be written."""
+    with staged(path) as file:
+        file.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -373,28 +360,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     Raises `FastMTPError` if `path` exists or cannot be written.
     """
     path = Path(path)
-    if os.path.lexists(path):
-        raise FastMTPError(f"{path}: already exists; name another output folder or remove this one")
-    staged: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        staged.chmod(0o755)
-        yield staged
-        os.replace(staged, path)
-    except OSError as error:
-        raise cannot_write(path, error, staged) from None
-    finally:
-        if staged is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-
-
-def make_folder(path: Path) -> None:
-    """A folder to write into, with those above it. Raises `FastMTPError` if it cannot be made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    refuse_existing(path)
+    with staged(path) as folder:
+        folder.mkdir()
+        yield folder
 
 
 def claim(file: Any, message: str) -> None:

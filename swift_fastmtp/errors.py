@@ -64,8 +64,8 @@ def cannot_write(path: str | Path, error: Exception, inside: Path | None = None)
     Args:
         path: what was being made.
         error: an `OSError`, or one of a library that only repeats its text (safetensors: "(os error 28)").
-        inside: the temporary folder in which `path` is being made. An error about a file outside it is of something
-            that was read, which no other output folder would fix.
+        inside: the temporary file or folder that `path` is being made as. An error about a file outside it is of
+            something that was read, which no other output folder would fix.
     """
     number, what, file = _parts(error)
     on_the_way = bool(file) and _is_below(str(path), Path(file))
@@ -73,7 +73,8 @@ def cannot_write(path: str | Path, error: Exception, inside: Path | None = None)
         readable = "; make it readable" if number in (errno.EACCES, errno.EPERM) else ""
         return FastMTPError(f"{file}: cannot be read ({what}){readable}; {path} was not written")
     if inside is not None and file and _is_below(file, inside):
-        file = os.path.relpath(file, inside)  # the temporary folder's own name says nothing
+        # The temporary name itself says nothing.
+        file = "" if Path(file) == inside else os.path.relpath(file, inside)
     if number is None:
         return FastMTPError(f"{path}: cannot be written ({what})")
     about = f"{what}: {file}" if file and Path(file) != Path(path) else what

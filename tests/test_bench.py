@@ -197,7 +197,7 @@ def test_files_of_a_folder_that_somebody_changed(pair, tmp_path):
             assert (folder / name).read_bytes() == before
     os.remove(tmp_path / "good/plan.json")
     os.mkfifo(tmp_path / "good/plan.json")
-    with pytest.raises(FastMTPError, match=r"plan.json: not the plan of a benchmark .*it is no file"):
+    with pytest.raises(FastMTPError, match=r"plan.json: not the plan of a benchmark .*is a pipe, not a file"):
         measure(pair, tmp_path / "good", num_questions=2)
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from swift_fastmtp.checkpoints import make_folder, new_folder, save_tensors, write_json
+from swift_fastmtp.checkpoints import new_folder, save_tensors, write_json
 from swift_fastmtp.data.rows import write_rows
 from swift_fastmtp.errors import FastMTPError, cannot_write
 from swift_fastmtp.evaluation import provenance as module
 from swift_fastmtp.evaluation.provenance import git_revision, provenance
 from swift_fastmtp.evaluation.simulate import simulate
+from swift_fastmtp.staging import try_output
 
 HOW = {
     errno.ENOSPC: "free space",
@@ -70,7 +71,7 @@ def test_a_part_of_the_path_is_a_file(tmp_path):
     path = tmp_path / "file" / "out"
     for write in (
         lambda: new_folder(path).__enter__(),
-        lambda: make_folder(path),
+        lambda: try_output(path),
         lambda: write_rows(path).__enter__(),
         lambda: write_json({}, path),
         lambda: save_tensors({"x": torch.zeros(1)}, path),
@@ -161,5 +162,5 @@ def test_simulate_knows_before_its_work_that_it_cannot_write(tmp_path, monkeypat
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "one two"}]}\n')
     monkeypatch.setattr("swift_fastmtp.evaluation.simulate.make_texts", lambda *_: pytest.fail("worked first"))
-    with pytest.raises(FastMTPError, match=r"rows\.jsonl/out: cannot be written"):
+    with pytest.raises(FastMTPError, match=r"rows\.jsonl/out/simulate\.json: cannot be written"):
         simulate(str(TINY), [], str(rows), output_dir=str(rows / "out"))

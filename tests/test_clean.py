@@ -475,6 +475,25 @@ clean([{str(source)!r}], {str(folder / names[0])!r}, removed={str(folder / names
     assert [(folder / name).read_bytes() for name in names] == want
 
 
+def test_killed_between_the_renames(tmp_path):
+    """The removed rows are there, the output is not: the same command goes over them, and over nothing else."""
+    source = write(tmp_path / "rows.jsonl", [row(f"{EN} {i} {i * 7919 % 1000}") for i in range(50)] * 2)
+    output, removed = tmp_path / "out.jsonl", tmp_path / "removed.jsonl"
+    call = {"removed": str(removed), "skip_filters": ["language"]}
+    clean([str(source)], str(output), **call)
+    want = [path.read_bytes() for path in (output, removed)]
+    output.unlink()
+    with pytest.raises(FastMTPError, match=r"removed\.jsonl: already exists"):
+        clean([str(source)], str(output), **call, similarity=0.7)  # of another job
+    clean([str(source)], str(output), **call)
+    assert [path.read_bytes() for path in (output, removed)] == want
+    output.unlink()
+    removed.write_bytes(want[1] + b"{}\n")
+    with pytest.raises(FastMTPError, match=r"removed\.jsonl: already exists"):
+        clean([str(source)], str(output), **call)
+    assert removed.read_bytes() == want[1] + b"{}\n" and not output.exists()
+
+
 def test_the_command_has_every_parameter():
     import inspect
 

@@ -154,6 +154,20 @@ def test_kill_9_many_times_gives_the_same_file(prompts, tmp_path):
     assert output.read_bytes() == (tmp_path / "quiet.jsonl").read_bytes()
 
 
+def test_killed_when_its_output_was_there(prompts, tmp_path):
+    """What is left then is the parts folder; the report was there before the output."""
+    output = tmp_path / "o.jsonl"
+    code = "import os; from swift_fastmtp.data import distill, jobs; "
+    code += "jobs.Job._remove = lambda self: os.kill(os.getpid(), 9); "
+    code += f"distill.distill({str(TINY)!r}, {str(prompts)!r}, {str(output)!r}, max_new_tokens=4)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert output.exists() and (tmp_path / "o.jsonl.parts").exists()
+    assert json.loads((tmp_path / "o.jsonl.report.json").read_text())["rows"] == len(read_rows(output))
+    with pytest.raises(FastMTPError, match="already exists"):
+        distill(str(TINY), str(prompts), str(output), max_new_tokens=4)
+    assert not (tmp_path / "o.jsonl.parts").exists()
+
+
 def test_a_job_is_not_mixed_with_another(prompts, tmp_path):
     output = tmp_path / "o.jsonl"
     own_answers(prompts, output, shard="0/2")

@@ -161,15 +161,15 @@ BAD_RESULTS = {
     "runs.1.tau_micro": (0.5, "runs[1].tau_micro: 0.5 is not possible, it must be at least 1"),
     "runs.1.histogram.0": (-1, "runs[1].histogram[0]: -1 is not possible"),
     "runs.1.num_failed": (10**6, "runs[1].num_failed: 1000000 of 80 requests is not possible"),
-    "runs.1.tokens_per_second": (float("nan"), "not JSON (NaN is no number)"),
+    "runs.1.tokens_per_second": (float("nan"), "runs[1].tokens_per_second: nan is not a finite number"),
     "runs.1.tokens_per_second_per_request": (fuzz.Raw("1e999"), "runs[1].tokens_per_second_per_request: inf is not a"),
     "runs.1.ttft.p50": (-1, "runs[1].ttft.p50: -1 is not possible"),
     "runs.1.completion_tokens": (2**70, "runs[1].completion_tokens: an integer of 71 bits is too large"),
     "runs.1.lossless": ({"compared": 1, "equal": 2, "first_divergence": None}, "2 equal of 1 compared"),
     "servers.tuned-k3.num_steps": (-1, "servers.tuned-k3.num_steps: -1 is not possible"),
-    "servers.tuned-k3.label": (fuzz.Raw('"\\ud800"'), "servers.tuned-k3.label: half a surrogate pair"),
+    "servers.tuned-k3.label": (fuzz.Raw('"\\ud800"'), "not JSON ('utf-8' codec can't encode"),
     "provenance.engine": ("sglang", "provenance.engine: must be a dict, not str"),
-    "provenance.x": (fuzz.Raw("[" * 100 + "]" * 100), "nested deeper than 32"),
+    "provenance.x": (fuzz.Raw("[" * 100 + "]" * 100), "nested deeper than 100 levels"),
     "settings": (None, "settings: must be an object, not NoneType"),
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.modeling import load_model
+from swift_fastmtp.swift_plugin.resume import what_is_missing
 
 PLUGIN = Path(swift_fastmtp.__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py"
 HEAD = "model.mtp_layers.0."
@@ -116,6 +118,50 @@ def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path, show
     for name in want:
         assert torch.equal(got[name], want[name]), name
     shown("swift", ["MiMoForCausalLM"])
+
+
+def test_a_finished_run_says_so_and_a_checkpoint_that_was_cut_off_is_refused(run, rows, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(run[0], out)
+    extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau"}
+    args = sft_args(TINY, rows, out, report_to="tensorboard", **extra)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    done = swift(*args, "--resume_from_checkpoint", out)
+    assert "this run is finished, checkpoint-6 is its last" in done.stdout and "Train:" not in done.stderr
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    (out / "checkpoint-6" / "trainer_state.json").write_text("")
+    refused = swift(*args, "--resume_from_checkpoint", out / "checkpoint-6", check=False)
+    line = refused.stderr.strip().splitlines()[-1]
+    assert refused.returncode == 1 and line.startswith("fastmtp: error: --resume_from_checkpoint"), refused.stderr
+    assert "trainer_state.json is empty or cut off" in line and line.endswith(f"resume from {out / 'checkpoint-4'}")
+    swift(*args, "--resume_from_checkpoint", out)
+    want = load_file(run[0] / "checkpoint-6" / "model.safetensors")
+    got = load_file(out / "checkpoint-6" / "model.safetensors")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "why"),
+    [
+        ("trainer_state.json", 0, "empty or cut off"),
+        ("trainer_state.json", None, "has no trainer_state.json"),
+        ("model.safetensors", 1000, "model.safetensors is cut off"),
+        ("model.safetensors", None, "no weights"),
+        ("optimizer.pt", 1000, "optimizer.pt is cut off"),
+        ("optimizer.pt", None, "no state of the optimizer"),
+        ("rng_state.pth", 0, "rng_state.pth is cut off"),
+    ],
+)
+def test_what_is_missing_of_a_checkpoint(file, keep, why, run, tmp_path):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(run[0] / "checkpoint-6", folder)
+    assert what_is_missing(folder) is None
+    if keep is None:
+        (folder / file).unlink()
+    else:
+        os.truncate(folder / file, keep)
+    assert why in what_is_missing(folder)
 
 
 def test_explicit_plugin_without_autoload(run, rows, tmp_path):

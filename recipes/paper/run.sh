@@ -38,11 +38,11 @@ for arm in $ARMS; do
   step "$OUT/$arm-clean.jsonl" fastmtp clean --inputs "$OUT/$arm.jsonl" --output "$OUT/$arm-clean.jsonl" --model "$MODEL"
   step "$OUT/$arm-mixed" fastmtp mix --inputs "$OUT/$arm-clean.jsonl" --output_dir "$OUT/$arm-mixed" --model "$MODEL" \
     --max_repeat 2 --val_ratio "${VAL_RATIO:-0.02}" ${SHARES:+--shares $SHARES} ${TOKENS:+--tokens $TOKENS}
-  last=$(ls -d "$OUT/$arm-train"/checkpoint-*/trainer_state.json 2>/dev/null | sort -V | tail -1 || true)
+  started=$(ls -d "$OUT/$arm-train"/checkpoint-* 2>/dev/null || true)  # then the newest whole one is resumed from
   step "$OUT/$arm-train/best" swift sft "$RECIPE" --model "$MODEL" --output_dir "$OUT/$arm-train" --add_version false \
     --dataset "fastmtp-self-distill:$OUT/$arm-mixed/train.jsonl" --create_checkpoint_symlink true \
     --val_dataset "fastmtp-self-distill:$OUT/$arm-mixed/val.jsonl" ${TRAIN:-} \
-    ${last:+--resume_from_checkpoint "$(dirname "$last")"}
+    ${started:+--resume_from_checkpoint "$OUT/$arm-train"}
   step "$OUT/$arm" swift export --adapters "$OUT/$arm-train/best" --output_dir "$OUT/$arm"
 done
 

@@ -2,20 +2,25 @@
 
 The files are read twice. The first pass decides: cheap filters first, duplicates last, so that a row which is removed
 never removes another. The second writes the kept rows, in their order and unchanged.
+
+Three files appear, the report first, which has the hash of the removed rows; then these, and the kept ones last. What
+is there without the kept rows is of a run that was killed, and the same command goes over it.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import file_hash, write_json
+from ..checkpoints import file_hash, read_json, write_json
 from ..errors import FastMTPError, cannot_write
+from ..staging import staged, try_output, try_place
 from .filters import (
     Asked,
     Decontaminate,
@@ -29,7 +34,7 @@ from .filters import (
     Truncated,
 )
 from .near_duplicates import ExactDuplicates, NearDuplicates
-from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, refuse_existing, write_rows
+from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, write_rows
 
 ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate, Asked)
 """In the order in which they are asked."""
@@ -88,19 +93,32 @@ def clean(
     outputs = [output, f"{output}.report.json", *([removed] if removed else [])]
     if len({os.path.realpath(p) for p in [*inputs, *outputs]}) < len(inputs) + len(outputs):
         raise FastMTPError("--inputs, --output and --removed must all be different files")
-    refuse_existing(output)
-    if removed:
-        refuse_existing(removed)
+    try_output(output)
+    report_file = Path(f"{output}.report.json")
+    try_place(report_file)
     tokens = TokenCounter(model)
     judges, values = _row_filters(chosen, tokens, model, parameters)
     compared = [task for judge in judges if isinstance(judge, Decontaminate) for task in judge.compared]
     hashes = [file_hash(path) for path in inputs]
+    settings = {
+        "filters": [name for name in FILTERS if name in chosen],
+        "duplicates_of": duplicates_of,
+        "similarity": similarity,
+        "ngram": ngram,
+        "model": model,
+        "on_bad_row": on_bad_row,
+        **values,
+    }
+    read = [{"file": path, "sha256": digest} for path, digest in zip(inputs, hashes, strict=True)]
+    again = removed is not None and _is_of_a_killed_run(removed, report_file, read, settings)
+    if removed and not again:
+        try_output(removed)
 
     bad = BadRows(on_bad_row)
     exact = ExactDuplicates(duplicates_of) if "exact_duplicates" in chosen else None
     try:
         folder = Path(output).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # of temporary files
         near = NearDuplicates(duplicates_of, similarity, ngram, folder) if "near_duplicates" in chosen else None
         verdicts, read_tokens = _decide(_rows(inputs, bad), tokens, judges, exact, near)
     except OSError as error:
@@ -111,12 +129,14 @@ def clean(
 
     counts = {name: Removed() for name in FILTERS if name in chosen}
     with ExitStack() as files:
-        # Closed last, the output appears last: what is there without it is of a run that was cut off.
+        # Closed last, the output appears last.
         kept_file = files.enter_context(write_rows(output))
-        removed_file = files.enter_context(write_rows(removed)) if removed else None
+        removed_file: IO[str] | None = None
+        if removed:
+            removed_file = files.enter_context(_write_over(removed) if again else write_rows(removed))
         # A file that has grown or shrunk is found by its hash, below.
-        again = zip(verdicts, _rows(inputs, BadRows(on_bad_row)), strict=False)
-        for verdict, (where, row) in tqdm(again, unit="row", desc="write", total=len(verdicts)):
+        second_pass = zip(verdicts, _rows(inputs, BadRows(on_bad_row)), strict=False)
+        for verdict, (where, row) in tqdm(second_pass, unit="row", desc="write", total=len(verdicts)):
             if verdict is None:
                 kept_file.write(dump_row(row))
                 continue
@@ -130,16 +150,8 @@ def clean(
         kept_tokens = read_tokens - sum(r.tokens for r in counts.values())
         report = {
             "version": __version__,
-            "inputs": [{"file": path, "sha256": digest} for path, digest in zip(inputs, hashes, strict=True)],
-            "settings": {
-                "filters": list(counts),
-                "duplicates_of": duplicates_of,
-                "similarity": similarity,
-                "ngram": ngram,
-                "model": model,
-                "on_bad_row": on_bad_row,
-                **values,
-            },
+            "inputs": read,
+            "settings": settings,
             "decontaminated_with": compared,
             "rows": {"read": len(verdicts), "kept": kept, "bad": bad.total},
             "tokens": {"read": read_tokens, "kept": kept_tokens},
@@ -147,7 +159,11 @@ def clean(
             "removed": {name: vars(r) for name, r in counts.items()},
             "bad_rows": bad.report(),
         }
-        write_json(report, Path(f"{output}.report.json"))
+        kept_file.flush()  # a full disk is noticed before either file appears
+        if removed_file:
+            removed_file.flush()
+            report["removed_file_sha256"] = file_hash(removed_file.name)
+        write_json(report, report_file)
         if not kept:
             raise FastMTPError(f"{output}: no row is left; why: {output}.report.json")
     print(_table(counts, len(verdicts), read_tokens, kept, kept_tokens))
@@ -156,6 +172,24 @@ def clean(
         print(f"prompts are compared with the tasks {names} and no others; --decontaminate names more")
     estimated = "; tokens are estimated, --model counts them" if "estimate" in token_sources else ""
     print(f"{output}: {kept} rows, {bad.total} bad rows left out; examples: {output}.report.json{estimated}")
+
+
+@contextmanager
+def _write_over(path: str) -> Iterator[IO[str]]:
+    """As `write_rows`, in place of what a killed run left."""
+    with staged(Path(path)) as made, open(made, "w", encoding="utf-8") as file:
+        yield file
+
+
+def _is_of_a_killed_run(removed: str, report_file: Path, read: list[dict[str, str]], settings: dict[str, Any]) -> bool:
+    """Whether a file of removed rows is what a run with the same inputs and settings left when it was killed before
+    its output appeared. Only a file that nobody has changed since is."""
+    try:
+        report = read_json(report_file)
+    except FastMTPError:
+        return False
+    same = (report.get("inputs"), report.get("settings")) == (read, json.loads(json.dumps(settings)))
+    return same and Path(removed).is_file() and report.get("removed_file_sha256") == file_hash(removed)
 
 
 def _choose(filters: Sequence[str] | None, skip_filters: Sequence[str]) -> set[str]:

@@ -7,6 +7,7 @@ is on disk when it is finished (`jobs.py`), so that a job may be killed, started
 
 import asyncio
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,13 +24,14 @@ from ..errors import FastMTPError
 from ..families import config_value, read_config
 from ..finite import NotFiniteError
 from ..modeling import load_model
+from ..staging import try_output
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers
 from .conversation import Conversation, Reply
 from .examples import difference
 from .generate import end_token_ids, generate
-from .jobs import Job, Key, Part
-from .rows import BadRows, Row, iter_rows, refuse_existing
+from .jobs import Job, Key, Part, take_away_merged
+from .rows import BadRows, Row, iter_rows
 
 
 def distill(
@@ -71,7 +73,8 @@ def distill(
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the folder has no
     chat template, the server's is another, no server answers, or the model computes a NaN or an infinity.
     """
-    refuse_existing(output)
+    take_away_merged(output)
+    try_output(output)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
     number, of = _shard(shard)
     positive = {"max_new_tokens": max_new_tokens, "num_answers": num_answers, "concurrency": concurrency}
@@ -105,15 +108,18 @@ def distill(
                 asyncio.run(worker.from_servers(servers, left, concurrency))
             else:
                 worker.in_process(model, keys, set(left), batch_size)
-    refused = job.merge(source.count * num_answers)
+
+    def report(rows: Path, refused: list[Row]) -> None:
+        # Not a setting of the job: whoever was stopped by a row goes on without it.
+        _report(rows, output, {**settings, "on_bad_row": on_bad_row}, source, refused)
+
+    refused = job.merge(source.count * num_answers, report)
     if refused is None:
         if job.missing:
             print(f"shard {shard} is finished; {job.missing} answers of other shards are missing in {job.folder}")
         else:
             print(f"shard {shard} is finished; another worker has written {output}")
         return not job.missing
-    # Not a setting of the job: whoever was stopped by a row goes on without it.
-    _report(output, {**settings, "on_bad_row": on_bad_row}, source, refused)
     return True
 
 
@@ -346,15 +352,16 @@ def _shard(text: str) -> tuple[int, int]:
     raise FastMTPError(f"--shard {text}: must be i/n with 0 <= i < n, as 0/4, 1/4, 2/4, 3/4")
 
 
-def _report(output: str, settings: dict[str, Any], source: Source, refused: list[Row]) -> None:
-    """Counts of what came out and what did not, beside the output."""
+def _report(answers: Path, output: str, settings: dict[str, Any], source: Source, refused: list[Row]) -> None:
+    """Counts of what came out and what did not, beside the output. `answers`: its rows, where they are now."""
     reasons: Counter[str] = Counter()
     rows = tokens = early = 0
-    for _, row in iter_rows(output):
-        rows += 1
-        reasons[row["finish_reason"]] += 1
-        early += row.get("ended_early", False)
-        tokens += sum(len(m.get("token_ids") or ()) for m in row["messages"])
+    with open(answers, encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            rows += 1
+            reasons[row["finish_reason"]] += 1
+            early += row.get("ended_early", False)
+            tokens += sum(len(m.get("token_ids") or ()) for m in row["messages"])
     report = {
         "version": __version__,
         "settings": settings,

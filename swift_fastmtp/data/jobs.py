@@ -5,6 +5,9 @@ file per shard, appended to in the order in which answers come. A key, (row, sam
 there, whoever notices merges them, in order, into the output. Machines without a common folder copy their parts into
 one.
 
+Before the output appears the folder is marked as merged. A run that is killed between the two leaves both, and the next
+one takes the folder away.
+
 Workers end and begin while another one merges. What they see is one of two things: the folder as it was, or no folder
 and the output. So everything that decides is done under one lock, and the folder disappears by a rename.
 """
@@ -12,21 +15,23 @@ and the output. So everything that decides is done under one lock, and the folde
 import fcntl
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from .. import inputs
 from ..checkpoints import claim, read_json, write_json
-from ..errors import FastMTPError
+from ..errors import FastMTPError, cannot_write
+from ..staging import exists, remove_at_once, take_away_leftovers
 from .rows import Row, dump_row, refuse_existing, write_rows
 
 Key = tuple[int, int]
 """(number of the row among the good ones, number of the answer to it)"""
 
+MERGED = "merged"
+"""File in the parts folder of an output that is whole and about to appear."""
 SYNC_SECONDS = 5.0
 """How much of finished work a power cut may cost; a killed process loses none."""
 
@@ -47,6 +52,16 @@ def parts_folder(output: str | Path) -> Path:
     return Path(f"{output}.parts")
 
 
+def take_away_merged(output: str | Path) -> None:
+    """Remove what a run left that was killed when its output was there already: the parts folder, whole or half
+    removed. Raises `FastMTPError` if the output's name is not possible."""
+    folder = parts_folder(output)
+    take_away_leftovers(folder)
+    if exists(folder) and exists(Path(output)) and (folder / MERGED).exists():
+        with suppress(OSError):  # another worker removes it just now
+            remove_at_once(folder)
+
+
 class Job:
     """The parts folder of one output.
 
@@ -64,7 +79,7 @@ class Job:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FastMTPError(f"{self.folder}: cannot be made ({error})") from None
+            raise cannot_write(self.folder, error) from None
         self._agree(settings)
 
     def _agree(self, settings: dict[str, Any]) -> None:
@@ -74,7 +89,7 @@ class Job:
             found = read_json(path)
             if self.output.exists():
                 # Another worker has written it since we looked, and the folder was made anew by us or by our like.
-                if not found:
+                if not found or (self.folder / MERGED).exists():
                     self._remove()
                 refuse_existing(self.output)
             if not found:
@@ -129,11 +144,9 @@ class Job:
         return _FolderGoneError(f"{self.folder}: was removed while this job ran; start again")
 
     def _remove(self) -> None:
-        """Nobody sees a folder that is half removed. Only under the lock."""
-        hidden = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.tmp")
-        os.replace(self.folder, hidden)
-        # A network file system keeps what another worker has open.
-        shutil.rmtree(hidden, ignore_errors=True)
+        """Only under the lock."""
+        with suppress(FileNotFoundError):  # the output is there, and a run that began since has removed it
+            remove_at_once(self.folder)
 
     def finished(self) -> dict[Key, Place]:
         """Every key whose record is whole on disk, in any worker's part.
@@ -163,6 +176,8 @@ class Job:
             file = open(path, "a+b")  # noqa: SIM115
         except FileNotFoundError:
             raise self._gone() from None
+        except OSError as error:
+            raise cannot_write(path, error) from None
         with file:
             claim(file, f"{path}: another process works on this shard; give each its own --shard i/n")
             cut_torn_line(file)
@@ -172,8 +187,11 @@ class Job:
             finally:
                 part.sync()
 
-    def merge(self, keys: int) -> list[Row] | None:
+    def merge(self, keys: int, before: Callable[[Path, list[Row]], None] | None = None) -> list[Row] | None:
         """Write the output in order of keys and remove the folder, if all of 0..`keys` - 1 answers are there.
+
+        `before`: called with the file of rows that is about to become the output, and the records without a row; what
+        belongs beside an output must be there before it.
 
         Returns records without a row (refused ones), or None if answers are still missing (`self.missing` says how
         many) or another worker has written the output (then none are).
@@ -182,13 +200,13 @@ class Job:
         """
         self.missing = 0
         try:
-            return self._merge(keys)
+            return self._merge(keys, before)
         except _FolderGoneError:
             if self.output.exists():
                 return None
             raise
 
-    def _merge(self, keys: int) -> list[Row] | None:
+    def _merge(self, keys: int, before: Callable[[Path, list[Row]], None] | None) -> list[Row] | None:
         with self._lock():
             if self.output.exists():
                 return None
@@ -208,8 +226,13 @@ class Job:
                         out.write(dump_row(record["row"]))
                     else:
                         refused.append(record)
-            for file in files.values():
-                file.close()
+                for file in files.values():
+                    file.close()
+                out.flush()
+                if before:
+                    before(Path(out.name), refused)
+                with suppress(OSError):  # then the next run does not know, and only leaves the folder
+                    (self.folder / MERGED).touch()
             self._remove()
         return refused
 
@@ -222,15 +245,25 @@ class Part:
         self._synced = time.monotonic()
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        """Append records, each with its `key`. A kill from now on loses none of them."""
-        self._file.write("".join(dump_row(record) for record in records).encode())
-        self._file.flush()
+        """Append records, each with its `key`. A kill from now on loses none of them.
+
+        Raises `FastMTPError` if they cannot be written; what of them is on disk then is cut off by the next run.
+        """
+        data = "".join(dump_row(record) for record in records).encode()
+        try:
+            while data:  # past the file's buffer, which would be tried again when the file is closed
+                data = data[os.write(self._file.fileno(), data) :]
+        except OSError as error:
+            raise cannot_write(self._file.name, error) from None
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Have everything on disk. Raises `FastMTPError` if it cannot be."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise cannot_write(self._file.name, error) from None
         self._synced = time.monotonic()
 
 

@@ -8,18 +8,19 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .. import inputs
-from ..errors import FastMTPError, cannot_write
+from ..errors import FastMTPError
+from ..staging import refuse_existing as refuse_existing
+from ..staging import staged
 from .row_forms import Row as Row
 from .row_forms import UnreadableRowError, normalize
 
@@ -122,19 +123,10 @@ def write_rows(path: str | Path) -> Iterator[IO[str]]:
     """
     path = Path(path)
     refuse_existing(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(staged, "w", encoding="utf-8") as file:
+    with staged(path) as made:
+        with open(made, "w", encoding="utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except OSError as error:
-        raise cannot_write(path, error, staged) from None
-    finally:
-        with suppress(OSError):
-            staged.unlink(missing_ok=True)
+        refuse_existing(path)  # made by somebody else in the meantime
 
 
 def save_hub_dataset(name: str, path: Path) -> None:
@@ -157,12 +149,6 @@ def save_hub_dataset(name: str, path: Path) -> None:
 def dump_row(row: Row) -> str:
     """One line of JSON, with its line end."""
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def refuse_existing(path: str | Path) -> None:
-    """Raises `FastMTPError` if an output is already there: nothing is overwritten."""
-    if os.path.lexists(path):
-        raise FastMTPError(f"{path}: already exists; name another output or remove it")
 
 
 def _json_lines(path: Path, bad: BadRows, place: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..checkpoints import new_folder
+from ..staging import try_output
 from .entries import slices
 from .figure import Plot, write_plot
 from .merge import Merged, load_results, notes
@@ -36,6 +37,7 @@ def report(paths: Sequence[str | Path], output_dir: str | Path) -> Path:
 
     Raises `FastMTPError` for invalid or contradicting files.
     """
+    try_output(output_dir)
     results = load_results(paths)
     with new_folder(output_dir) as folder:
         write_report(results, folder)

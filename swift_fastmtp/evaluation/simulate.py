@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import check_backbone, check_head, head_reader, make_folder, write_json
+from ..checkpoints import check_backbone, check_head, head_reader, write_json
 from ..config import FastMTPConfig
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
 from ..data.generate import padding_id
 from ..data.language_names import UNKNOWN
 from ..data.rows import read_rows
-from ..errors import FastMTPError, cannot_write
+from ..errors import FastMTPError
 from ..modeling import head_shapes, load_head, load_model
+from ..staging import new_files, try_output
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
@@ -34,6 +35,7 @@ from .metrics import expected_rounds, text_counts, verify_rounds
 from .provenance import provenance
 from .recommend import advice_line, map_table, recommend, warnings
 
+RECORD = "simulate.json"
 ALL = "all"
 MOST_PLOTTED = 8
 
@@ -114,8 +116,8 @@ def simulate(
         raise FastMTPError(f"--temperature {temperature}: must not be negative")
     if (draft_ms is None) != (verify_ms is None):
         raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
-    if output_dir and (Path(output_dir) / "simulate.json").exists():
-        raise FastMTPError(f"{output_dir}/simulate.json: already exists; name another folder or remove it")
+    if output_dir:
+        try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
     rows = read_rows(dataset, max_rows)
     cost = read_cost(model_dir)
@@ -135,8 +137,6 @@ def simulate(
     for file in token_maps:
         check_tokenizer(file, model_dir)
         maps[file] = read_token_map(file, model.config.vocab_size)
-    if output_dir:
-        make_folder(Path(output_dir))  # before the work, which a folder that cannot be made would lose
     torch.manual_seed(seed)
     texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size, temperature, top_k, top_p)
     groups = {ALL: list(range(len(texts)))}
@@ -175,15 +175,6 @@ def simulate(
     if output_dir:
         from .plots import plot_acceptance, plot_maps
 
-        out = Path(output_dir)
-        plot_acceptance([r for r in whole if not r.token_map or len(whole) <= MOST_PLOTTED], out / "simulate.png")
-        if by and token_maps:
-            plot_maps(last, advice.num_steps, out / "maps.png")
-            chosen = {g: Path(p) for g, p in advice.token_maps.items() if p and g != UNKNOWN}
-            try:
-                write_json(copy_maps(chosen, out), out / "maps.json")  # a list names maps beside it
-            except OSError as error:
-                raise cannot_write(out / "maps.json", error) from None
         record = {
             "schema": "swift_fastmtp.simulate/2",
             "provenance": {**made_by, "seconds": round(time.time() - started, 1)},
@@ -202,7 +193,15 @@ def simulate(
             "recommended": vars(advice),
             "heads": [vars(r) for r in results],
         }
-        write_json(record, out / "simulate.json")
+        out = Path(output_dir)
+        with new_files(out, last=RECORD) as folder:
+            plotted = [r for r in whole if not r.token_map or len(whole) <= MOST_PLOTTED]
+            plot_acceptance(plotted, folder / "simulate.png")
+            if by and token_maps:
+                plot_maps(last, advice.num_steps, folder / "maps.png")
+                chosen = {g: Path(p) for g, p in advice.token_maps.items() if p and g != UNKNOWN}
+                write_json(copy_maps(chosen, folder), folder / "maps.json")  # a list names maps beside it
+            write_json(record, folder / RECORD)
     return results
 
 

@@ -22,6 +22,7 @@ from ..data.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..data.rows import BadRows, Row, iter_values
 from ..errors import FastMTPError
 from ..inputs import check_file
+from ..staging import staged
 from .schema import MAX_INTEGER, one_line, show
 
 FOLDER = Path(__file__).with_suffix("")
@@ -238,12 +239,10 @@ def _download(name: str, url: str, offline: bool, mend: str) -> Path:
             raise OSError("offline, and it is not in the cache")
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
-        cache.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        staged.write_bytes(content)
-        os.replace(staged, path)
     except OSError as error:
         raise FastMTPError(f"task {name}: {url} cannot be read ({_words(error)}); go online, or {mend}") from None
+    with staged(path) as file:
+        file.write_bytes(content)
     return path
 
 

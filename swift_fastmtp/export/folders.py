@@ -39,6 +39,7 @@ from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
 from ..headers import entries_of, read_headers, vocab_size_fault
 from ..paths import files_of
+from ..staging import try_output
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
 from ..weight_files import INDEX_FILE
@@ -88,6 +89,7 @@ def export_full(
 
     Raises `FastMTPError` naming the file or tensor.
     """
+    try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         changed = set(trained.file_of.values())
@@ -119,6 +121,7 @@ def export_draft(
     token_maps: str | Path | None = None,
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
+    try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in files_of(base):

@@ -21,6 +21,7 @@ from ..families import FAMILIES, Family, config_value, find_family, is_embedding
 from ..fp8 import read_blocks
 from ..headers import Headers, layer_elsewhere, read_headers
 from ..paths import check_link, files_of
+from ..staging import try_output
 from ..weight_files import INDEX_FILE
 from .folders import RUN_FILES, write_index
 from .inspection import size
@@ -60,6 +61,7 @@ def graft(
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
+    try_output(output_dir)
     model = Path(model)
     if (donor is None) != init_from_last_layer:
         raise FastMTPError("graft: pass either --donor BASE or --init_from_last_layer")

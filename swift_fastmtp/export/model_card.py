@@ -7,7 +7,6 @@ links to it.
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, inputs
-from ..checkpoints import SETTINGS_FILE, Weights, read_json, remove_quietly
+from ..checkpoints import SETTINGS_FILE, Weights, read_json
 from ..config import FastMTPConfig
-from ..errors import FastMTPError, cannot_write
+from ..errors import FastMTPError
 from ..evaluation.entries import slices
 from ..evaluation.merge import Merged, engine, load_results, notes
 from ..evaluation.table import Table, escape, markdown
@@ -31,6 +30,7 @@ from ..evaluation.tables import (
     task_table,
 )
 from ..families import match_family, read_config
+from ..staging import staged
 from .serve_args import Flag, explain, serve_flags
 
 CARD = "README.md"
@@ -64,13 +64,8 @@ def write_card(
         if not (overwrite or _is_ours(path) or _is_the_base_models(path, info)):
             raise FastMTPError(f"{path}: neither written by fastmtp nor the base model's; move it away, or --overwrite")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        staged.write_text(f"{text}<!-- fastmtp card, sha256 {digest} -->\n", encoding="utf-8")
-        os.replace(staged, path)  # the name only: another link to the old file keeps what it had
-    except OSError as error:
-        remove_quietly(staged)
-        raise cannot_write(path, error) from None
+    with staged(path) as file:  # the name only: another link to the old file keeps what it had
+        file.write_text(f"{text}<!-- fastmtp card, sha256 {digest} -->\n", encoding="utf-8")
     return path
 
 

@@ -8,6 +8,7 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,16 @@ from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta, without_folder_code
 from .rendering import as_token_ids
+from .resume import (
+    choose_checkpoint,
+    finish_run,
+    finished_run,
+    links_again,
+    no_step_too_many,
+    say_finished,
+    take_away_unfinished,
+    whole_checkpoints,
+)
 from .template import META as TEMPLATE_META
 from .template import TEMPLATE, FolderTemplate
 from .tuner import FastMTPTuner
@@ -78,6 +89,7 @@ def _hook_arguments() -> None:
             with environment_kept():
                 original(self)
             prepare_arguments(self)
+            choose_checkpoint(self)
 
         return _init_model_kwargs
 
@@ -103,8 +115,8 @@ def _hook_arguments() -> None:
 
 
 def _hook_sft() -> None:
-    """Before training: say so when no row is left (too long ones are dropped silently), open the hidden-state cache.
-    After it: ranks end together.
+    """Before training: a run that is finished says so; say so when no row is left (too long ones are dropped silently),
+    open the hidden-state cache. After it: ranks end together.
 
     ms-swift leaves the process group to the interpreter's exit, where gloo may abort a rank that is ready, and the
     launcher then ends the one that is still saving.
@@ -113,8 +125,13 @@ def _hook_sft() -> None:
 
     def end_together(original: Any) -> Any:
         def run(self: Any) -> Any:
+            finished = finished_run(self.args) if self.args.model_type == "fastmtp" else None
             try:
-                result = original(self)
+                if finished:
+                    say_finished(self.args)
+                elif self.args.model_type == "fastmtp":
+                    take_away_unfinished(Path(self.args.output_dir))
+                result = finished or original(self)
             except RuntimeError as error:
                 if self.args.model_type == "fastmtp" and _out_of_memory(error):
                     raise FastMTPError(_less_memory(self.args, error)) from error
@@ -213,9 +230,18 @@ class _AnyConfig(PreTrainedConfig):
 
 
 def _hook_resume() -> None:
-    """transformers' trainer reads a checkpoint's config.json with its bare class, to learn who wrote it. In 5.19 that
-    class stops at YaRN under the keys of DeepSeek-V3's, `rope_scaling` and `rope_theta`: it lacks one attribute."""
+    """Checkpoints are whole or not there, and a run that is resumed takes no step too many (`resume.py`).
+
+    transformers' trainer reads a checkpoint's config.json with its bare class, to learn who wrote it. In 5.19 that
+    class stops at YaRN under the keys of DeepSeek-V3's, `rope_scaling` and `rope_theta`: it lacks one attribute.
+    """
+    from swift.pipelines.train.sft import SwiftSft
+
     trainer.PreTrainedConfig = _AnyConfig
+    _wrap(trainer.Trainer, "_save_checkpoint", whole_checkpoints)
+    _wrap(trainer.Trainer, "_init_training_state", finish_run)
+    _wrap(trainer.Trainer, "_run_epoch", no_step_too_many)
+    _wrap(SwiftSft, "_handle_trainer_state", links_again)
 
 
 def _one_line_errors() -> None:

@@ -8,9 +8,11 @@ checkpoints.
 import hashlib
 import json
 import math
-import shutil
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from ..data.jobs import parts_folder
 from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError
-from .counts import Counts, CountSettings, count_files
+from ..staging import exists, remove_at_once, take_away_leftovers, try_output
+from .counts import COUNTS, Counts, CountSettings, count_files
 from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
 from .maps import read_token_map, sidecar
 from .must_keep import Vocabulary, read_vocabulary
@@ -114,12 +117,13 @@ def vocab(
         raise FastMTPError("--sizes and --coverage: give one of them")
     if coverage is not None and not 0 < coverage <= 1:
         raise FastMTPError(f"--coverage {coverage}: must be above 0 and at most 1, as in 0.99")
-    if Path(output_dir).exists():
-        raise FastMTPError(f"{output_dir}: already exists; name another output folder or remove this one")
+    unfinished = parts_folder(Path(output_dir))
+    if exists(Path(output_dir)):
+        _take_away_counts(unfinished)
+    try_output(output_dir)
     vocabulary = read_vocabulary(model)
     sizes = _check_sizes(sizes, vocabulary) if coverage is None else None
     settings = CountSettings(count, by == "category", held_out, on_bad_row)
-    unfinished = parts_folder(Path(output_dir))
     counts, hashes = count_files(inputs, settings, vocabulary, unfinished, jobs)
     parts = make_parts(counts, by, vocabulary)
     sizes_of = {
@@ -154,12 +158,21 @@ def vocab(
         plot_coverage(
             [(part.name, part.cells, part.order) for part in parts], counts, sizes_of, folder / "coverage.png"
         )
-    shutil.rmtree(unfinished, ignore_errors=True)
+    _take_away_counts(unfinished)
     print(coverage_table(report))
     for line in outside_lines(report):
         print(line)
     bad = sum(found["count"] for found in counts.bad.values())
     print(f"{output_dir}: {len(maps)} maps, {bad} bad rows left out; more: coverage.md")
+
+
+def _take_away_counts(unfinished: Path) -> None:
+    """Remove the counts of single files, when the maps are there; also those that a killed run left beside them."""
+    take_away_leftovers(unfinished)
+    with suppress(OSError):
+        # Nobody else's: a job of `fastmtp distill` may have a folder of that name.
+        if all(fnmatch(name.removeprefix("."), f"{COUNTS}*") for name in os.listdir(unfinished)):
+            remove_at_once(unfinished)
 
 
 def _check_sizes(sizes: Sequence[int] | None, vocabulary: Vocabulary) -> list[int]:

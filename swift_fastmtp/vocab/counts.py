@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from .. import inputs
-from ..checkpoints import file_hash, remove_quietly
+from ..checkpoints import file_hash
 from ..data.conversation import said
 from ..data.language import language
 from ..data.language_names import UNKNOWN, language_code
@@ -36,6 +36,7 @@ from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
 from ..data.rows import BadRows, Row, iter_rows
 from ..errors import FastMTPError, cannot_write
+from ..staging import staged
 from .must_keep import Vocabulary
 
 Ints = NDArray[np.int64]
@@ -43,6 +44,8 @@ Chunk = list[tuple[str, Row]]
 
 FORMAT = 2
 """Of the counts on disk; another number, and they are counted again."""
+COUNTS = "counts-*.safetensors"
+"""Names of the files of counts, one for each file that was counted."""
 MAX_CELLS = 256
 CHUNK_ROWS, CHUNK_CHARACTERS = 1024, 2**20
 
@@ -104,14 +107,12 @@ class Counts:
         }
         # One key: safetensors writes several in any order.
         about = {"cells": cells, "how": dict(sorted(self.how.items())), "bad": self.bad}
-        staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(arrays, staged, metadata={"counts": json.dumps(about, sort_keys=True)})
-            staged.chmod(0o644)
-            os.replace(staged, path)
-        except (OSError, SafetensorError) as error:
-            remove_quietly(staged)
-            raise cannot_write(path, error) from None
+        with staged(path) as file:
+            try:
+                save_file(arrays, file, metadata={"counts": json.dumps(about, sort_keys=True)})
+            except SafetensorError as error:
+                raise cannot_write(path, error) from None
+            file.chmod(0o644)  # safetensors writes 0600
 
     @classmethod
     def load(cls, path: Path) -> "Counts":
@@ -146,7 +147,7 @@ def count_files(
         pool: ProcessPoolExecutor | None = None
         for path in inputs:
             hashes.append(file_hash(path))
-            kept = cache_folder / f"counts-{_key(path, hashes[-1], settings, vocabulary)}.safetensors"
+            kept = cache_folder / COUNTS.replace("*", _key(path, hashes[-1], settings, vocabulary))
             if kept.exists():
                 total.add(Counts.load(kept))
                 continue
