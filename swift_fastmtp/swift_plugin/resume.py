@@ -126,12 +126,13 @@ def finished_run(args: Any) -> dict[str, Any] | None:
         before = json.loads((checkpoint / "args.json").read_text(encoding="utf-8"))
         lines = (checkpoint.parent / "logging.jsonl").read_text(encoding="utf-8").splitlines()
         record = json.loads(lines[-1])
-    except (OSError, ValueError, LookupError):
+        step, steps = int(state["global_step"]), int(state["max_steps"])
+    except (OSError, ValueError, TypeError, LookupError):
         return None
     now = json.loads(json.dumps(check_json_format(args.__dict__)))
     same = all(now.get(name) == before.get(name) for name in (now.keys() | before.keys()) - _OF_A_PROCESS)
-    ended = "last_model_checkpoint" in record and record.get("global_step") == state["global_step"]
-    return record if same and ended and state["global_step"] >= state["max_steps"] else None
+    ended = "last_model_checkpoint" in record and record.get("global_step") == step
+    return record if same and ended and step >= steps else None
 
 
 def say_finished(args: Any) -> None:
