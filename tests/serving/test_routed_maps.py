@@ -24,7 +24,7 @@ from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.export.serve_args import command, serve_flags
 from swift_fastmtp.modeling import load_model
 from swift_fastmtp.vocab.languages import TokenLanguages
-from swift_fastmtp.vocab.maps import read_token_map
+from swift_fastmtp.vocab.maps import copy_maps, read_map_list, read_token_map
 
 TOKENS = 16  # so few that no answer's language is looked at again
 END = 6082
@@ -71,7 +71,7 @@ def running(installed, maps, work):
     model = work / "model"
     shutil.copytree(TINY, model)
     config = json.loads((model / "config.json").read_text())
-    named = {name: str(maps.parent / file) for name, file in json.loads(maps.read_text()).items()}
+    named = copy_maps(read_map_list(maps), model)
     (model / "config.json").write_text(json.dumps({**config, "fastmtp_token_maps": named}))
     with server(installed, model, work / "server.log", "--enable-metrics") as running:
         yield running
