@@ -44,7 +44,7 @@ def ids_of(message: Message, key: str) -> list[int] | None:
     if ids is None:
         return None
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise FastMTPError(f"{key} must be a list of token ids, whole numbers from 0 on; distill the row again")
+        raise FastMTPError(f"{key} must be a list of whole numbers from 0 to 2**31 - 1; distill the row again")
     return ids
 
 
