@@ -277,6 +277,7 @@ def test_results_of_an_older_version(tmp_path, tmp_path_factory):
     status, text = fastmtp(tmp_path, "report", old, "--output_dir", "out")
     assert status == 0 and "--api_key" in (tmp_path / "out/report.md").read_text(), text
     shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("README.md"))
+    (tmp_path / "model" / "fastmtp.json").write_text(json.dumps({"base_model": "OWNER/NAME", "loss": "kl"}))
     status, text = fastmtp(tmp_path, "card", "model", "--results", old)
     assert status == 0 and (tmp_path / "model/README.md").exists(), text
     assert_clean(tmp_path)
