@@ -5,6 +5,7 @@ names it does not know, and keeps random values where some are missing (SGLang `
 check here is a failure that users of the engines have met.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -435,7 +436,7 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             "a head follows the hidden states of the weights it saw; after merging or more training they differ",
             "train the head for this backbone; a few hundred steps heal it",
         )
-    if base.resolve() == folder.resolve() or not (base / "config.json").exists():
+    if os.path.realpath(base) == os.path.realpath(folder) or not (base / "config.json").exists():
         return
     here_config, base_config = read_config(folder), read_config(base)
     for key in _differences(here_config, base_config):
