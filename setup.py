@@ -65,6 +65,7 @@ setup(
         "pyarrow",
         "py3langid>=0.4",
         "pyyaml",
+        "regex",
     ],
     extras_require={
         "train": train,
