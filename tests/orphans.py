@@ -1,10 +1,16 @@
 """Processes that a benchmark's servers leave behind, found by a variable in their environment: children inherit it."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
 MARK = "SERVER_OF_A_TEST"
+
+
+def hear_hangups():
+    """In a new process: tests that run under `nohup` hand down that SIGHUP is ignored, and a benchmark respects that."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def processes(mark):

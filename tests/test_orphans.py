@@ -57,6 +57,7 @@ def forked(folder, mark, output="out"):
     status = 1
     try:
         os.setpgrp()
+        orphans.hear_hangups()
         null = os.open(folder / "printed.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(null, 1)
         os.dup2(null, 2)

@@ -146,7 +146,9 @@ def killed(folder, how, group, seconds):
     command = [sys.executable, "-m", "swift_fastmtp.cli", "bench", *words]
     log, requests = folder / "out/logs/baseline.log", folder / "out/requests.jsonl"
     with open(folder / "printed.txt", "wb") as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=printed, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=printed, stderr=printed, start_new_session=True, preexec_fn=orphans.hear_hangups
+        )
     deadline = time.monotonic() + 240
     while not (log.exists() if seconds is not None else requests.exists() and requests.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline, (folder / "printed.txt").read_text()
