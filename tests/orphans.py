@@ -9,7 +9,7 @@ MARK = "SERVER_OF_A_TEST"
 
 
 def hear_hangups():
-    """In a new process: tests that run under `nohup` hand down that SIGHUP is ignored, and a benchmark respects that."""
+    """In a new process: tests under `nohup` hand down that SIGHUP is ignored, and a benchmark respects that."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
