@@ -40,6 +40,7 @@ from reference import (
     draft_with_cache,
     paper_rollout,
 )
+from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
 from swift_fastmtp import flash, indexer
@@ -115,6 +116,10 @@ def in_float64(monkeypatch):
     def turn(q, k, cos, sin):
         cos, sin = (x[:, None, :, : x.shape[-1] // 2].repeat_interleave(2, -1) for x in (cos, sin))
         return tuple(x * cos + ernie.rotate_half(x) * sin for x in (q, k))
+
+    # transformers keeps on a base class what its subclasses can do, so that the experts' kernel, which has no float64,
+    # would depend on which models were made before.
+    monkeypatch.setattr(PreTrainedModel, "_can_set_experts_implementation", classmethod(lambda cls: False))
 
     for cls in (dense.Qwen3_5RMSNorm, mixture.Qwen3_5MoeRMSNorm, following.Qwen3NextRMSNorm):
         monkeypatch.setattr(cls, "forward", norm)

@@ -218,19 +218,21 @@ _NUMBERS: dict[str, tuple[float, float, bool]] = {
     "num_questions": (1, 1e9, True),
 }
 """Key of a plan -> least, most, and whether it is whole."""
+_SEVERAL = ("tasks", "temperatures", "concurrency", "num_steps")
+"""Keys of a plan that may hold a list."""
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """The values of a plan, each of its kind. Raises `FastMTPError` naming the first key that is not."""
     if not given["model"]:
         raise FastMTPError("model: a plan needs the folder of the model, for its chat template and the baseline")
-    for name in ("tasks", "temperatures", "concurrency", "num_steps"):
+    for name in _SEVERAL:
         given[name] = _list(given[name], name)
     for name, (least, most, whole) in _NUMBERS.items():
         if given[name] is None:
             continue
         given[name] = typed(given[name])
-        for value in given[name] if isinstance(given[name], list) else [given[name]]:
+        for value in given[name] if name in _SEVERAL else [given[name]]:
             _number(value, name, least, whole, most)
     for name in ("model", "engine", "python", "served_model_name", "baseline"):
         if given[name] is not None:

@@ -17,17 +17,18 @@ from typing import Any
 import torch.distributed as dist
 from swift.utils import get_logger, is_local_master, is_master
 from swift.utils.utils import check_json_format
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import sort_checkpoints
 
 from ..errors import FastMTPError, cannot_write
 from ..headers import read_header
-from ..staging import LOCK, discard, flush, lock_file, take_away_if_dead
+from ..staging import LOCK, discard, flush, lock_file, remove_at_once, take_away_if_dead
 
 logger = get_logger()
 
 _STATE = "trainer_state.json"
 _STEP = re.compile(r"checkpoint-(\d+)")
-_HIDDEN = re.compile(r"\.checkpoint-\d+\.tmp")
+_HIDDEN = re.compile(r"\.checkpoint-\d+\.(?:\w{8}\.)?tmp")
+"""Of a checkpoint that was being written, or removed."""
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "latest", "optimizer_*")
 """One of these holds the optimizer's state: of one process or DDP, of FSDP, of DeepSpeed (the name of a folder), of
 sharded FSDP."""
@@ -152,7 +153,7 @@ def is_fastmtp(trainer: Any) -> bool:
 
 
 def take_away_unfinished(run: Path) -> None:
-    """Remove what a killed run left of a checkpoint that it was writing."""
+    """Remove what a killed run left of checkpoints that it was writing or removing."""
     if is_local_master() and run.is_dir():
         for folder in run.iterdir():
             if _HIDDEN.fullmatch(folder.name):
@@ -254,13 +255,18 @@ def _finish(hidden: Path, checkpoint: Path) -> None:
 
 
 def remove_old(trainer: Any, run: Path) -> None:
-    """What `--save_total_limit` does not keep."""
-    rotate_checkpoints(
-        output_dir=str(run),
-        save_total_limit=trainer.args.save_total_limit,
-        best_model_checkpoint=trainer.state.best_model_checkpoint,
-        use_mtime=True,
-    )
+    """What `--save_total_limit` does not keep, each at once: a kill leaves no half of one."""
+    kept = trainer.args.save_total_limit
+    if kept is None or kept <= 0:
+        return
+    # As transformers' `rotate_checkpoints`: the newest and the best stay, of the others the oldest go.
+    checkpoints = sort_checkpoints(str(run), use_mtime=True)
+    protected = {checkpoints[-1], str(Path(trainer.state.best_model_checkpoint or ""))} if checkpoints else set()
+    removable = [Path(path) for path in checkpoints if path not in protected]
+    too_many = len(checkpoints) - max(kept, len(protected & set(checkpoints)))
+    for checkpoint in removable[: max(too_many, 0)]:
+        with suppress(OSError):
+            remove_at_once(checkpoint)
 
 
 def finish_run(init_state: Callable[..., Any]) -> Callable[..., Any]:
