@@ -137,8 +137,9 @@ def _are_plain_numbers(kind: Any, values: list[Any]) -> bool:
         return False
     if not {type(value) for value in values} <= {int, plain}:
         return False
-    has_nan = plain is float and math.isnan(sum(values))
-    return not has_nan and allowed.least <= min(values) and max(values) <= allowed.most
+    # First the range: an integer beyond it may be too large to be a float. NaN is in no order.
+    in_range = allowed.least <= min(values) and max(values) <= allowed.most
+    return in_range and not (plain is float and math.isnan(sum(values)))
 
 
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
