@@ -86,13 +86,13 @@ def simulate(folder, source, request):
 
 # The verb, its output that appears last, and how often it is killed.
 DRILLS = [
-    (export, "out", 14),
-    (graft, "out", 14),
-    (clean, "out.jsonl", 24),
-    (mix, "out", 14),
-    (vocab, "out", 12),
-    (distill, "out.jsonl", 12),
-    (simulate, "out/simulate.json", 8),
+    (export, "out", 28),
+    (graft, "out", 28),
+    (clean, "out.jsonl", 48),
+    (mix, "out", 28),
+    (vocab, "out", 24),
+    (distill, "out.jsonl", 24),
+    (simulate, "out/simulate.json", 16),
 ]
 
 
