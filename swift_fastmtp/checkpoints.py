@@ -3,7 +3,6 @@
 Which files are read is `weight_files.resolve`'s to say. All weights are read with safetensors; nothing here unpickles.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,8 +21,9 @@ from safetensors.torch import save_file
 from . import fp8, inputs
 from .errors import FastMTPError, cannot_write
 from .families import Family, config_value, is_embedding, read_config
+from .finite import is_finite
 from .headers import Entry, entries_of, layer_elsewhere, read_header
-from .staging import refuse_existing, staged
+from .staging import lock_file, refuse_existing, staged
 from .weight_files import resolve
 
 SETTINGS_FILE = "fastmtp.json"
@@ -184,14 +184,6 @@ def read_plain(weights: Weights, name: str) -> torch.Tensor:
     return tensor
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
-    """No NaN, no infinity. In pieces: `torch.isfinite` alone would take several times the tensor's memory."""
-    pieces = tensor.reshape(-1).split(2**22)
-    if tensor.element_size() == 1:  # FP8, which torch does not look at
-        return all(bool(torch.isfinite(piece.float()).all()) for piece in pieces)
-    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
-
-
 _FINGERPRINT = "v2:"
 WHOLE_BELOW = 32 * 10**9
 """Bytes of a backbone up to which every byte counts."""
@@ -253,7 +245,7 @@ def check_backbone(checkpoint: str | Path, model_dir: str | Path, family: Family
 
     One without `fastmtp.json` (tuner types `full` and `lora`) does not say.
     """
-    recorded = read_json(Path(checkpoint) / SETTINGS_FILE).get("base_fingerprint")
+    recorded = inputs.read_object(Path(checkpoint) / SETTINGS_FILE).get("base_fingerprint")
     if recorded and not has_fingerprint(model_dir, family, recorded):
         raise FastMTPError(
             f"{checkpoint}: this head was trained for another backbone than {model_dir}; pass the right one"
@@ -338,15 +330,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         file.chmod(0o644)  # safetensors writes 0600
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file.
-
-    Raises `FastMTPError` if it is broken, or a key that is read from files of its name is of another type
-    (`inputs.read_object`).
-    """
-    return inputs.read_object(path)
-
-
 def write_json(value: Any, path: Path) -> None:
     """Write JSON that appears whole or not at all. Raises `FastMTPError` if it cannot be written."""
     with staged(path) as file:
@@ -368,10 +351,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def claim(file: Any, message: str) -> None:
     """Keep an open file to this process until it is closed. Raises `FastMTPError` with `message` if another has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise FastMTPError(message) from None
+    if not lock_file(file.fileno()):
+        raise FastMTPError(message)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

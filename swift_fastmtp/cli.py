@@ -53,7 +53,8 @@ def _distill(args: argparse.Namespace) -> None:
 def _prompt_file(name: str, number: int, output: str, on_bad_row: str) -> str:
     """A file as it is; a dataset of a hub is saved once, beside the answers."""
     from .data.jobs import parts_folder
-    from .data.rows import refuse_existing, save_hub_dataset
+    from .data.rows import save_hub_dataset
+    from .staging import refuse_existing
 
     hub, _, dataset = name.partition(":")
     if hub not in ("hf", "swift"):

@@ -40,6 +40,12 @@ def _shortened(text: str) -> str:
     return f"{text[: MAX_LINE // 2]} ... {text[5 - MAX_LINE // 2 :]}"
 
 
+def detail(error: BaseException, most: int = 300) -> str:
+    """What a library says, as a part of one line: at most so many characters; its type, where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 _HOW_TO_FIX = {
     errno.ENOSPC: "free space and start again",
     errno.EDQUOT: "free space, or ask for a larger quota, and start again",

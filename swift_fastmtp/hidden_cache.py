@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoints import claim, read_json, write_json
+from .checkpoints import claim, write_json
 from .errors import FastMTPError, cannot_write
-from .inputs import check_folder
+from .inputs import check_folder, read_object
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
@@ -129,7 +129,7 @@ class HiddenCache:
             except OSError as error:
                 raise FastMTPError(f"{self.folder}: cannot hold a hidden-state cache ({error})") from None
             return
-        stored = read_json(path)
+        stored = read_object(path)
         if stored.get("schema") != _SCHEMA:
             raise FastMTPError(
                 f"{self.folder}: its hidden states are of another version of this package ({stored.get('schema')}), "

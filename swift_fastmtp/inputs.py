@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .config import FastMTPConfig
-from .errors import FastMTPError
+from .errors import FastMTPError, detail
 
 MAX_BYTES = 16 * 2**20
 """Of a JSON file; an index of hundreds of thousands of tensors may be larger, and says so."""
@@ -213,13 +213,9 @@ def yaml_value(text: str) -> Any:
         what = ", ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ValueError(_detail(what) + place) from None
+        raise ValueError(detail(ValueError(what)) + place) from None
     except Exception as error:  # a tag with a wrong value (`!!bool x`) raises whatever Python does
-        raise ValueError(_detail(str(error)) or type(error).__name__) from None
-
-
-def _detail(text: str) -> str:
-    return " ".join(text.split())[:300]
+        raise ValueError(detail(error)) from None
 
 
 def _check_yaml(text: str, loader: Any) -> None:

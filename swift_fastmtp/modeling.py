@@ -25,14 +25,15 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
 from . import bailing, placement  # noqa: F401 (the first registers what transformers has no classes for)
-from .checkpoints import check_head, read_json
+from .checkpoints import check_head
 from .config import FastMTPConfig
-from .errors import FastMTPError
+from .errors import FastMTPError, detail
 from .families import FAMILIES, Family, config_value, find_family, match_family, read_config
 from .finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
 from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
-from .headers import Headers, read_headers, vocab_size_fault
+from .headers import Headers, read_headers, read_vocab_size
 from .hidden_cache import HiddenCache, documents_of
+from .inputs import read_object
 from .losses import drafts, step_losses, weighted_loss
 from .partitioned import load_partitioned, sources
 from .rollout import rollout, segment_ids, step_targets
@@ -434,7 +435,7 @@ def load_config(model_dir: str | Path) -> Any:
             f"{Path(model_dir) / 'config.json'}: model_type {kind!r} is known to Python code of the folder only "
             f"(auto_map), and this package runs none; set it to {family.config_model_type!r} if the model is one"
         )
-    read_json(Path(model_dir) / "generation_config.json")  # transformers loads it with the model
+    read_object(Path(model_dir) / "generation_config.json")  # transformers loads it with the model
     with _one_line(model_dir):
         # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
         return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)
@@ -448,9 +449,8 @@ def _one_line(model_dir: str | Path) -> Iterator[None]:
     except FastMTPError:
         raise
     except Exception as error:
-        what = " ".join(str(error).split()) or type(error).__name__
         raise FastMTPError(
-            f"{Path(model_dir) / 'config.json'}: transformers cannot build it ({what[:300]}); compare with the base "
+            f"{Path(model_dir) / 'config.json'}: transformers cannot build it ({detail(error)}); compare with the base "
             "model's, where a key is null or of another type"
         ) from None
 
@@ -558,8 +558,7 @@ def check_checkpoint(model_dir: str | Path) -> None:
     path = Path(model_dir) / "config.json"
     config = read_config(model_dir)
     family = find_family(config, path)
-    if fault := vocab_size_fault(read_headers(model_dir), config):
-        raise FastMTPError(f"{path}: {fault}")
+    read_vocab_size(model_dir)  # raises where it is not that of the matrices
     check_head(model_dir, family, head_shapes(model_dir))
 
 

@@ -1,6 +1,7 @@
 """A number that is not finite stops whatever meets it, and says where it comes from: it is never scored or saved."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -146,9 +147,8 @@ def test_swift_sft_stops_at_the_first_step(case, rows, tmp_path):
     done = swift(*sft_args(broken(tmp_path / "model", tensors, config), rows, out), check=False)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("fastmtp: error:")]
-    assert (
-        line.startswith("fastmtp: error: step 1, batch row ") and message.replace("\\", "").split("; ")[-1][:12] in line
-    )
+    assert line.startswith("fastmtp: error: step 1, batch row ")
+    assert re.search(message, line)
     assert not list(out.glob("checkpoint-*"))
 
 

@@ -10,9 +10,10 @@ import yaml
 from bench_results import table_2
 from conftest import TINY
 
-from swift_fastmtp.checkpoints import WEIGHTS_FILE, read_json, write_json
+from swift_fastmtp.checkpoints import WEIGHTS_FILE, write_json
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.model_card import front_matter, hub_name_of, make_card, write_card
+from swift_fastmtp.inputs import read_object
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_card_of_a_draft_only_folder(base, tmp_path):
 
 
 def test_an_unknown_base_is_said_to_be_unknown(base, full, tmp_path):
-    settings = read_json(full / "fastmtp.json")
+    settings = read_object(full / "fastmtp.json")
     plain = tmp_path / "my model"
     shutil.copytree(base, plain)
     (plain / "README.md").unlink()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import TINY, write_rows
+from safetensors.torch import load_file, save_file
 from test_checkpoints import trained  # noqa: F401 (a fixture)
 from test_finite import broken
 
@@ -62,8 +63,6 @@ def test_doctor_misses_what_the_index_lists(tmp_path):
     """A tensor that the model needs, in no file: engines keep random values there."""
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(model / "model.safetensors")
     gone = "model.layers.1.mlp.up_proj.weight"
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model.safetensors")}

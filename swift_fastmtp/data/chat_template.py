@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import inputs
-from ..errors import FastMTPError
+from ..errors import FastMTPError, detail
 
 Message = dict[str, Any]
 
@@ -53,8 +53,7 @@ def load_tokenizer(model_dir: str) -> Any:
                 f"--model {model_dir}: tokenizer_config.json names Python code of the folder (auto_map), and this "
                 "package runs none; save it as a tokenizer.json (transformers' `PreTrainedTokenizerFast`)"
             ) from None
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({what})") from None
+        raise FastMTPError(f"--model {model_dir}: holds no tokenizer ({detail(error)})") from None
 
 
 def check_chat_template(tokenizer: Any, model_dir: str | Path) -> None:
@@ -95,8 +94,7 @@ def render(
             **(chat_template_kwargs or {}),
         )
     except Exception as error:  # a template is a program: it raises what it likes
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise RenderError(f"the model's chat template cannot render this conversation ({reason})") from None
+        raise RenderError(f"the model's chat template cannot render this conversation ({detail(error, 200)})") from None
     return text
 
 

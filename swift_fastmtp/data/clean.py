@@ -18,8 +18,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import file_hash, read_json, write_json
+from ..checkpoints import file_hash, write_json
 from ..errors import FastMTPError, cannot_write
+from ..inputs import read_object
 from ..staging import staged, try_output, try_place
 from .filters import (
     Asked,
@@ -185,7 +186,7 @@ def _is_of_a_killed_run(removed: str, report_file: Path, read: list[dict[str, st
     """Whether a file of removed rows is what a run with the same inputs and settings left when it was killed before
     its output appeared. Only a file that nobody has changed since is."""
     try:
-        report = read_json(report_file)
+        report = read_object(report_file)
     except FastMTPError:
         return False
     same = (report.get("inputs"), report.get("settings")) == (read, json.loads(json.dumps(settings)))

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from .. import inputs
-from ..checkpoints import claim, read_json, write_json
+from ..checkpoints import claim, write_json
 from ..errors import FastMTPError, cannot_write
-from ..staging import exists, remove_at_once, take_away_leftovers
-from .rows import Row, dump_row, refuse_existing, write_rows
+from ..inputs import read_object
+from ..staging import exists, refuse_existing, remove_at_once, take_away_leftovers
+from .rows import Row, dump_row, write_rows
 
 Key = tuple[int, int]
 """(number of the row among the good ones, number of the answer to it)"""
@@ -86,7 +87,7 @@ class Job:
         path = self.folder / "job.json"
         settings = json.loads(json.dumps(settings))
         with self._lock():
-            found = read_json(path)
+            found = read_object(path)
             if self.output.exists():
                 # Another worker has written it since we looked, and the folder was made anew by us or by our like.
                 if not found or (self.folder / MERGED).exists():

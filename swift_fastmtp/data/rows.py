@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from .. import inputs
-from ..errors import FastMTPError
-from ..staging import refuse_existing as refuse_existing
-from ..staging import staged
+from ..errors import FastMTPError, detail
+from ..staging import refuse_existing, staged
 from .row_forms import Row as Row
 from .row_forms import UnreadableRowError, normalize
 
@@ -203,8 +202,7 @@ def _parquet(path: Path, place: str) -> Iterator[tuple[str, Any]]:
     except FastMTPError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
-        what = " ".join(str(error).split())
-        raise FastMTPError(f"{path}: cannot be read after row {number} ({what})") from None
+        raise FastMTPError(f"{path}: cannot be read after row {number} ({detail(error)})") from None
 
 
 def as_json(value: Any) -> Any:

@@ -24,7 +24,7 @@ from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.client import RefusedError
 from ..data.conversation import Message
 from ..data.jobs import Part, cut_torn_line
-from ..errors import FastMTPError, cannot_write
+from ..errors import FastMTPError, cannot_write, detail
 from ..inputs import loads
 from ..redaction import without_login
 from .engines import Answer, Engine, Identity
@@ -42,7 +42,7 @@ from .results import (
     run_key,
     summarize,
 )
-from .schema import Amount, Count, Positive, build, check_values, one_line, read_text
+from .schema import Amount, Count, Positive, build, check_values, read_text
 from .servers import Started, started
 from .tasks import Question, Task
 
@@ -143,7 +143,7 @@ def _read_plan(folder: Path) -> dict[str, Any]:
         build(dict[str, Server], plan.get("servers"), "servers")
         build(dict[str, Any], plan.get("provenance"), "provenance")
     except ValueError as error:  # a FastMTPError is one
-        what = one_line(error).removeprefix(f"{path}: ")
+        what = detail(error).removeprefix(f"{path}: ")
         raise FastMTPError(f"{path}: not the plan of a benchmark ({what}); name another --output_dir") from None
     return plan
 
@@ -206,7 +206,7 @@ def _read_records(lines: Any, path: Path, runs: Container[RunKey]) -> list[Recor
             key = run_key(record)
         except ValueError as error:  # no UTF-8, no JSON, or a FastMTPError
             raise FastMTPError(
-                f"{path}:{number}: not a line of this run ({one_line(error)}); delete it and start again"
+                f"{path}:{number}: not a line of this run ({detail(error)}); delete it and start again"
             ) from None
         if "void" in record:
             records = [r for r in records if run_key(r) != key]

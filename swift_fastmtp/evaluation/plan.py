@@ -15,7 +15,8 @@ from typing import Any
 from ..data.client import Sampling, check_address
 from ..errors import FastMTPError
 from ..export.serve_args import command, serve_flags
-from ..families import config_value, read_config
+from ..families import read_config
+from ..headers import read_vocab_size
 from ..inputs import check_file
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.sglang_plugin import VARIABLE
@@ -369,10 +370,7 @@ def _launch(
     size = None
     if static is not None:
         check_file(static)
-        rows = config_value(read_config(Path(plan["model"])), "vocab_size")
-        if not isinstance(rows, int):
-            raise FastMTPError(f"{plan['model']}/config.json: vocab_size {show(rows)} is not a number of rows")
-        size = len(read_token_map(static, rows))
+        size = len(read_token_map(static, read_vocab_size(plan["model"])))
         check_tokenizer(static, plan["model"])
     vanilla = os.path.realpath(folder) == os.path.realpath(plan["model"])
     program, *arguments = redact_words(as_written(words))

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from ..errors import FastMTPError
+from ..errors import FastMTPError, detail
 from ..inputs import loads
 from ..redaction import redact_words
 from .metrics import (
@@ -34,7 +34,6 @@ from .schema import (
     Tau,
     build,
     check_values,
-    one_line,
     read_text,
     show,
 )
@@ -354,7 +353,7 @@ def read_results(path: str | Path) -> Results:
     except FastMTPError:
         raise
     except ValueError as error:
-        raise FastMTPError(f"{name}: not JSON ({one_line(error)}); make it again with fastmtp bench") from None
+        raise FastMTPError(f"{name}: not JSON ({detail(error)}); make it again with fastmtp bench") from None
     found = value.get("schema") if isinstance(value, dict) else None
     if found != SCHEMA:
         raise FastMTPError(

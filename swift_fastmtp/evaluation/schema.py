@@ -19,8 +19,6 @@ MAX_DEPTH = 32
 """Lists and objects inside of each other."""
 MAX_INTEGER = 2**63 - 1
 """What other readers of JSON hold as an integer."""
-DETAIL = 300
-"""Characters of what a library says that are quoted in an error."""
 
 T = TypeVar("T")
 
@@ -52,7 +50,7 @@ def check_values(value: Any, where: str = "", depth: int = 0) -> None:
     """Raises `FastMTPError` with the first place where a value cannot be computed with, or written again."""
     here = where or "the file"
     if depth > MAX_DEPTH:
-        raise FastMTPError(f"{here[:DETAIL]}: nested deeper than {MAX_DEPTH}")
+        raise FastMTPError(f"{_cut(here, 300)}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
         _check_text(value, here)
     elif isinstance(value, float):
@@ -175,11 +173,6 @@ def show(value: Any, most: int = 80) -> str:
 def show_key(key: str) -> str:
     """A key in the name of a place."""
     return key if len(key) <= 80 and key.isprintable() else _cut(repr(key), 80)
-
-
-def one_line(error: BaseException | str) -> str:
-    """What a library says, as a part of one line."""
-    return _cut(" ".join(str(error).split()), DETAIL) or type(error).__name__
 
 
 def _cut(text: str, most: int) -> str:

@@ -74,7 +74,8 @@ def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Itera
     Raises `FastMTPError` if it cannot be started, ends, or is not ready after `start_seconds`.
     """
     port = str(free_port())
-    words, shown = ([w.replace("{port}", port) for w in command] for command in (launch.command, launch.shown_command))
+    words = [word.replace("{port}", port) for word in launch.command]
+    shown = [word.replace("{port}", port) for word in launch.shown_command]
     if words == launch.command:
         added = ["--host", "127.0.0.1", "--port", port]
         words, shown = [*words, *added], [*shown, *added]

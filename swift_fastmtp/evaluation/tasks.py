@@ -20,10 +20,10 @@ import yaml
 
 from ..data.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..data.rows import BadRows, Row, iter_values
-from ..errors import FastMTPError
+from ..errors import FastMTPError, detail
 from ..inputs import check_file
 from ..staging import staged
-from .schema import MAX_INTEGER, one_line, show
+from .schema import MAX_INTEGER, show
 
 FOLDER = Path(__file__).with_suffix("")
 """The descriptors, and the prompts that were written for this package."""
@@ -187,7 +187,7 @@ def _question(row: Row, described: Descriptor, name: str, where: str) -> Questio
         except UnreadableRowError as error:
             if error.what != NO_MESSAGES:
                 raise FastMTPError(
-                    f"{where}: its turns must be texts, none of them empty ({one_line(error)}); fix the row"
+                    f"{where}: its turns must be texts, none of them empty ({detail(error)}); fix the row"
                 ) from None
             wanted = "turns, prompt or messages"
             if isinstance(described.turns, list):
@@ -221,7 +221,7 @@ def _fetch(name: str, described: Descriptor, offline: bool) -> list[Path]:
         )
     except Exception as error:  # whatever a network may do
         raise FastMTPError(
-            f"task {name}: {described.source} cannot be read from the hub ({_words(error)}); go online, or {mend}"
+            f"task {name}: {described.source} cannot be read from the hub ({detail(error, 160)}); go online, or {mend}"
         ) from None
     found = sorted({path for pattern in described.files for path in Path(folder).glob(pattern)})
     if not found:
@@ -240,11 +240,7 @@ def _download(name: str, url: str, offline: bool, mend: str) -> Path:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise FastMTPError(f"task {name}: {url} cannot be read ({_words(error)}); go online, or {mend}") from None
+        raise FastMTPError(f"task {name}: {url} cannot be read ({detail(error, 160)}); go online, or {mend}") from None
     with staged(path) as file:
         file.write_bytes(content)
     return path
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

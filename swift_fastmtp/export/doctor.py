@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, WHOLE_BELOW, Weights, has_fingerprint, is_finite, read_json, read_plain
+from ..checkpoints import SETTINGS_FILE, WHOLE_BELOW, Weights, has_fingerprint, read_plain
 from ..errors import FastMTPError
 from ..families import Family, WrongTypeError, config_value, match_family, read_config, refusals
+from ..finite import is_finite
 from ..fp8 import DTYPE as FP8
 from ..fp8 import SCALE
 from ..headers import TOWER, layer_elsewhere, read_headers, vocab_size_fault
+from ..inputs import read_object
 from ..vocab.languages import check_names
 from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..weight_files import INDEX_FILE
@@ -425,7 +427,7 @@ def _built_quantized(
 
 
 def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | None) -> Iterator[Finding]:
-    settings = read_json(folder / SETTINGS_FILE)
+    settings = read_object(folder / SETTINGS_FILE)
     base = Path(model or settings.get("base_model") or "/nonexistent")
     trained_for = settings.get("base_fingerprint")
     here = folder if weights.has_backbone(read_config(folder)) else base
@@ -538,7 +540,7 @@ def _map(path: Path, folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
         why = "SGLang checks nothing: a wrong id reads outside the table, or drafts nonsense"
         yield Finding("error", str(error), why, "make the map from this model's own tokenizer")
         return
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    ends = read_object(folder / "generation_config.json").get("eos_token_id")
     ends = ends if ends is not None else config_value(config, "eos_token_id")
     missing = sorted({e for e in (ends if isinstance(ends, list) else [ends]) if e is not None} - ids)
     if missing:

@@ -30,14 +30,14 @@ from ..checkpoints import (
     head_reader,
     link_or_copy,
     new_folder,
-    read_json,
     write_json,
 )
 from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..families import Family, config_value, find_family, read_config
 from ..fp8 import SCALE, read_blocks, requantise
-from ..headers import entries_of, read_headers, vocab_size_fault
+from ..headers import entries_of, read_headers, read_vocab_size
+from ..inputs import read_object
 from ..paths import files_of
 from ..staging import try_output
 from ..vocab.languages import check_names
@@ -231,16 +231,15 @@ def _collect(
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
-    known = read_json(checkpoint / SETTINGS_FILE)
-    run = read_json(checkpoint / "args.json")
+    known = read_object(checkpoint / SETTINGS_FILE)
+    run = read_object(checkpoint / "args.json")
     base = Path(base_model or known.get("base_model") or run.get("model") or "")
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = find_family(read_config(base), base / "config.json")
     from ..modeling import head_shapes, needed_tensors  # torch models only from here on
 
-    if fault := vocab_size_fault(read_headers(base), read_config(base)):
-        raise FastMTPError(f"{base / 'config.json'}: {fault}")
+    read_vocab_size(base)  # raises where it is not that of the matrices
     weights = Weights(base)
     if needed := needed_tensors(base, weights.lost, weights.file_of):
         name = needed[0]

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import head_reader, read_json
-from ..errors import FastMTPError
+from ..checkpoints import head_reader
+from ..errors import FastMTPError, detail
 from ..families import match_family, read_config
 from ..head import as_stored
 from ..headers import entries_of
-from ..inputs import check_folder
+from ..inputs import check_folder, read_object
 from ..modeling import head_shapes, load_config, load_head, model_class
 
 
@@ -22,7 +22,7 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     from peft import PeftModel
 
     check_folder(checkpoint)
-    read_json(checkpoint / "adapter_config.json")
+    read_object(checkpoint / "adapter_config.json")
     cls: Any = model_class(base)
     family = match_family(read_config(base))
     stored = entries_of(checkpoint / "adapter_model.safetensors")
@@ -40,6 +40,7 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     try:
         merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     except Exception as error:  # peft raises whatever a key of adapter_config.json makes it stumble over
-        what = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FastMTPError(f"{checkpoint}: peft cannot read the adapter ({what}); take it from the run again") from None
+        raise FastMTPError(
+            f"{checkpoint}: peft cannot read the adapter ({detail(error)}); take it from the run again"
+        ) from None
     return as_stored({n: p.detach() for n, p in merged.head_tensors().items()}, expected)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, inputs
-from ..checkpoints import SETTINGS_FILE, Weights, read_json
+from ..checkpoints import SETTINGS_FILE, Weights
 from ..config import FastMTPConfig
 from ..errors import FastMTPError
 from ..evaluation.entries import slices
@@ -30,6 +30,7 @@ from ..evaluation.tables import (
     task_table,
 )
 from ..families import match_family, read_config
+from ..inputs import read_object
 from ..staging import staged
 from .serve_args import Flag, explain, serve_flags
 
@@ -60,7 +61,7 @@ def write_card(
     text = make_card(folder, results, base_model)
     path = folder / CARD
     if path.is_symlink() or path.exists():
-        info = read_json(folder / SETTINGS_FILE)
+        info = read_object(folder / SETTINGS_FILE)
         if not (overwrite or _is_ours(path) or _is_the_base_models(path, info)):
             raise FastMTPError(f"{path}: neither written by fastmtp nor the base model's; move it away, or --overwrite")
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -98,7 +99,7 @@ def make_card(
     """The card's text. Arguments and errors as `write_card`."""
     folder = Path(folder).absolute()
     config = read_config(folder)
-    info = read_json(folder / SETTINGS_FILE)
+    info = read_object(folder / SETTINGS_FILE)
     if not info:
         raise FastMTPError(
             f"{folder}: no {SETTINGS_FILE}; a card is made of a folder of swift export or fastmtp export"

@@ -20,9 +20,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import read_json
-from ..errors import FastMTPError
+from ..errors import FastMTPError, detail
 from ..families import Family, config_value
+from ..inputs import read_object
 
 SGLANG, VLLM = "SGLang", "vLLM"
 # What engines build as one matrix; a checkpoint stores the parts (`packed_modules_mapping` of the engines' models).
@@ -131,7 +131,7 @@ def read_quantization(config: dict[str, Any], folder: Path | None = None) -> Qua
     settings = config_value(config, "quantization_config") or config_value(config, "compression_config")
     if not settings and folder is not None and os.path.lexists(folder / "hf_quant_config.json"):
         file = "hf_quant_config.json"
-        settings = read_json(folder / file)
+        settings = read_object(folder / file)
     if not settings:
         return None
     if not isinstance(settings, dict):
@@ -284,7 +284,7 @@ class _Expression:
 
             self._pattern, self._limit = regex.compile(pattern), {"timeout": _SECONDS_OF_A_MATCH}
         except Exception as error:  # each engine has its own, and others for odd expressions
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+            raise ValueError(detail(error)) from None
 
     def match(self, name: str, how: str = "match") -> bool:
         """Whether it matches (`match`, `fullmatch`, `search`). Raises `FastMTPError` if that takes too long."""
@@ -330,6 +330,10 @@ def _expression(pattern: str) -> _Expression | None:
     """None: it is no expression."""
     compiled = _compiled(pattern)
     return None if isinstance(compiled, str) else compiled
+
+
+def _matches_whole(expression: _Expression, parts: Iterable[str]) -> bool:
+    return any(expression.match(part, "fullmatch") for part in parts)
 
 
 def _regex(pattern: str, key: str) -> _Expression:
@@ -523,7 +527,8 @@ def _modelopt_sglang(settings: dict[str, Any]) -> Rule:
     def excluded(name: str) -> bool:
         if any(_path_match(entry, name) for entry in entries):
             return True
-        return any(p.match(part, "fullmatch") for p in patterns for part in (name, *name.split(".")))
+        parts = (name, *name.split("."))
+        return any(_matches_whole(pattern, parts) for pattern in patterns)
 
     return _mixed(settings, excluded)
 

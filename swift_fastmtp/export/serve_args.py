@@ -9,10 +9,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import SETTINGS_FILE, Weights, read_json
+from ..checkpoints import SETTINGS_FILE, Weights
 from ..errors import FastMTPError
 from ..families import Family, config_value, match_family, read_config
 from ..headers import layer_elsewhere, read_headers, vocab_size_fault
+from ..inputs import read_object
 from ..vocab.maps import CONFIG_KEY
 from .quantization import read_quantization
 
@@ -57,7 +58,7 @@ def serve_flags(
     if refusal := weights.chosen.refusals.get(engine):
         raise FastMTPError(f"{folder}: {engine}: {refusal}")
     full = weights.has_backbone(config)
-    settings = read_json(folder / SETTINGS_FILE)
+    settings = read_object(folder / SETTINGS_FILE)
     steps = num_steps or settings.get("num_speculative_steps") or 3
     target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
@@ -82,7 +83,7 @@ def serve_flags(
     ]
     if not full:
         flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
-        if read_json(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
+        if read_object(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
             why = "the target is quantised, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     elif read_quantization(config, folder) and not _is_quantized(weights, family):

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 import torch
 
 from .. import fp8
-from ..checkpoints import is_finite
 from ..errors import FastMTPError
+from ..finite import is_finite
 from ..headers import read_header
 
 _BLOCK = 2**24  # bytes copied at a time

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import read_json
 from ..errors import FastMTPError
+from ..inputs import read_object
 from ..vocab.maps import CONFIG_KEY, check_map_list, read_map_list
 from .router import Router
 
@@ -59,7 +59,7 @@ def maps_of(model_path: str, draft_path: str | None) -> dict[str, Path]:
         return read_map_list(_variable()) if _variable() else {}
     for name in (draft_path, model_path):
         config = _file(name, "config.json") if name else None
-        if name and config and CONFIG_KEY in (found := read_json(config)):
+        if name and config and CONFIG_KEY in (found := read_object(config)):
             for file in found[CONFIG_KEY].values() if isinstance(found[CONFIG_KEY], dict) else ():
                 _file(name, str(file))
             return check_map_list(found[CONFIG_KEY], config)

@@ -84,7 +84,7 @@ def what_is_missing(checkpoint: Path, weights_only: bool = False) -> str | None:
         return f"it has no {_STATE}"
     except (OSError, ValueError, TypeError, LookupError):
         return f"{_STATE} is empty or cut off"
-    if not any(path for pattern in _WEIGHTS for path in checkpoint.glob(pattern)):
+    if not _has_one(checkpoint, _WEIGHTS):
         return "it has no weights"
     for file in checkpoint.glob("*.safetensors"):
         if not _is_whole_safetensors(file):
@@ -93,9 +93,14 @@ def what_is_missing(checkpoint: Path, weights_only: bool = False) -> str | None:
         for file in checkpoint.rglob(pattern):
             if not zipfile.is_zipfile(file):  # as torch.save writes; the directory of a zip file is at its end
                 return f"{file.relative_to(checkpoint)} is cut off"
-    if not weights_only and not any(path for name in _OPTIMIZER for path in checkpoint.glob(name)):
+    if not weights_only and not _has_one(checkpoint, _OPTIMIZER):
         return "it has no state of the optimizer; --resume_only_model true does without"
     return None
+
+
+def _has_one(checkpoint: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether a folder has anything that one of the patterns names."""
+    return any(next(checkpoint.glob(pattern), None) for pattern in patterns)
 
 
 def _is_whole_safetensors(file: Path) -> bool:

@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..checkpoints import new_folder, read_json, save_tensors, write_json
+from ..checkpoints import new_folder, save_tensors, write_json
 from ..data.jobs import parts_folder
 from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError
+from ..inputs import read_object
 from ..staging import exists, remove_at_once, take_away_leftovers, try_output
 from .counts import COUNTS, Counts, CountSettings, count_files
 from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
@@ -277,7 +278,7 @@ def verify_map(path: str | Path, model_dir: str | Path) -> list[str]:
     path = Path(path)
     vocabulary = read_vocabulary(model_dir)
     ids = read_token_map(path, vocabulary.rows).tolist()
-    about = read_json(sidecar(path))
+    about = read_object(sidecar(path))
     found = []
     if not about:
         found.append(f"{sidecar(path)}: missing; nothing says which tokenizer the map is for")

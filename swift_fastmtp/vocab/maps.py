@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .. import inputs
-from ..checkpoints import file_hash, read_json
+from ..checkpoints import file_hash
 from ..errors import FastMTPError
+from ..inputs import read_object
 from ..paths import inside
 
 
@@ -153,7 +154,7 @@ def sidecar(path: str | Path) -> Path:
 
 def check_tokenizer(path: str | Path, model_dir: str | Path) -> None:
     """Raises `FastMTPError` if a map's sidecar names another tokenizer than the model's: its ids mean other tokens."""
-    made_for = read_json(sidecar(path)).get("tokenizer_sha256")
+    made_for = read_object(sidecar(path)).get("tokenizer_sha256")
     tokenizer = Path(model_dir) / "tokenizer.json"
     if made_for and tokenizer.exists() and made_for != file_hash(tokenizer):
         raise FastMTPError(f"{path}: made with another tokenizer.json than {model_dir}'s; make it for this model")

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import file_hash, read_json
+from ..checkpoints import file_hash
 from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
 from ..families import config_value, read_config
 from ..headers import read_vocab_size
+from ..inputs import read_object
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Kept where the vocabulary has them as one token, whether or not the tokenizer says that they were added."""
@@ -94,5 +95,5 @@ def tokenizer_hash(model_dir: str | Path) -> str:
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:
-    found = [read_json(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
+    found = [read_object(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
     return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
