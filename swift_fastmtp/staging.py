@@ -42,12 +42,16 @@ def try_output(path: str | Path) -> None:
 
 def try_place(path: Path) -> None:
     """Raises `FastMTPError` if `path` could not be written: its folder is a file, or not writable. Leaves nothing."""
-    new_parents = [folder for folder in path.parents if not exists(folder)]
-    with staged(path, keep=False):
-        pass
-    for folder in new_parents:
-        with suppress(OSError):
-            folder.rmdir()
+    # In a folder that is there: one made for the trial would be taken away under another run that begins.
+    first = path
+    while not exists(first.parent):
+        first = first.parent
+    take_away_leftovers(first)
+    try:
+        with hidden_folder(first):
+            pass
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def exists(path: Path) -> bool:
@@ -62,11 +66,10 @@ def exists(path: Path) -> bool:
 
 
 @contextmanager
-def staged(path: Path, keep: bool = True) -> Iterator[Path]:
+def staged(path: Path) -> Iterator[Path]:
     """A name to make a file or a folder under, which becomes `path` when the `with` ends well; else nothing is left.
 
-    A file that is there is replaced; callers who must not do that ask `refuse_existing` first. `keep`: if false, what
-    was made is thrown away.
+    A file that is there is replaced; callers who must not do that ask `refuse_existing` first.
 
     Raises `FastMTPError` if it cannot be written.
     """
@@ -77,11 +80,10 @@ def staged(path: Path, keep: bool = True) -> Iterator[Path]:
         with hidden_folder(path) as folder:
             made = folder / path.name
             yield made
-            if keep:
-                flush(made)
-                os.replace(made, path)
-                with suppress(OSError):  # it is there, whether or not its folder can be opened
-                    _flush_one(path.parent)
+            flush(made)
+            os.replace(made, path)
+            with suppress(OSError):  # it is there, whether or not its folder can be opened
+                _flush_one(path.parent)
     except OSError as error:
         raise cannot_write(path, error, made) from None
 
@@ -125,9 +127,9 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
         except OSError as error:
             error.filename = str(path.parent)  # the hidden name says nothing
             raise
-        folder.chmod(0o755)
         # Until it is locked, another run may take it for a leftover: then we make another one.
         with suppress(FileNotFoundError):
+            folder.chmod(0o755)
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
             if lock_file(lock, without_locks=True) and _is_there(folder / LOCK, lock):
                 return folder, lock

@@ -1,8 +1,10 @@
 """What killed runs leave is taken away by the next that writes the same place, and nothing else is."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from swift_fastmtp.evaluation.report import report
 from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
-from swift_fastmtp.staging import LOCK, try_output
+from swift_fastmtp.staging import LOCK, hidden_folder, take_away_leftovers, try_output
 from swift_fastmtp.vocab.build import vocab
 
 
@@ -105,6 +107,40 @@ def test_half_removed_leftovers_go(tmp_path):
     (folder / LOCK).touch()
     write_folder(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def make_many(path):
+    for _ in range(2000):
+        with hidden_folder(path) as folder:
+            (folder / "x").touch()
+
+
+def take_away_again_and_again(path):
+    while True:
+        take_away_leftovers(path)
+
+
+def test_a_folder_that_has_no_lock_yet_is_made_again_when_another_run_takes_it_away(tmp_path):
+    """Once a chmod stood between the folder's making and its locking, outside the retry: one of the makers failed."""
+    context = multiprocessing.get_context("fork")
+    path = tmp_path / "out"
+    takers = [context.Process(target=take_away_again_and_again, args=(path,), daemon=True) for _ in range(2)]
+    makers = [context.Process(target=make_many, args=(path,)) for _ in range(2)]
+    for process in takers + makers:
+        process.start()
+    for process in makers:
+        process.join()
+    for process in takers:
+        process.kill()
+    assert [process.exitcode for process in makers] == [0, 0]
+
+
+def test_a_trial_takes_no_folder_away_that_another_run_needs(tmp_path, monkeypatch):
+    """Runs that begin together, as the shards of one job, try the same new folder."""
+    removed = []
+    monkeypatch.setattr(Path, "rmdir", lambda folder: removed.append(folder))
+    try_output(tmp_path / "new" / "out")
+    assert removed == []
 
 
 def test_long_names(tmp_path):
