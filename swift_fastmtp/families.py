@@ -424,6 +424,9 @@ _TYPES: dict[str, Kind] = {
     "eos_token_id": TOKEN_IDS,
     "rms_norm_eps": NUMBER,
     "rope_theta": NUMBER,
+}
+"""Keys of config.json that are read here, and what they hold; null is a key that is not there."""
+_SHAPES: dict[str, Kind] = {
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
         _COUNT,
@@ -438,25 +441,31 @@ _TYPES: dict[str, Kind] = {
         _EXPERTS,
     ),
 }
-"""Keys of config.json that are read here, and what they hold; null is a key that is not there."""
+"""Keys that modules are made from. Models of no layout here may hold a list, a number for each of their parts."""
 _MAY_BE_INFINITE = ("time_step_limit",)
 """Of state-space layers, in published files."""
 
 
 def _check_types(config: dict[str, Any], path: Path) -> None:
     text = config.get("text_config")
-    for where, part in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
-        for key, what in wrong_types(part, _TYPES):
-            raise WrongTypeError(
-                f"{path}: {where}{key} is {shown(part[key])}, it must be {what}; take it from the base model's "
-                "config.json"
-            )
+    parts = (("", config), ("text_config.", text if isinstance(text, dict) else {}))
+    _check_parts(parts, _TYPES, path)
+    if _row(config.get("architectures") or []):
+        _check_parts(parts, _SHAPES, path)
     for key, value in not_finite(config):
         if key.rpartition(".")[2] not in _MAY_BE_INFINITE:
             raise WrongTypeError(
                 f"{path}: {key} is {value}, it must be a finite number; take it from the base model's config.json"
             )
 
+
+def _check_parts(parts: tuple[tuple[str, dict[str, Any]], ...], kinds: dict[str, Kind], path: Path) -> None:
+    for where, part in parts:
+        for key, what in wrong_types(part, kinds):
+            raise WrongTypeError(
+                f"{path}: {where}{key} is {shown(part[key])}, it must be {what}; take it from the base model's "
+                "config.json"
+            )
 
 def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
     """A key of config.json, or of its text part where a model has several. Null is as if the key were not there."""
@@ -486,16 +495,22 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
     Raises `FastMTPError` if there is none, with the reason where engines serve the model's MTP layers otherwise.
     """
     architectures = config.get("architectures") or []
-    for family in FAMILIES:
-        if any(a in family.architectures for a in architectures):
-            layers = config_value(config, "num_hidden_layers")
-            if "{N}" in family.prefix and not isinstance(layers, int):
-                raise FastMTPError(f"{where}: num_hidden_layers is {layers}; the MTP layer is numbered after it")
-            return family.at(layers or 0)
+    if family := _row(architectures):
+        layers = config_value(config, "num_hidden_layers")
+        if "{N}" in family.prefix and not isinstance(layers, int):
+            raise FastMTPError(f"{where}: num_hidden_layers is {layers}; the MTP layer is numbered after it")
+        return family.at(layers or 0)
     if layout := known_layout(architectures):
         raise FastMTPError(f"{where}: {architectures[0]} cannot be trained here: {layout.reason}")
     known = ", ".join(a for f in FAMILIES for a in f.architectures)
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
+
+
+def _row(architectures: list[str]) -> Family | None:
+    for family in FAMILIES:
+        if any(a in family.architectures for a in architectures):
+            return family
+    return None
 
 
 @dataclass(frozen=True)
