@@ -467,6 +467,7 @@ def _check_parts(parts: tuple[tuple[str, dict[str, Any]], ...], kinds: dict[str,
                 "config.json"
             )
 
+
 def config_value(config: dict[str, Any], key: str, default: Any = None) -> Any:
     """A key of config.json, or of its text part where a model has several. Null is as if the key were not there."""
     text = config.get("text_config")
