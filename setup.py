@@ -50,7 +50,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
     # Folders without __init__.py: a plugin file's, and data.
-    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "evaluation/tasks/*"]},
+    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "data/tasks/*"]},
     install_requires=[
         "torch>=2.7",
         "transformers>=5.0",

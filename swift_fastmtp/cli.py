@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .errors import FastMTPError
-from .inputs import loads
+from .files.inputs import loads
 from .redaction import hide, redact
 
 
@@ -52,9 +52,9 @@ def _distill(args: argparse.Namespace) -> None:
 
 def _prompt_file(name: str, number: int, output: str, on_bad_row: str) -> str:
     """A file as it is; a dataset of a hub is saved once, beside the answers."""
-    from .data.jobs import parts_folder
-    from .data.rows import save_hub_dataset
-    from .staging import refuse_existing
+    from .files.jobs import parts_folder
+    from .files.rows import save_hub_dataset
+    from .files.staging import refuse_existing
 
     hub, _, dataset = name.partition(":")
     if hub not in ("hf", "swift"):
@@ -110,20 +110,20 @@ def _export(args: argparse.Namespace) -> None:
     from .export.folders import export_draft, export_full
 
     if args.results:
-        from .evaluation.merge import load_results
+        from .report.merge import load_results
 
         load_results(args.results)  # bad ones stop it before anything is written
     write = export_draft if args.draft_only else export_full
     base = write(args.adapters, args.output_dir, args.model, not args.no_remote_code, args.token_maps)
     print(f"{args.output_dir}: {'draft-only folder' if args.draft_only else 'full checkpoint'}, base {base}")
     if args.results:
-        from .export.model_card import write_card
+        from .report.model_card import write_card
 
         print(f"{write_card(args.output_dir, args.results, args.base_model)}: model card")
 
 
 def _serve_args(args: argparse.Namespace) -> None:
-    from .export.serve_args import explain, serve_flags
+    from .serving.launch import explain, serve_flags
 
     print(explain(serve_flags(args.folder, args.engine, args.num_steps, args.token_map, args.model)))
 
@@ -145,7 +145,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> None:
-    from .evaluation.simulate import simulate
+    from .simulate.simulate import simulate
 
     options = {k: v for k, v in vars(args).items() if k not in ("run", "verb", "model", "adapters", "dataset")}
     options |= {"token_maps": options.pop("token_map"), "dtype": options.pop("torch_dtype")}
@@ -153,7 +153,7 @@ def _simulate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from .evaluation.bench import bench
+    from .bench.bench import bench
 
     own = ("run", "verb", "output_dir", "plan", "base_url", "api_key")
     bench(
@@ -166,13 +166,13 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from .evaluation.report import report
+    from .report.report import report
 
     print(f"{report(args.results, args.output_dir)}: report.html, report.md, plots")
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from .evaluation.compare import Limits, compare, text
+    from .report.compare import Limits, compare, text
 
     found = compare(args.a, args.b, Limits(args.max_tau_drop, args.max_speed_drop, args.max_equal_drop))
     print(text(found))
@@ -181,7 +181,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from .export.model_card import write_card
+    from .report.model_card import write_card
 
     print(f"{write_card(args.folder, args.results, args.base_model, args.overwrite)}: model card")
 

@@ -28,7 +28,7 @@ TINY = ROOT / "examples" / "tiny-mimo"
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "serving")]
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-from swift_fastmtp.evaluation.servers import free_port  # noqa: E402 (the libraries below it read these when imported)
+from swift_fastmtp.bench.servers import free_port  # noqa: E402 (the libraries below it read these when imported)
 
 pytest_plugins = ["support_matrix"]
 LONGEST_FIRST = ["test_docs.py", "test_plugin.py", "test_engine.py", "test_distributed.py", "test_paper_recipe.py"]

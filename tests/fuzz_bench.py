@@ -13,15 +13,15 @@ import bench_results
 from conftest import TINY
 from hypothesis import strategies as st
 
+from swift_fastmtp.bench import bench
+from swift_fastmtp.bench.plan import _PLAN, _SERVER, make_plan, read_plan
+from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation import bench
-from swift_fastmtp.evaluation.compare import Limits, compare_results, text
-from swift_fastmtp.evaluation.merge import merge, notes
-from swift_fastmtp.evaluation.plan import _PLAN, _SERVER, make_plan, read_plan
-from swift_fastmtp.evaluation.report import tables
-from swift_fastmtp.evaluation.results import read_results
-from swift_fastmtp.evaluation.table import markdown
-from swift_fastmtp.evaluation.tasks import load_task
+from swift_fastmtp.files.table import markdown
+from swift_fastmtp.report.compare import Limits, compare_results, text
+from swift_fastmtp.report.merge import merge, notes
+from swift_fastmtp.report.report import tables
 
 SECONDS = 1.0
 LONGEST = 2500

@@ -15,7 +15,11 @@ import torch
 from conftest import TINY
 from hypothesis import strategies as st
 
-from swift_fastmtp import inputs
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.headers import read_header
+from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization
+from swift_fastmtp.checkpoint.refusals import refusals
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
 from swift_fastmtp.data.conversation import Conversation, said
 from swift_fastmtp.data.examples import with_finish_reason
 from swift_fastmtp.data.filters import Reasoning, Repetition, SpecialTokens, Truncated, estimate_tokens
@@ -24,14 +28,13 @@ from swift_fastmtp.data.mix import prompt_text
 from swift_fastmtp.data.mix_groups import Groups, language_of, read_groups
 from swift_fastmtp.data.near_duplicates import ExactDuplicates, prompt_and_answer
 from swift_fastmtp.data.prompt_ids import asked_ids, ids_of
-from swift_fastmtp.data.row_forms import UnreadableRowError, normalize
-from swift_fastmtp.data.rows import BadRows, as_json, dump_row
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.export.quantization import Part, left_out, read_quantization
-from swift_fastmtp.families import match_family, read_config, refusals
-from swift_fastmtp.headers import read_header
-from swift_fastmtp.vocab.maps import read_map_list, read_token_map
-from swift_fastmtp.weight_files import INDEX_FILE, resolve
+from swift_fastmtp.families.table import match_family
+from swift_fastmtp.files import inputs
+from swift_fastmtp.files.known_files import read_object
+from swift_fastmtp.files.row_forms import UnreadableRowError, normalize
+from swift_fastmtp.files.rows import BadRows, as_json, dump_row
+from swift_fastmtp.method.token_map import read_map_list, read_token_map
 
 SECONDS = 1.0
 """Of CPU, for one case."""
@@ -287,7 +290,7 @@ def read_a_config(data, folder):
 
 def read_settings(data, folder):
     (folder / "fastmtp.json").write_bytes(data)
-    inputs.read_object(folder / "fastmtp.json")
+    read_object(folder / "fastmtp.json")
 
 
 def read_a_header(data, folder):

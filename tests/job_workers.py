@@ -11,8 +11,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from swift_fastmtp.data.jobs import Job
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.jobs import Job
 
 FINISHING, BEGINNING, ROWS = 4, 2, 40
 

@@ -115,7 +115,7 @@ def _serve():
         *("swift.pipelines.train.sft", "swift.callbacks", "swift.loss_scale", "swift.optimizers"),
         *("swift_fastmtp.swift_plugin.register", "swift_fastmtp.export.graft", "swift_fastmtp.export.folders"),
         *("swift_fastmtp.data.clean", "swift_fastmtp.data.mix", "swift_fastmtp.data.distill", "matplotlib.pyplot"),
-        *("swift_fastmtp.vocab.build", "swift_fastmtp.evaluation.simulate", "swift_fastmtp.evaluation.plots"),
+        *("swift_fastmtp.vocab.build", "swift_fastmtp.simulate.simulate", "swift_fastmtp.simulate.plots"),
     ):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

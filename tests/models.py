@@ -26,11 +26,12 @@ from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
-from swift_fastmtp.bailing import BailingMoeV2Config
-from swift_fastmtp.checkpoints import Weights
-from swift_fastmtp.families import FAMILIES
-from swift_fastmtp.fp8 import SCALE, Blocks, quantise
-from swift_fastmtp.modeling import MiMoConfig, build_class
+from swift_fastmtp.checkpoint.fp8 import SCALE, quantise
+from swift_fastmtp.checkpoint.fp8_config import Blocks
+from swift_fastmtp.checkpoint.weights import Weights
+from swift_fastmtp.families.bailing import BailingMoeV2Config
+from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.model.modeling import MiMoConfig, build_class
 
 
 def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, dtype=torch.float32):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine import engine_version
 
-from swift_fastmtp.families import FAMILIES
+from swift_fastmtp.families.table import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/results/families.json"

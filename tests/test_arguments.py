@@ -11,8 +11,8 @@ from swift.arguments import SftArguments
 from swift.pipelines.train.sft import SwiftSft
 from swift.utils import parse_args
 
-from swift_fastmtp.config import FastMTPConfig, likely_typos
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.method.config import FastMTPConfig, likely_typos
 from swift_fastmtp.swift_plugin import register as plugin
 from swift_fastmtp.swift_plugin.typed import typed_names
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 from transformers import AutoTokenizer
 
-from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.acceptance import make_texts
-from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.data_check import examine_data
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.simulate.acceptance import make_texts
+from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.swift_plugin.register import register
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import merged_attention
 
-from swift_fastmtp import attention, flash
-from swift_fastmtp.flash import Documents
+from swift_fastmtp.method import attention, flash
+from swift_fastmtp.method.flash import Documents
 
 KERNELS = ("cpu", "blocked")
 

@@ -18,11 +18,11 @@ import yaml
 from conftest import TINY
 from fake_engine import FakeEngine, answer, chunks
 
+from swift_fastmtp.bench.bench import bench, warnings
+from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.bench import bench, warnings
-from swift_fastmtp.evaluation.plan import make_plan, read_plan
-from swift_fastmtp.evaluation.results import read_results
 
 FAKE = Path(__file__).parent / "fake_engine.py"
 ASKED = {"model": str(TINY), "num_questions": 6, "max_new_tokens": 10, "warmup": 1, "retry_seconds": 1}
@@ -441,7 +441,7 @@ def test_a_server_that_does_not_start(tmp_path):
 
 
 def start(plan, out):
-    code = f"from swift_fastmtp.evaluation.bench import bench; bench({str(out)!r}, plan={str(plan)!r})"
+    code = f"from swift_fastmtp.bench.bench import bench; bench({str(out)!r}, plan={str(plan)!r})"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_fastmtp.evaluation.metrics import (
+from swift_fastmtp.bench.results import summarize
+from swift_fastmtp.method.metrics import (
     busy_seconds,
     conditional_rates,
     first_difference,
@@ -23,7 +24,6 @@ from swift_fastmtp.evaluation.metrics import (
     tau_by_position,
     token_gaps,
 )
-from swift_fastmtp.evaluation.results import summarize
 
 STEPS = st.lists(st.integers(0, 5), min_size=1, max_size=40)
 """Drafts accepted in each verification step of an answer, K = 5."""

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from models import random_mimo
 
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.method.config import FastMTPConfig
 
 
 def load(name):

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization
 from swift_fastmtp.data import language as language_module
 from swift_fastmtp.data.chat_template import _NULL_FIELD
 from swift_fastmtp.data.filters import Decontaminate, Language, Refusals, Repetition, SpecialTokens
@@ -22,8 +23,7 @@ from swift_fastmtp.data.mix_groups import read_groups
 from swift_fastmtp.data.scripts import normalized
 from swift_fastmtp.data.shingles import units
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.export.quantization import Part, left_out, read_quantization
-from swift_fastmtp.vocab.maps import read_token_map
+from swift_fastmtp.method.token_map import read_token_map
 
 UNITS = ("\\(", "\\[", "\\[\\(", "$$ $", "`\n", "`a", "```", "~~~ ", "((", "\u0315\u0300", "\uff9e\u0300", '", "', "{ ",
          "    x\n", "from a", "<|a", "<｜a", "<think>", "i am sorry ", "ab ", "https://", "\\a", "\n", " ")  # fmt: skip

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import TINY
 
-from swift_fastmtp.checkpoints import new_folder, save_tensors, write_json
-from swift_fastmtp.data.rows import write_rows
+from swift_fastmtp.checkpoint.weights import save_tensors
 from swift_fastmtp.errors import FastMTPError, cannot_write
-from swift_fastmtp.evaluation import provenance as module
-from swift_fastmtp.evaluation.provenance import git_revision, provenance
-from swift_fastmtp.evaluation.simulate import simulate
-from swift_fastmtp.staging import try_output
+from swift_fastmtp.files import provenance as module
+from swift_fastmtp.files.provenance import git_revision, provenance
+from swift_fastmtp.files.rows import write_rows
+from swift_fastmtp.files.staging import new_folder, try_output, write_json
+from swift_fastmtp.simulate.simulate import simulate
 
 HOW = {
     errno.ENOSPC: "free space",
@@ -161,6 +161,6 @@ def test_simulate_without_git(tmp_path):
 def test_simulate_knows_before_its_work_that_it_cannot_write(tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "one two"}]}\n')
-    monkeypatch.setattr("swift_fastmtp.evaluation.simulate.make_texts", lambda *_: pytest.fail("worked first"))
+    monkeypatch.setattr("swift_fastmtp.simulate.simulate.make_texts", lambda *_: pytest.fail("worked first"))
     with pytest.raises(FastMTPError, match=r"rows\.jsonl/out/simulate\.json: cannot be written"):
         simulate(str(TINY), [], str(rows), output_dir=str(rows / "out"))

@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp import checkpoints
-from swift_fastmtp.checkpoints import Weights, fingerprint, has_fingerprint, new_folder
+from swift_fastmtp.checkpoint import fingerprint as fingerprints
+from swift_fastmtp.checkpoint.fingerprint import fingerprint, has_fingerprint
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.families import FAMILIES
+from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.files.staging import new_folder
 
 HEAD = "model.mtp_layers.0."
 
@@ -166,24 +168,24 @@ FINE_TUNES = [every_other_row, merged_lora, one_embedding, one_layer]
 def test_the_fingerprint_notices_fine_tunes(change, whole, tmp_path, monkeypatch):
     """Also where only samples are read, as of checkpoints beyond 32 GB, which this one is made to be."""
     if not whole:
-        monkeypatch.setattr(checkpoints, "WHOLE_BELOW", 0)
-        monkeypatch.setattr(checkpoints, "_SMALL", 2**10)
+        monkeypatch.setattr(fingerprints, "WHOLE_BELOW", 0)
+        monkeypatch.setattr(fingerprints, "_SMALL", 2**10)
     assert fingerprint(backbone(tmp_path, change), FAMILIES[0]) != fingerprint(TINY, FAMILIES[0])
 
 
 def test_samples_are_spread_and_few():
     for size in (2**16 + 1, 10**7, 3 * 10**9):
-        places = checkpoints._sampled("model.layers.0.mlp.experts.gate_up_proj", size)
+        places = fingerprints._sampled("model.layers.0.mlp.experts.gate_up_proj", size)
         assert len(places) == max(2, -(-size // 2**22)) and places == sorted(places)
         assert places[0] < size / len(places) and size * (1 - 1 / len(places)) - 4096 <= places[-1] <= size - 4096
-    assert checkpoints._sampled("a", 10**7) != checkpoints._sampled("b", 10**7)
+    assert fingerprints._sampled("a", 10**7) != fingerprints._sampled("b", 10**7)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_fingerprint_does_not_depend_on_the_shards(whole, tmp_path, monkeypatch):
     if not whole:
-        monkeypatch.setattr(checkpoints, "WHOLE_BELOW", 0)
-        monkeypatch.setattr(checkpoints, "_SMALL", 2**10)
+        monkeypatch.setattr(fingerprints, "WHOLE_BELOW", 0)
+        monkeypatch.setattr(fingerprints, "_SMALL", 2**10)
     parts = [fingerprint(backbone(tmp_path, name=f"in{n}", parts=n), FAMILIES[0]) for n in (1, 2, 5)]
     assert len({*parts, fingerprint(shard(TINY, tmp_path / "base"), FAMILIES[0])}) == 1
     assert parts[0].startswith("v2:") and len(parts[0]) == 3 + 64

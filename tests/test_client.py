@@ -11,10 +11,10 @@ import pytest
 from conftest import TINY
 from fake_engine import FakeEngine
 
+from swift_fastmtp.bench.engines import Engine
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.client import Sampling, Servers, longest_silence, repeat
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.engines import Engine
 
 ASKED = [{"role": "user", "content": "1 + 1 = ?"}]
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0)

@@ -7,7 +7,7 @@ import pytest
 from bench_results import table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.compare import HEADER, Limits, compare, text
+from swift_fastmtp.report.compare import HEADER, Limits, compare, text
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_fastmtp.config import FastMTPConfig, knob_names
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.method.config import FastMTPConfig, knob_names
 
 
 @given(steps=st.integers(1, 12), beta=st.floats(0.01, 1.0))

@@ -9,9 +9,9 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.cost import StepCost, read_cost
-from swift_fastmtp.evaluation.recommend import advice_line, recommend, warnings
-from swift_fastmtp.evaluation.simulate import HeadResult
+from swift_fastmtp.simulate.cost import StepCost, read_cost
+from swift_fastmtp.simulate.recommend import advice_line, recommend, warnings
+from swift_fastmtp.simulate.simulate import HeadResult
 
 # MiMo-7B (config.json): hidden 4096, 36 layers of 32 heads and 8 key-value heads of 128, 11008 wide.
 LAYER = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 11008

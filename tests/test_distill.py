@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 from swift_fastmtp.data.conversation import Conversation, Reply
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import training_examples
-from swift_fastmtp.data.jobs import Job
 from swift_fastmtp.data.prompt_ids import asked_ids, shorten
-from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.jobs import Job
+from swift_fastmtp.files.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.swift_plugin.register import register
 
 ROLES = st.sampled_from(["system", "user", "assistant", "tool"])

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.plan import make_plan, read_plan
+from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.method.config import FastMTPConfig
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"

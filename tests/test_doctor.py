@@ -11,12 +11,12 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp.checkpoints import fingerprint
+from swift_fastmtp.checkpoint.fingerprint import fingerprint
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import FAMILIES
+from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.serving.launch import command, serve_flags
 
 HEAD = "model.mtp_layers.0."
 

@@ -71,7 +71,7 @@ MODELS = {
 def test_broken_models_in_process(case, tmp_path):
     """Every kind, without the cost of a subprocess; the next test shows two of them through `swift`."""
     from swift_fastmtp.errors import FastMTPError
-    from swift_fastmtp.modeling import load_model
+    from swift_fastmtp.model.modeling import load_model
 
     (change, config), message = MODELS[case]
     with pytest.raises(FastMTPError) as error:
@@ -129,10 +129,10 @@ def test_a_save_that_fails_half_way(rows, tmp_path):
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2)
     code = (
         "import resource, sys; from swift.pipelines import sft_main; sys.argv[0] = 'swift'\n"
-        "from swift_fastmtp import checkpoints; save = checkpoints.save_file\n"
+        "from swift_fastmtp.checkpoint import weights; save = weights.save_file\n"
         "def limited(*a, **k):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); save(*a, **k)\n"
-        "checkpoints.save_file = limited; sft_main()"
+        "weights.save_file = limited; sft_main()"
     )
     process = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True, check=False)
     assert process.returncode == 1, process.stderr[-2000:]
@@ -147,7 +147,7 @@ def test_out_of_memory(rows, tmp_path):
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2, per_device_train_batch_size=48)
     code = (
         "import resource, sys; from swift.pipelines import sft_main; sys.argv[0] = 'swift'\n"
-        "from swift_fastmtp import modeling; losses = modeling.step_losses\n"
+        "from swift_fastmtp.model import modeling; losses = modeling.step_losses\n"
         "def limited(*a):\n"
         "    pages = int(open('/proc/self/statm').read().split()[0])\n"
         "    unlimited = resource.getrlimit(resource.RLIMIT_AS)\n"
@@ -176,9 +176,9 @@ def test_hidden_cache_is_not_written_without_consent_and_room(case, tmp_path):
 
     from datasets import Dataset
 
-    from swift_fastmtp.config import FastMTPConfig
     from swift_fastmtp.errors import FastMTPError
-    from swift_fastmtp.modeling import load_model
+    from swift_fastmtp.method.config import FastMTPConfig
+    from swift_fastmtp.model.modeling import load_model
     from swift_fastmtp.swift_plugin.cache import attach_hidden_cache
 
     knobs, columns, message = CACHE[case]

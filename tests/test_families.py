@@ -43,11 +43,11 @@ from reference import (
 from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
-from swift_fastmtp import flash, indexer
-from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.head import import_class
-from swift_fastmtp.rollout import rollout, segment_ids
+from swift_fastmtp.method import flash, indexer
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import rollout, segment_ids
+from swift_fastmtp.model.head import import_class
 
 # Name → a tiny random model and its plain reference.
 KINDS = {

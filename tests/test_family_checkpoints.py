@@ -21,19 +21,22 @@ from safetensors.torch import load_file, save_file
 from test_families import KINDS
 from transformers import AutoModelForImageTextToText
 
-from swift_fastmtp.checkpoints import Weights, fingerprint
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.fingerprint import fingerprint
+from swift_fastmtp.checkpoint.refusals import find_family
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.cost import read_cost
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import find_family, match_family, read_config
-from swift_fastmtp.head import as_stored, import_class, join_experts, split_experts
-from swift_fastmtp.modeling import head_shapes, load_config, load_model
-from swift_fastmtp.rollout import segment_ids
+from swift_fastmtp.families.table import match_family
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import segment_ids
+from swift_fastmtp.model.head import as_stored, import_class, join_experts, split_experts
+from swift_fastmtp.model.modeling import head_shapes, load_config, load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.cost import read_cost
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 BIAS = LAYER + "mlp.gate.e_score_correction_bias"

@@ -16,10 +16,12 @@ from models import (
     random_qwen3_next,
 )
 
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.refusals import find_family
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.families import FAMILIES, find_family, layout_table, match_family, read_config, refused_table
-from swift_fastmtp.known_layouts import LAYOUTS
-from swift_fastmtp.modeling import build_class, load_model
+from swift_fastmtp.families.refused import LAYOUTS
+from swift_fastmtp.families.table import FAMILIES, layout_table, match_family, refused_table
+from swift_fastmtp.model.modeling import build_class, load_model
 from swift_fastmtp.swift_plugin.arguments import _check_packing
 
 BIAS = LAYER + "mlp.gate.e_score_correction_bias"

@@ -12,9 +12,10 @@ from models import (
 )
 from safetensors.torch import load_file
 
+from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.export.doctor import examine
-from swift_fastmtp.families import match_family, read_config
-from swift_fastmtp.modeling import head_shapes
+from swift_fastmtp.families.table import match_family
+from swift_fastmtp.model.modeling import head_shapes
 
 
 def run_args(base, rows, output_dir, **changes):

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from models import tensors_of
 from safetensors.torch import save_file
 
+from swift_fastmtp.checkpoint.finite import NotFiniteError, not_finite
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import generate
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.doctor import examine
-from swift_fastmtp.finite import NotFiniteError, not_finite
-from swift_fastmtp.hidden_cache import HiddenCache
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.model.hidden_cache import HiddenCache
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.simulate.simulate import simulate
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
 HEAD = "model.mtp_layers.0.input_proj.weight"

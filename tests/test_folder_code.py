@@ -10,7 +10,7 @@ from conftest import TINY, sft_args, swift
 
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.modeling import load_config
+from swift_fastmtp.model.modeling import load_config
 
 CONFIG = {"AutoConfig": "configuration_theirs.TheirConfig", "AutoModelForCausalLM": "configuration_theirs.Model"}
 TOKENIZER = {"AutoTokenizer": ["tokenization_theirs.TheirTokenizer", "tokenization_theirs.TheirTokenizer"]}

@@ -11,18 +11,19 @@ from hypothesis import strategies as st
 from models import CHECKPOINTS, quantised, tensors_of
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp.checkpoints import Weights, read_head, read_plain
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.fp8 import DTYPE, SCALE, dequantise, quantise, requantise
+from swift_fastmtp.checkpoint.fp8_config import Blocks, read_blocks
+from swift_fastmtp.checkpoint.weights import Weights, read_head, read_plain
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.fp8 import DTYPE, SCALE, Blocks, dequantise, quantise, read_blocks, requantise
-from swift_fastmtp.head import join_experts
-from swift_fastmtp.modeling import head_shapes, keeps_float32, load_head, load_model
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.head import join_experts
+from swift_fastmtp.model.modeling import head_shapes, keeps_float32, load_head, load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 # Name → block size, and what stays plain: what published checkpoints of the family leave out.

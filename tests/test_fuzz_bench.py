@@ -9,11 +9,11 @@ import pytest
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 
+from swift_fastmtp.bench.bench import bench
+from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.bench import bench
-from swift_fastmtp.evaluation.plan import make_plan, read_plan
-from swift_fastmtp.evaluation.results import read_results
-from swift_fastmtp.evaluation.tasks import load_task
 
 CHECKS = {
     "plan": (fuzz.plans, fuzz.check_plan),

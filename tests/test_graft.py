@@ -17,16 +17,17 @@ from test_checkpoints import HEAD, shard
 from test_errors import broken_model, lose_mtp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from swift_fastmtp.checkpoints import Weights
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.refusals import find_family
+from swift_fastmtp.checkpoint.shards import copy_without, tensor_hashes, write_tensors
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import HEAD_FILE, graft
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.export.serve_args import serve_flags
-from swift_fastmtp.export.shards import copy_without, tensor_hashes, write_tensors
-from swift_fastmtp.families import find_family, read_config
-from swift_fastmtp.head import import_class
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.model.head import import_class
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.serving.launch import serve_flags
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hostile import DEEP, FORMS, KINDS, LONG, left_over, model_folder, put, run
 from test_checkpoints import write_trained
 from test_errors import assert_one_line
 
-from swift_fastmtp.weight_files import INDEX_FILE
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE
 
 CHEAP = ("inspect", "doctor", "serve-args", "card")
 READERS = (*CHEAP, "vocab", "clean", "mix", "export", "graft", "graft donor", "simulate", "distill")

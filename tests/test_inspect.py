@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from test_checkpoints import HEAD, shard
 from test_errors import MODELS, broken_model, lose_mtp
 
+from swift_fastmtp.checkpoint.headers import Entry, Headers, read_headers
+from swift_fastmtp.checkpoint.shards import pack_header
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.inspection import count_layers, inspect_model, odd_names, text
-from swift_fastmtp.export.shards import pack_header
-from swift_fastmtp.families import FAMILIES
-from swift_fastmtp.headers import Entry, Headers, read_headers
-from swift_fastmtp.known_layouts import CHAIN, LAYOUTS, MULTI_LAYER, known_layout
+from swift_fastmtp.families.refused import CHAIN, LAYOUTS, MULTI_LAYER, known_layout
+from swift_fastmtp.families.table import FAMILIES
 
 
 def command(*words):
@@ -137,7 +137,7 @@ def test_known_layouts_are_refused_with_the_reason(layout, tmp_path):
     own = layout.architectures[-1]
     found = inspect_model(hollow(tmp_path / "model", shapes, architectures=[own], num_hidden_layers=61))
     if any(own in f.architectures for f in FAMILIES):
-        assert found.family in {f.name for f in FAMILIES}  # a row of families.py wins
+        assert found.family in {f.name for f in FAMILIES}  # a row of families/table.py wins
         return
     assert found.family == layout.name and not found.trainable and layout.reason in found.reasons
     assert found.mtp_tensors == 1 and found.mtp_params == 32 and found.suspicious == []

@@ -11,7 +11,7 @@ from swift_fastmtp.data.language import known_languages, language
 from swift_fastmtp.data.language_names import language_code, language_tag
 from swift_fastmtp.data.mix import mix
 from swift_fastmtp.data.mix_groups import Groups, language_of
-from swift_fastmtp.data.rows import read_rows
+from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.vocab.counts import cell_of
 from swift_fastmtp.vocab.languages import check_names
 

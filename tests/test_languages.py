@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.method.token_map import CONFIG_KEY, read_map_list
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
 from swift_fastmtp.serving.router import AGAIN_EVERY, FULL, Router, check_weight
 from swift_fastmtp.serving.sglang_plugin import VARIABLE, maps_of, refuse_unsupported
 from swift_fastmtp.vocab.languages import MIN_TOKENS, Languages, TokenLanguages
-from swift_fastmtp.vocab.maps import CONFIG_KEY, read_map_list
 
 EN = "The heart pumps blood through the body, and the lungs fill it with oxygen."
 ZH = "心脏把血液泵到全身，肺给血液带来氧气。这是人体最重要的过程之一。"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swift_fastmtp.config import LOSSES, SOFT_LOSSES, FastMTPConfig
-from swift_fastmtp.frozen_head import FrozenHead, even
-from swift_fastmtp.losses import drafts, step_losses, weighted_loss
+from swift_fastmtp.method.config import LOSSES, SOFT_LOSSES, FastMTPConfig
+from swift_fastmtp.method.frozen_head import FrozenHead, even
+from swift_fastmtp.method.losses import drafts, step_losses, weighted_loss
 
 
 def plain(outputs_KND, weight, targets_KN, valid_KN, config, hidden, rows):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from swift_fastmtp.evaluation.metrics import (
+from swift_fastmtp.method.metrics import (
     count_acceptance,
     expected_rounds,
     macro_tau,

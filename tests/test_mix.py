@@ -17,11 +17,11 @@ from conftest import ROOT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from swift_fastmtp.checkpoints import file_hash
 from swift_fastmtp.data.mix import held_out, mix, parse_tokens, prompt_text, take
 from swift_fastmtp.data.mix_groups import Groups, read_groups
-from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.copies import file_hash
+from swift_fastmtp.files.rows import read_rows
 
 CATEGORIES = {"general": ("qa", "en"), "math": ("math", "en"), "code": ("code", "en"), "zh": ("math", "zh-Hant")}
 

@@ -10,10 +10,11 @@ import yaml
 from bench_results import table_2
 from conftest import TINY
 
-from swift_fastmtp.checkpoints import WEIGHTS_FILE, write_json
+from swift_fastmtp.checkpoint.weights import WEIGHTS_FILE
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.export.model_card import front_matter, hub_name_of, make_card, write_card
-from swift_fastmtp.inputs import read_object
+from swift_fastmtp.files.known_files import read_object
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.report.model_card import front_matter, hub_name_of, make_card, write_card
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import pytest
 import yaml
 from conftest import TINY
 
+from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.bench import bench
 
 FAKE = Path(__file__).parent / "fake_engine.py"
 TREE = f"""

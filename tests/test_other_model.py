@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import trained  # noqa: F401 (a fixture)
 from test_finite import broken
 
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE
 from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.mix import mix
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.export.serve_args import serve_flags
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.serving.launch import serve_flags
+from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.vocab.build import vocab
-from swift_fastmtp.weight_files import INDEX_FILE
 
 
 @pytest.mark.parametrize("size", [7, 6143, 6145, 10**18, -5, 0])

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
 
-from swift_fastmtp.checkpoints import Weights
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.paths import files_of, inside
-from swift_fastmtp.vocab.maps import copy_maps, read_map_list
-from swift_fastmtp.weight_files import INDEX_FILE, resolve
+from swift_fastmtp.files.paths import files_of, inside
+from swift_fastmtp.method.token_map import copy_maps, read_map_list
 
 OUTSIDE = ["/etc/passwd", "../x.pt", "a/../../x.pt", "..", "a/../../../etc/x", "", "a\0b", "..\\x.pt"]
 

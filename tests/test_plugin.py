@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import swift_fastmtp
-from swift_fastmtp.checkpoints import Weights
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.swift_plugin.resume import what_is_missing
 
 PLUGIN = Path(swift_fastmtp.__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py"

@@ -14,13 +14,14 @@ from conftest import TINY
 from models import CHECKPOINTS, quantised
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp.checkpoints import Weights
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.quantization import METHODS, left_out, parts_of, read_quantization
+from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.inspection import inspect_model, text
-from swift_fastmtp.export.quantization import METHODS, left_out, parts_of, read_quantization
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import match_family, read_config
-from swift_fastmtp.modeling import head_shapes
+from swift_fastmtp.families.table import match_family
+from swift_fastmtp.model.modeling import head_shapes
+from swift_fastmtp.serving.launch import command, serve_flags
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 QWEN_LINEARS = [

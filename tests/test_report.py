@@ -11,13 +11,13 @@ import pytest
 from bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation import tables
-from swift_fastmtp.evaluation.entries import entries, fastest_maps, mean_speedup
-from swift_fastmtp.evaluation.figure import PALETTE, inline_svg
-from swift_fastmtp.evaluation.merge import load_results, notes
-from swift_fastmtp.evaluation.plots_bench import plots
-from swift_fastmtp.evaluation.report import report
-from swift_fastmtp.evaluation.table import escape, markdown
+from swift_fastmtp.files.table import escape, markdown
+from swift_fastmtp.report import tables
+from swift_fastmtp.report.entries import entries, fastest_maps, mean_speedup
+from swift_fastmtp.report.figure import PALETTE, inline_svg
+from swift_fastmtp.report.merge import load_results, notes
+from swift_fastmtp.report.plots import plots
+from swift_fastmtp.report.report import report
 
 NASTY = 'a|b <script src="http://x.example/x.js"></script> $\\frac{$ ![x](http://x.example/p.png) 中文 &amp;'
 

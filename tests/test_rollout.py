@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from models import packed_positions, random_mimo
 from reference import Head, draft_with_cache, paper_rollout
 
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.rollout import rollout, segment_ids, step_targets
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import rollout, segment_ids, step_targets
 
 # Document lengths of one row; deep drafts on short documents are where indices go wrong.
 DOCUMENTS = st.lists(st.integers(1, 9), min_size=1, max_size=3)

@@ -21,10 +21,10 @@ from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.data.filters import TokenCounter
 from swift_fastmtp.data.mix import mix
-from swift_fastmtp.data.row_forms import UnreadableRowError, normalize
-from swift_fastmtp.data.rows import BadRows, iter_rows, read_rows
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.simulate import simulate
+from swift_fastmtp.files.row_forms import UnreadableRowError, normalize
+from swift_fastmtp.files.rows import BadRows, iter_rows, read_rows
+from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.swift_plugin.register import register
 from swift_fastmtp.vocab.build import vocab
 from swift_fastmtp.vocab.counts import Counts, CountSettings, count_files

@@ -14,12 +14,13 @@ from conftest import TINY, write_rows
 from fake_engine import FakeEngine
 from scripted_engine import ScriptedEngine
 
+from swift_fastmtp.bench import bench
+from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.cli import main
 from swift_fastmtp.data import distill
 from swift_fastmtp.data.chat_template import load_tokenizer
-from swift_fastmtp.evaluation import bench, compare, report
-from swift_fastmtp.evaluation.results import read_results
 from swift_fastmtp.redaction import redact, redact_words
+from swift_fastmtp.report import compare, report
 
 FAKE = Path(__file__).parent / "fake_engine.py"
 KEY = "canary-7f3a/90+c4%e"

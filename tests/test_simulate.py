@@ -9,23 +9,17 @@ from conftest import ROOT, TINY
 from reference import speculative_greedy
 from transformers import AutoTokenizer
 
-from swift_fastmtp.config import FastMTPConfig
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
-from swift_fastmtp.data.rows import read_rows
-from swift_fastmtp.evaluation.acceptance import (
-    Text,
-    draft_rounds,
-    greedy_acceptance,
-    make_texts,
-    sampled_acceptance,
-)
-from swift_fastmtp.evaluation.metrics import micro_tau
-from swift_fastmtp.evaluation.simulate import simulate
-from swift_fastmtp.modeling import load_model
-from swift_fastmtp.rollout import segment_ids
-from swift_fastmtp.vocab.maps import DraftVocabulary, read_map_list
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.metrics import micro_tau
+from swift_fastmtp.method.rollout import segment_ids
+from swift_fastmtp.method.token_map import DraftVocabulary, read_map_list
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
+from swift_fastmtp.simulate.simulate import simulate
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
 

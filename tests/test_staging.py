@@ -10,17 +10,17 @@ import pytest
 import torch
 from conftest import TINY
 
-from swift_fastmtp.checkpoints import new_folder, save_tensors, write_json
+from swift_fastmtp.checkpoint.weights import save_tensors
 from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.mix import mix
-from swift_fastmtp.data.rows import write_rows
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.report import report
-from swift_fastmtp.evaluation.simulate import simulate
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
-from swift_fastmtp.staging import LOCK, hidden_folder, take_away_leftovers, try_output
+from swift_fastmtp.files.rows import write_rows
+from swift_fastmtp.files.staging import LOCK, hidden_folder, new_folder, take_away_leftovers, try_output, write_json
+from swift_fastmtp.report.report import report
+from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.vocab.build import vocab
 
 
@@ -32,7 +32,7 @@ def hold():
     def start(path):
         code = f"""
 from pathlib import Path
-from swift_fastmtp.staging import staged
+from swift_fastmtp.files.staging import staged
 with staged(Path({str(path)!r})) as made:
     made.mkdir()
     (made / "shard").write_text("x" * 1000)

@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from swift_fastmtp.data import tasks
 from swift_fastmtp.data.clean import clean
+from swift_fastmtp.data.tasks import FOLDER, load_task, read_descriptor, task_names
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation import tasks
-from swift_fastmtp.evaluation.tasks import FOLDER, load_task, read_descriptor, task_names
 
 PAPER = {"mt_bench": "MT.", "livecodebench": "Code", "math_500": "Math", "rag": "RAG", "nq": "QA", "cnn_dm": "Summ."}
 # A row as each source has it, and what must be in the prompt.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from models import random_mimo
 
-from swift_fastmtp.config import LOSSES, FastMTPConfig
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.vocab.maps import DraftVocabulary, read_token_map
+from swift_fastmtp.method.config import LOSSES, FastMTPConfig
+from swift_fastmtp.method.token_map import DraftVocabulary, read_token_map
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_loss_is_that_of_a_model_whose_other_logits_are_minus_infinity(token_map
     # One more hidden direction, always 1, that only the rows outside the map look at: they get -1e4.
     outside = torch.ones(97, dtype=torch.bool).index_fill(0, ids, False)
     weight = torch.cat([full.lm_head.weight, -1e4 * outside[:, None]], 1).detach()
-    import swift_fastmtp.modeling as modeling
+    import swift_fastmtp.model.modeling as modeling
 
     original = modeling.step_losses
 

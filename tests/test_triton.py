@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_losses import case
 
-from swift_fastmtp import frozen_head
-from swift_fastmtp.config import LOSSES, FastMTPConfig
-from swift_fastmtp.losses import step_losses
+from swift_fastmtp.method import frozen_head
+from swift_fastmtp.method.config import LOSSES, FastMTPConfig
+from swift_fastmtp.method.losses import step_losses
 
 pytest.importorskip("triton", reason="pip install swift_fastmtp[dev]")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ def fused(monkeypatch):
     """The kernels' module, compiled for what this machine has, with blocks small enough to loop."""
     if DEVICE == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    module = importlib.reload(importlib.import_module("swift_fastmtp.frozen_head_triton"))
+    module = importlib.reload(importlib.import_module("swift_fastmtp.method.frozen_head_triton"))
     monkeypatch.setattr(module, "_BLOCK", 16)
     return module.FusedHead
 

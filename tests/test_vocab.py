@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from swift_fastmtp.checkpoints import file_hash
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.copies import file_hash
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.vocab.build import make_parts, part_of, verify_map, vocab
 from swift_fastmtp.vocab.counts import Counts, CountSettings, cell_of, count_chunk, count_files
 from swift_fastmtp.vocab.coverage import coverage_report
-from swift_fastmtp.vocab.maps import read_token_map
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 VOCABULARY = read_vocabulary(TINY)

@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
 from test_errors import assert_one_line, broken_model, lose_mtp
 
-from swift_fastmtp.checkpoints import Weights, check_head, fingerprint
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.fingerprint import fingerprint
+from swift_fastmtp.checkpoint.headers import layer_elsewhere, read_headers
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
+from swift_fastmtp.checkpoint.weights import Weights, check_head
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.evaluation.cost import read_cost
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model, text
-from swift_fastmtp.export.serve_args import serve_flags
-from swift_fastmtp.families import FAMILIES, match_family, read_config
-from swift_fastmtp.headers import layer_elsewhere, read_headers
-from swift_fastmtp.modeling import head_shapes, load_model
-from swift_fastmtp.weight_files import INDEX_FILE, resolve
+from swift_fastmtp.families.table import FAMILIES, match_family
+from swift_fastmtp.model.modeling import head_shapes, load_model
+from swift_fastmtp.serving.launch import serve_flags
+from swift_fastmtp.simulate.cost import read_cost
 
 
 def write_index(folder, weight_map, **more):

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.provenance import provenance
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
 
 LANGUAGES = ("en", "zh", "code")
 COLUMNS = {

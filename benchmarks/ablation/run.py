@@ -23,15 +23,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
-from swift_fastmtp.checkpoints import read_head, save_tensors, write_json
-from swift_fastmtp.config import LOSSES, FastMTPConfig
+from swift_fastmtp.checkpoint.weights import read_head, save_tensors
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
-from swift_fastmtp.evaluation.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
-from swift_fastmtp.evaluation.metrics import micro_tau, text_counts, verify_rounds
-from swift_fastmtp.hidden_cache import HiddenCache
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.method.config import LOSSES, FastMTPConfig
+from swift_fastmtp.method.metrics import micro_tau, text_counts, verify_rounds
+from swift_fastmtp.model.hidden_cache import HiddenCache
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-mimo"
 LANGUAGES = ("en", "zh", "code")

@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from swift_fastmtp.checkpoints import read_head, write_json
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.weights import read_head
 from swift_fastmtp.data.chat_template import load_tokenizer
-from swift_fastmtp.data.rows import dump_row, read_rows, write_rows
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
-from swift_fastmtp.evaluation.provenance import provenance
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.rows import dump_row, read_rows, write_rows
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-mimo"

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoints import read_head, write_json
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.weights import read_head
 from swift_fastmtp.data.chat_template import encode_prompt
-from swift_fastmtp.data.rows import dump_row, read_rows, write_rows
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
-from swift_fastmtp.evaluation.provenance import provenance
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.rows import dump_row, read_rows, write_rows
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-mimo"

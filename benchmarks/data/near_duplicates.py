@@ -21,10 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
-from swift_fastmtp.checkpoints import write_json
 from swift_fastmtp.data.near_duplicates import NearDuplicates, prompt_and_answer
-from swift_fastmtp.data.rows import dump_row, iter_rows
 from swift_fastmtp.data.shingles import _UNIT, runs, units
+from swift_fastmtp.files.rows import dump_row, iter_rows
+from swift_fastmtp.files.staging import write_json
 
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 SIZES = (10_000, 20_000, 50_000, 100_000, 400_000)
@@ -343,7 +343,7 @@ def main():
     args = parser.parse_args()
     if args.measure:
         return measure(*args.measure)
-    from swift_fastmtp.evaluation.provenance import provenance
+    from swift_fastmtp.files.provenance import provenance
 
     started = time.time()
     methods = [m for m in args.methods if m in ("ours", "clean") or importlib.util.find_spec(m)]

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import torch
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.provenance import provenance
-from swift_fastmtp.export.shards import pack_header
-from swift_fastmtp.families import FAMILIES
-from swift_fastmtp.modeling import head_shapes
+from swift_fastmtp.checkpoint.shards import pack_header
+from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.model.modeling import head_shapes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mimo"
 SIZES = {
@@ -60,7 +60,7 @@ print(seconds, int(peak.split()[1]) * 1024)
 
 def backbone_shapes(config, family):
     """Names and shapes of a checkpoint of `family` without its head, on the meta device."""
-    from swift_fastmtp.modeling import build_class
+    from swift_fastmtp.model.modeling import build_class
 
     with torch.device("meta"):
         model = build_class(family)(config)

@@ -5,7 +5,7 @@
 
 Of each results file: a decoding step from the baseline, a verification and a draft step from the smallest and the
 largest K of the first trained head; or, where there is one K only, from the whole vocabulary and the smallest map.
-Every other server's speedup is then predicted from its tau, its K and the size of its map (`evaluation/cost.py`). tau
+Every other server's speedup is then predicted from its tau, its K and the size of its map (`simulate/cost.py`). tau
 is the server's own, which the simulator predicts exactly (tests/serving). Writes docs/results/predicted_speedup.{md,
 json}.
 """
@@ -14,10 +14,10 @@ import argparse
 import time
 from pathlib import Path
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.cost import read_cost
-from swift_fastmtp.evaluation.provenance import provenance
-from swift_fastmtp.evaluation.results import read_results
+from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.simulate.cost import read_cost
 
 ROOT = Path(__file__).parents[2]
 

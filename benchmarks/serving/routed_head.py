@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.provenance import provenance
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.serving.routed_head import RoutedHead, fill_value
 
 V, D, M = 151_680, 4096, 32_768

@@ -21,18 +21,18 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "serving"))
 from engine import Server, engine_version  # noqa: E402
 
-from swift_fastmtp.checkpoints import write_json  # noqa: E402
-from swift_fastmtp.config import FastMTPConfig  # noqa: E402
-from swift_fastmtp.data.rows import read_rows  # noqa: E402
-from swift_fastmtp.evaluation.acceptance import greedy_acceptance, make_texts  # noqa: E402
-from swift_fastmtp.evaluation.metrics import verify_rounds  # noqa: E402
-from swift_fastmtp.evaluation.plots import plot_maps  # noqa: E402
-from swift_fastmtp.evaluation.provenance import provenance  # noqa: E402
-from swift_fastmtp.evaluation.simulate import simulate  # noqa: E402
-from swift_fastmtp.export.serve_args import command, serve_flags  # noqa: E402
-from swift_fastmtp.modeling import load_model  # noqa: E402
+from swift_fastmtp.files.provenance import provenance  # noqa: E402
+from swift_fastmtp.files.rows import read_rows  # noqa: E402
+from swift_fastmtp.files.staging import write_json  # noqa: E402
+from swift_fastmtp.method.config import FastMTPConfig  # noqa: E402
+from swift_fastmtp.method.metrics import verify_rounds  # noqa: E402
+from swift_fastmtp.method.token_map import read_token_map  # noqa: E402
+from swift_fastmtp.model.modeling import load_model  # noqa: E402
+from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
+from swift_fastmtp.simulate.acceptance import greedy_acceptance, make_texts  # noqa: E402
+from swift_fastmtp.simulate.plots import plot_maps  # noqa: E402
+from swift_fastmtp.simulate.simulate import simulate  # noqa: E402
 from swift_fastmtp.vocab.build import vocab  # noqa: E402
-from swift_fastmtp.vocab.maps import read_token_map  # noqa: E402
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
 SIZES = (512, 1024, 2048)

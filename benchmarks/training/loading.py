@@ -21,9 +21,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
 import huge
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.provenance import provenance
-from swift_fastmtp.evaluation.servers import free_port
+from swift_fastmtp.bench.servers import free_port
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
 
 SIZE = {
     "num_hidden_layers": 16,
@@ -39,9 +39,9 @@ WAYS = {"whole": 1, "layers on disk": 1, "ZeRO-3": 2}
 _CHILD = """
 import json, os, sys, threading, time
 import torch
-from swift_fastmtp import placement
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.modeling import model_class
+from swift_fastmtp.model import placement
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import model_class
 way, folder = sys.argv[1:]
 if way == "ZeRO-3":
     os.environ["DS_ACCELERATOR"] = "cpu"

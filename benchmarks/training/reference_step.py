@@ -9,7 +9,7 @@ all rows and makes full fp32 logits of all rows. Its gradients for the head are 
 import torch
 from torch.nn import functional as F
 
-from swift_fastmtp.rollout import rollout, segment_ids
+from swift_fastmtp.method.rollout import rollout, segment_ids
 
 
 def prepare(model):

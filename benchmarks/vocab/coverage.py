@@ -20,9 +20,9 @@ import sys
 import time
 from pathlib import Path
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.data.rows import dump_row, write_rows
-from swift_fastmtp.evaluation.provenance import provenance
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.rows import dump_row, write_rows
+from swift_fastmtp.files.staging import write_json
 
 ROOT = Path(__file__).parents[2]
 CHARACTERS = 8000

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from swift_fastmtp.checkpoints import write_json
-from swift_fastmtp.evaluation.provenance import provenance
+from swift_fastmtp.files.provenance import provenance
+from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.vocab.languages import Languages, TokenLanguages
 
 CHARACTERS = 4000  # of a document

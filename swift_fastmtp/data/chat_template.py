@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .. import inputs
 from ..errors import FastMTPError, detail
+from ..files import inputs
 
 Message = dict[str, Any]
 
@@ -38,7 +38,7 @@ def load_tokenizer(model_dir: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from .. import modeling  # makes `mimo` known to transformers
+    from ..model import modeling  # makes `mimo` known to transformers
 
     inputs.check_folder(model_dir)
     try:

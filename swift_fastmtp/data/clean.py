@@ -18,10 +18,11 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import file_hash, write_json
 from ..errors import FastMTPError, cannot_write
-from ..inputs import read_object
-from ..staging import staged, try_output, try_place
+from ..files.copies import file_hash
+from ..files.known_files import read_object
+from ..files.rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, write_rows
+from ..files.staging import staged, try_output, try_place, write_json
 from .filters import (
     Asked,
     Decontaminate,
@@ -35,7 +36,6 @@ from .filters import (
     Truncated,
 )
 from .near_duplicates import ExactDuplicates, NearDuplicates
-from .rows import EXAMPLES, BadRows, Row, dump_row, iter_rows, write_rows
 
 ROW_FILTERS = (Truncated, Reasoning, SpecialTokens, Length, Repetition, Language, Refusals, Decontaminate, Asked)
 """In the order in which they are asked."""

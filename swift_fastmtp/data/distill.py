@@ -19,19 +19,21 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import file_hash, fingerprint, write_json
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.finite import NotFiniteError
 from ..errors import FastMTPError
-from ..families import config_value, read_config
-from ..finite import NotFiniteError
-from ..modeling import load_model
-from ..staging import try_output
+from ..families.family import config_value
+from ..files.copies import file_hash
+from ..files.jobs import Job, Key, Part, take_away_merged
+from ..files.rows import BadRows, Row, iter_rows
+from ..files.staging import try_output, write_json
+from ..model.modeling import load_model
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers
 from .conversation import Conversation, Reply
 from .examples import difference
 from .generate import end_token_ids, generate
-from .jobs import Job, Key, Part, take_away_merged
-from .rows import BadRows, Row, iter_rows
 
 
 def distill(

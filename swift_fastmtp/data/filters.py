@@ -17,17 +17,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .. import inputs
+from ..checkpoint.headers import read_vocab_size
 from ..errors import FastMTPError
-from ..headers import read_vocab_size
+from ..files import inputs
+from ..files.row_forms import UnreadableRowError, normalize
+from ..files.rows import MAX_ROW_BYTES, Row
 from .chat_template import load_tokenizer
 from .conversation import is_complete, said
 from .examples import check_row_ids, check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .language_names import language_code
 from .near_duplicates import prompt_and_answer
-from .row_forms import UnreadableRowError, normalize
-from .rows import MAX_ROW_BYTES, Row
 from .scripts import CJK
 from .shingles import Hashes, runs, units
 
@@ -304,8 +304,8 @@ def bundled_tasks() -> list[str]:
 
 def _task_texts(path: str) -> list[str]:
     """What is asked in each task of a JSONL file with `messages`, `prompt` or `turns`, or of a task of
-    `evaluation/tasks.py`: its name, or name=FILE. A name is a name, whatever files this folder has."""
-    from ..evaluation.tasks import load_task, task_names
+    `tasks.py`: its name, or name=FILE. A name is a name, whatever files this folder has."""
+    from .tasks import load_task, task_names
 
     if path.partition("=")[0] in task_names():
         return [turn for question in load_task(path, ALL).questions for turn in question.turns]

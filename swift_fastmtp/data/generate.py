@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from ..finite import NotFiniteError, not_finite, output_matrix
+from ..checkpoint.finite import NotFiniteError, not_finite, output_matrix
 
 
 class Answer(NamedTuple):

@@ -20,14 +20,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoints import file_hash, new_folder, write_json
 from ..errors import FastMTPError
+from ..files.copies import file_hash
+from ..files.rows import BadRows, Row, dump_row, iter_rows, write_rows
+from ..files.staging import new_folder, write_json
 from ..redaction import redact_words
 from .filters import TokenCounter
 from .language_names import language_code
 from .mix_groups import Groups, language_of, read_groups
 from .mix_report import make_report, markdown, plot_lengths, table
-from .rows import BadRows, Row, dump_row, iter_rows, write_rows
 from .scripts import normalized
 
 Ints = NDArray[np.int64]

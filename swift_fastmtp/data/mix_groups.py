@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .. import inputs
 from ..errors import FastMTPError
+from ..files import inputs
+from ..files.rows import Row
 from .language_names import UNKNOWN, language_tag
-from .rows import Row
 from .scripts import HAN, KANA
 
 _HAN = re.compile(f"[{HAN}]")

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.rows import Row
 from .conversation import said
-from .rows import Row
 from .shingles import Hashes, jaccard, runs, units
 
 Places = NDArray[np.int64]

@@ -4,11 +4,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..checkpoint.config_file import read_config, vocabulary_size
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.examples import check_vocabulary, rendered_otherwise, training_examples
-from ..data.rows import BadRows, iter_rows
 from ..errors import FastMTPError
-from ..families import read_config, vocabulary_size
+from ..files.rows import BadRows, iter_rows
 from .doctor import Finding
 
 FOREIGN = "the chat template renders {n} of {rows} rows otherwise than they were asked"

@@ -13,19 +13,33 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import SETTINGS_FILE, WHOLE_BELOW, Weights, has_fingerprint, read_plain
+from ..checkpoint.config_file import WrongTypeError, read_config
+from ..checkpoint.fingerprint import WHOLE_BELOW, has_fingerprint
+from ..checkpoint.finite import is_finite
+from ..checkpoint.fp8 import DTYPE as FP8
+from ..checkpoint.fp8 import SCALE
+from ..checkpoint.headers import TOWER, layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.quantization import (
+    SGLANG,
+    VLLM,
+    Part,
+    Quantization,
+    fix,
+    left_out,
+    listed,
+    parts_of,
+    read_quantization,
+)
+from ..checkpoint.refusals import refusals
+from ..checkpoint.weight_files import INDEX_FILE
+from ..checkpoint.weights import SETTINGS_FILE, Weights, read_plain
 from ..errors import FastMTPError
-from ..families import Family, WrongTypeError, config_value, match_family, read_config, refusals
-from ..finite import is_finite
-from ..fp8 import DTYPE as FP8
-from ..fp8 import SCALE
-from ..headers import TOWER, layer_elsewhere, read_headers, vocab_size_fault
-from ..inputs import read_object
+from ..families.family import Family, config_value
+from ..families.table import match_family
+from ..files.known_files import read_object
+from ..method.token_map import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
-from ..vocab.maps import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
-from ..weight_files import INDEX_FILE
 from .inspection import MTP_WORD
-from .quantization import SGLANG, VLLM, Part, Quantization, fix, left_out, listed, parts_of, read_quantization
 
 _NOT_LOADED = {
     "error": "engines check the index before they load anything",
@@ -167,7 +181,7 @@ def _files(folder: Path, weights: Weights, config: dict[str, Any], family: Famil
             )
     if not weights.lost:
         return
-    from ..modeling import needed_tensors
+    from ..model.modeling import needed_tensors
 
     layer = {n for n in weights.lost if family.owns(n)}  # `_tensors` looks at these
     rest = sorted(set(weights.lost) - layer)
@@ -193,7 +207,7 @@ def _files(folder: Path, weights: Weights, config: dict[str, Any], family: Famil
 
 
 def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
+    from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(folder)
     parts = parts_of(family, expected)

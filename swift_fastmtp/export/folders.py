@@ -21,29 +21,24 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoints import (
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    Weights,
-    check_backbone,
-    fingerprint,
-    head_reader,
-    link_or_copy,
-    new_folder,
-    write_json,
-)
-from ..config import FastMTPConfig
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fingerprint import check_backbone, fingerprint
+from ..checkpoint.fp8 import SCALE, requantise
+from ..checkpoint.fp8_config import read_blocks
+from ..checkpoint.headers import entries_of, read_headers, read_vocab_size
+from ..checkpoint.refusals import find_family
+from ..checkpoint.shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
+from ..checkpoint.weight_files import INDEX_FILE
+from ..checkpoint.weights import SETTINGS_FILE, WEIGHTS_FILE, Weights, head_reader
 from ..errors import FastMTPError
-from ..families import Family, config_value, find_family, read_config
-from ..fp8 import SCALE, read_blocks, requantise
-from ..headers import entries_of, read_headers, read_vocab_size
-from ..inputs import read_object
-from ..paths import files_of
-from ..staging import try_output
+from ..families.family import Family, config_value
+from ..files.copies import link_or_copy
+from ..files.known_files import read_object
+from ..files.paths import files_of
+from ..files.staging import new_folder, try_output, write_json
+from ..method.config import FastMTPConfig
+from ..method.token_map import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
 from ..vocab.languages import check_names
-from ..vocab.maps import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
-from ..weight_files import INDEX_FILE
-from .shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 
 # Written by trainers next to a model; they describe a run, not a model.
 RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
@@ -237,7 +232,7 @@ def _collect(
     if not (base / "config.json").exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = find_family(read_config(base), base / "config.json")
-    from ..modeling import head_shapes, needed_tensors  # torch models only from here on
+    from ..model.modeling import head_shapes, needed_tensors  # torch models only from here on
 
     read_vocab_size(base)  # raises where it is not that of the matrices
     weights = Weights(base)

@@ -15,17 +15,21 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import file_hash, head_reader, link_or_copy, new_folder, write_json
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fp8_config import read_blocks
+from ..checkpoint.headers import Headers, layer_elsewhere, read_headers
+from ..checkpoint.refusals import find_family
+from ..checkpoint.shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
+from ..checkpoint.weight_files import INDEX_FILE
+from ..checkpoint.weights import head_reader
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, config_value, find_family, is_embedding, match_family, read_config
-from ..fp8 import read_blocks
-from ..headers import Headers, layer_elsewhere, read_headers
-from ..paths import check_link, files_of
-from ..staging import try_output
-from ..weight_files import INDEX_FILE
+from ..families.family import Family, config_value, is_embedding
+from ..families.table import FAMILIES, match_family
+from ..files.copies import file_hash, link_or_copy
+from ..files.paths import check_link, files_of
+from ..files.staging import new_folder, try_output, write_json
 from .folders import RUN_FILES, write_index
 from .inspection import size
-from .shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
 
 HEAD_FILE = "model-mtp.safetensors"
 _SINGLE = "model.safetensors"
@@ -87,7 +91,7 @@ def graft(
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
         notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
-        from ..modeling import head_shapes, keeps_float32  # builds the head on the meta device
+        from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
         notes += _index_notes(model, out, headers)
         expected = head_shapes(out, donor or model)
@@ -118,7 +122,7 @@ def _index_notes(model: Path, out: Path, headers: Headers) -> list[str]:
 
     `out` has the config.json by which the backbone is built.
     """
-    from ..modeling import needed_tensors
+    from ..model.modeling import needed_tensors
 
     family = match_family(read_config(out), out / "config.json")
     lost = [name for name in (*headers.stale, *headers.absent) if not family.owns(name)]
@@ -321,7 +325,7 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
 def _fresh(
     model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    from ..modeling import load_config
+    from ..model.modeling import load_config
     from .init_head import initial_head
 
     return initial_head(model, load_config(out), family, expected)

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import Weights
+from ..checkpoint.weights import Weights
 from ..errors import FastMTPError
-from ..families import Family
+from ..families.family import Family
 
 
 def initial_head(
     folder: Path, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    """A function that gives each tensor of a head by its checkpoint name, as `checkpoints.head_reader` does.
+    """A function that gives each tensor of a head by its checkpoint name, as `weights.head_reader` does.
 
     Args:
         folder: the backbone's checkpoint.
@@ -34,7 +34,7 @@ def initial_head(
 
     Raises `FastMTPError` if the last layer is not of the kind that the head's block is.
     """
-    from ..head import MTPHead
+    from ..model.head import MTPHead
 
     weights = Weights(folder)
     with torch.device("meta"):

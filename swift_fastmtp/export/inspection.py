@@ -10,13 +10,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fp8 import SCALE
+from ..checkpoint.headers import TOWER, Headers, layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.quantization import left_out_in_words
+from ..checkpoint.refusals import refusals
+from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, config_value, is_embedding, match_family, read_config, refusals
-from ..fp8 import SCALE
-from ..headers import TOWER, Headers, layer_elsewhere, read_headers, vocab_size_fault
-from ..known_layouts import CHAIN, FROZEN_KV, Layout, known_layout
-from ..weight_files import INDEX_FILE
-from .quantization import left_out_in_words
+from ..families.family import Family, config_value, is_embedding
+from ..families.refused import CHAIN, FROZEN_KV, Layout, known_layout
+from ..families.table import FAMILIES, match_family
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -41,7 +44,7 @@ class Inspection:
     model: str
     architectures: list[str]
     family: str | None
-    """Row of `families.py`, or of `known_layouts.py`; None is an unknown layout."""
+    """Row of `families/table.py`, or of `families/refused.py`; None is an unknown layout."""
     trainable: bool
     reasons: list[str]
     """Why it is not trainable, each one line."""
@@ -207,7 +210,7 @@ def _reasons(
     matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
     if not matrices - set(names):
         reasons.append(Reason("training", "holds the MTP layer without a backbone; train from the full checkpoint"))
-    from ..modeling import needed_tensors
+    from ..model.modeling import needed_tensors
 
     listed = {*headers.stale, *headers.absent} - set(missing)
     needed = needed_tensors(folder, listed, headers.entries)
@@ -253,7 +256,7 @@ def _unknown(config: dict[str, Any]) -> str:
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if not rows:
-        return "unknown layout: no row in families.py names its architectures"
+        return "unknown layout: no row in families/table.py names its architectures"
     lost = any(isinstance(config_value(config, f.num_layers_key), int) for f in rows)
     what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
     names = " or ".join(f.name for f in rows)
@@ -261,7 +264,7 @@ def _unknown(config: dict[str, Any]) -> str:
 
 
 def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    from ..modeling import head_shapes  # transformers only where a family asks for it
+    from ..model.modeling import head_shapes  # transformers only where a family asks for it
 
     return head_shapes(folder)
 
@@ -279,7 +282,7 @@ def _quantization(config: dict[str, Any]) -> str | None:
 def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
     pattern = layout.ignored if layout else None
     if family:
-        from ..head import import_class
+        from ..model.head import import_class
 
         patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
         pattern = next((p for p in patterns if re.match(p, f"{family.prefix}.")), None)

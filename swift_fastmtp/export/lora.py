@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints import head_reader
+from ..checkpoint.config_file import read_config
+from ..checkpoint.headers import entries_of
+from ..checkpoint.weights import head_reader
 from ..errors import FastMTPError, detail
-from ..families import match_family, read_config
-from ..head import as_stored
-from ..headers import entries_of
-from ..inputs import check_folder, read_object
-from ..modeling import head_shapes, load_config, load_head, model_class
+from ..families.table import match_family
+from ..files.inputs import check_folder
+from ..files.known_files import read_object
+from ..model.head import as_stored
+from ..model.modeling import head_shapes, load_config, load_head, model_class
 
 
 def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:

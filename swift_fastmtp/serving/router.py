@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from ..errors import FastMTPError
+from ..method.token_map import check_tokenizer, read_token_map
 from ..vocab.languages import Languages
-from ..vocab.maps import check_tokenizer, read_token_map
 from .routed_head import NOTHING, RoutedHead
 
 AGAIN_EVERY = 16

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..inputs import read_object
-from ..vocab.maps import CONFIG_KEY, check_map_list, read_map_list
+from ..files.known_files import read_object
+from ..method.token_map import CONFIG_KEY, check_map_list, read_map_list
 from .router import Router
 
 VARIABLE = "SWIFT_FASTMTP_MAPS"

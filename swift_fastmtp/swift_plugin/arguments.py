@@ -8,12 +8,14 @@ from typing import Any
 from swift.utils import get_device_count, get_logger
 from transformers.utils import is_torch_mps_available
 
-from ..config import likely_typos
+from ..checkpoint.config_file import read_config
+from ..checkpoint.headers import read_headers
 from ..errors import FastMTPError
-from ..families import FAMILIES, Family, match_family, read_config
-from ..head import import_class
-from ..headers import read_headers
-from ..inputs import check_folder
+from ..families.family import Family
+from ..families.table import FAMILIES, match_family
+from ..files.inputs import check_folder
+from ..method.config import likely_typos
+from ..model.head import import_class
 from .dataset import own_name
 from .knobs import knobs_of
 from .template import BASE_STRATEGIES

@@ -9,10 +9,11 @@ import torch
 from swift.utils import get_dist_setting, get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoints import fingerprint
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fingerprint import fingerprint
 from ..errors import FastMTPError
-from ..families import config_value, read_config
-from ..hidden_cache import HiddenCache, states_depend_on
+from ..families.family import config_value
+from ..model.hidden_cache import HiddenCache, states_depend_on
 
 logger = get_logger()
 

@@ -19,9 +19,9 @@ from swift.dataset.loader import DatasetLoader
 from swift.utils import safe_ddp_context
 
 from .. import __version__
-from ..config import HOW_TO_SKIP
-from ..data.rows import BadRows, as_json, dump_row, iter_rows, iter_values, write_rows
 from ..errors import FastMTPError
+from ..files.rows import BadRows, as_json, dump_row, iter_rows, iter_values, write_rows
+from ..method.config import HOW_TO_SKIP
 from .knobs import run_knobs
 
 NAME = "fastmtp-self-distill"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from ..config import ENV_PREFIX, FastMTPConfig
+from ..method.config import ENV_PREFIX, FastMTPConfig
 
 _run: ContextVar[FastMTPConfig | None] = ContextVar("fastmtp_knobs", default=None)
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from swift.loss import BaseLoss
 from swift.metrics import Metric
 
+from ..checkpoint.finite import NotFiniteError, check_trained
 from ..errors import FastMTPError
-from ..evaluation.metrics import AcceptanceCounts, count_acceptance
-from ..finite import NotFiniteError, check_trained
-from ..losses import weighted_loss
-from ..rollout import shift_left
+from ..method.losses import weighted_loss
+from ..method.metrics import AcceptanceCounts, count_acceptance
+from ..method.rollout import shift_left
 
 
 class FastMTPLoss(BaseLoss):

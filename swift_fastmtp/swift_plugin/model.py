@@ -1,4 +1,4 @@
-"""Model type `fastmtp`: any checkpoint whose MTP layout is in `families.py`."""
+"""Model type `fastmtp`: any checkpoint whose MTP layout is in `families/table.py`."""
 
 import logging
 import os
@@ -11,10 +11,12 @@ from swift.model.model_meta import get_matched_model_meta, get_matched_model_typ
 from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..checkpoint.config_file import read_config
+from ..checkpoint.refusals import find_family
 from ..data.chat_template import load_tokenizer
-from ..families import find_family, match_family, read_config
-from ..modeling import check_checkpoint, load_config, model_class
-from ..vocab.maps import read_token_map
+from ..families.table import match_family
+from ..method.token_map import read_token_map
+from ..model.modeling import check_checkpoint, load_config, model_class
 from .knobs import run_knobs
 from .template import TEMPLATE
 

@@ -12,11 +12,11 @@ from swift.template import get_template
 from swift.utils import get_logger, safe_ddp_context
 
 from .. import __version__
-from ..config import HOW_TO_SKIP
 from ..data.chat_template import encode_prompt
 from ..data.examples import Difference, check_vocabulary, difference, rendered_otherwise, training_examples
-from ..data.row_forms import UnreadableRowError, normalize
 from ..errors import FastMTPError
+from ..files.row_forms import UnreadableRowError, normalize
+from ..method.config import HOW_TO_SKIP
 from .template import example_messages
 
 CHECKED_ROWS = 16

@@ -19,9 +19,9 @@ from swift.utils import get_logger, is_local_master, is_master
 from swift.utils.utils import check_json_format
 from transformers.trainer_utils import sort_checkpoints
 
+from ..checkpoint.headers import read_header
 from ..errors import FastMTPError, cannot_write
-from ..headers import read_header
-from ..staging import LOCK, discard, flush, lock_file, remove_at_once, take_away_if_dead
+from ..files.staging import LOCK, discard, flush, lock_file, remove_at_once, take_away_if_dead
 
 logger = get_logger()
 

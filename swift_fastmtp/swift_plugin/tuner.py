@@ -12,21 +12,15 @@ import torch
 from swift.tuner_plugin import Tuner
 from swift.utils import get_logger
 
-from ..checkpoints import (
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    check_backbone,
-    fingerprint,
-    head_reader,
-    save_tensors,
-    write_json,
-)
+from ..checkpoint.config_file import read_config
+from ..checkpoint.fingerprint import check_backbone, fingerprint
+from ..checkpoint.fp8_config import read_blocks, without_quantization
+from ..checkpoint.weights import SETTINGS_FILE, WEIGHTS_FILE, head_reader, save_tensors
 from ..errors import FastMTPError
 from ..export.folders import settings
-from ..families import read_config
-from ..fp8 import read_blocks, without_quantization
-from ..head import as_stored
-from ..modeling import head_shapes, load_head
+from ..files.staging import write_json
+from ..model.head import as_stored
+from ..model.modeling import head_shapes, load_head
 
 logger = get_logger()
 

@@ -21,16 +21,16 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..checkpoints import new_folder, save_tensors, write_json
-from ..data.jobs import parts_folder
+from ..checkpoint.weights import save_tensors
 from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError
-from ..inputs import read_object
-from ..staging import exists, remove_at_once, take_away_leftovers, try_output
+from ..files.jobs import parts_folder
+from ..files.known_files import read_object
+from ..files.staging import exists, new_folder, remove_at_once, take_away_leftovers, try_output, write_json
+from ..method.token_map import read_token_map, sidecar
 from .counts import COUNTS, Counts, CountSettings, count_files
 from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
-from .maps import read_token_map, sidecar
 from .must_keep import Vocabulary, read_vocabulary
 
 Ints = NDArray[np.int64]

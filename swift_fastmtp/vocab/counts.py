@@ -27,16 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from .. import inputs
-from ..checkpoints import file_hash
 from ..data.conversation import said
 from ..data.language import language
 from ..data.language_names import UNKNOWN, language_code
 from ..data.mix import prompt_text
 from ..data.mix_groups import Groups, language_of
-from ..data.rows import BadRows, Row, iter_rows
 from ..errors import FastMTPError, cannot_write
-from ..staging import staged
+from ..files import inputs
+from ..files.copies import file_hash
+from ..files.rows import BadRows, Row, iter_rows
+from ..files.staging import staged
 from .must_keep import Vocabulary
 
 Ints = NDArray[np.int64]

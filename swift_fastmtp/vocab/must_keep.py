@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoints import file_hash
+from ..checkpoint.config_file import read_config
+from ..checkpoint.headers import read_vocab_size
 from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
-from ..families import config_value, read_config
-from ..headers import read_vocab_size
-from ..inputs import read_object
+from ..families.family import config_value
+from ..files.copies import file_hash
+from ..files.known_files import read_object
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Kept where the vocabulary has them as one token, whether or not the tokenizer says that they were added."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from swift_fastmtp.evaluation.servers import free_port
+from swift_fastmtp.bench.servers import free_port
 
 HERE = Path(__file__).parent
 START_SECONDS = 180

@@ -9,7 +9,7 @@ from engine import Server
 from test_asked_is_trained import TOOLS, supervised, trained
 
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
+from swift_fastmtp.files.rows import read_rows
 
 ROWS = {
     "thinking": [

@@ -20,14 +20,14 @@ from conftest import TINY
 from engine import CPU_FLAGS, ENVIRONMENT, engine_python
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoints import read_head
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
-from swift_fastmtp.evaluation.bench import bench
-from swift_fastmtp.evaluation.metrics import macro_tau, micro_tau
-from swift_fastmtp.evaluation.results import read_results
-from swift_fastmtp.evaluation.tasks import load_task
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.bench.bench import bench
+from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.data.tasks import load_task
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.metrics import macro_tau, micro_tau
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 STEPS, TOKENS, QUESTIONS = 2, 40, 6
 

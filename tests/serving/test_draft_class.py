@@ -15,13 +15,14 @@ from engine import HERE, engine_python, engine_version
 from models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp.checkpoints import read_head
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.fp8 import SCALE, dequantise
+from swift_fastmtp.checkpoint.fp8_config import Blocks
+from swift_fastmtp.checkpoint.weights import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.families import read_config
-from swift_fastmtp.fp8 import SCALE, Blocks, dequantise
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
-from swift_fastmtp.rollout import segment_ids
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import segment_ids
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 CLASSES = {

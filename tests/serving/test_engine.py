@@ -13,14 +13,14 @@ from conftest import ROOT, TINY, sft_args, swift
 from engine import TRIED, UNTRIED, Server, engine_version
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoints import read_head
-from swift_fastmtp.config import FastMTPConfig
+from swift_fastmtp.checkpoint.weights import read_head
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
-from swift_fastmtp.vocab.maps import read_token_map
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.token_map import read_token_map
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 TOKENS = 40
 MAX_STEPS = 5

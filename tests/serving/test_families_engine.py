@@ -10,13 +10,13 @@ from engine import Server
 from models import CHECKPOINTS, SERVED
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoints import read_head
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
+from swift_fastmtp.checkpoint.config_file import read_config
+from swift_fastmtp.checkpoint.weights import read_head
 from swift_fastmtp.export.folders import export_full
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.families import read_config
-from swift_fastmtp.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 TOKENS, STEPS = 24, 3

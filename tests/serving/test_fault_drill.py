@@ -17,8 +17,8 @@ from engine import Server
 from faults import FAULTS, Proxy
 
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.data.rows import read_rows
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.rows import read_rows
 
 COMMAND = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code"]
 TOKENS = 24

@@ -7,8 +7,8 @@ import subprocess
 
 from engine import HERE, engine_python
 
+from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.weight_files import INDEX_FILE, resolve
 
 NAMES = [
     "model.safetensors",

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from swift_fastmtp.evaluation.plan import make_plan, read_plan
-from swift_fastmtp.evaluation.results import read_results
+from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.bench.results import read_results
 
 PLAN = """
 model: ${MODEL}

@@ -19,12 +19,12 @@ from conftest import ROOT, TINY
 from engine import Server
 from transformers import AutoTokenizer
 
-from swift_fastmtp.config import FastMTPConfig
-from swift_fastmtp.evaluation.acceptance import draft_rounds, make_texts
-from swift_fastmtp.export.serve_args import command, serve_flags
-from swift_fastmtp.modeling import load_model
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.token_map import copy_maps, read_map_list, read_token_map
+from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.vocab.languages import TokenLanguages
-from swift_fastmtp.vocab.maps import copy_maps, read_map_list, read_token_map
 
 TOKENS = 16  # so few that no answer's language is looked at again
 END = 6082

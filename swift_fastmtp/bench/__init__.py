@@ -1,0 +1,1 @@
+"""Served models measured: plans, servers, engines, results."""

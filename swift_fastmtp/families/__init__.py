@@ -1,0 +1,1 @@
+"""What differs between model families, and nothing else: see README.md."""

@@ -1,0 +1,1 @@
+"""Files read and written safely: rows, jobs, tables, provenance. Nothing here knows of models."""

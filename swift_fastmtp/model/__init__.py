@@ -1,0 +1,1 @@
+"""The paper's method inside a transformers model."""

@@ -1,0 +1,602 @@
+"""Frozen backbone + MTP head as one Hugging Face model.
+
+`build_class` makes, for a family, a subclass of the transformers class that runs its backbone, with the head at its
+native checkpoint path. So `from_pretrained`, device maps, ZeRO-3 and `generate` are transformers' own; in training
+(and whenever no KV cache is asked for) `forward` runs the backbone without gradients, then the K-step recursion,
+and returns per-row losses and matches instead of logits.
+"""
+
+import copy
+import re
+import tempfile
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.utils import ModelOutput
+
+from ..checkpoint.config_file import read_config
+from ..checkpoint.finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
+from ..checkpoint.headers import Headers, read_headers, read_vocab_size
+from ..checkpoint.refusals import find_family
+from ..checkpoint.weights import check_head
+from ..errors import FastMTPError, detail
+from ..families import bailing  # noqa: F401 (it registers what transformers has no classes for)
+from ..families.family import Family, config_value
+from ..families.table import FAMILIES, match_family
+from ..files.known_files import read_object
+from ..method.config import FastMTPConfig
+from ..method.losses import drafts, step_losses, weighted_loss
+from ..method.rollout import rollout, segment_ids, step_targets
+from ..method.token_map import DraftVocabulary, read_token_map
+from . import placement
+from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
+from .hidden_cache import HiddenCache, documents_of
+from .partitioned import load_partitioned, sources
+
+
+class MiMoConfig(Qwen2Config):
+    """transformers has no `mimo`; the checkpoint's own remote-code config is exactly this."""
+
+    model_type = "mimo"
+    num_nextn_predict_layers: int = 1
+
+
+AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
+
+
+@dataclass
+class FastMTPOutput(ModelOutput):
+    """What a training or evaluation step needs; the per-row fields are [K, B, T], see `losses.StepLosses`.
+
+    `logits` stays None: the frozen model's own next-token logits are never computed for its own sake.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    step_loss: torch.Tensor | None = None
+    match: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    """The target exists and is supervised."""
+    trained: torch.Tensor | None = None
+    """... and the token map reaches it: neither it nor a token before it in the chain is outside the map."""
+    overlap: torch.Tensor | None = None
+    full_match: torch.Tensor | None = None
+    """`match` of a draft without the token map; in evaluation with a map only."""
+
+
+class FastMTPMixin:
+    """The part of the model class that does not depend on the family."""
+
+    family: Family
+    config_class: Any
+    head: MTPHead
+    _keep_in_fp32_modules_strict: set[str]
+    model: Any
+    lm_head: nn.Linear
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.fastmtp = FastMTPConfig()
+        self.hidden_cache: HiddenCache | None = None
+        self._mapped: DraftVocabulary | None = None
+        self.family = self.family.at(config.num_hidden_layers)
+        head = MTPHead(config, self.family)
+        # Not as a submodule of its own: every parameter has one name, its native one.
+        self.__dict__["head"] = head
+        if self.family.scattered:
+            for part, child in head.named_children():
+                cast(nn.Module, self).get_submodule(self.family.prefix).add_module(part, child)
+        else:
+            # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
+            place_module(cast(nn.Module, self), self.family.prefix, head)
+        for module in cast(nn.Module, self).modules():
+            if hasattr(module, "variance_epsilon"):
+                # Those of latents too: transformers gives them a constant, engines the configuration's.
+                module.variance_epsilon = config.rms_norm_eps
+            if hasattr(module, "e_score_correction_bias"):
+                module.forward = MethodType(_without_autocast, module)
+        cast(PreTrainedModel, self).post_init()
+        if self.family.indexer_rope:
+            # What is carried along must come out as it went in, whatever the run's dtype.
+            self._keep_in_fp32_modules_strict.add(f"{self.family.prefix}.self_attn.indexer")
+
+    @classmethod
+    def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+        """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
+        one parameter at a time (`partitioned.py`), an automatic device map keeps the head (`placement.py`), and a
+        tensor that no file holds is an error: it would be random, after a mere warning."""
+        config = copy.deepcopy(config) or load_config(model_dir)
+        if isinstance(kwargs.get("dtype"), torch.dtype):
+            config.dtype = kwargs["dtype"]
+        quantised = getattr(config, "quantization_config", None) is not None
+        headers = read_headers(model_dir)
+        assert headers.chosen is not None
+        if is_deepspeed_zero3_enabled() and (parts := sources(cls, model_dir, config)):
+            return load_partitioned(cls, model_dir, config, parts)
+        mapping = kwargs.get("device_map")
+        if isinstance(mapping, str) and mapping in placement.AUTOMATIC:
+            mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
+            kwargs["device_map"] = mapping
+        elif isinstance(mapping, dict):
+            placement.check_map(mapping, cls.family.at(config.num_hidden_layers).roots)
+        if quantised:
+            from .fp8_loading import dequantised, saved_plain
+
+            dequantised(config)
+        folder = None
+        if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
+            folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
+            kwargs["offload_folder"] = folder.name
+        # transformers picks files by rules of its own; where they differ from the engines', it gets a folder of links.
+        links = None
+        if not headers.chosen.read_by_transformers or getattr(config, "transformers_weights", None) is not None:
+            links = headers.chosen.linked({name: entry.file for name, entry in headers.entries.items()})
+            config.transformers_weights = None
+        parent = super().from_pretrained  # type: ignore[misc]
+        source = links.name if links else model_dir
+        model, info = parent(source, *args, config=config, **{**kwargs, "output_loading_info": True})
+        if missing := sorted(info["missing_keys"]):
+            raise FastMTPError(_missing(model_dir, missing, headers))
+        if links:
+            model.name_or_path = model.config.name_or_path = str(model_dir)
+            if "disk" in getattr(model, "hf_device_map", {}).values():
+                model.weight_links = links  # layers that stay on disk are read through them
+            else:
+                links.cleanup()
+        if quantised:
+            saved_plain(model, model_dir)
+        if len(getattr(model, "hf_device_map", ())) > 1:
+            placement.keep(model, folder)
+        return (model, info) if kwargs.get("output_loading_info") else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: the backbone is transformers' own, so the renamings that it has for checkpoints hold here too."""
+        return False
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters under their checkpoint names, experts joined (`head.as_stored`)."""
+        return {n: p for n, p in cast(nn.Module, self).named_parameters() if self.family.owns(n)}
+
+    def head_tensors(self) -> dict[str, torch.Tensor]:
+        """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
+        routers of DeepSeek's kind choose experts, the indexer of sparse attention)."""
+        return {f"{self.family.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
+
+    def freeze_backbone(self) -> None:
+        """Only the head gets gradients."""
+        cast(nn.Module, self).requires_grad_(False)
+        for parameter in self.head_parameters().values():
+            parameter.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> Any:
+        """Training mode for the head only: a frozen backbone has no dropout and needs no checkpointing."""
+        module = cast(nn.Module, super().train(mode))  # type: ignore[misc]
+        for child in module.children():
+            nn.Module.train(child, False)
+        self.head.train(mode)
+        return module
+
+    def get_rope_index(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions [3, B, T] of text, which the chat templates of vision models ask their model for."""
+        seen = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        return positions.expand(3, -1, -1), positions.new_zeros(len(positions), 1)
+
+    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As transformers', without what those templates add for images; positions follow from the attention mask."""
+        if "position_ids" in kwargs and kwargs["position_ids"].ndim == 3:
+            del kwargs["position_ids"]
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: trainers call this for gradient checkpointing, and it would drag autograd through the backbone."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """With `labels` [B, T] (unshifted, -100 where not supervised): a `FastMTPOutput`.
+
+        Without them this is the plain language model: `generate`, evaluation and export tools see no difference.
+        `num_items_in_batch`, if given, is the token count the loss is divided by (see `losses.weighted_loss`).
+
+        Raises `NotFiniteError` at the first state, draft or loss that is NaN or infinite.
+        """
+        labels = kwargs.pop("mtp_labels", labels)  # ms-swift's trainer takes `labels` out of the inputs
+        if labels is None:
+            parent = super().forward  # type: ignore[misc]
+            return parent(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        assert input_ids is not None
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+        elif position_ids.ndim == 3:
+            position_ids = position_ids[0]  # time, height, width: alike for text
+        segments = segment_ids(position_ids, attention_mask)
+        targets, valid = step_targets(input_ids, segments, labels, self.fastmtp.num_speculative_steps)
+        rows = valid.any(0).flatten().nonzero().squeeze(1)
+        if not len(rows):
+            rows = rows.new_zeros(1)  # a batch without a target must still take part in a distributed backward
+        hidden = self.backbone_states(input_ids, attention_mask, position_ids, segments, **kwargs)
+        outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
+        valid_KN = valid.flatten(1)[:, rows]
+        check_drafts(self, outputs, valid_KN, rows, input_ids.shape[1])
+        found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid_KN, rows)
+        for name, value in found.items():
+            dense = value.new_zeros(valid.flatten(1).shape)
+            found[name] = dense.index_copy(1, rows, value).view_as(valid)
+        check_losses(self, found["step_loss"])
+        num_items = kwargs.get("num_items_in_batch")
+        if num_items is None:
+            num_items = (labels[:, 1:] != -100).sum()
+        loss = weighted_loss(found["step_loss"], self.fastmtp.step_weights, num_items)
+        return FastMTPOutput(loss=loss, valid=valid, **found)
+
+    @torch.no_grad()
+    def backbone_states(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        segments: torch.Tensor,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """h [B, T, D]: the frozen backbone's hidden state after its final norm, or `hidden_cache`'s copy of it.
+
+        `segments` [B, T] are the documents (`rollout.segment_ids`); rows outside any are 0 when
+        they come from the cache.
+
+        Raises `NotFiniteError` for states that hold a NaN or an infinity.
+        """
+        spans = documents_of(segments) if self.hidden_cache else []
+        documents = [input_ids[b, start:end] for b, start, end in spans]
+        found = self.hidden_cache.get(documents) if self.hidden_cache else None
+        if self.hidden_cache and found is not None:
+            hidden = torch.zeros(*input_ids.shape, self.hidden_cache.width, dtype=self.hidden_cache.dtype)
+            for (b, start, end), states in zip(spans, found, strict=True):
+                hidden[b, start:end] = states
+            folder = self.hidden_cache.folder
+            check_hidden_states(
+                hidden, (segments >= 0).cpu(), lambda: Source(f"it is from {folder}; delete that folder")
+            )
+            return hidden.to(input_ids.device, non_blocking=True)
+        packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
+        several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
+        if self.family.recurrent_backbone and bool(several.any()):
+            raise FastMTPError(
+                f"a row holds several documents, and {self.family.name} has layers that carry a state from one to the "
+                "next; train without --packing and --padding_free"
+            )
+        run = partial(
+            self.model,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+            **packed,
+        )
+        hidden = run().last_hidden_state
+        real = segments >= 0
+        check_hidden_states(hidden, real, lambda: self.source_of_bad_states(run, real))
+        if self.hidden_cache:
+            self.hidden_cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
+        return hidden
+
+    @torch.no_grad()
+    def source_of_bad_states(self, run: Callable[[], Any], real_BT: torch.Tensor) -> Source:
+        """Which module gave states that are not finite, for an error message. `run` calls the backbone again."""
+        if is_deepspeed_zero3_enabled():
+            return Source("run `fastmtp doctor` on the model")  # the other ranks would have to take part
+        return first_bad_module(self, run, real_BT)
+
+    def draft_states(
+        self,
+        hidden_BTD: torch.Tensor,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor,
+        segment_ids_BT: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """g^1..g^K [K, N, D] of the rows asked for, flat indices into [B * T]; None is all."""
+        with torch.no_grad():
+            embeds = self.model.embed_tokens(input_ids_BT)
+        return rollout(
+            self.head,
+            hidden_BTD,
+            embeds,
+            position_ids_BT,
+            segment_ids_BT,
+            self.model.rotary_emb,
+            self.fastmtp.num_speculative_steps,
+            self.fastmtp.rollout,
+            rows,
+            self._own_embeds if self.fastmtp.inputs == "draft" else None,
+        )
+
+    @property
+    def draft_vocabulary(self) -> DraftVocabulary:
+        """The frozen output matrix, or its part in the token map.
+
+        Under ZeRO-3 the read of `lm_head.weight` gathers the partitioned matrix until the end of this forward; backward
+        needs none. The map's part is copied once.
+        """
+        if not self.fastmtp.token_map:
+            return DraftVocabulary(self.lm_head.weight)
+        if self._mapped is None or self._mapped.weight.device != self.lm_head.weight.device:
+            weight = self.lm_head.weight.detach()
+            self._mapped = DraftVocabulary(weight, read_token_map(self.fastmtp.token_map, weight.shape[0]))
+        return self._mapped
+
+    @torch.no_grad()
+    def _own_embeds(self, outputs_ND: torch.Tensor) -> torch.Tensor:
+        vocabulary = self.draft_vocabulary
+        best = drafts(outputs_ND, vocabulary.weight, self.fastmtp)
+        return cast(torch.Tensor, self.model.embed_tokens(vocabulary.decode(best)))
+
+    def _step_results(
+        self,
+        outputs_KND: torch.Tensor,
+        hidden_BTD: torch.Tensor,
+        targets_KN: torch.Tensor,
+        valid_KN: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> dict[str, torch.Tensor]:
+        """The per-row fields of `FastMTPOutput`, [K, N]."""
+        vocabulary, config = self.draft_vocabulary, self.fastmtp
+        labels = vocabulary.encode(targets_KN)
+        # A token outside the map is a sure rejection: nothing to learn there, and a server never drafts further.
+        trained = valid_KN & ((labels >= 0) | ~valid_KN).cumprod(0).bool()
+        hidden = hidden_BTD.flatten(0, 1)
+        losses = step_losses(outputs_KND, vocabulary.weight, labels.clamp(min=0), trained, config, hidden, rows)
+        found = {"step_loss": losses.loss, "match": losses.match, "trained": trained}
+        if losses.overlap is not None:
+            found["overlap"] = losses.overlap
+        if vocabulary.ids is not None and not cast(nn.Module, self).training:
+            best = drafts(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
+            found["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
+        return found
+
+
+def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:
+    """Why a model cannot be loaded: tensors that no loaded file holds."""
+    listed = next(((n, f) for n, f in headers.absent.items() if n in missing), None)
+    where = f", the index has it in {listed[1]}, which is missing or damaged" if listed else ""
+    name = listed[0] if listed else missing[0]
+    return f"{model_dir}: {name} is in no file ({len(missing)} such tensors{where}); download the checkpoint again"
+
+
+def _without_autocast(router: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """Routers of DeepSeek's kind compute in float32 in transformers and in engines. Under autocast their product would
+    be bfloat16 all the same, and a near tie would be trained with one expert and served with another."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return type(router).forward(router, hidden_states)
+
+
+def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
+    """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    from deepspeed import zero
+
+    return cast(AbstractContextManager[Any], zero.GatheredParameters(parameters, modifier_rank=0))
+
+
+@cache
+def build_class(family: Family) -> type:
+    """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
+    backbone = import_class(family.backbone)
+    # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
+    patterns = backbone._keys_to_ignore_on_load_unexpected or []
+    ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
+    ignored += [re.escape(f"{family.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.copies]
+    attributes = {
+        "family": family,
+        "config_class": CONFIG_MAPPING[family.config_model_type],
+        "_keys_to_ignore_on_load_unexpected": ignored or None,
+        "_keep_in_fp32_modules_strict": [*(backbone._keep_in_fp32_modules_strict or []), *family.kept_in_float32],
+    }
+    cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
+    # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
+    cls.__module__, cls.__qualname__ = __name__, f"FastMTP_{family.name}"
+    return cls
+
+
+def model_class(model_dir: str | Path) -> type:
+    """The class for a checkpoint folder. Raises `FastMTPError` if its layout is unknown."""
+    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+    return next(build_class(row) for row in FAMILIES if row.name == family.name)
+
+
+def load_config(model_dir: str | Path) -> Any:
+    """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
+
+    No code of the folder runs. Raises `FastMTPError` if transformers cannot build it without.
+    """
+    stored = read_config(model_dir)  # names a key of a wrong type
+    if "auto_map" in stored and stored["auto_map"] is None:
+        raise FastMTPError(f"{Path(model_dir) / 'config.json'}: auto_map is null; remove the key")
+    kind = stored.get("model_type")
+    if stored.get("auto_map") and kind not in CONFIG_MAPPING:
+        family = match_family(stored, Path(model_dir) / "config.json")
+        raise FastMTPError(
+            f"{Path(model_dir) / 'config.json'}: model_type {kind!r} is known to Python code of the folder only "
+            f"(auto_map), and this package runs none; set it to {family.config_model_type!r} if the model is one"
+        )
+    read_object(Path(model_dir) / "generation_config.json")  # transformers loads it with the model
+    with _one_line(model_dir):
+        # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
+        return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)
+
+
+@contextmanager
+def _one_line(model_dir: str | Path) -> Iterator[None]:
+    """A config.json that transformers cannot take raises whatever it likes; this makes one line of it."""
+    try:
+        yield
+    except FastMTPError:
+        raise
+    except Exception as error:
+        raise FastMTPError(
+            f"{Path(model_dir) / 'config.json'}: transformers cannot build it ({detail(error)}); compare with the base "
+            "model's, where a key is null or of another type"
+        ) from None
+
+
+def text_config(config: Any, model_dir: str | Path) -> Any:
+    """The text part of a checkpoint's config, or the config itself where it has no parts."""
+    text = config.get_text_config()
+    stored = read_config(model_dir)
+    if text is not config:
+        text.tie_word_embeddings = bool(config_value(stored, "tie_word_embeddings"))
+    if quantization := config_value(stored, "quantization_config"):
+        text.quantization_config = quantization
+    elif hasattr(text, "quantization_config"):
+        del text.quantization_config  # null or empty: an unquantised checkpoint
+    if getattr(text, "head_dim", 0) is None:  # engines take it as missing, transformers' older classes do not
+        text.head_dim = text.hidden_size // text.num_attention_heads
+    _check_rope(getattr(text, "rope_parameters", None), Path(model_dir) / "config.json")
+    return text
+
+
+def _check_rope(parameters: Any, path: Path) -> None:
+    """Raises `FastMTPError` for a `rope_theta` that is no number; transformers computes with it without a look."""
+    if not isinstance(parameters, dict):
+        return
+    for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):  # one for each kind of layer
+        theta = part.get("rope_theta", 1.0)
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+            raise FastMTPError(f"{path}: rope_theta is {theta!r}, it must be a positive number; take the base model's")
+
+
+def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor that the head of a checkpoint must have.
+
+    `weights` is the folder whose tensors show whether experts are stored one by one or joined, by default the same.
+    Raises `FastMTPError` if config.json has no known layout, or none that can be built.
+    """
+    family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
+    config = load_config(model_dir)
+    with _one_line(model_dir), torch.device("meta"):
+        head = MTPHead(config, family)
+        tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
+        if not _experts_joined(weights or model_dir, family):
+            tensors = split_experts(tensors)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def needed_tensors(model_dir: str | Path, names: Iterable[str], held: Iterable[str]) -> list[str]:
+    """Those of the names that the model, backbone or MTP layer, is loaded from.
+
+    For tensors that an index lists and no file holds: the rest of them is stale and nobody misses it.
+
+    Args:
+        model_dir: the folder of the config.json.
+        names: what is asked about.
+        held: the tensors that there are. All are compared without the `language_model.` that checkpoints with a vision
+            tower have in their names.
+
+    Raises as `head_shapes`.
+    """
+    asked = list(names)
+    if not asked:
+        return []
+    stored_config = read_config(model_dir)
+    family = match_family(stored_config, Path(model_dir) / "config.json")
+    config = load_config(model_dir)
+    with _one_line(model_dir), torch.device("meta"):
+        model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
+    tied = set(model.all_tied_weights_keys)
+    here = {_text_name(n) for n in held}
+    stored = here | {_text_name(n) for n in asked}
+    needed: set[str] = set()
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            needed.update(as_stored({name: tensor}, stored))
+    if config_value(stored_config, "quantization_config"):
+        # A quantised matrix is several tensors: scales, zero points, packed values, under their module or beside it.
+        modules = {name.rpartition(".")[0] for name in needed}
+        needed |= {n for n in stored if n.rpartition(".")[0] in modules}
+    return sorted(n for n in asked if _text_name(n) in needed - here)
+
+
+def _text_name(name: str) -> str:
+    name = name.replace("language_model.", "", 1)
+    return name if not name.startswith("model.model.") else name.removeprefix("model.")
+
+
+def keeps_float32(family: Family, name: str) -> bool:
+    """Whether this tensor is float32 in a model of any dtype: in transformers, as published checkpoints have it, or in
+    engines, as they have the norm of an indexer."""
+    parts = import_class(family.backbone)._keep_in_fp32_modules_strict or ()
+    return any(part in name for part in (*parts, "indexer.k_norm."))
+
+
+def _experts_joined(folder: str | Path, family: Family) -> bool:
+    """By the names of the MTP layer, or of the backbone where there is none yet."""
+    headers = read_headers(folder) if any(Path(folder).glob("*.safetensors")) else Headers()
+    every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
+    names = [name for name in every if name.startswith(tuple(f"{root}." for root in family.roots))] or every
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
+
+
+def check_checkpoint(model_dir: str | Path) -> None:
+    """Raises `FastMTPError` unless the folder is a checkpoint that can be trained: a family of ours, as many tokens as
+    its matrices have rows, and a whole, finite MTP layer."""
+    path = Path(model_dir) / "config.json"
+    config = read_config(model_dir)
+    family = find_family(config, path)
+    read_vocab_size(model_dir)  # raises where it is not that of the matrices
+    check_head(model_dir, family, head_shapes(model_dir))
+
+
+def load_head(
+    model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor], stored: Container[str] = ()
+) -> None:
+    """Put head tensors into a model, one at a time. Works under ZeRO-3 too, where parameters are partitioned.
+
+    Args:
+        model: the model.
+        tensors: by their names in a checkpoint, or what reads them.
+        stored: these names, where `tensors` is a function.
+    """
+    read, stored = (tensors, stored) if callable(tensors) else (tensors.__getitem__, tensors)
+    for name, target in model.head_tensors().items():
+        whole = torch.empty(getattr(target, "ds_shape", target.shape), device="meta")
+        with _gathered([target]), torch.no_grad():
+            fill(target, as_stored({name: whole}, stored), read)
+
+
+def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
+
+    Raises as `check_checkpoint`.
+    """
+    check_checkpoint(model_dir)
+    cls: Any = model_class(model_dir)
+    model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def __getattr__(name: str) -> type:
+    """Unpickling in a fresh process asks for `FastMTP_<family>` before anything built it."""
+    for family in FAMILIES:
+        if name == f"FastMTP_{family.name}":
+            return build_class(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Tables, plots, pages and model cards of what was measured."""

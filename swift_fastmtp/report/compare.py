@@ -1,0 +1,125 @@
+"""`fastmtp compare A B`: did B get worse? For continuous integration, so the answer is also an exit status.
+
+Compared is what both files measured, run by run: server, task, temperature, concurrency. A run, or a measure of one,
+that only one file has is named and judged by nobody.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..bench.results import Lossless, Run, RunKey
+from ..errors import FastMTPError
+from ..files.table import NOTHING, number
+from .entries import speed, tau
+from .merge import Merged, describe, differences, key, load_results
+from .tables import divergence
+
+HEADER = ("server", "task", "temp.", "conc.", "τ A", "τ B", "change", "token/s A", "token/s B", "change",
+          "total A", "total B", "change", "equal A", "equal B", "")  # fmt: skip
+
+
+@dataclass
+class Comparison:
+    """What `compare` found; without `regressions` B is as good as A within the limits."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    regressions: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What B may lose without being worse."""
+
+    tau_drop: float = 0.02
+    """Fraction of A's micro tau."""
+    speed_drop: float = 0.05
+    """Fraction of A's speed of one request, and of A's tokens per second of the run."""
+    equal_drop: float = 0.0
+    """Of the share of answers that equal the baseline's."""
+
+
+def compare(a: str | Path, b: str | Path, limits: Limits | None = None) -> Comparison:
+    """B against A, two results.json of `fastmtp bench`.
+
+    Raises `FastMTPError` for invalid files, limits outside [0, 1), or files that have no run in common.
+    """
+    limits = limits or Limits()
+    for name, value in vars(limits).items():
+        if not 0 <= value < 1:
+            raise FastMTPError(f"--max_{name} {value:g}: a fraction, from 0 to below 1")
+    return compare_results(load_results([a]), load_results([b]), limits)
+
+
+def compare_results(a: Merged, b: Merged, limits: Limits) -> Comparison:
+    """`compare` for loaded results."""
+    runs_a, runs_b = ({key(run): run for run in results.runs} for results in (a, b))
+    common = [place for place in runs_a if place in runs_b]
+    if not common:
+        raise FastMTPError("the files have no run (server, task, temperature, concurrency) in common")
+    found = Comparison()
+    for what in differences([a.files[0][1], b.files[0][1]]):
+        found.remarks.append(f"A and B differ in {what}")
+    for task in a.tasks:
+        if task in b.tasks and a.tasks[task].sha256 != b.tasks[task].sha256:
+            found.remarks.append(f"A and B differ in the prompts of {task}")
+    for name, these, others in (("A", runs_a, runs_b), ("B", runs_b, runs_a)):
+        found.remarks += [f"only in {name}: {describe(place)}" for place in these if place not in others]
+    for place in common:
+        steps = a.servers[place[0]].num_steps, b.servers[place[0]].num_steps
+        worse = _judge(found, place, runs_a[place], runs_b[place], steps, limits)
+        found.regressions += [f"{describe(place)}: {text}" for text in worse]
+    return found
+
+
+def _judge(found: Comparison, place: RunKey, a: Run, b: Run, num_steps: tuple[int, int], limits: Limits) -> list[str]:
+    """Adds a row, and the measures that one side lacks, to `found`. Returns the regressions."""
+    server, task, temperature, concurrency = place
+    row, worse = [server, task, f"{temperature:g}", f"{concurrency}"], []
+    for what, old, new, digits, limit in (
+        ("τ", tau(a, num_steps[0]), tau(b, num_steps[1]), 3, limits.tau_drop),
+        ("token/s of one request", speed(a), speed(b), 2, limits.speed_drop),
+        ("token/s of the run", _total(a), _total(b), 2, limits.speed_drop),
+    ):
+        row += [number(old, digits), number(new, digits)]
+        row.append(NOTHING if not old or new is None else f"{100 * (new - old) / old:+.1f}%")
+        if (old is None) != (new is None):
+            found.remarks.append(f"only in {'B' if old is None else 'A'}: {what} of {describe(place)}")
+        # A drop of exactly the limit is allowed, whatever its last bit.
+        elif old and new is not None and (old - new) / old > limit + 1e-9:
+            worse.append(f"{what} fell by {100 * (old - new) / old:.1f}%, from {old:.{digits}f} to {new:.{digits}f}")
+    equal = [_share(run.lossless) for run in (a, b)]
+    row += [f"{run.lossless.equal}/{run.lossless.compared}" if run.lossless else NOTHING for run in (a, b)]
+    if (equal[0] is None) != (equal[1] is None):
+        found.remarks.append(f"only in {'B' if equal[0] is None else 'A'}: losslessness of {describe(place)}")
+    elif equal[0] is not None and equal[1] is not None and equal[0] - equal[1] > limits.equal_drop + 1e-9:
+        worse.append(f"answers equal to the baseline's fell from {row[-2]} to {row[-1]}, first at {divergence(b)}")
+    if b.num_failed > a.num_failed:
+        worse.append(f"failed requests rose from {a.num_failed} to {b.num_failed}")
+    found.rows.append([*row, "WORSE" if worse else ""])
+    return worse
+
+
+def _total(run: Run) -> float | None:
+    return run.tokens_per_second if run.num_failed < run.num_requests else None
+
+
+def _share(check: Lossless | None) -> float | None:
+    return check.equal / check.compared if check and check.compared else None
+
+
+def text(found: Comparison) -> str:
+    """For the terminal: the table, what only one file has, the regressions, and a last line that sums up."""
+    lines = [list(HEADER), *found.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    shown = [
+        "  ".join(
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    shown = [line.rstrip() for line in shown]
+    shown += [f"note: {remark}" for remark in found.remarks]
+    shown += [f"WORSE: {regression}" for regression in found.regressions]
+    shown.append(f"{len(found.rows)} runs compared, {len(found.regressions)} regressions")
+    return "\n".join(shown)

@@ -1,0 +1,77 @@
+"""`fastmtp report`: results files → tables, plots and one HTML page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..files.staging import new_folder, try_output
+from ..files.table import Table, escape, markdown
+from .entries import slices
+from .figure import Plot, write_plot
+from .merge import Merged, load_results, notes
+from .page import page
+from .plots import plots
+from .tables import (
+    acceptance_table,
+    concurrency_table,
+    file_table,
+    latency_table,
+    lossless_table,
+    main_table,
+    map_table,
+    server_table,
+    speedup_table,
+    task_table,
+)
+
+TITLE = "Multi-token prediction, measured"
+
+
+def report(paths: Sequence[str | Path], output_dir: str | Path) -> Path:
+    """Write report.md, report.html and plots/*.png, *.svg to a new folder. Returns it.
+
+    Args:
+        paths: results.json of one or more runs of `fastmtp bench`; what they measured must not overlap.
+        output_dir: must not exist; it appears whole or not at all.
+
+    Raises `FastMTPError` for invalid or contradicting files.
+    """
+    try_output(output_dir)
+    results = load_results(paths)
+    with new_folder(output_dir) as folder:
+        write_report(results, folder)
+    return Path(output_dir)
+
+
+def write_report(results: Merged, folder: Path) -> None:
+    """The files of `report` for results that are merged already (`merge.merge`)."""
+    drawn, found, warnings = plots(results), tables(results), notes(results)
+    (folder / "plots").mkdir()
+    for plot in drawn:
+        write_plot(plot, folder / "plots")
+    text = [f"# {TITLE}\n"]
+    if warnings:
+        text += ["**Read first**\n", *(f"* {escape(note)}" for note in warnings), ""]
+    text += [markdown(table) for table in found]
+    if drawn:
+        text += ["## Plots\n", *(_picture(plot) for plot in drawn)]
+    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+    made = f"Made by fastmtp report, swift_fastmtp {__version__}."
+    (folder / "report.html").write_text(page(TITLE, warnings, drawn, found, made), encoding="utf-8")
+
+
+def tables(results: Merged) -> list[Table]:
+    """Every table that the data has something for, in the order of the report."""
+    found: list[Table | None] = []
+    every = slices(results)
+    found += [make(results, t, c) for t, c in every for make in (main_table, speedup_table, map_table)]
+    temperatures = sorted({t for t, _ in every})
+    found += [make(results, t) for t in temperatures for make in (acceptance_table, concurrency_table)]
+    found += [latency_table(results), lossless_table(results)]
+    found += [task_table(results), server_table(results), file_table(results)]
+    return [table for table in found if table]
+
+
+def _picture(plot: Plot) -> str:
+    alt = escape(plot.alt.replace("[", "(").replace("]", ")"))
+    return f"![{alt}](plots/{plot.name}.png)\n\n{escape(plot.caption)}\n"

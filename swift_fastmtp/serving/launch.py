@@ -1,0 +1,142 @@
+"""The command that serves an exported folder, with the reason for each flag.
+
+The flags are what the engines were read and tested to do (SGLang 0.5.19 to 0.5.23: `arg_groups/speculative_hook.py`,
+`eagle_worker_v2.py`); docs and serving tests take them from here.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.config_file import read_config
+from ..checkpoint.headers import layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.quantization import read_quantization
+from ..checkpoint.weights import SETTINGS_FILE, Weights
+from ..errors import FastMTPError
+from ..families.family import Family, config_value
+from ..families.table import match_family
+from ..files.known_files import read_object
+from ..method.token_map import CONFIG_KEY
+
+_REMOTE = "config.json names a configuration class of its own (auto_map)"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Words of a command line and why they are there."""
+
+    words: tuple[str, ...]
+    why: str
+
+
+def serve_flags(
+    folder: str | Path,
+    engine: str = "sglang",
+    num_steps: int | None = None,
+    token_map: str | None = None,
+    model: str | None = None,
+) -> list[Flag]:
+    """Command line that serves `folder`, in order.
+
+    Args:
+        folder: a full checkpoint or a draft-only folder.
+        num_steps: drafts per verification, K; default: what the head was trained for.
+        token_map: SGLang's `--speculative-token-map` file; default: the one the head was trained inside.
+        model: the target of a draft-only folder; default: the base model it was trained for.
+
+    Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    family = match_family(config, folder / "config.json")
+    weights = Weights(folder)
+    if elsewhere := layer_elsewhere(folder, family):
+        raise FastMTPError(f"{folder}: {elsewhere.text}")
+    if fault := vocab_size_fault(read_headers(folder), config):
+        raise FastMTPError(f"{folder / 'config.json'}: {fault}")
+    if not weights.under(*family.roots):
+        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
+    if refusal := weights.chosen.refusals.get(engine):
+        raise FastMTPError(f"{folder}: {engine}: {refusal}")
+    full = weights.has_backbone(config)
+    settings = read_object(folder / SETTINGS_FILE)
+    steps = num_steps or settings.get("num_speculative_steps") or 3
+    target = folder if full else Path(model or settings.get("base_model") or "")
+    if not full and not model and not settings.get("base_model"):
+        raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
+    if engine == "vllm":
+        if not family.vllm:
+            raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
+        return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
+    by_language = CONFIG_KEY in config and not token_map
+    token_map = None if by_language else token_map or settings.get("token_map")
+    if token_map and config_value(config, "tie_word_embeddings"):
+        raise FastMTPError(
+            f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
+            "and ids go through the short table); serve without the map"
+        )
+    why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
+    flags = [
+        Flag(("python", "-m", "sglang.launch_server"), why),
+        Flag(
+            ("--model-path", str(target)), "the exported checkpoint" if full else "the model the head was trained for"
+        ),
+    ]
+    if not full:
+        flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
+        if read_object(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
+            why = "the target is quantised, these tensors are not"
+            flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
+    elif read_quantization(config, folder) and not _is_quantized(weights, family):
+        why = "SGLang names some MTP layers otherwise than the checkpoint, and may not see that this one is left out"
+        flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
+    if config.get("auto_map"):
+        flags.append(Flag(("--trust-remote-code",), _REMOTE))
+    flags += [
+        Flag(
+            ("--speculative-algorithm", "NEXTN"),
+            family.sglang_gap or "the MTP layer drafts; the same code path as EAGLE",
+        ),
+        Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
+        Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
+        Flag(("--speculative-num-draft-tokens", str(steps + 1)), "K drafts and the bonus token"),
+    ]
+    if token_map:
+        flags += [
+            Flag(("--speculative-token-map", token_map), "the draft's smaller vocabulary; the output does not change"),
+            Flag(("--tp-size", "1"), "a static map holds global ids, which a sharded head cannot take"),
+        ]
+    return flags
+
+
+def _is_quantized(weights: Weights, family: Family) -> bool:
+    """Whether any tensor of the MTP layer is stored as other than plain numbers."""
+    plain = {"bfloat16", "float16", "float32"}
+    return any(dtype not in plain for name, dtype in weights.dtypes().items() if family.owns(name))
+
+
+def _vllm(remote_code: bool, target: Path, full: bool, steps: int, token_map: str | None) -> list[Flag]:
+    if not full:
+        raise FastMTPError("vLLM reads the MTP layer from the model itself: export a full checkpoint")
+    if token_map:
+        raise FastMTPError("vLLM has no token map for MTP; drop it")
+    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": steps})
+    return [
+        Flag(("vllm", "serve", str(target)), "the exported checkpoint"),
+        *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
+        Flag(("--speculative-config", speculative), "K drafts, the one layer applied K times"),
+    ]
+
+
+def command(flags: list[Flag]) -> list[str]:
+    """The words of a command line."""
+    return [word for flag in flags for word in flag.words]
+
+
+def explain(flags: list[Flag]) -> str:
+    """The command as a shell would take it, then a line per flag that says why."""
+    shell = " \\\n  ".join(shlex.join(flag.words) for flag in flags)
+    width = max(len(shlex.join(f.words)) for f in flags)
+    reasons = "\n".join(f"# {shlex.join(f.words):{width}}  {f.why}" for f in flags)
+    return f"{shell}\n\n{reasons}"

@@ -1,0 +1,1 @@
+"""What a head would accept, without a server."""

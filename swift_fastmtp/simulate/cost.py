@@ -1,0 +1,97 @@
+"""What a verification step and a draft step cost, and so what acceptance is worth: speedup before anyone rents a GPU.
+
+Decoding one request reads every weight once per step, and that is what its time is: a draft step costs the bytes of the
+MTP layer and of the rows of the output matrix that its token map keeps, against the bytes of the whole model. With
+K drafts per verification (SGLang runs the MTP layer K times, `eagle_worker_v2.py`) and tau tokens from it
+
+    speedup = tau * verify / (verify + K * (draft + rows * row))
+
+Left out: attention over the context, kernel launches, sampling, and batches so large that arithmetic counts. Two
+measured times put all of that in, three where a verification takes longer than a step without drafts.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..checkpoint.config_file import read_config
+from ..checkpoint.headers import read_vocab_size
+from ..checkpoint.weights import Weights
+from ..errors import FastMTPError
+from ..families.family import config_value, is_embedding
+from ..families.table import match_family
+
+# Config keys of mixtures of experts: how many there are, and how many a token reads.
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_READ = ("num_experts_per_tok", "moe_k", "moe_topk")
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Costs in one unit, bytes or milliseconds.
+
+    Attributes:
+        verify: one step of the model that verifies drafts.
+        draft: one draft step without its output matrix.
+        row: one row of the output matrix.
+        vocab_size: its rows.
+    """
+
+    verify: float
+    draft: float
+    row: float
+    vocab_size: int
+    unit: str = "bytes"
+    decode: float | None = None
+    """One step of the model that decodes one token; None: as a verification."""
+
+    def draft_step(self, ids: int | None = None) -> float:
+        """A draft step that chooses from `ids` tokens; None is all of them."""
+        return self.draft + self.row * (self.vocab_size if ids is None else ids)
+
+    def speedup(self, tau: float, num_steps: int, ids: int | None = None) -> float:
+        """Speed of decoding against no drafts, at `tau` tokens per verification of `num_steps` drafts."""
+        decode = self.verify if self.decode is None else self.decode
+        return tau * decode / (self.verify + num_steps * self.draft_step(ids))
+
+    def measured(self, draft_ms: float, verify_ms: float, decode_ms: float | None = None) -> "StepCost":
+        """These proportions at measured times: a draft step with the whole vocabulary, a verification step, and a step
+        without drafts (default: as long as a verification).
+
+        Raises `FastMTPError` if one is not positive.
+        """
+        if min(draft_ms, verify_ms, verify_ms if decode_ms is None else decode_ms) <= 0:
+            raise FastMTPError(
+                f"--draft_ms {draft_ms}, --verify_ms {verify_ms}, --decode_ms {decode_ms}: must be positive"
+            )
+        scale = draft_ms / self.draft_step()
+        return replace(
+            self, verify=verify_ms, draft=self.draft * scale, row=self.row * scale, unit="ms", decode=decode_ms
+        )
+
+
+def read_cost(model_dir: str | Path) -> StepCost:
+    """The bytes of a checkpoint that its steps read; of a mixture of experts, those that one token takes.
+
+    Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer, or whose vocab_size is wrong.
+    """
+    config = read_config(model_dir)
+    family = match_family(config, Path(model_dir) / "config.json")
+    sizes = Weights(model_dir).sizes()
+    number, read = (next((v for k in keys if (v := config_value(config, k))), 1) for keys in (_EXPERTS, _READ))
+    share = min(1.0, read / number)
+    # One row of the embedding is read, and where the two are one tensor it is the output matrix.
+    embedding = next((n for n in sizes if is_embedding(n) and not family.owns(n)), None)
+    head = "lm_head.weight" if "lm_head.weight" in sizes else embedding
+    if head is None or not any(family.owns(n) for n in sizes):
+        raise FastMTPError(f"{model_dir}: holds no output matrix or no MTP layer; its steps cannot be compared")
+    verify = draft = 0.0
+    for name, size in sizes.items():
+        if is_embedding(name) or name == head or name.endswith("shared_head.head.weight") or ".visual." in name:
+            continue
+        cost = size * (share if ".experts." in name else 1.0)
+        if family.owns(name):
+            draft += cost
+        else:
+            verify += cost
+    V = read_vocab_size(model_dir)
+    return StepCost(verify + sizes[head], draft, sizes[head] / V, V)
