@@ -1,5 +1,6 @@
 """Knobs: parsed, validated, and named in the error."""
 
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.known_files import SETTINGS
 from swift_fastmtp.method.config import FastMTPConfig, knob_names
 
 
@@ -65,3 +67,11 @@ def test_bad_knobs_are_named(name, value):
 def test_knob_names_are_the_fields():
     assert "fastmtp_num_speculative_steps" in knob_names()
     assert FastMTPConfig.from_mapping(FastMTPConfig(beta=0.3).to_dict()).beta == 0.3
+
+
+def test_files_are_checked_for_every_knob():
+    """fastmtp.json's table stands below the knobs in the house, so it repeats their names and types."""
+    for knob in fields(FastMTPConfig):
+        right = {int: [2], float: [0.5, 1], str: ["x"]}[type(knob.default)]
+        assert all(SETTINGS[knob.name].fits(value) for value in right), knob.name
+        assert not any(SETTINGS[knob.name].fits(value) for value in ([], {}, True)), knob.name

@@ -1,42 +1,17 @@
 """Every loss equals its formula in float64, gradients included, and never holds more than a chunk of logits."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swift_fastmtp.method.chunked_losses import greedy_tokens, step_losses
 from swift_fastmtp.method.config import LOSSES, SOFT_LOSSES, FastMTPConfig
 from swift_fastmtp.method.frozen_head import FrozenHead, even
-from swift_fastmtp.method.losses import drafts, step_losses, weighted_loss
-
-
-def plain(outputs_KND, weight, targets_KN, valid_KN, config, hidden, rows):
-    """The formulas of the module's docstring on all logits at once, by autograd."""
-    K, N = targets_KN.shape
-    losses, overlaps = [], []
-    for k in range(K):
-        logits = outputs_KND[k] @ weight.T
-        if config.loss == "ce":
-            log_q = logits.log_softmax(-1)
-            losses.append(-log_q[torch.arange(N), targets_KN[k]])
-            continue
-        teacher = hidden[(rows + k + 1).clamp(max=len(hidden) - 1)] @ weight.T / config.temperature
-        p, log_q = teacher.softmax(-1), (logits / config.temperature).log_softmax(-1)
-        if config.loss == "topk_kl":
-            p = p * (p >= p.topk(min(config.top_k, p.shape[-1])).values[:, -1:])
-            p = p / p.sum(-1, keepdim=True)
-        kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
-        overlap = torch.minimum(p, log_q.exp()).sum(-1)
-        overlaps.append(overlap)
-        w = (-config.lk_eta * overlap.detach()).exp()
-        tv = 1 - overlap
-        losses.append({"kl": kl, "topk_kl": kl, "tv": tv, "lk": w * kl + (1 - w) * tv, "e2e": tv}[config.loss])
-    loss = torch.stack(losses)
-    if config.loss == "e2e":
-        loss = 1 - torch.where(valid_KN, 1 - loss, torch.ones_like(loss)).cumprod(0)
-    match = (outputs_KND @ weight.T).argmax(-1) == targets_KN
-    return loss * valid_KN, match & valid_KN, torch.stack(overlaps) * valid_KN if overlaps else None
+from swift_fastmtp.method.losses import fastmtp_loss, plain_step_losses, weighted_loss
 
 
 def case(K, N, R, D, V, seed, dtype=torch.float64):
@@ -59,7 +34,7 @@ def both(case, config):
     outputs, weight, targets, valid, hidden, rows = case
     upstream = torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) + 0.5
     found = []
-    for function in (step_losses, plain):
+    for function in (step_losses, plain_step_losses):
         g = outputs.clone().requires_grad_()
         loss, match, overlap = function(g, weight, targets, valid, config, hidden, rows)
         (loss * upstream).sum().backward()
@@ -157,8 +132,8 @@ def test_no_supervised_row_gives_zero_and_a_gradient():
 def test_drafts_are_the_argmax():
     rows, weight = torch.randn(21, 5), torch.randn(13, 5)
     config = FastMTPConfig(loss_chunk_size=4)
-    assert torch.equal(drafts(rows, weight, config), (rows @ weight.T).argmax(-1))
-    assert drafts(rows[:0], weight, config).tolist() == []
+    assert torch.equal(greedy_tokens(rows, weight, config), (rows @ weight.T).argmax(-1))
+    assert greedy_tokens(rows[:0], weight, config).tolist() == []
 
 
 def test_weights_follow_the_papers_equation_2():
@@ -167,6 +142,25 @@ def test_weights_follow_the_papers_equation_2():
     assert float(weighted_loss(nll, weights, 4)) == pytest.approx(1.0)
     nll[1:] = 0
     assert float(weighted_loss(nll, weights, 4)) == pytest.approx(0.5102, abs=1e-4)
+
+
+def test_equation_1_by_hand():
+    """K = 2, one row: alpha is 1/1.6 and 0.6/1.6; of two logits a and b, -log softmax at a is log(1 + e^(b-a))."""
+    logits = torch.tensor([[[0.0, 1.0]], [[2.0, 0.0]]])
+    targets, valid = torch.tensor([[0], [0]]), torch.tensor([[True], [True]])
+    weights = FastMTPConfig(num_speculative_steps=2, beta=0.6).step_weights
+    want = (math.log(1 + math.e) + 0.6 * math.log(1 + math.exp(-2))) / 1.6
+    assert float(fastmtp_loss(logits, targets, valid, weights, 1)) == pytest.approx(want)
+    valid[1] = False
+    assert float(fastmtp_loss(logits, targets, valid, weights, 1)) == pytest.approx(math.log(1 + math.e) / 1.6)
+
+
+def test_the_chunked_loss_is_equation_1():
+    outputs, weight, targets, valid, _, _ = case(3, 17, 30, 6, 12, 5)
+    config = FastMTPConfig(loss="ce", loss_chunk_size=4)
+    loss = step_losses(outputs, weight, targets, valid, config).loss
+    want = fastmtp_loss(outputs @ weight.T, targets, valid, config.step_weights, 17)
+    assert float(weighted_loss(loss, config.step_weights, 17)) == pytest.approx(float(want), rel=1e-12)
 
 
 def test_end_to_end_loss_counts_the_drafts_that_are_not_accepted():

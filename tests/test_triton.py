@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_losses import case
 
-from swift_fastmtp.method import frozen_head
+from swift_fastmtp.method import chunked_losses, frozen_head
 from swift_fastmtp.method.config import LOSSES, FastMTPConfig
-from swift_fastmtp.method.losses import step_losses
+from swift_fastmtp.method.chunked_losses import step_losses
 
 pytest.importorskip("triton", reason="pip install swift_fastmtp[dev]")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def fused(monkeypatch):
 
 def results(monkeypatch, head, inputs, config):
     outputs, weight, targets, valid, hidden, rows = (x.to(DEVICE) for x in inputs)
-    monkeypatch.setattr(frozen_head, "_head_type", lambda _: head)
+    monkeypatch.setattr(chunked_losses, "_head_type", lambda _: head)
     g = outputs.clone().requires_grad_()
     loss, match, overlap = step_losses(g, weight, targets, valid, config, hidden, rows)
     loss.sum().backward()
@@ -60,4 +60,4 @@ def test_half_precision_logits_are_rounded_as_in_the_plain_form(monkeypatch, fus
 
 
 def test_only_gpu_tensors_take_the_kernels():
-    assert frozen_head._head_type(torch.empty(2, 2)) is frozen_head.FrozenHead
+    assert chunked_losses._head_type(torch.empty(2, 2)) is frozen_head.FrozenHead

@@ -316,7 +316,7 @@ class Engine:
             like = ", ".join(sorted(k for k in meta if k.startswith("spec_"))) or "nothing that begins with spec_"
             raise FastMTPError(
                 f"{self.url}: drafts, but its answers do not tell {', '.join(missing)}, as SGLang {version} should "
-                f"(they have {like}); use another version, or add its names to SGLANG_FIELDS in swift_fastmtp/bench/engines.py"
+                f"(they have {like}); use another version, or add its names to SGLANG_FIELDS in bench/engines.py"
             )
         steps, accepted = meta[names.steps], meta[names.accepted]
         if steps < 0 or not 0 <= accepted <= steps * self.identity.num_steps:

@@ -1,13 +1,12 @@
 """What a mix holds, before and after: tables by group, source and language, and the lengths of its rows."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from .mix import Index
+from .mix_index import Index
 
 Ints = NDArray[np.int64]
 MAX_SOURCES = 100
@@ -16,7 +15,7 @@ _COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
 
 
 def make_report(
-    index: "Index", shares: dict[str, float], count: str, total: int, repeats_N: Ints, val_N: Ints
+    index: Index, shares: dict[str, float], count: str, total: int, repeats_N: Ints, val_N: Ints
 ) -> dict[str, Any]:
     """Rows and tokens (answers' and all) of input, training and validation, by group, source and language, and how
     many training rows of each group have 2**b to 2**(b+1) - 1 counted tokens.

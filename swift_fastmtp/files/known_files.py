@@ -1,31 +1,38 @@
 """The JSON files that this package reads, by name, and what their keys must hold."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..method.config import FastMTPConfig
 from .inputs import read_json
 from .kinds import NAME, NAME_OR_NAMES, NUMBER, OBJECT, PATH, TOKEN_IDS, Kind, is_int, shown, whole, wrong_types
 
-_KNOB_KINDS = {int: Kind("a whole number", is_int), float: NUMBER, str: NAME}
+_WHOLE = Kind("a whole number", is_int)
 
-
-_SETTINGS = {
-    **{f.name: _KNOB_KINDS[type(f.default)] for f in fields(FastMTPConfig)},
+SETTINGS: dict[str, Kind] = {
     "num_speculative_steps": whole(1, 1000),
+    "beta": NUMBER,
+    "rollout": NAME,
+    "inputs": NAME,
+    "loss": NAME,
+    "temperature": NUMBER,
+    "top_k": _WHOLE,
+    "lk_eta": NUMBER,
     "token_map": PATH,
+    "on_bad_row": NAME,
+    "hidden_cache": NAME,
+    "hidden_cache_gb": NUMBER,
+    "loss_chunk_size": _WHOLE,
     "swift_fastmtp": NAME,
     "base_model": PATH,
     "base_fingerprint": NAME,
     "dataset": NAME_OR_NAMES,
 }
-
+"""The knobs of a run (`method/config.py`, a test compares them), and what it was made from."""
 
 _FILES: dict[str, Mapping[str, Kind]] = {
-    "fastmtp.json": _SETTINGS,
+    "fastmtp.json": SETTINGS,
     "args.json": {"model": PATH, "model_kwargs": OBJECT, "dataset": NAME_OR_NAMES},
     "adapter_config.json": {"peft_type": NAME, "r": whole(1, 2**20), "lora_alpha": NUMBER},
     "generation_config.json": {"eos_token_id": TOKEN_IDS},
@@ -34,8 +41,6 @@ _FILES: dict[str, Mapping[str, Kind]] = {
     "cache.json": {"schema": NAME},
     "hf_quant_config.json": {"quantization": OBJECT, "producer": OBJECT},
 }
-
-
 _MAP_FACTS = {"tokenizer_sha256": NAME, "ids_sha256": NAME}
 
 

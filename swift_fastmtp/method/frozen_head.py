@@ -5,7 +5,6 @@ logits give loss, argmax and that gradient at once, and are dropped. `losses` ha
 """
 
 import itertools
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -22,44 +21,6 @@ def chunk_size(weight_VD: Tensor, config: FastMTPConfig) -> int:
 
 def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.to(weight.dtype) @ weight.T
-
-
-class FrozenHeadLoss(torch.autograd.Function):
-    """(outputs [K, N, D], ...) → (loss, match, overlap), each [K, N]; gradient for the outputs only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        outputs: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        valid: Tensor,
-        config: FastMTPConfig,
-        hidden: Tensor | None,
-        rows: Tensor | None,
-    ) -> Any:
-        K, N, D = outputs.shape
-        flat, grad = outputs.reshape(K * N, D), None
-        if ctx.needs_input_grad[0]:
-            grad = torch.zeros_like(flat)
-        head = _head_type(weight)(weight, outputs.dtype, K * N, config)
-        loss, overlap = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
-        match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
-        for part, teacher in head.chunks(valid, hidden, rows):
-            target = targets.flatten()[part, None]
-            loss[part], overlap[part], best, d_logits = head.row_losses(flat[part], target, teacher)
-            match[part] = best == target[:, 0]
-            if grad is not None:
-                grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(match, overlap)
-        return loss.view(K, N), match.view(K, N), overlap.view(K, N)
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        (grad,) = ctx.saved_tensors
-        out = grad.view(*grad_loss.shape, -1) * grad_loss[..., None]
-        return out.to(grad.dtype), None, None, None, None, None, None
 
 
 class Teacher(NamedTuple):
@@ -198,15 +159,6 @@ def sparse_teacher_loss(
     if temperature != 1:
         grad = grad.div_(temperature)
     return loss.squeeze(1), overlap.squeeze(1), best.squeeze(1), grad
-
-
-def _head_type(weight: Tensor) -> type[FrozenHead]:
-    """Triton's kernels on a GPU, where Triton is installed; plain PyTorch elsewhere."""
-    if weight.is_cuda and find_spec("triton"):
-        from .frozen_head_triton import FusedHead
-
-        return FusedHead
-    return FrozenHead
 
 
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:

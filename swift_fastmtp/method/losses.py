@@ -1,8 +1,7 @@
-"""Losses of the draft steps through the frozen, shared lm_head, a chunk of rows at a time.
+"""Eq. 1 of the paper, and the other losses of the draft steps, as their formulas on all logits at once.
 
-The logits of all steps would be K x rows x vocabulary in fp32 (7.5 GB for MiMo at 4096 tokens). lm_head is frozen,
-so the only gradient that must survive a chunk is the one of its hidden states: each chunk's logits give the loss,
-the match and that gradient at once, and are dropped.
+These are the definitions: `chunked_losses.py`, which training runs, gives the same values in constant memory, and the
+tests hold it to these.
 
 With p the frozen model's own next-token distribution at the position a step predicts, and q the step's:
 
@@ -24,7 +23,39 @@ import torch
 from torch import Tensor
 
 from .config import SOFT_LOSSES, FastMTPConfig
-from .frozen_head import FrozenHeadLoss, chunk_size, even, project
+
+
+def fastmtp_loss(
+    logits_KNV: Tensor,
+    targets_KN: Tensor,
+    valid_KN: Tensor,
+    step_weights: list[float],
+    num_items: Tensor | int,
+) -> Tensor:
+    """Eq. 1: the cross-entropy of every draft step against the text, weighted by Eq. 2's alpha_k.
+
+    Args:
+        logits_KNV: of draft step k at base row i, which predict x_{i+k+1}.
+        targets_KN: those tokens.
+        valid_KN: bool, whether there is such a token, and it is supervised.
+        step_weights: alpha_1..alpha_K (`FastMTPConfig.step_weights`).
+        num_items: supervised tokens of the batch.
+    """
+    log_q_KNV = logits_KNV.log_softmax(-1)
+    cross_entropy_KN = -log_q_KNV.gather(-1, targets_KN[..., None]).squeeze(-1)
+    return weighted_loss(cross_entropy_KN * valid_KN, step_weights, num_items)
+
+
+def weighted_loss(loss_KBT: Tensor, step_weights: list[float], num_items: Tensor | int) -> Tensor:
+    """sum_k alpha_k sum(loss_k) / num_items (paper Eq. 1).
+
+    `num_items` is the trainer's global count of supervised tokens, the same for every step, so that gradient
+    accumulation and data parallelism give exactly the loss of one large batch.
+    """
+    weights_K = torch.tensor(step_weights, dtype=loss_KBT.dtype, device=loss_KBT.device)
+    sums_K = loss_KBT.flatten(1).sum(1)
+    count = torch.as_tensor(num_items, device=loss_KBT.device).clamp(min=1)
+    return (sums_K * weights_K).sum() / count
 
 
 class StepLosses(NamedTuple):
@@ -38,7 +69,7 @@ class StepLosses(NamedTuple):
     """sum min(p, q): probability that sampled drafts are accepted here. None for `ce`, which has no p."""
 
 
-def step_losses(
+def plain_step_losses(
     outputs_KND: Tensor,
     weight_VD: Tensor,
     targets_KN: Tensor,
@@ -47,43 +78,48 @@ def step_losses(
     hidden_RD: Tensor | None = None,
     rows_N: Tensor | None = None,
 ) -> StepLosses:
-    """Loss and match of every step, unweighted and unreduced.
-
-    Args:
-        outputs_KND: g^1..g^K of N rows.
-        weight_VD: frozen output matrix, or the part of it in a token map.
-        targets_KN: row of `weight` each step should predict.
-        valid_KN: bool; other rows are never projected.
-        config: loss, temperature, top_k, lk_eta and loss_chunk_size count.
-        hidden_RD, rows_N: the backbone's hidden states, flat, and which of them the N rows are: `hidden[rows + k]`
-            projects to p of step k. Only the soft losses need them.
-
-    With `e2e`, step k holds 1 - a_1 .. a_k, so that the mean over steps is the loss.
-    """
-    soft = config.loss in SOFT_LOSSES
-    teacher = (hidden_RD, rows_N) if soft else (None, None)
-    loss, match, overlap = FrozenHeadLoss.apply(  # type: ignore[no-untyped-call]
-        outputs_KND, weight_VD, targets_KN, valid_KN, config, *teacher
-    )
+    """Every loss by its formula, and autograd; unweighted and unreduced. Args as `chunked_losses.step_losses`."""
+    logits_KNV = outputs_KND @ weight_VD.T
+    match_KN = (logits_KNV.argmax(-1) == targets_KN) & valid_KN
+    if config.loss not in SOFT_LOSSES:
+        log_q_KNV = logits_KNV.log_softmax(-1)
+        cross_entropy_KN = -log_q_KNV.gather(-1, targets_KN[..., None]).squeeze(-1)
+        return StepLosses(cross_entropy_KN * valid_KN, match_KN, None)
+    assert hidden_RD is not None and rows_N is not None
+    losses, overlaps = [], []
+    for k, logits_NV in enumerate(logits_KNV, start=1):
+        # Rows without a position k further on are not valid; any teacher does for them.
+        teacher_N = (rows_N + k).clamp(max=len(hidden_RD) - 1)
+        p_NV = (hidden_RD[teacher_N] @ weight_VD.T / config.temperature).softmax(-1)
+        log_q_NV = (logits_NV / config.temperature).log_softmax(-1)
+        loss_N, overlap_N = soft_loss(p_NV, log_q_NV, config)
+        losses.append(loss_N)
+        overlaps.append(overlap_N)
+    loss_KN = torch.stack(losses)
     if config.loss == "e2e":
-        loss = ((1 - torch.where(valid_KN, 1 - loss, 1).cumprod(0)) * valid_KN).to(loss.dtype)
-    return StepLosses(loss, match, overlap if soft else None)
+        loss_KN = first_rejections(loss_KN, valid_KN)
+    return StepLosses(loss_KN * valid_KN, match_KN, torch.stack(overlaps) * valid_KN)
 
 
-def weighted_loss(loss_KBT: Tensor, step_weights: list[float], num_items: Tensor | int) -> Tensor:
-    """sum_k alpha_k sum(loss_k) / num_items (paper Eq. 1).
+def soft_loss(p_NV: Tensor, log_q_NV: Tensor, config: FastMTPConfig) -> tuple[Tensor, Tensor]:
+    """A loss of one step against the model's own distribution, and the acceptance a = sum min(p, q); both [N]."""
+    if config.loss == "topk_kl":
+        top_k = min(config.top_k, p_NV.shape[-1])
+        smallest_N1 = p_NV.topk(top_k).values[:, -1:]
+        p_NV = p_NV * (p_NV >= smallest_N1)
+        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
+    kl_N = (torch.special.xlogy(p_NV, p_NV) - p_NV * log_q_NV).sum(-1)
+    overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
+    tv_N = 1 - overlap_N
+    if config.loss in ("kl", "topk_kl"):
+        return kl_N, overlap_N
+    if config.loss == "lk":
+        w_N = (-config.lk_eta * overlap_N.detach()).exp()
+        return w_N * kl_N + (1 - w_N) * tv_N, overlap_N
+    return tv_N, overlap_N
 
-    `num_items` is the trainer's global count of supervised tokens, the same for every step, so that gradient
-    accumulation and data parallelism give exactly the loss of one large batch.
-    """
-    weights = torch.tensor(step_weights, dtype=loss_KBT.dtype, device=loss_KBT.device)
-    return (loss_KBT.flatten(1).sum(1) * weights).sum() / torch.as_tensor(num_items, device=loss_KBT.device).clamp(
-        min=1
-    )
 
-
-@torch.no_grad()
-def drafts(rows_ND: Tensor, weight_VD: Tensor, config: FastMTPConfig) -> Tensor:
-    """argmax of the logits of every row, [N], a chunk of rows at a time."""
-    best = [project(part, weight_VD).argmax(-1) for part in even(rows_ND, chunk_size(weight_VD, config))]
-    return torch.cat(best) if best else torch.empty(0, dtype=torch.long, device=rows_ND.device)
+def first_rejections(tv_KN: Tensor, valid_KN: Tensor) -> Tensor:
+    """1 - a_1 .. a_k from 1 - a_k, [K, N]: the probability that a draft up to step k is rejected."""
+    accepted_KN = torch.where(valid_KN, 1 - tv_KN, 1).cumprod(0)
+    return (1 - accepted_KN).to(tv_KN.dtype)

@@ -11,15 +11,33 @@ server writes, and masks the embedding at position 0 where the family's engines 
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from ..model.head import MTPHead
 from .attention import RolloutState
 from .flash import Documents
 
 RotaryEmbedding = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 OwnEmbeds = Callable[[torch.Tensor], torch.Tensor]
+
+
+class MTPLayer(Protocol):
+    """What the recursion needs of the one MTP layer: u = fuse(g, embed), g = final_norm(block(u)) (`model/head.py`)."""
+
+    @property
+    def mask_position_zero(self) -> bool:
+        """Engines zero the token embedding where the position is 0."""
+
+    def __call__(
+        self,
+        hidden_BTD: torch.Tensor,
+        embeds_BTD: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        state: RolloutState,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """g of one draft step, [B, T, D]; of `rows` (flat indices into [B * T]) only: [1, N, D]."""
 
 
 def segment_ids(position_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,7 +82,7 @@ def step_targets(
 
 
 def rollout(
-    head: MTPHead,
+    mtp: MTPLayer,
     hidden_BTD: torch.Tensor,
     embeds_BTD: torch.Tensor,
     position_ids_BT: torch.Tensor,
@@ -104,9 +122,9 @@ def rollout(
             own = own_embeds(outputs[-1])
             inside = exact or rows is None
             embeds = own.view_as(embeds) if inside else _replace(embeds, rows, own)
-        if exact and head.family.mask_position_zero:
+        if exact and mtp.mask_position_zero:
             embeds = embeds.masked_fill((positions == 0)[..., None], 0)
-        hidden = head(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
+        hidden = mtp(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
         chosen = hidden.flatten(0, 1)
         outputs.append(chosen if exact or rows is None else chosen[rows])
     return torch.stack(outputs)

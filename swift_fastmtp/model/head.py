@@ -130,6 +130,10 @@ class MTPHead(nn.Module):
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
 
+    @property
+    def mask_position_zero(self) -> bool:
+        return self.family.mask_position_zero
+
     def fuse(self, hidden_BTD: torch.Tensor, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Block input u from the previous hidden state and the embedding of the next token, [B, T, D]."""
         hidden = self.get_submodule(self.family.hidden_norm)(hidden_BTD)

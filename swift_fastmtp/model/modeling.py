@@ -34,8 +34,9 @@ from ..families import bailing  # noqa: F401 (it registers what transformers has
 from ..families.family import Family, config_value
 from ..families.table import FAMILIES, match_family
 from ..files.known_files import read_object
+from ..method.chunked_losses import greedy_tokens, step_losses
 from ..method.config import FastMTPConfig
-from ..method.losses import drafts, step_losses, weighted_loss
+from ..method.losses import weighted_loss
 from ..method.rollout import rollout, segment_ids, step_targets
 from ..method.token_map import DraftVocabulary, read_token_map
 from . import placement
@@ -63,6 +64,8 @@ class FastMTPOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    mtp_loss: torch.Tensor | None = None
+    """`loss`, under a name that ms-swift's trainer leaves alone: it drops `loss` where there is a loss function."""
     step_loss: torch.Tensor | None = None
     match: torch.Tensor | None = None
     valid: torch.Tensor | None = None
@@ -247,7 +250,7 @@ class FastMTPMixin:
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
         loss = weighted_loss(found["step_loss"], self.fastmtp.step_weights, num_items)
-        return FastMTPOutput(loss=loss, valid=valid, **found)
+        return FastMTPOutput(loss=loss, mtp_loss=loss, valid=valid, **found)
 
     @torch.no_grad()
     def backbone_states(
@@ -347,7 +350,7 @@ class FastMTPMixin:
     @torch.no_grad()
     def _own_embeds(self, outputs_ND: torch.Tensor) -> torch.Tensor:
         vocabulary = self.draft_vocabulary
-        best = drafts(outputs_ND, vocabulary.weight, self.fastmtp)
+        best = greedy_tokens(outputs_ND, vocabulary.weight, self.fastmtp)
         return cast(torch.Tensor, self.model.embed_tokens(vocabulary.decode(best)))
 
     def _step_results(
@@ -369,7 +372,7 @@ class FastMTPMixin:
         if losses.overlap is not None:
             found["overlap"] = losses.overlap
         if vocabulary.ids is not None and not cast(nn.Module, self).training:
-            best = drafts(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
+            best = greedy_tokens(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
             found["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
         return found
 

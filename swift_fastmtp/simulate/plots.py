@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .recommend import map_kind
-
-if TYPE_CHECKING:
-    from .simulate import HeadResult
+from .result import HeadResult
 
 _COLOURS = ("#9aa5b1", "#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017")
 
 
-def plot_acceptance(results: Sequence["HeadResult"], path: Path) -> None:
+def plot_acceptance(results: Sequence[HeadResult], path: Path) -> None:
     """Marginal acceptance per depth and tau per K, one colour per head."""
     import matplotlib
 
@@ -45,7 +42,7 @@ def plot_acceptance(results: Sequence["HeadResult"], path: Path) -> None:
     staged.replace(path)
 
 
-def plot_maps(results: Sequence["HeadResult"], num_steps: int, path: Path) -> None:
+def plot_maps(results: Sequence[HeadResult], num_steps: int, path: Path) -> None:
     """Tau and predicted speedup against the size of the token map, one column per group, one line per kind of map."""
     import matplotlib
 
@@ -85,9 +82,9 @@ def plot_maps(results: Sequence["HeadResult"], num_steps: int, path: Path) -> No
     staged.replace(path)
 
 
-def _tau(result: "HeadResult", num_steps: int) -> float:
+def _tau(result: HeadResult, num_steps: int) -> float:
     return result.tau_micro[num_steps - 1]
 
 
-def _speedup(result: "HeadResult", num_steps: int) -> float:
+def _speedup(result: HeadResult, num_steps: int) -> float:
     return result.speedup[num_steps - 1]

@@ -4,11 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .simulate import HeadResult
-
+from .result import HeadResult
 
 FEW_TOKENS = 1000
 
@@ -23,7 +20,7 @@ class Recommendation:
     """Of all answers together."""
 
 
-def recommend(results: Sequence["HeadResult"], tokens: Mapping[str, int]) -> Recommendation:
+def recommend(results: Sequence[HeadResult], tokens: Mapping[str, int]) -> Recommendation:
     """The K at which all answers together take the least time, every group with its fastest map.
 
     Args:
@@ -52,7 +49,7 @@ def advice_line(advice: Recommendation) -> str:
     return f"recommended: {', '.join([f'K={advice.num_steps}', *maps])}; predicted speedup {advice.speedup:.2f}x"
 
 
-def warnings(results: Sequence["HeadResult"], advice: Recommendation, tokens: Mapping[str, int]) -> list[str]:
+def warnings(results: Sequence[HeadResult], advice: Recommendation, tokens: Mapping[str, int]) -> list[str]:
     """A line for every group with too few tokens to choose on, and for every map with which a group is slower than with
     the whole vocabulary, at the recommended K."""
     k = advice.num_steps - 1
@@ -78,7 +75,7 @@ def map_kind(token_map: str | None) -> str:
     return stem.rpartition("-")[0] or stem
 
 
-def map_table(results: Sequence["HeadResult"], advice: Recommendation) -> str:
+def map_table(results: Sequence[HeadResult], advice: Recommendation) -> str:
     """The paper's Table 2 for one group: tau and predicted speedup of every map and K."""
     steps = range(1, len(results[0].tau_micro) + 1)
     results = sorted(results, key=lambda r: (r.token_map is not None, map_kind(r.token_map), r.num_ids))

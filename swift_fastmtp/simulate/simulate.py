@@ -9,7 +9,7 @@ bytes that a step reads turn tau into speed (`cost.py`).
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +35,11 @@ from ..vocab.languages import TokenLanguages
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .cost import StepCost, read_cost
 from .recommend import advice_line, map_table, recommend, warnings
+from .result import HeadResult
 
 RECORD = "simulate.json"
 ALL = "all"
 MOST_PLOTTED = 8
-
-
-@dataclass
-class HeadResult:
-    """What one head reaches with one token map on one group of answers; lists are per depth or per K, 1..num_steps."""
-
-    head: str
-    token_map: str | None
-    """File; None is the whole vocabulary."""
-    num_ids: int
-    """Tokens that the draft chooses from."""
-    drafts: str
-    """`greedy`, as SGLang's with one draft per depth, or `sampled`, as in speculative sampling."""
-    group: str
-    marginal: list[float]
-    conditional: list[float]
-    tau_micro: list[float]
-    tau_macro: list[float]
-    speedup: list[float]
-    """Predicted (`cost.py`)."""
-    histogram: list[int] | None
-    """Rounds of the largest K that accepted 0, 1, .. K drafts (SGLang's `spec_correct_drafts_histogram`); of greedy
-    drafts."""
-
-    @property
-    def name(self) -> str:
-        parts = [
-            self.head,
-            Path(self.token_map).name if self.token_map else "",
-            "" if self.drafts == "greedy" else "sampled",
-        ]
-        return " + ".join(filter(None, parts))
 
 
 def simulate(

@@ -1,4 +1,4 @@
-"""Loss type `fastmtp`: hands the labels to the model, weights its steps, and logs acceptance."""
+"""Loss type `fastmtp`: hands the labels to the model, takes its loss, and logs acceptance."""
 
 import math
 from dataclasses import fields
@@ -12,7 +12,6 @@ from swift.metrics import Metric
 
 from ..checkpoint.finite import NotFiniteError, check_trained
 from ..errors import FastMTPError
-from ..method.losses import weighted_loss
 from ..method.metrics import AcceptanceCounts, count_acceptance
 from ..method.rollout import shift_left
 
@@ -31,25 +30,24 @@ class FastMTPLoss(BaseLoss):
             trainer.custom_metrics[mode]["mtp"] = FastMTPMetric(args.device)
         self.checked = False
 
-    def __call__(
-        self, outputs: Any, labels: torch.Tensor, *, num_items_in_batch: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
+    def __call__(self, outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         if not self.checked:
             _check_trainable(model)
             self.checked = True
         if outputs.get("step_loss") is None:
             raise FastMTPError("--loss_type fastmtp needs --model_type fastmtp: this model returned no MTP steps")
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != -100).sum()
         mode = "train" if self.trainer.model.training else "eval"
         self.trainer.custom_metrics[mode]["mtp"].update(outputs, shift_left(labels, 1, fill=-100) != -100)
-        return weighted_loss(outputs.step_loss, model.fastmtp.step_weights, num_items_in_batch)
+        loss: torch.Tensor = outputs.mtp_loss
+        return loss
 
 
 def _compute_loss(trainer: Any, original: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     if inputs.get("labels") is not None:
         inputs["mtp_labels"] = inputs["labels"]
+        # Of the global batch; ms-swift gives it to the loss function only.
+        inputs["num_items_in_batch"] = kwargs.get("num_items_in_batch")
     try:
         return original(model, inputs, *args, **kwargs)
     except NotFiniteError as error:

@@ -30,7 +30,7 @@ from ..files.known_files import read_object
 from ..files.staging import exists, new_folder, remove_at_once, take_away_leftovers, try_output, write_json
 from ..method.token_map import read_token_map, sidecar
 from .counts import COUNTS, Counts, CountSettings, count_files
-from .coverage import coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
+from .coverage import TokenMap, coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
 from .must_keep import Vocabulary, read_vocabulary
 
 Ints = NDArray[np.int64]
@@ -42,17 +42,6 @@ MIN_SHARE = 0.01
 """A language or group with a smaller share of the counted tokens gets no map of its own."""
 MIXED = "mixed"
 SCHEMA = "swift_fastmtp.token_map/1"
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """One map."""
-
-    name: str
-    ids: Ints
-    """[size], ascending."""
-    filled: int
-    """How many of them were never counted for this name, and are not in every map."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,14 @@ one domain can be slower than none in another.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .counts import Counts
-
-if TYPE_CHECKING:
-    from .build import TokenMap
 
 Ints = NDArray[np.int64]
 
@@ -24,13 +22,24 @@ MAX_COLUMNS = 8
 _COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
 
 
+@dataclass(frozen=True)
+class TokenMap:
+    """One map."""
+
+    name: str
+    ids: Ints
+    """[size], ascending."""
+    filled: int
+    """How many of them were never counted for this name, and are not in every map."""
+
+
 def covered(order: Ints, held_V: Ints) -> NDArray[np.float64]:
     """[len(order)]: the share of the tokens in `held_V` that the first 1, 2, .. ids hold. There must be tokens."""
     shares: NDArray[np.float64] = np.cumsum(held_V[order]) / held_V.sum()
     return shares
 
 
-def coverage_report(maps: Sequence["TokenMap"], own: Mapping[str, Sequence[str]], counts: Counts) -> dict[str, Any]:
+def coverage_report(maps: Sequence[TokenMap], own: Mapping[str, Sequence[str]], counts: Counts) -> dict[str, Any]:
     """`cells`: their tokens; `maps`: coverage of every cell's held-out tokens, null where there are none, and of the
     map's own cells together; `unions`: how many ids the maps of one size hold together."""
     cells = sorted(counts.counted)
@@ -76,7 +85,7 @@ def _share(held_V: Ints, ids: Ints) -> float | None:
     return int(held_V[ids].sum()) / total if total else None
 
 
-def _unions(maps: Sequence["TokenMap"]) -> list[dict[str, Any]]:
+def _unions(maps: Sequence[TokenMap]) -> list[dict[str, Any]]:
     """What a server that switches between maps of one size keeps rows for."""
     by_size: dict[int, list[TokenMap]] = {}
     for token_map in maps:

@@ -1,0 +1,102 @@
+"""The losses of `losses.py` through the frozen, shared lm_head: the same values, in constant memory.
+
+The logits of all steps would be K x rows x vocabulary in fp32 (7.5 GB for MiMo at 4096 tokens). lm_head is frozen,
+so the only gradient that must survive a chunk is the one of its hidden states: each chunk's logits give the loss,
+the match and that gradient at once, and are dropped.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SOFT_LOSSES, FastMTPConfig
+from .frozen_head import FrozenHead, chunk_size, even, project
+from .losses import StepLosses, first_rejections
+
+
+def step_losses(
+    outputs_KND: Tensor,
+    weight_VD: Tensor,
+    targets_KN: Tensor,
+    valid_KN: Tensor,
+    config: FastMTPConfig,
+    hidden_RD: Tensor | None = None,
+    rows_N: Tensor | None = None,
+) -> StepLosses:
+    """Loss and match of every step, unweighted and unreduced.
+
+    Args:
+        outputs_KND: g^1..g^K of N rows.
+        weight_VD: frozen output matrix, or the part of it in a token map.
+        targets_KN: row of `weight` each step should predict.
+        valid_KN: bool; other rows are never projected.
+        config: loss, temperature, top_k, lk_eta and loss_chunk_size count.
+        hidden_RD, rows_N: the backbone's hidden states, flat, and which of them the N rows are: `hidden[rows + k]`
+            projects to p of step k. Only the soft losses need them.
+
+    With `e2e`, step k holds 1 - a_1 .. a_k, so that the mean over steps is the loss.
+    """
+    soft = config.loss in SOFT_LOSSES
+    teacher = (hidden_RD, rows_N) if soft else (None, None)
+    loss, match, overlap = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        outputs_KND, weight_VD, targets_KN, valid_KN, config, *teacher
+    )
+    if config.loss == "e2e":
+        loss = first_rejections(loss, valid_KN) * valid_KN
+    return StepLosses(loss, match, overlap if soft else None)
+
+
+@torch.no_grad()
+def greedy_tokens(rows_ND: Tensor, weight_VD: Tensor, config: FastMTPConfig) -> Tensor:
+    """argmax of the logits of every row, [N], a chunk of rows at a time."""
+    best = [project(part, weight_VD).argmax(-1) for part in even(rows_ND, chunk_size(weight_VD, config))]
+    return torch.cat(best) if best else torch.empty(0, dtype=torch.long, device=rows_ND.device)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """(outputs [K, N, D], ...) → (loss, match, overlap), each [K, N]; gradient for the outputs only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        outputs: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        valid: Tensor,
+        config: FastMTPConfig,
+        hidden: Tensor | None,
+        rows: Tensor | None,
+    ) -> Any:
+        K, N, D = outputs.shape
+        flat, grad = outputs.reshape(K * N, D), None
+        if ctx.needs_input_grad[0]:
+            grad = torch.zeros_like(flat)
+        head = _head_type(weight)(weight, outputs.dtype, K * N, config)
+        loss, overlap = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
+        match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
+        for part, teacher in head.chunks(valid, hidden, rows):
+            target = targets.flatten()[part, None]
+            loss[part], overlap[part], best, d_logits = head.row_losses(flat[part], target, teacher)
+            match[part] = best == target[:, 0]
+            if grad is not None:
+                grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(match, overlap)
+        return loss.view(K, N), match.view(K, N), overlap.view(K, N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        out = grad.view(*grad_loss.shape, -1) * grad_loss[..., None]
+        return out.to(grad.dtype), None, None, None, None, None, None
+
+
+def _head_type(weight: Tensor) -> type[FrozenHead]:
+    """Triton's kernels on a GPU, where Triton is installed; plain PyTorch elsewhere."""
+    if weight.is_cuda and find_spec("triton"):
+        from .frozen_head_triton import FusedHead
+
+        return FusedHead
+    return FrozenHead

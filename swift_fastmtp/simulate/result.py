@@ -1,0 +1,36 @@
+"""What one head reaches: the numbers that the tables, plots and the recommendation are made from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class HeadResult:
+    """What one head reaches with one token map on one group of answers; lists are per depth or per K, 1..num_steps."""
+
+    head: str
+    token_map: str | None
+    """File; None is the whole vocabulary."""
+    num_ids: int
+    """Tokens that the draft chooses from."""
+    drafts: str
+    """`greedy`, as SGLang's with one draft per depth, or `sampled`, as in speculative sampling."""
+    group: str
+    marginal: list[float]
+    conditional: list[float]
+    tau_micro: list[float]
+    tau_macro: list[float]
+    speedup: list[float]
+    """Predicted (`cost.py`)."""
+    histogram: list[int] | None
+    """Rounds of the largest K that accepted 0, 1, .. K drafts (SGLang's `spec_correct_drafts_histogram`); of greedy
+    drafts."""
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.head,
+            Path(self.token_map).name if self.token_map else "",
+            "" if self.drafts == "greedy" else "sampled",
+        ]
+        return " + ".join(filter(None, parts))

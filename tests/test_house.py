@@ -1,0 +1,76 @@
+"""The order of the folders: each imports only from those above it, and no modules import each other in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "swift_fastmtp"
+# A line may import from the lines above it; two folders on one line do not import each other.
+LAYERS = """
+    redaction
+    errors
+    files
+    families
+    checkpoint
+    method
+    model
+    data
+    vocab
+    serving export simulate
+    bench swift_plugin
+    report
+    cli
+"""
+LAYER_OF = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imports_of(module):
+    """The modules of this package that a module imports, anywhere in it."""
+    path = MODULES[module]
+    folder = [] if not module else module.split(".")[: None if path.name == "__init__.py" else -1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            parts = folder[: len(folder) - node.level + 1]
+        elif (node.module or "").split(".")[0] == PACKAGE.name:
+            parts = []
+        else:
+            continue
+        parts += (node.module or "").removeprefix(PACKAGE.name).strip(".").split(".")
+        base = ".".join(filter(None, parts))
+        for alias in node.names:
+            whole = f"{base}.{alias.name}".strip(".")
+            found.add(whole if whole in MODULES else base)
+    return found - {"", module}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def test_every_folder_has_its_place():
+    assert {module.split(".")[0] for module in MODULES} - {""} == set(LAYER_OF)
+
+
+def test_nothing_is_imported_from_below():
+    upward = []
+    for module, imported in IMPORTS.items():
+        for other in imported:
+            room, other_room = module.split(".")[0], other.split(".")[0]
+            if room not in ("", other_room) and LAYER_OF[other_room] >= LAYER_OF[room]:
+                upward.append(f"{module} imports {other}")
+    assert upward == []
+    assert len(IMPORTS["cli"]) > 10  # the imports were seen at all
+
+
+def test_no_circles():
+    list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, which names the circle
