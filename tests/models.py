@@ -26,9 +26,9 @@ from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.fp8 import SCALE, quantise
 from swift_fastmtp.checkpoint.fp8_config import Blocks
-from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.families.bailing import BailingMoeV2Config
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.model.modeling import MiMoConfig, build_class
@@ -350,7 +350,7 @@ def save_checkpoint(make, folder):
         (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(TINY / name, folder / name)
-    assert len(Weights(folder).files) > 1
+    assert len(Checkpoint(folder).files) > 1
     return folder
 
 
@@ -371,7 +371,7 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
     index = target / "model.safetensors.index.json"
     if index.exists():
         index.unlink()  # without one every file counts
-        weight_map = {n: p.name for n, p in Weights(target).file_of.items()}
+        weight_map = {n: p.name for n, p in Checkpoint(target).file_of.items()}
         index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(size)}
     settings |= {"fmt": "e4m3", "modules_to_not_convert": sorted(left_out)} | (
@@ -421,7 +421,7 @@ def save_vision_checkpoint(make, folder):
     tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": _THINKING}))
     (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Qwen2VLImageProcessorFast"}')
-    assert len(Weights(folder).files) > 1 and "vision_config" in json.loads((folder / "config.json").read_text())
+    assert len(Checkpoint(folder).files) > 1 and "vision_config" in json.loads((folder / "config.json").read_text())
     return folder
 
 
@@ -460,7 +460,7 @@ SERVED = [name for name in CHECKPOINTS if name not in _NOT_SERVED]
 
 def tensors_of(folder):
     """Every tensor of a checkpoint, by name."""
-    found = Weights(folder)
+    found = Checkpoint(folder)
     return {name: found.read(name) for name in found.file_of}
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from swift_fastmtp.checkpoint.weights import save_tensors
+from swift_fastmtp.checkpoint.mtp_tensors import save_tensors
 from swift_fastmtp.errors import FastMTPError, cannot_write
 from swift_fastmtp.files import provenance as module
 from swift_fastmtp.files.provenance import git_revision, provenance

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint import fingerprint as fingerprints
-from swift_fastmtp.checkpoint.fingerprint import fingerprint, has_fingerprint
-from swift_fastmtp.checkpoint.weights import Weights
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.staging import new_folder
 
 HEAD = "model.mtp_layers.0."
@@ -34,7 +32,7 @@ def write_trained(folder):
     folder.mkdir()
     head = {n: t.float() + 0.5 for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
     save_file(head, folder / "model.safetensors")
-    settings = {"base_model": str(TINY), "base_fingerprint": fingerprint(TINY, FAMILIES[0])}
+    settings = {"base_model": str(TINY), "base_fingerprint": Checkpoint(TINY).fingerprint}
     (folder / "fastmtp.json").write_text(json.dumps(settings))
     return folder
 
@@ -59,11 +57,11 @@ def shard(model, folder):
 def test_full_export_changes_only_the_heads_bytes(sharded, trained, tmp_path):
     base = shard(TINY, tmp_path / "base") if sharded else TINY
     if sharded:
-        settings = {"base_model": str(base), "base_fingerprint": fingerprint(base, FAMILIES[0])}
+        settings = {"base_model": str(base), "base_fingerprint": Checkpoint(base).fingerprint}
         (trained / "fastmtp.json").write_text(json.dumps(settings))
     out = tmp_path / "out"
     export_full(trained, out)
-    before, after = Weights(base), Weights(out)
+    before, after = Checkpoint(base), Checkpoint(out)
     head = load_file(trained / "model.safetensors")
     assert before.file_of.keys() == after.file_of.keys()
     for name, file in before.file_of.items():
@@ -97,7 +95,7 @@ def test_a_head_of_another_backbone_is_refused(trained, tmp_path):
 
 def test_fingerprint_ignores_the_head(trained, tmp_path):
     export_full(trained, tmp_path / "out")
-    assert fingerprint(tmp_path / "out", FAMILIES[0]) == fingerprint(TINY, FAMILIES[0])
+    assert Checkpoint(tmp_path / "out").fingerprint == Checkpoint(TINY).fingerprint
 
 
 def backbone(folder, change=None, name="model", parts=1):
@@ -135,7 +133,7 @@ def test_the_fingerprint_notices_a_change_of_any_rows(data):
                 tensors[name][row] *= 3
 
     with tempfile.TemporaryDirectory() as folder:
-        assert fingerprint(backbone(Path(folder), change), FAMILIES[0]) != fingerprint(TINY, FAMILIES[0])
+        assert Checkpoint(backbone(Path(folder), change)).fingerprint != Checkpoint(TINY).fingerprint
 
 
 def every_other_row(tensors):
@@ -170,7 +168,7 @@ def test_the_fingerprint_notices_fine_tunes(change, whole, tmp_path, monkeypatch
     if not whole:
         monkeypatch.setattr(fingerprints, "WHOLE_BELOW", 0)
         monkeypatch.setattr(fingerprints, "_SMALL", 2**10)
-    assert fingerprint(backbone(tmp_path, change), FAMILIES[0]) != fingerprint(TINY, FAMILIES[0])
+    assert Checkpoint(backbone(tmp_path, change)).fingerprint != Checkpoint(TINY).fingerprint
 
 
 def test_samples_are_spread_and_few():
@@ -186,8 +184,8 @@ def test_the_fingerprint_does_not_depend_on_the_shards(whole, tmp_path, monkeypa
     if not whole:
         monkeypatch.setattr(fingerprints, "WHOLE_BELOW", 0)
         monkeypatch.setattr(fingerprints, "_SMALL", 2**10)
-    parts = [fingerprint(backbone(tmp_path, name=f"in{n}", parts=n), FAMILIES[0]) for n in (1, 2, 5)]
-    assert len({*parts, fingerprint(shard(TINY, tmp_path / "base"), FAMILIES[0])}) == 1
+    parts = [Checkpoint(backbone(tmp_path, name=f"in{n}", parts=n)).fingerprint for n in (1, 2, 5)]
+    assert len({*parts, Checkpoint(shard(TINY, tmp_path / "base")).fingerprint}) == 1
     assert parts[0].startswith("v2:") and len(parts[0]) == 3 + 64
 
 
@@ -205,7 +203,7 @@ def test_heads_with_the_old_fingerprint_still_belong_to_their_backbone(trained, 
     other = backbone(tmp_path, lambda t: t["model.layers.0.mlp.up_proj.weight"][0].mul_(3))
     with pytest.raises(FastMTPError, match="another backbone"):
         export_full(trained, tmp_path / "no", other)
-    assert has_fingerprint(TINY, FAMILIES[0], OLD) and not has_fingerprint(other, FAMILIES[0], OLD)
+    assert Checkpoint(TINY).has_fingerprint(OLD) and not Checkpoint(other).has_fingerprint(OLD)
 
 
 def test_a_failed_folder_leaves_nothing(tmp_path):
@@ -222,13 +220,13 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
     for name in ("a", "b"):
         save_file({"x": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(FastMTPError, match=r"x is also in a\.safetensors"):
-        Weights(tmp_path)
+        _ = Checkpoint(tmp_path).entries
 
 
 def test_truncated_file_and_broken_index(tmp_path):
     (tmp_path / "model.safetensors").write_bytes((TINY / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(FastMTPError, match="not a readable safetensors file"):
-        Weights(tmp_path)
+        _ = Checkpoint(tmp_path).entries
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "gone.safetensors"}}')
     with pytest.raises(FastMTPError, match=r"gone\.safetensors: listed in the index, but missing"):
-        Weights(tmp_path)
+        _ = Checkpoint(tmp_path).entries

@@ -11,11 +11,10 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 
-from swift_fastmtp.checkpoint.fingerprint import fingerprint
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.serving.launch import command, serve_flags
 
 HEAD = "model.mtp_layers.0."
@@ -28,7 +27,7 @@ def exports(tmp_path_factory):
     (work / "checkpoint").mkdir()
     head = {n: t.float() + 0.5 for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
     save_file(head, work / "checkpoint" / "model.safetensors")
-    settings = {"base_model": str(TINY), "base_fingerprint": fingerprint(TINY, FAMILIES[0])}
+    settings = {"base_model": str(TINY), "base_fingerprint": Checkpoint(TINY).fingerprint}
     (work / "checkpoint" / "fastmtp.json").write_text(json.dumps(settings))
     export_full(work / "checkpoint", work / "full")
     export_draft(work / "checkpoint", work / "draft")

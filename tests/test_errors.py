@@ -129,10 +129,10 @@ def test_a_save_that_fails_half_way(rows, tmp_path):
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2)
     code = (
         "import resource, sys; from swift.pipelines import sft_main; sys.argv[0] = 'swift'\n"
-        "from swift_fastmtp.checkpoint import weights; save = weights.save_file\n"
+        "from swift_fastmtp.checkpoint import mtp_tensors; save = mtp_tensors.save_file\n"
         "def limited(*a, **k):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); save(*a, **k)\n"
-        "weights.save_file = limited; sft_main()"
+        "mtp_tensors.save_file = limited; sft_main()"
     )
     process = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True, check=False)
     assert process.returncode == 1, process.stderr[-2000:]

@@ -21,10 +21,8 @@ from safetensors.torch import load_file, save_file
 from test_families import KINDS
 from transformers import AutoModelForImageTextToText
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.fingerprint import fingerprint
-from swift_fastmtp.checkpoint.refusals import find_family
-from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
@@ -77,7 +75,7 @@ def test_experts_split_as_transformers_splits_them(base):
     stored = {n: t for n, t in tensors_of(base).items() if n.startswith(HEAD)}
     assert ours.keys() == stored.keys() and len(stored) == 29
     assert all(torch.equal(ours[n], stored[n]) for n in stored)
-    assert head_shapes(base) == {n: tuple(t.shape) for n, t in stored.items()}
+    assert head_shapes(Checkpoint(base)) == {n: tuple(t.shape) for n, t in stored.items()}
     joined = join_experts(stored)
     assert all(torch.equal(joined[n], p) for n, p in model.head_parameters().items())
 
@@ -91,7 +89,7 @@ def test_trainers_that_read_checkpoints_themselves_find_every_tensor(each_base):
     found = model.load_state_dict({n: t for n, t in stored.items() if owns(n) and not copies(n)}, strict=False)
     assert not found.unexpected_keys and not [n for n in found.missing_keys if owns(n)]
     parameters = model.head_parameters()
-    back = as_stored(parameters, head_shapes(each_base))
+    back = as_stored(parameters, head_shapes(Checkpoint(each_base)))
     assert parameters and all(torch.equal(p, stored[n].float()) for n, p in back.items())
 
 
@@ -121,7 +119,7 @@ def test_the_text_model_runs_as_it_does_beside_the_vision_tower(name, bases):
 
 
 def test_decay_rates_and_routers_stay_in_float32_as_in_the_engine(bases):
-    model, stored = load_model(bases("qwen3_5_moe_vision"), torch.bfloat16), Weights(bases("qwen3_5_moe_vision"))
+    model, stored = load_model(bases("qwen3_5_moe_vision"), torch.bfloat16), Checkpoint(bases("qwen3_5_moe_vision"))
     (wide,) = (n for n, p in model.named_parameters() if p.dtype == torch.float32)
     rates = stored.read("model.language_model.layers.0.linear_attn.A_log")
     assert wide == "model.layers.0.linear_attn.A_log" and torch.equal(model.get_parameter(wide), rates)
@@ -161,7 +159,7 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items() if n in before)
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
     trained, stored = load_file(tmp_path / "checkpoint/model.safetensors"), tensors_of(each_base)
-    assert trained.keys() == head_shapes(each_base).keys() and len(trained) == TENSORS[each_base.name]
+    assert trained.keys() == head_shapes(Checkpoint(each_base)).keys() and len(trained) == TENSORS[each_base.name]
     changed = {n for n, t in trained.items() if not torch.equal(t, stored[n].float())}
     assert changed == {n for n in trained if not CARRIED.search(n)}  # every weight has learnt
     export_full(tmp_path / "checkpoint", tmp_path / "full")
@@ -172,8 +170,8 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
         want = trained[name].to(stored[name].dtype) if name in trained else stored[name]
         assert tensor.dtype == want.dtype and torch.equal(tensor, want), name
     assert all(torch.equal(t, full[n]) for n, t in draft.items())
-    rewritten = {Weights(each_base).file_of[n] for n in trained}
-    for file in Weights(each_base).files:
+    rewritten = {Checkpoint(each_base).file_of[n] for n in trained}
+    for file in Checkpoint(each_base).files:
         copy = tmp_path / "full" / file.name
         assert copy.samefile(file) == (file not in rewritten) and copy.stat().st_size == file.stat().st_size
     for folder in ("full", "draft"):
@@ -201,7 +199,7 @@ def test_whatever_reads_a_checkpoint_finds_the_text_part(each_base):
         with pytest.raises(FastMTPError, match=f"vLLM has no MTP for {family.architectures[0]}; serve with SGLang"):
             serve_flags(each_base, "vllm")
     assert "drops" in found.lost_on_save
-    assert found.tied_head == ("lm_head.weight" not in Weights(each_base).file_of)
+    assert found.tied_head == ("lm_head.weight" not in Checkpoint(each_base).file_of)
     cost = read_cost(each_base)
     assert cost.vocab_size == read_vocabulary(each_base).exists_V.shape[0] == 6144 and 0 < cost.draft < cost.verify
 
@@ -212,16 +210,16 @@ def test_copies_of_the_matrices_are_allowed_and_left_out_of_what_is_trained(tmp_
     copies = {LAYER + "embed_tokens.weight", LAYER + "shared_head.head.weight"}
     found = inspect_model(folder)
     assert found.trainable and set(found.own_matrices) == copies and found.mtp_layers == 1
-    assert copies <= set(tensors_of(folder)) and not copies & set(head_shapes(folder))
+    assert copies <= set(tensors_of(folder)) and not copies & set(head_shapes(Checkpoint(folder)))
     assert examine(folder) == []
-    identity = fingerprint(folder, find_family(read_config(folder)))
+    identity = Checkpoint(folder).fingerprint
     tensors = {n: t for n, t in tensors_of(folder).items() if n not in copies}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").unlink()
     for file in folder.glob("model-*"):
         file.unlink()
     assert inspect_model(folder).trainable and not inspect_model(folder).own_matrices
-    assert fingerprint(folder, find_family(read_config(folder))) == identity
+    assert Checkpoint(folder).fingerprint == identity
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
@@ -269,13 +267,13 @@ def test_a_chat_model_without_the_layer_gets_that_of_the_base_model(bases, tmp_p
 
 def test_ling_without_groups_and_without_a_width_of_heads(bases, tmp_path):
     """`n_group` 0 is what inclusionAI's converter writes for a router without groups."""
-    config = load_config(broken(bases("bailing_moe_v2"), tmp_path, n_group=0, topk_group=0, head_dim=None))
+    config = load_config(Checkpoint(broken(bases("bailing_moe_v2"), tmp_path, n_group=0, topk_group=0, head_dim=None)))
     assert (config.n_group, config.topk_group, config.head_dim) == (1, 1, 8)
 
 
 def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
     folder = save_checkpoint(random_qwen3_5, tmp_path / "model")
-    assert "lm_head.weight" not in Weights(folder).file_of
+    assert "lm_head.weight" not in Checkpoint(folder).file_of
     words = command(serve_flags(folder))
     assert words[words.index("--model-path") + 1] == str(folder) and "--speculative-draft-model-path" not in words
     with pytest.raises(FastMTPError, match="no static token map for tied embeddings"):
@@ -285,7 +283,7 @@ def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
 def test_zero_centred_norms_may_be_zero(base, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
-    for name, file in Weights(folder).file_of.items():
+    for name, file in Checkpoint(folder).file_of.items():
         if name in ("mtp.norm.weight", "mtp.fc.weight"):
             tensors = load_file(file)
             save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})

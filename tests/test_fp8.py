@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from models import CHECKPOINTS, quantised, tensors_of
 from safetensors.torch import load_file, save_file
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.fp8 import DTYPE, SCALE, dequantise, quantise, requantise
 from swift_fastmtp.checkpoint.fp8_config import Blocks, read_blocks
-from swift_fastmtp.checkpoint.weights import Weights, read_head, read_plain
+from swift_fastmtp.checkpoint.mtp_tensors import read_head, read_plain
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
@@ -104,7 +105,7 @@ def test_requantising_keeps_the_blocks_that_did_not_move():
 def test_the_loaded_model_is_the_dequantised_one(base):
     """Backbone and head, through transformers' loader and through our reader, ragged edges and experts included."""
     model = load_model(base, torch.float32)
-    weights = Weights(base)
+    weights = Checkpoint(base)
     names = [
         n for n in weights.file_of if not n.endswith(SCALE) and ".visual." not in n and not model.family.is_copy(n)
     ]
@@ -117,7 +118,7 @@ def test_the_loaded_model_is_the_dequantised_one(base):
     got = {**dict(model.named_parameters()), **buffers}
     assert got.keys() == want.keys() and sum(t.dtype == DTYPE for t in tensors_of(base).values()) > 10
     assert all(torch.equal(p, want[n].float()) for n, p in got.items())
-    head = read_head(base, model.family, head_shapes(base))
+    head = read_head(Checkpoint(base), model.family, head_shapes(Checkpoint(base)))
     load_head(model, head)
     assert all(torch.equal(p, want[n].float()) for n, p in model.head_parameters().items())
     assert not hasattr(model.config, "quantization_config")  # trainers refuse a model that says it is quantised
@@ -166,7 +167,7 @@ def test_from_training_to_what_is_served(base, tmp_path, shown):
         assert {f.why for f in examine(tmp_path / folder)} <= {model.family.sglang_gap}
     assert "unquant" in command(serve_flags(tmp_path / "checkpoint"))
     assert "unquant" not in command(serve_flags(tmp_path / "draft"))
-    served = read_head(tmp_path / "draft", model.family, head_shapes(base))
+    served = read_head(Checkpoint(tmp_path / "draft"), model.family, head_shapes(Checkpoint(base)))
     for name, tensor in served.items():  # what an engine computes with is near what was trained
         torch.testing.assert_close(tensor, checkpoint[name].to(tensor.dtype), rtol=1 / 8, atol=2e-3)
     shown("FP8 base", json.loads((base / "config.json").read_text())["architectures"])
@@ -175,7 +176,7 @@ def test_from_training_to_what_is_served(base, tmp_path, shown):
 def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
     donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][1])
     graft(TINY, tmp_path / "out", donor, overwrite=True)
-    weights, got = Weights(donor), tensors_of(tmp_path / "out")
+    weights, got = Checkpoint(donor), tensors_of(tmp_path / "out")
     assert all(torch.equal(got[n], read_plain(weights, n).bfloat16()) for n in got if ".mtp_layers." in n)
     assert not any(n.endswith(SCALE) for n in got)
 

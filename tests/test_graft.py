@@ -17,10 +17,10 @@ from test_checkpoints import HEAD, shard
 from test_errors import broken_model, lose_mtp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.refusals import find_family
 from swift_fastmtp.checkpoint.shards import copy_without, tensor_hashes, write_tensors
-from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import HEAD_FILE, graft
@@ -57,7 +57,7 @@ def copy(folder, to, change=None, **config):
 
 def assert_grafted(out, tuned, donor=TINY, dtype=torch.bfloat16):
     """Every tensor of both, nothing else; and everything that reads a checkpoint takes it."""
-    after, before, head = Weights(out), Weights(tuned), Weights(donor)
+    after, before, head = Checkpoint(out), Checkpoint(tuned), Checkpoint(donor)
     rest = {n for n in before.file_of if not n.startswith("model.mtp_layers.")}
     names = {n for n in head.file_of if n.startswith(HEAD)}
     assert set(after.file_of) == rest | names and len(names) == 16
@@ -206,7 +206,7 @@ def test_misfit_folders(lost, tmp_path):
 def test_a_head_from_the_last_layer(lost, tmp_path):
     """Its block is the last layer, and the block's input is the average of the normed hidden state and embedding."""
     graft(lost, tmp_path / "out", init_from_last_layer=True)
-    weights = Weights(tmp_path / "out")
+    weights = Checkpoint(tmp_path / "out")
     for name in weights.under("model.layers.3"):
         assert torch.equal(weights.read(name), weights.read(name.replace("model.layers.3.", HEAD)))
     assert torch.equal(weights.read(HEAD + "final_layernorm.weight"), weights.read("model.norm.weight"))
@@ -282,7 +282,7 @@ def test_other_families_saved_through_transformers(name, tmp_path, shown):
     cls.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(tmp_path / "tuned")
     assert any("lost its MTP layer" in r for r in inspect_model(tmp_path / "tuned").reasons)
     graft(tmp_path / "tuned", tmp_path / "out", base)
-    donor, after, before = Weights(base), Weights(tmp_path / "out"), Weights(tmp_path / "tuned")
+    donor, after, before = Checkpoint(base), Checkpoint(tmp_path / "out"), Checkpoint(tmp_path / "tuned")
     head = {n for n in donor.file_of if family.owns(n) and not family.is_copy(n)}
     assert set(after.file_of) == set(before.file_of) | head and not set(before.file_of) & head
     for name in after.file_of:  # routers' biases stay float32

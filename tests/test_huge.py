@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TINY, free_port, logged, sft_args, swift
 from models import CHECKPOINTS, quantised
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
@@ -59,7 +60,7 @@ def loss_and_gradients(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_from_disk_give_the_same_head(kind, bases, shown):
-    cls = model_class(bases[kind])
+    cls = model_class(Checkpoint(bases[kind]))
     memory = {"cpu": least_memory(cls, cls.config_class.from_pretrained(bases[kind]))}
     model = cls.from_pretrained(bases[kind], dtype=torch.float32, device_map="auto", max_memory=memory)
     offloaded = {n for n, p in model.named_parameters() if p.device.type == "meta"}
@@ -73,7 +74,7 @@ def test_layers_from_disk_give_the_same_head(kind, bases, shown):
 
 
 def test_layers_fill_devices_in_order(bases):
-    cls = model_class(TINY)
+    cls = model_class(Checkpoint(TINY))
     config = cls.config_class.from_pretrained(TINY)
     least, layer = least_memory(cls, config), 1575680
     small = {0: least, 1: layer, "cpu": 2 * layer - 1}
@@ -95,11 +96,11 @@ BAD_MAPS = {
 @pytest.mark.parametrize("message", BAD_MAPS)
 def test_maps_that_offload_what_trains(message):
     with pytest.raises(FastMTPError, match=message):
-        model_class(TINY).from_pretrained(TINY, device_map=BAD_MAPS[message])
+        model_class(Checkpoint(TINY)).from_pretrained(TINY, device_map=BAD_MAPS[message])
 
 
 def test_swift_trains_with_layers_on_disk(run, rows, tmp_path):
-    cls = model_class(TINY)
+    cls = model_class(Checkpoint(TINY))
     least = least_memory(cls, cls.config_class.from_pretrained(TINY))
     memory = {"device_map": "auto", "max_memory": f'{{"cpu": {least}}}'}
     done = swift(*sft_args(TINY, rows, tmp_path / "run", max_steps=1, save_steps=1, **memory))
@@ -122,7 +123,7 @@ deepspeed.init_distributed("gloo")
 from transformers.integrations import HfDeepSpeedConfig
 from swift_fastmtp.model.head import split_experts
 from swift_fastmtp.model.modeling import model_class
-cls = model_class(sys.argv[1])
+cls = model_class(Checkpoint(sys.argv[1]))
 want = dict(cls.from_pretrained(sys.argv[1], dtype=torch.float32).named_parameters())
 keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
 model = cls.from_pretrained(sys.argv[1], dtype=torch.float32)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from test_checkpoints import HEAD, shard
 from test_errors import MODELS, broken_model, lose_mtp
 
-from swift_fastmtp.checkpoint.headers import Entry, Headers, read_headers
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.shards import pack_header
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.inspection import count_layers, inspect_model, odd_names, text
@@ -34,7 +34,7 @@ def test_a_checkpoint_that_we_train():
     found = json.loads(done.stdout)
     assert done.returncode == 0 and found["trainable"] and found["reasons"] == []
     assert found["family"] == "mimo" and found["mtp_layers"] == found["mtp_layers_config"] == 1
-    head = {n: e for n, e in read_headers(TINY).entries.items() if n.startswith(HEAD)}
+    head = {n: e for n, e in Checkpoint(TINY).headers.entries.items() if n.startswith(HEAD)}
     assert found["mtp_tensors"] == len(head) == 16
     assert found["mtp_bytes"] == sum(e.size for e in head.values()) == 2 * found["mtp_params"]
     assert found["mtp_dtypes"] == {"bfloat16": 16} and found["own_matrices"] == [] and not found["tied_head"]
@@ -98,7 +98,7 @@ def test_damaged_downloads(tmp_path):
     assert not found.trainable
     for name, problem in ((first, "missing"), (second, "header says"), (third, "not a readable safetensors file")):
         assert any(name.name in r and problem in r for r in found.reasons), found.reasons
-    assert found.mtp_tensors == sum(n.startswith(HEAD) for n in read_headers(folder).entries) > 0
+    assert found.mtp_tensors == sum(n.startswith(HEAD) for n in Checkpoint(folder).headers.entries) > 0
 
 
 def test_nothing_to_look_at(tmp_path):
@@ -177,9 +177,8 @@ def test_a_terabyte_takes_no_longer(tmp_path):
 @given(st.integers(1, 40), st.lists(st.integers(0, 60), min_size=1, max_size=8, unique=True))
 def test_layers_beyond_the_last_are_suspicious(layers, numbers):
     names = {f"model.layers.{n}.mlp.up_proj.weight": n for n in numbers}
-    headers = Headers(entries=dict.fromkeys(names, Entry(TINY, "BF16", (1,), 0, 2)))
     want = sorted(name for name, n in names.items() if n >= layers)
-    assert odd_names(headers, {"num_hidden_layers": layers}) == want
-    assert odd_names(headers, {"text_config": {"num_hidden_layers": layers}}) == want
-    assert odd_names(headers, {}) == []
+    assert odd_names(names, {"num_hidden_layers": layers}) == want
+    assert odd_names(names, {"text_config": {"num_hidden_layers": layers}}) == want
+    assert odd_names(names, {}) == []
     assert count_layers(list(names)) == len(numbers)

@@ -10,7 +10,7 @@ import yaml
 from bench_results import table_2
 from conftest import TINY
 
-from swift_fastmtp.checkpoint.weights import WEIGHTS_FILE
+from swift_fastmtp.checkpoint.checkpoint import WEIGHTS_FILE
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.known_files import read_object
 from swift_fastmtp.files.staging import write_json

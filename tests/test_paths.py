@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
-from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
@@ -86,7 +86,7 @@ def test_weights_that_are_links(tmp_path):
     (blobs / "0123").rename(tmp_path / "theirs.safetensors")
     (model / "model.safetensors").unlink()
     (model / "model.safetensors").symlink_to(tmp_path / "theirs.safetensors")
-    for read in (resolve, inspect_model, Weights):
+    for read in (resolve, inspect_model, lambda f: Checkpoint(f).entries):
         with pytest.raises(FastMTPError, match=r"model\.safetensors: is a link to .*theirs\.safetensors, outside"):
             read(model)
 
@@ -117,7 +117,7 @@ def test_what_an_export_wrote_is_what_an_engine_reads(trained, tmp_path):  # noq
     base = shard(TINY, tmp_path / "base")
     export_full(trained, tmp_path / "out", base)
     want = {n: t.to(torch.bfloat16) for n, t in load_file(trained / "model.safetensors").items()}
-    out = Weights(tmp_path / "out")
+    out = Checkpoint(tmp_path / "out")
     for name, tensor in want.items():
         assert torch.equal(out.read(name), tensor), name
         assert out.file_of[name].resolve().parent == (tmp_path / "out").resolve()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import swift_fastmtp
-from swift_fastmtp.checkpoint.weights import Weights
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
@@ -30,7 +30,7 @@ HEAD = "model.mtp_layers.0."
 
 
 def weights(folder):
-    found = Weights(folder)
+    found = Checkpoint(folder)
     return {name: found.read(name) for name in found.file_of}
 
 

@@ -14,9 +14,9 @@ from conftest import TINY
 from models import CHECKPOINTS, quantised
 from safetensors.torch import load_file, save_file
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.quantization import METHODS, left_out, parts_of, read_quantization
-from swift_fastmtp.checkpoint.weights import Weights
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.families.table import match_family
@@ -227,7 +227,7 @@ def test_a_layer_that_is_not_left_out_is_an_error(method, model, plain_models, t
     if method in ("gptq", "auto-round"):
         settings[key] = json.loads("{" + entries + "}")
     elif method == "fp8":  # every name; the message gives the first
-        names = [m for part in parts_of(family, head_shapes(folder)) for m in part.modules]
+        names = [m for part in parts_of(family, head_shapes(Checkpoint(folder))) for m in part.modules]
         shown = json.loads("[" + entries.split(" and ")[0] + "]")
         assert shown == sorted(n for n in names if "eh_proj" not in n)[:3]
         settings[key] = names
@@ -341,7 +341,7 @@ def test_published_fp8_with_a_quantised_layer_but_a_plain_projection(plain_model
 def test_experts_are_one_part_however_they_are_stored(plain_models):
     for model in ("glm4_moe", "qwen3_5_moe"):
         folder = plain_models[model]
-        parts = {p.name: p for p in parts_of(match_family(read_config(folder)), head_shapes(folder))}
+        parts = {p.name: p for p in parts_of(match_family(read_config(folder)), head_shapes(Checkpoint(folder)))}
         [experts] = [p for p in parts.values() if p.experts]
         assert len(experts.modules) > 1 and not any(name.endswith(("mlp.gate", "shared_expert_gate")) for name in parts)
     assert any(name.endswith("self_attn.qkv_proj") and len(p.modules) == 3 for name, p in parts.items())
@@ -384,4 +384,4 @@ def test_headers_name_types_as_torch_does(tmp_path):
     tensors = {str(t).removeprefix("torch."): torch.zeros(2, dtype=t) for t in (torch.bfloat16, torch.float8_e4m3fn,
                torch.int8, torch.uint8, torch.float16, torch.float32, torch.int32)}  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
-    assert Weights(tmp_path).dtypes() == {name: name for name in tensors}
+    assert Checkpoint(tmp_path).dtypes() == {name: name for name in tensors}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from swift_fastmtp.checkpoint.weights import save_tensors
+from swift_fastmtp.checkpoint.mtp_tensors import save_tensors
 from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.mix import mix

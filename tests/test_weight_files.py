@@ -13,17 +13,16 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
 from test_errors import assert_one_line, broken_model, lose_mtp
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.fingerprint import fingerprint
-from swift_fastmtp.checkpoint.headers import layer_elsewhere, read_headers
+from swift_fastmtp.checkpoint.mtp_tensors import check_head
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
-from swift_fastmtp.checkpoint.weights import Weights, check_head
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model, text
-from swift_fastmtp.families.table import FAMILIES, match_family
+from swift_fastmtp.families.table import match_family
 from swift_fastmtp.model.modeling import head_shapes, load_model
 from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.cost import read_cost
@@ -91,7 +90,7 @@ def test_layouts_that_engines_load_are_loaded(case, tmp_path):
     assert found.engines["sglang"].startswith("yes") and found.engines["vllm"].startswith("yes")
     assert examine(folder) == []
     assert_same_model(folder)
-    assert fingerprint(folder, FAMILIES[0]) == fingerprint(TINY, FAMILIES[0]) and read_cost(folder) == read_cost(TINY)
+    assert Checkpoint(folder).fingerprint == Checkpoint(TINY).fingerprint and read_cost(folder) == read_cost(TINY)
 
 
 def test_an_index_without_metadata_is_one(tmp_path):
@@ -124,7 +123,7 @@ def run_lines(number, folder, *replace):
 def assert_told_where(folder, *parts):
     """Every reader says the same: where the layer is, and how to fix it; none says that it is lost."""
     family = match_family(read_config(folder))
-    where = layer_elsewhere(folder, family).text
+    where = Checkpoint(folder).elsewhere(family).text
     assert all(part in where for part in parts) and "graft" not in where, where
     found = inspect_model(folder)
     assert not found.trainable and where in found.reasons and not any("lost" in r for r in found.reasons)
@@ -132,7 +131,7 @@ def assert_told_where(folder, *parts):
     assert sum(where in f.what for f in examine(folder)) == 1
     for read in (
         lambda: load_model(folder, torch.float32),
-        lambda: check_head(folder, family, head_shapes(folder)),
+        lambda: check_head(Checkpoint(folder), family, head_shapes(Checkpoint(folder))),
         lambda: serve_flags(folder),
         lambda: graft(folder, folder.with_name("out"), folder),
     ):
@@ -184,7 +183,7 @@ def test_sglang_adds_an_unlisted_sidecar_of_glm(name, tmp_path):
     (tmp_path / "checkpoint").mkdir()
     save_file(head, tmp_path / "checkpoint" / "model.safetensors")
     export_full(tmp_path / "checkpoint", tmp_path / "out", folder)
-    assert read_index(tmp_path / "out") == {n: f.name for n, f in Weights(tmp_path / "out").file_of.items()}
+    assert read_index(tmp_path / "out") == {n: f.name for n, f in Checkpoint(tmp_path / "out").file_of.items()}
     assert resolve(tmp_path / "out").refusals == {} and examine(tmp_path / "out") == []
 
 
@@ -222,14 +221,14 @@ def test_graft_replaces_a_layer_that_no_engine_finds(tmp_path):
     )
     graft(folder, tmp_path / "out", TINY, overwrite=True)
     assert examine(tmp_path / "out") == [] and not (tmp_path / "out" / "mtp.safetensors").exists()
-    assert set(Weights(tmp_path / "out").file_of) == set(Weights(TINY).file_of)
+    assert set(Checkpoint(tmp_path / "out").file_of) == set(Checkpoint(TINY).file_of)
 
 
 def with_index(tmp_path, **entries):
     """The tiny model with an index that lists more than there is."""
     folder = tmp_path / "model"
     shutil.copytree(TINY, folder)
-    names = dict.fromkeys(Weights(TINY).file_of, "model.safetensors")
+    names = dict.fromkeys(Checkpoint(TINY).file_of, "model.safetensors")
     write_index(folder, {**names, **{k.replace("__", "."): v for k, v in entries.items()}})
     return folder
 
@@ -323,7 +322,7 @@ def serve_flags_refused(folder):
 def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     folder = with_index(tmp_path, old__weight=name)
-    for read in (resolve, inspect_model, Weights, lambda f: load_model(f, torch.float32)):
+    for read in (resolve, inspect_model, lambda f: Checkpoint(f).entries, lambda f: load_model(f, torch.float32)):
         with pytest.raises(FastMTPError, match=r"no \*\.safetensors file of the folder itself") as error:
             read(folder)
         assert "\n" not in str(error.value)
@@ -506,7 +505,7 @@ def test_editing_an_output_leaves_the_base_alone(verb, trained, tmp_path):  # no
     (base / "merges.bin").write_bytes(b"1")
     before = contents(base)
     if verb == "export":
-        settings = {"base_model": str(base), "base_fingerprint": fingerprint(base, FAMILIES[0])}
+        settings = {"base_model": str(base), "base_fingerprint": Checkpoint(base).fingerprint}
         (trained / "fastmtp.json").write_text(json.dumps(settings))
         export_full(trained, tmp_path / "out")
     else:
@@ -525,5 +524,5 @@ def test_readers_agree_on_the_files(tmp_path):
     """Weights and headers are one selection, for every layout of this page."""
     for number, (main, side, listed) in enumerate(GOOD.values()):
         folder = sidecar(tmp_path / str(number), (main, side) if listed else (), side, main)
-        assert Weights(folder).files == read_headers(folder).files == list(resolve(folder).files)
-        assert Weights(folder).file_of == {n: e.file for n, e in read_headers(folder).entries.items()}
+        assert Checkpoint(folder).files == Checkpoint(folder).headers.files == list(resolve(folder).files)
+        assert Checkpoint(folder).file_of == {n: e.file for n, e in Checkpoint(folder).headers.entries.items()}

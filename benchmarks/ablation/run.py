@@ -23,7 +23,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
-from swift_fastmtp.checkpoint.weights import read_head, save_tensors
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head, save_tensors
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.files.rows import read_rows
@@ -74,7 +75,7 @@ class Bench:
         out.mkdir(parents=True, exist_ok=True)
         self.model = load_model(MODEL, torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.shipped = read_head(MODEL, self.model.family, head_shapes(MODEL))
+        self.shipped = read_head(Checkpoint(MODEL), self.model.family, head_shapes(Checkpoint(MODEL)))
         self.model.fastmtp = FastMTPConfig()
         prompts = self.split(data)
         self.train = {name: self.training_texts(name, prompts["train"]) for name in DATA}

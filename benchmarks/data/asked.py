@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import dump_row, read_rows, write_rows
@@ -121,12 +122,12 @@ def measure(folder, heads):
     """Verification rounds of every held-out answer, asked behind the opened `<think>`: tau and its interval."""
     model, tokenizer = load_model(folder, torch.float32), load_tokenizer(str(folder))
     model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
-    shapes = head_shapes(folder)
+    shapes = head_shapes(Checkpoint(folder))
     texts = make_texts(model, tokenizer, read_rows(ROOT / "examples/prompts/eval.jsonl"), ANSWER, "generate", 16)
     tokens = np.array([text.end - text.start - 1 for text in texts])
     rounds = {}
     for place, key in [(folder, ("as shipped", 0)), *((path, key) for key, path in heads.items())]:
-        load_head(model, read_head(place, model.family, shapes))
+        load_head(model, read_head(Checkpoint(place), model.family, shapes))
         found = draft_rounds(model, texts, tokenizer.pad_token_id, 16)
         rounds[key] = np.array([[len(steps) for steps in per_text] for per_text in found])  # [K, texts]
     chosen = np.random.default_rng(0).integers(len(texts), size=(DRAWS, len(texts)))

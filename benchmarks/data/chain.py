@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import dump_row, read_rows, write_rows
@@ -144,7 +145,7 @@ def measure(out):
         }
         found = {}
         for name, folder in heads.items():
-            load_head(model, read_head(folder, model.family, head_shapes(MODEL)))
+            load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(MODEL))))
             found[name] = {g: draft_rounds(model, t, tokenizer.pad_token_id, 20)[-1] for g, t in texts.items()}
         write_json(found, path)
     return json.loads(path.read_text())

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.shards import pack_header
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.provenance import provenance
@@ -116,7 +117,7 @@ def make(folder, sizes, shard_bytes):
     (folder / "config").mkdir(parents=True)
     write_json({k: v for k, v in config.items() if k != "auto_map"}, folder / "config" / "config.json")
     rest = backbone_shapes(AutoConfig.from_pretrained(folder / "config"), family)
-    head = head_shapes(folder / "config")
+    head = head_shapes(Checkpoint(folder / "config"))
     total = hollow_checkpoint(folder / "base", {**rest, **head}, config, shard_bytes)
     hollow_checkpoint(folder / "tuned", rest, config, shard_bytes)
     (folder / "trained").mkdir()

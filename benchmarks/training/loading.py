@@ -57,7 +57,7 @@ def sample():
     while True:
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.005)
-cls = model_class(folder)
+cls = model_class(Checkpoint(folder))
 config = cls.config_class.from_pretrained(folder)
 start = [anonymous(), time.perf_counter()]
 threading.Thread(target=sample, daemon=True).start()

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config_file import read_config
-from ..checkpoint.headers import read_vocab_size
 from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
@@ -370,7 +370,7 @@ def _launch(
     size = None
     if static is not None:
         check_file(static)
-        size = len(read_token_map(static, read_vocab_size(plan["model"])))
+        size = len(read_token_map(static, Checkpoint(plan["model"]).vocab_size))
         check_tokenizer(static, plan["model"])
     vanilla = os.path.realpath(folder) == os.path.realpath(plan["model"])
     program, *arguments = redact_words(as_written(words))

@@ -1,6 +1,7 @@
 """Which backbone a head belongs to: the identity of a checkpoint's tensors outside the MTP layer."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,7 @@ import torch
 
 from ..errors import FastMTPError
 from ..families.family import Family, is_embedding
-from ..files.known_files import read_object
-from .headers import read_header
-from .weights import (
-    SETTINGS_FILE,
-    Weights,
-    _open,
-)
+from .headers import Entry, open_safetensors, read_header
 
 _FINGERPRINT = "v2:"
 
@@ -32,7 +27,12 @@ _SPACING, _BLOCK, _SMALL = 2**22, 2**12, 2**16
 _PIECE = 2**20
 
 
-def fingerprint(folder: str | Path, family: Family) -> str:
+def is_new(recorded: str) -> bool:
+    """Whether a recorded fingerprint is of the form that `fingerprint` gives."""
+    return str(recorded).startswith(_FINGERPRINT)
+
+
+def fingerprint(folder: Path, entries: Mapping[str, Entry], family: Family) -> str:
     """Identity of a checkpoint's backbone, to tell later whether a head belongs to it: `v2:` and 64 hexadecimal digits.
 
     It covers name, dtype, shape and values of every tensor outside the head, in the order of the names, so how they
@@ -46,10 +46,8 @@ def fingerprint(folder: str | Path, family: Family) -> str:
       merged LoRA, a tuned layer or expert change nearly every value of a matrix, so each is noticed by any of its
       samples; an edit of a few rows of one such matrix may not be. 200 GB: 50 000 samples, 0.2 GB, seconds.
     """
-    weights = Weights(folder)
-    names = sorted(n for n in weights.file_of if not family.owns(n))
-    entries = weights.entries()
-    starts = {path: read_header(path)[0] for path in weights.files}
+    names = sorted(n for n in entries if not family.owns(n))
+    starts = {path: read_header(path)[0] for path in {entry.file for entry in entries.values()}}
     whole = sum(entries[n].size for n in names) <= WHOLE_BELOW
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}
@@ -71,25 +69,6 @@ def fingerprint(folder: str | Path, family: Family) -> str:
         for file in opened.values():
             file.close()
     return _FINGERPRINT + digest.hexdigest()
-
-
-def has_fingerprint(folder: str | Path, family: Family, recorded: str) -> bool:
-    """Whether a backbone is the one of a fingerprint in a `fastmtp.json`, new or of before there was `v2:`."""
-    if str(recorded).startswith(_FINGERPRINT):
-        return fingerprint(folder, family) == recorded
-    return _first_rows(folder, family) == recorded
-
-
-def check_backbone(checkpoint: str | Path, model_dir: str | Path, family: Family) -> None:
-    """Raises `FastMTPError` if a checkpoint says that its head was trained for another backbone than a model's.
-
-    One without `fastmtp.json` (tuner types `full` and `lora`) does not say.
-    """
-    recorded = read_object(Path(checkpoint) / SETTINGS_FILE).get("base_fingerprint")
-    if recorded and not has_fingerprint(model_dir, family, recorded):
-        raise FastMTPError(
-            f"{checkpoint}: this head was trained for another backbone than {model_dir}; pass the right one"
-        )
 
 
 def _sampled(name: str, size: int) -> list[int]:
@@ -131,15 +110,14 @@ def _factors() -> "np.ndarray[Any, np.dtype[np.int64]]":
     return factors | 1
 
 
-def _first_rows(folder: str | Path, family: Family) -> str:
+def first_rows(entries: Mapping[str, Entry], family: Family) -> str:
     """The fingerprint before `v2:`: of every matrix only the first row counted."""
-    weights = Weights(folder)
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
-    for name in sorted(n for n in weights.file_of if not family.owns(n)):
-        path = weights.file_of[name]
+    for name in sorted(n for n in entries if not family.owns(n)):
+        path = entries[name].file
         if path not in opened:
-            opened[path] = _open(path)
+            opened[path] = open_safetensors(path)
         view = opened[path].get_slice(name)
         shape = view.get_shape()
         digest.update(f"{name} {view.get_dtype()} {shape}\n".encode())

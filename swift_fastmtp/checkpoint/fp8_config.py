@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import FastMTPError
 
 
@@ -17,7 +15,7 @@ class Blocks:
     power_of_two: bool = False
     """Scales are powers of two (`scale_fmt` ue8m0, as DeepSeek-V3.1 has them)."""
 
-    def grid(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the scales of a tensor [..., rows, columns]; dimensions before are other matrices, as experts."""
         (rows, cols), (a, b) = shape[-2:], self.size
         return (*shape[:-2], -(-rows // a), -(-cols // b))

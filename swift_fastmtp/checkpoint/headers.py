@@ -1,8 +1,8 @@
 """What a checkpoint folder holds, by the headers of its safetensors files alone.
 
 No tensor is read and torch is not imported, so a checkpoint of hundreds of gigabytes takes as long as its headers:
-a few megabytes. Unlike `weights.Weights`, which refuses a broken folder, this also describes one: a shard that is
-missing or shorter than its header says is listed, and the rest is still there to look at.
+a few megabytes. A broken folder is described too: a shard that is missing or shorter than its header says is listed,
+and the rest is still there to look at.
 """
 
 import math
@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
 from ..files import inputs
 from ..files.kinds import is_int, shown
-from .config_file import read_config, vocabulary_size
 from .weight_files import INDEX_FILE, WeightFiles, resolve
 
 TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
@@ -50,6 +51,8 @@ class Entry:
 class Headers:
     """The tensors of a folder by name, and what is wrong with its files."""
 
+    chosen: WeightFiles
+    """The files of the folder and what becomes of them."""
     files: list[Path] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
@@ -60,8 +63,6 @@ class Headers:
     stale: dict[str, str] = field(default_factory=dict)
     """Name → file of tensors that the index lists in a file that is sound, and no file holds."""
     problems: list[str] = field(default_factory=list)
-    chosen: WeightFiles | None = None
-    """The files of the folder and what becomes of them."""
 
     def under(self, *paths: str) -> list[str]:
         """Names below module paths, sorted."""
@@ -148,7 +149,7 @@ def read_headers(folder: str | Path) -> Headers:
     """
     folder = Path(folder)
     chosen = resolve(folder)
-    headers = Headers(list(chosen.files), chosen=chosen)
+    headers = Headers(chosen, list(chosen.files))
     damaged = {path.name for path in chosen.files if not _add(headers, path)}
     for name, file in (chosen.index or {}).items():
         if name in headers.entries:
@@ -190,19 +191,6 @@ def vocab_size_fault(headers: Headers, config: dict[str, Any]) -> str | None:
     return None
 
 
-def read_vocab_size(folder: str | Path) -> int:
-    """Tokens of a model by config.json, which must agree with the matrices where the folder holds some.
-
-    Raises `FastMTPError` if it does not, or there is no such number.
-    """
-    path = Path(folder) / "config.json"
-    config = read_config(folder)
-    size = vocabulary_size(config, path)
-    if any(Path(folder).glob("*.safetensors")) and (fault := vocab_size_fault(read_headers(folder), config)):
-        raise FastMTPError(f"{path}: {fault}")
-    return size
-
-
 @dataclass(frozen=True)
 class Elsewhere:
     """Tensors of the MTP layer that are in the folder, where no engine finds them."""
@@ -215,16 +203,14 @@ class Elsewhere:
     """One line: where they are, what engines do with them, and how to fix it."""
 
 
-def layer_elsewhere(folder: str | Path, family: Family) -> Elsewhere | None:
+def find_elsewhere(headers: Headers, family: Family) -> Elsewhere | None:
     """The part of the MTP layer that lies in files which the index leaves out, or under another path.
 
     Another path is what a save of a wrapped model gives: `model.language_model.mtp.*` for `mtp.*`, or one without its
     `model.`. Engines compare names from their beginning (SGLang `qwen3_5_mtp.py`, `deepseek_weight_loader.py`; vLLM
     `is_unused_checkpoint_weight`), so they pass over those.
     """
-    headers = read_headers(folder)
     chosen = headers.chosen
-    assert chosen is not None
     names: set[str] = set()
     places: list[tuple[Path, str]] = []
     unlisted: set[str] = set()
@@ -273,3 +259,12 @@ def _other_path(name: str, roots: tuple[str, ...]) -> tuple[str, str] | None:
         if match and match[1] != root and not TOWER.search(match[1]):
             return root, match[1]
     return None
+
+
+def open_safetensors(path: Path) -> Any:
+    """A file of safetensors' own reader. Raises `FastMTPError` if it is none."""
+    inputs.check_file(path)  # of a pipe, safetensors would wait for the end
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise FastMTPError(f"{path}: not a readable safetensors file ({error}); download it again") from None

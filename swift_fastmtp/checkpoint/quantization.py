@@ -644,7 +644,7 @@ def _escaped(path: str) -> str:
 
 
 def left_out_in_words(
-    folder: Path, config: dict[str, Any], family: Family | None, shapes: Callable[[Path], dict[str, tuple[int, ...]]]
+    folder: Path, config: dict[str, Any], family: Family | None, shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> str | None:
     """ "left out", "partly left out" or "not left out"; None where nothing is quantised, or it cannot be told.
 
@@ -655,7 +655,7 @@ def left_out_in_words(
         quantization = read_quantization(config, folder)
         if quantization is None or family is None or not quantization.known:
             return None
-        readings = [left_out(quantization, part) for part in parts_of(family, shapes(folder)) if part.engines]
+        readings = [left_out(quantization, part) for part in parts_of(family, shapes()) if part.engines]
     except FastMTPError:  # inspect lists it among its reasons, or it is the doctor's to explain
         return None
     out = [any(reading.values()) for reading in readings if reading]

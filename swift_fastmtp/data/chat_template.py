@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError, detail
 from ..files import inputs
 
@@ -47,7 +48,9 @@ def load_tokenizer(model_dir: str) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         if (Path(model_dir) / "config.json").is_file():
-            modeling.load_config(model_dir)  # it is read for the tokenizer too: says so if the fault is there
+            modeling.load_config(
+                Checkpoint(model_dir)
+            )  # it is read for the tokenizer too: says so if the fault is there
         if "trust_remote_code" in str(error):
             raise FastMTPError(
                 f"--model {model_dir}: tokenizer_config.json names Python code of the folder (auto_map), and this "

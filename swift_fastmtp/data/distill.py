@@ -19,11 +19,9 @@ import torch
 from tqdm import tqdm
 
 from .. import __version__
-from ..checkpoint.config_file import read_config
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.finite import NotFiniteError
 from ..errors import FastMTPError
-from ..families.family import config_value
 from ..files.copies import file_hash
 from ..files.jobs import Job, Key, Part, take_away_merged
 from ..files.rows import BadRows, Row, iter_rows
@@ -97,7 +95,7 @@ def distill(
         "seed": seed,
     }
     if model is not None:
-        settings |= {"batch_size": batch_size, "model": fingerprint(model_dir, model.family), "dtype": str(model.dtype)}
+        settings |= {"batch_size": batch_size, "model": Checkpoint(model_dir).fingerprint, "dtype": str(model.dtype)}
     job = Job(output, settings)
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
     with job.part(number, of) as part:
@@ -130,8 +128,8 @@ def _load(model_dir: str, torch_dtype: str | None) -> Any:
     if torch_dtype:
         dtype = getattr(torch, torch_dtype)
     elif torch.cuda.is_available():
-        config = read_config(model_dir)
-        stored = config_value(config, "dtype") or config_value(config, "torch_dtype")
+        checkpoint = Checkpoint(model_dir)
+        stored = checkpoint.value("dtype") or checkpoint.value("torch_dtype")
         dtype = getattr(torch, str(stored).removeprefix("torch."), torch.bfloat16)
     else:
         dtype = torch.float32

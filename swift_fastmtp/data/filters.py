@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..checkpoint.headers import read_vocab_size
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..files import inputs
 from ..files.row_forms import UnreadableRowError, normalize
@@ -349,7 +349,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         self._tokenizer = load_tokenizer(self.model) if self.model else None
-        self._vocab_size = read_vocab_size(self.model) if self.model else 0
+        self._vocab_size = Checkpoint(self.model).vocab_size if self.model else 0
 
     def __call__(self, row: Row) -> str | None:
         if self._tokenizer is None:
@@ -373,7 +373,7 @@ class TokenCounter:
 
     def __init__(self, model: str | None = None) -> None:
         self._tokenizer = load_tokenizer(model) if model else None
-        self._vocab_size = read_vocab_size(model) if model else None
+        self._vocab_size = Checkpoint(model).vocab_size if model else None
         self._row: Row | None = None
         self._counts: list[int] = []
         self.how: Counter[str] = Counter()

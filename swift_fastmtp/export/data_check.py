@@ -4,7 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..checkpoint.config_file import read_config, vocabulary_size
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config_file import vocabulary_size
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.examples import check_vocabulary, rendered_otherwise, training_examples
 from ..errors import FastMTPError
@@ -26,7 +27,8 @@ def examine_data(folder: str | Path, file: str | Path) -> list[Finding]:
         check_chat_template(tokenizer, folder)
     except FastMTPError as error:
         return [Finding("error", str(error), "nothing can be asked, and rows cannot be rendered", "see above")]
-    vocab_size = vocabulary_size(read_config(folder), Path(folder) / "config.json")
+    model = Checkpoint(folder)
+    vocab_size = vocabulary_size(model.config, model.config_file)
 
     places: dict[str, list[str]] = defaultdict(list)
     bad = BadRows("skip")

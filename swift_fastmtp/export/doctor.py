@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config_file import WrongTypeError, read_config
-from ..checkpoint.fingerprint import WHOLE_BELOW, has_fingerprint
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config_file import WrongTypeError
+from ..checkpoint.fingerprint import WHOLE_BELOW
 from ..checkpoint.finite import is_finite
 from ..checkpoint.fp8 import DTYPE as FP8
 from ..checkpoint.fp8 import SCALE
-from ..checkpoint.headers import TOWER, layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.headers import TOWER
+from ..checkpoint.mtp_tensors import read_plain
 from ..checkpoint.quantization import (
     SGLANG,
     VLLM,
@@ -32,10 +34,8 @@ from ..checkpoint.quantization import (
 )
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
-from ..checkpoint.weights import SETTINGS_FILE, Weights, read_plain
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
-from ..families.table import match_family
 from ..files.known_files import read_object
 from ..method.token_map import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
@@ -97,39 +97,39 @@ def examine(
 
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """
-    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
     try:
-        config = read_config(folder)
+        config = checkpoint.config
     except WrongTypeError as error:
         why = "engines build the model and its draft from config.json"
         return [Finding("error", str(error), why, "take the key from the base model's config.json")]
-    family = match_family(config, folder / "config.json")
+    family = checkpoint.family
     findings = list(_config(config, family))
     try:
-        read_quantization(config, folder)
+        read_quantization(config, checkpoint.folder)
     except FastMTPError as error:
         why = "engines read it to build the model"
         return [*findings, Finding("error", str(error), why, "take it from the base model's own config.json")]
     try:
-        weights = Weights(folder)
+        _ = checkpoint.entries
     except FastMTPError as error:
         why = "an engine loads every tensor of every listed file; of two with one name, the last one wins"
         return [*findings, Finding("error", str(error), why, "export again, or remove the stale file")]
-    findings += _files(folder, weights, config, family)
-    if fault := vocab_size_fault(read_headers(folder), config):
+    findings += _files(checkpoint, family)
+    if fault := checkpoint.vocab_size_fault:
         why = "engines stop, or read and draft ids that no row is for"
         findings.append(Finding("error", f"config.json: {fault}", why, "take config.json from the base model"))
     try:
-        findings += _tensors(folder, weights, config, family)
+        findings += _tensors(checkpoint, family)
     except FastMTPError as error:
         why = "engines build the draft from config.json, and stop, or build another model"
         return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
-    findings += _backbone(weights, family)
-    findings += _origin(folder, weights, family, model)
+    findings += _backbone(checkpoint, family)
+    findings += _origin(checkpoint, family, model)
     if token_map:
-        findings += [*_map(Path(token_map), folder, config), *_static_map(token_map, config, tp_size)]
+        findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
     if CONFIG_KEY in config:
-        findings += _map_list(folder, config)
+        findings += _map_list(checkpoint.folder, config)
     return findings
 
 
@@ -171,32 +171,32 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
         )
 
 
-def _files(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
+def _files(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     """Whether engines load what the index says."""
-    for engine, why in weights.chosen.refusals.items():
-        if engine == "sglang" or "sglang" not in weights.chosen.refusals:  # one line where it is the same for both
-            level = "error" if weights.chosen.missing else "warning"
+    for engine, why in checkpoint.chosen.refusals.items():
+        if engine == "sglang" or "sglang" not in checkpoint.chosen.refusals:  # one line where it is the same for both
+            level = "error" if checkpoint.chosen.missing else "warning"
             yield Finding(
-                level, f"{folder}: {why}", _NOT_LOADED[level], "set the index right, as docs/inspect.md shows"
+                level, f"{checkpoint}: {why}", _NOT_LOADED[level], "set the index right, as docs/inspect.md shows"
             )
-    if not weights.lost:
+    if not checkpoint.lost:
         return
     from ..model.modeling import needed_tensors
 
-    layer = {n for n in weights.lost if family.owns(n)}  # `_tensors` looks at these
-    rest = sorted(set(weights.lost) - layer)
-    needed = set(needed_tensors(folder, rest, weights.file_of)) if weights.has_backbone(config) else set()
-    has_tower = any(key in config for key in ("vision_config", "audio_config"))
+    layer = {n for n in checkpoint.lost if family.owns(n)}  # `_tensors` looks at these
+    rest = sorted(set(checkpoint.lost) - layer)
+    needed = set(needed_tensors(checkpoint, rest, checkpoint.file_of)) if checkpoint.has_backbone() else set()
+    has_tower = any(key in checkpoint.config for key in ("vision_config", "audio_config"))
     needed |= {n for n in rest if has_tower and TOWER.search(n)}
     if needed:
         name = min(needed)
         yield Finding(
             "error",
-            f"{INDEX_FILE} lists {name} in {weights.lost[name]}, which no file holds ({len(needed)} such tensors)",
+            f"{INDEX_FILE} lists {name} in {checkpoint.lost[name]}, which no file holds ({len(needed)} such tensors)",
             "engines keep random values where no tensor is, or stop; with this one the model itself is broken",
             "download the checkpoint again",
         )
-    stale = sorted(set(weights.lost) - needed - layer)
+    stale = sorted(set(checkpoint.lost) - needed - layer)
     if stale:
         yield Finding(
             "warning",
@@ -206,20 +206,20 @@ def _files(folder: Path, weights: Weights, config: dict[str, Any], family: Famil
         )
 
 
-def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Family) -> Iterator[Finding]:
+def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
-    expected = head_shapes(folder)
+    expected = head_shapes(checkpoint)
     parts = parts_of(family, expected)
-    stored = _stored(weights, family, parts)
-    found = {n for n in weights.file_of if family.owns(n) and not family.is_copy(n)}
+    stored = _stored(checkpoint, family, parts)
+    found = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
     found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
     # A matrix in another quantised form than FP8 blocks: its tensors have other names, shapes or meanings.
     packed = {m for m, names in stored.items() if _is_packed(m, names)}
     found -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
     missing = set(expected) - found
-    elsewhere = layer_elsewhere(folder, family) if missing else None
+    elsewhere = checkpoint.elsewhere(family) if missing else None
     if elsewhere:
         why = "engines keep the random values of a parameter that no tensor fills, and draft garbage"
         yield Finding("error", elsewhere.text, why, "set index and names right; no graft is needed")
@@ -238,7 +238,7 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
             f"keep exactly the {len(expected)} tensors under {' and '.join(family.layer_paths)}",
         )
-    for name in sorted(n for n in weights.file_of if MTP_WORD.search(n) and not family.owns(n)):
+    for name in sorted(n for n in checkpoint.file_of if MTP_WORD.search(n) and not family.owns(n)):
         yield Finding(
             "error",
             f"{name} looks like an MTP tensor under another name",
@@ -246,8 +246,8 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             f"rename it to {family.root}.…",
         )
     for name in sorted(found & set(expected)):
-        yield from _values(name, weights, expected[name], family)
-    if f"{family.prefix}.{family.proj}.weight{SCALE}" in weights.file_of and SGLANG not in family.quantized_proj:
+        yield from _values(name, checkpoint, expected[name], family)
+    if f"{family.prefix}.{family.proj}.weight{SCALE}" in checkpoint.file_of and SGLANG not in family.quantized_proj:
         yield Finding(
             "error",
             f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
@@ -255,19 +255,19 @@ def _tensors(folder: Path, weights: Weights, config: dict[str, Any], family: Fam
             "start from a checkpoint that leaves it out of the quantisation",
         )
     named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
-    yield from _dtypes(weights, config, named, packed)
-    yield from _quantization(folder, weights, config, family, parts, stored)
+    yield from _dtypes(checkpoint, named, packed)
+    yield from _quantization(checkpoint, family, parts, stored)
 
 
-def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
-    if weights.shape(name) != shape:
-        what = f"{name} has shape {list(weights.shape(name))}, config.json says {list(shape)}"
+def _values(name: str, checkpoint: Checkpoint, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
+    if checkpoint.shape(name) != shape:
+        what = f"{name} has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}"
         yield Finding("error", what, "the engine fails, or loads a part of it", "export again for this config")
         return
-    tensor = weights.read(name)
-    if tensor.dtype == FP8 or name + SCALE in weights.file_of:
+    tensor = checkpoint.read(name)
+    if tensor.dtype == FP8 or name + SCALE in checkpoint.file_of:
         try:
-            tensor = read_plain(weights, name)
+            tensor = read_plain(checkpoint, name)
         except FastMTPError as error:
             why = "engines multiply the stored numbers by their scales, by what config.json says of them"
             yield Finding("error", str(error), why, "export again, from the base model's own config.json")
@@ -280,13 +280,13 @@ def _values(name: str, weights: Weights, shape: tuple[int, ...], family: Family)
         yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
-def _backbone(weights: Weights, family: Family) -> Iterator[Finding]:
+def _backbone(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     """Whether the backbone's numbers are some. Of one larger than `WHOLE_BELOW` only the small tensors are read."""
-    sizes = {name: entry.size for name, entry in weights.entries().items() if entry.dtype in _FLOATS}
+    sizes = {name: entry.size for name, entry in checkpoint.entries.items() if entry.dtype in _FLOATS}
     names = sorted(name for name in sizes if not family.owns(name))
     if sum(sizes[name] for name in names) > WHOLE_BELOW:
         names = [name for name in names if sizes[name] <= _SMALL]
-    bad = [name for name in names if not is_finite(weights.read(name))]
+    bad = [name for name in names if not is_finite(checkpoint.read(name))]
     if bad:
         yield Finding(
             "error",
@@ -296,9 +296,9 @@ def _backbone(weights: Weights, family: Family) -> Iterator[Finding]:
         )
 
 
-def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: set[str]) -> Iterator[Finding]:
-    dtypes = weights.dtypes()
-    blocks = {n for n in names if n + SCALE in weights.file_of}
+def _dtypes(checkpoint: Checkpoint, names: list[str], packed: set[str]) -> Iterator[Finding]:
+    dtypes = checkpoint.dtypes()
+    blocks = {n for n in names if n + SCALE in checkpoint.file_of}
     kinds = {dtypes[n] for n in names if n not in blocks}
     if kinds - _PLAIN or packed:
         what = ", ".join(sorted(kinds - _PLAIN) + ([f"{len(packed)} matrices with scales"] if packed else []))
@@ -308,10 +308,10 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: 
             "drafts follow small differences in hidden states; a quantised layer is often never accepted",
             "keep the MTP layer in the source precision",
         )
-    if read_quantization(config, weights.folder):
+    if read_quantization(checkpoint.config, checkpoint.folder):
         return
-    backbone = config_value(config, "dtype") or config_value(config, "torch_dtype")
-    if weights.has_backbone(config) and kinds and backbone and kinds != {backbone}:
+    backbone = checkpoint.value("dtype") or checkpoint.value("torch_dtype")
+    if checkpoint.has_backbone() and kinds and backbone and kinds != {backbone}:
         yield Finding(
             "warning",
             f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
@@ -320,11 +320,11 @@ def _dtypes(weights: Weights, config: dict[str, Any], names: list[str], packed: 
         )
 
 
-def _stored(weights: Weights, family: Family, parts: list[Part]) -> dict[str, list[str]]:
+def _stored(checkpoint: Checkpoint, family: Family, parts: list[Part]) -> dict[str, list[str]]:
     """Module of the MTP layer that engines may quantise → its tensors: the matrix, its scales, its packed form."""
     modules = {m for part in parts for m in part.modules}
     stored: dict[str, list[str]] = {m: [] for m in modules}
-    for name in weights.file_of:
+    for name in checkpoint.file_of:
         if not family.owns(name):
             continue
         # Scales stand under the module (`fc.weight_scale`), bitsandbytes' under the matrix (`fc.weight.absmax`), those
@@ -345,16 +345,11 @@ def _is_packed(module: str, names: list[str]) -> bool:
 
 
 def _quantization(
-    folder: Path,
-    weights: Weights,
-    config: dict[str, Any],
-    family: Family,
-    parts: list[Part],
-    stored: dict[str, list[str]],
+    checkpoint: Checkpoint, family: Family, parts: list[Part], stored: dict[str, list[str]]
 ) -> Iterator[Finding]:
     """Whether engines build each part of the layer in the form in which it is stored."""
     try:
-        quantization = read_quantization(config, folder)
+        quantization = read_quantization(checkpoint.config, checkpoint.folder)
         if quantization is None:
             return
         readings = {part: left_out(quantization, part) for part in parts if any(stored[m] for m in part.modules)}
@@ -362,7 +357,7 @@ def _quantization(
         why = "engines read it to build the model"
         yield Finding("error", str(error), why, "export again, from the base model's own config.json")
         return
-    dtypes = weights.dtypes()
+    dtypes = checkpoint.dtypes()
     is_quantized = {p: [m for m in p.modules if _is_quantized(stored[m], dtypes)] for p in readings}
     plain = [p for p in readings if not is_quantized[p]]
     if not quantization.known:
@@ -440,21 +435,21 @@ def _built_quantized(
         )
 
 
-def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | None) -> Iterator[Finding]:
-    settings = read_object(folder / SETTINGS_FILE)
-    base = Path(model or settings.get("base_model") or "/nonexistent")
-    trained_for = settings.get("base_fingerprint")
-    here = folder if weights.has_backbone(read_config(folder)) else base
-    if trained_for and (here / "config.json").exists() and not has_fingerprint(here, family, trained_for):
+def _origin(checkpoint: Checkpoint, family: Family, model: str | Path | None) -> Iterator[Finding]:
+    folder = checkpoint.folder
+    base = Checkpoint(model or checkpoint.settings.get("base_model") or "/nonexistent")
+    trained_for = checkpoint.settings.get("base_fingerprint")
+    here = checkpoint if checkpoint.has_backbone() else base
+    if trained_for and here.config_file.exists() and not here.has_fingerprint(trained_for):
         yield Finding(
             "error",
             f"the head was trained for another backbone than {here}",
             "a head follows the hidden states of the weights it saw; after merging or more training they differ",
             "train the head for this backbone; a few hundred steps heal it",
         )
-    if os.path.realpath(base) == os.path.realpath(folder) or not (base / "config.json").exists():
+    if os.path.realpath(base.folder) == os.path.realpath(folder) or not base.config_file.exists():
         return
-    here_config, base_config = read_config(folder), read_config(base)
+    here_config, base_config = checkpoint.config, base.config
     for key in _differences(here_config, base_config):
         ours, theirs = config_value(here_config, key), config_value(base_config, key)
         yield Finding(
@@ -463,10 +458,9 @@ def _origin(folder: Path, weights: Weights, family: Family, model: str | Path | 
             "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
             "use the base model's value in both",
         )
-    original = Weights(base)
-    names = [n for n in weights.under(*family.roots) if n in original.file_of and not family.is_copy(n)]
-    yield from _forms(weights, original, here_config, base, names)
-    same = [n for n in names if torch.equal(weights.read(n).float(), original.read(n).float())]
+    names = [n for n in checkpoint.under(*family.roots) if n in base.file_of and not family.is_copy(n)]
+    yield from _forms(checkpoint, base, names)
+    same = [n for n in names if torch.equal(checkpoint.read(n).float(), base.read(n).float())]
     if names and len(same) == len(names):
         yield Finding(
             "warning",
@@ -518,14 +512,12 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rope.items() if value is not None}
 
 
-def _forms(
-    weights: Weights, original: Weights, config: dict[str, Any], base: Path, names: list[str]
-) -> Iterator[Finding]:
+def _forms(checkpoint: Checkpoint, base: Checkpoint, names: list[str]) -> Iterator[Finding]:
     """Where config.json says FP8, an engine expects it for the tensors that the base model stores so."""
-    if not config.get("quantization_config"):
+    if not checkpoint.config.get("quantization_config"):
         return
     for name in (n for n in names if not n.endswith(SCALE)):
-        here, there = (n + SCALE in w.file_of for n, w in ((name, weights), (name, original)))
+        here, there = name + SCALE in checkpoint.file_of, name + SCALE in base.file_of
         if here != there:
             yield Finding(
                 "error",

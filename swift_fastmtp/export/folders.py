@@ -21,17 +21,14 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..checkpoint.config_file import read_config
-from ..checkpoint.fingerprint import check_backbone, fingerprint
+from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
 from ..checkpoint.fp8 import SCALE, requantise
-from ..checkpoint.fp8_config import read_blocks
-from ..checkpoint.headers import entries_of, read_headers, read_vocab_size
-from ..checkpoint.refusals import find_family
+from ..checkpoint.headers import Headers, entries_of
+from ..checkpoint.mtp_tensors import head_reader
 from ..checkpoint.shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 from ..checkpoint.weight_files import INDEX_FILE
-from ..checkpoint.weights import SETTINGS_FILE, WEIGHTS_FILE, Weights, head_reader
 from ..errors import FastMTPError
-from ..families.family import Family, config_value
+from ..families.family import Family
 from ..files.copies import link_or_copy
 from ..files.known_files import read_object
 from ..files.paths import files_of
@@ -89,7 +86,7 @@ def export_full(
     with new_folder(output_dir) as out:
         changed = set(trained.file_of.values())
         hashes: dict[str, str] = {}
-        for source in files_of(base):
+        for source in files_of(base.folder):
             target = out / source.name
             if source.name in RUN_FILES:
                 continue
@@ -99,13 +96,13 @@ def export_full(
             shutil.copyfile(source, target)
             names = [n for n in trained.specs if trained.file_of[n] == source]
             hashes |= overwrite_tensors(target, names, trained)
-        _finish_index(base, out)
+        _finish_index(base.headers, out)
         _finish_config(out, family, remote_code)
         if token_maps:
             _add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         _verify(out, family, expected, hashes)
-    return base
+    return base.folder
 
 
 def export_draft(
@@ -119,7 +116,7 @@ def export_draft(
     try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
-        for source in files_of(base):
+        for source in files_of(base.folder):
             if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
@@ -128,7 +125,7 @@ def export_draft(
         write_json(info, out / SETTINGS_FILE)
         hashes = write_tensors(out / WEIGHTS_FILE, trained.specs, trained)
         _verify(out, family, expected, hashes)
-    return base
+    return base.folder
 
 
 def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
@@ -137,7 +134,7 @@ def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     transformers does not know `mimo`: either config.json names a configuration class (`auto_map`), which asks for
     `--trust-remote-code`, or it calls itself by the plain type that class derives from.
     """
-    config = read_config(folder)
+    config = Checkpoint(folder).config
     known = family.plain_model_type == family.config_model_type
     if known or config.get("model_type") != family.config_model_type or (remote_code and config.get("auto_map")):
         return
@@ -147,11 +144,9 @@ def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     write_json({**config, "model_type": family.plain_model_type}, folder / "config.json")
 
 
-def _finish_index(base: Path, out: Path) -> None:
+def _finish_index(headers: Headers, out: Path) -> None:
     """An index that lists what is there, so that every engine starts; it stays the base's where that already is."""
-    headers = read_headers(base)
     chosen = headers.chosen
-    assert chosen is not None
     if chosen.index is None or not (headers.stale or chosen.missing or chosen.added):
         return
     write_index(out, {name: entry.file.name for name, entry in headers.entries.items()})
@@ -166,13 +161,13 @@ def write_index(folder: Path, weight_map: dict[str, str]) -> None:
 
 def _add_maps(folder: Path, token_maps: str | Path) -> None:
     """Copy the maps of a list, with what is known of them, and name them in config.json."""
-    config = read_config(folder)
+    checkpoint = Checkpoint(folder)
     maps = read_map_list(token_maps)
     check_names(maps)
     for path in maps.values():
         check_tokenizer(path, folder)
-        read_token_map(path, config_value(config, "vocab_size"))
-    write_json({**config, CONFIG_KEY: copy_maps(maps, folder)}, folder / "config.json")
+        read_token_map(path, checkpoint.value("vocab_size"))
+    write_json({**checkpoint.config, CONFIG_KEY: copy_maps(maps, folder)}, checkpoint.config_file)
 
 
 class _Trained:
@@ -182,10 +177,13 @@ class _Trained:
     Call it with a name of `specs`.
     """
 
-    def __init__(self, base: Path, expected: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]) -> None:
-        self._weights, self._read, self._scales = Weights(base), read, dict[str, torch.Tensor]()
-        self._blocks = read_blocks(read_config(base), base / "config.json")
-        entries = read_headers(base).entries
+    def __init__(
+        self, base: Checkpoint, expected: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor]
+    ) -> None:
+        self._base = base
+        self._read = read
+        self._scales: dict[str, torch.Tensor] = {}
+        entries = base.entries
         self.specs = {}
         """Name → dtype and shape in the base."""
         self.file_of = {}
@@ -201,17 +199,17 @@ class _Trained:
             if name not in self._scales:  # it lies in an earlier file than its weight
                 self(name.removesuffix(SCALE))
             return self._scales.pop(name)
-        if name + SCALE not in self.specs or self._blocks is None:
+        if name + SCALE not in self.specs or self._base.blocks is None:
             return self._read(name).to(self.specs[name][0])
-        old = self._weights.read(name), self._weights.read(name + SCALE)
-        weight, self._scales[name + SCALE] = requantise(self._read(name), *old, self._blocks)
+        old = self._base.read(name), self._base.read(name + SCALE)
+        weight, self._scales[name + SCALE] = requantise(self._read(name), *old, self._base.blocks)
         return weight
 
     def equals_base(self) -> bool:
         """Whether nothing was trained; the first tensor that was ends the search."""
 
         def same(name: str) -> bool:
-            new, old = self(name), self._weights.read(name)
+            new, old = self(name), self._base.read(name)
             return torch.equal(new.view(torch.uint8), old.view(torch.uint8))
 
         found = all(same(name) for name in self.specs)
@@ -221,44 +219,42 @@ class _Trained:
 
 def _collect(
     checkpoint: str | Path, base_model: str | Path | None
-) -> tuple[Path, Family, _Trained, dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Base folder, its family, the trained head, its names and shapes, and the content of `fastmtp.json`."""
-    checkpoint = Path(checkpoint)
-    if not checkpoint.is_dir():
+) -> tuple[Checkpoint, Family, _Trained, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Base, its family, the trained head, its names and shapes, and the content of `fastmtp.json`."""
+    trained_in = Checkpoint(checkpoint)
+    if not trained_in.folder.is_dir():
         raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
-    known = read_object(checkpoint / SETTINGS_FILE)
-    run = read_object(checkpoint / "args.json")
-    base = Path(base_model or known.get("base_model") or run.get("model") or "")
-    if not (base / "config.json").exists():
+    known = trained_in.settings
+    run = read_object(trained_in.folder / "args.json")
+    base = Checkpoint(base_model or known.get("base_model") or run.get("model") or "")
+    if not base.config_file.exists():
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
-    family = find_family(read_config(base), base / "config.json")
+    family = base.trainable_family
+    _ = base.vocab_size  # raises where it is not that of the matrices
     from ..model.modeling import head_shapes, needed_tensors  # torch models only from here on
 
-    read_vocab_size(base)  # raises where it is not that of the matrices
-    weights = Weights(base)
-    if needed := needed_tensors(base, weights.lost, weights.file_of):
+    if needed := needed_tensors(base, base.lost, base.file_of):
         name = needed[0]
         raise FastMTPError(
-            f"{base}: {name} is in no file, the index has it in {weights.lost[name]} ({len(needed)} such tensors); "
+            f"{base}: {name} is in no file, the index has it in {base.lost[name]} ({len(needed)} such tensors); "
             "download the checkpoint again"
         )
-    check_backbone(checkpoint, base, family)
+    trained_in.check_backbone(base)
     expected = head_shapes(base)
-    if (checkpoint / "adapter_config.json").exists():
+    if (trained_in.folder / "adapter_config.json").exists():
         from .lora import merge_head
 
-        read = merge_head(base, checkpoint).__getitem__
+        read = merge_head(base, trained_in.folder).__getitem__
     else:
-        read = head_reader(checkpoint, family, expected)
+        read = head_reader(trained_in, family, expected)
     head_reader(base, family, expected)  # has every tensor, and no other
     trained = _Trained(base, expected, read)
     if trained.equals_base():
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
     if not known:
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
-        known = settings(
-            FastMTPConfig.from_mapping(knobs, str(checkpoint / "args.json")), str(base), fingerprint(base, family)
-        )
+        config = FastMTPConfig.from_mapping(knobs, str(trained_in.folder / "args.json"))
+        known = settings(config, str(base), base.fingerprint)
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
     return base, family, trained, expected, known
@@ -270,10 +266,10 @@ def _verify(folder: Path, family: Family, expected: dict[str, tuple[int, ...]], 
     Args:
         hashes: name → SHA-256 of the bytes that were written.
     """
-    head_reader(folder, family, expected)
-    file_of = Weights(folder).file_of
+    written_out = Checkpoint(folder)
+    head_reader(written_out, family, expected)
     for name, written in hashes.items():
-        path = file_of[name]
+        path = written_out.file_of[name]
         if path.resolve().parent != folder.resolve():
             raise FastMTPError(f"{path}: {name} would be read from {path.resolve()}, outside of what was written")
         if tensor_hashes(path, [name])[name] != written:

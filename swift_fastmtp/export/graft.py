@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.fp8_config import read_blocks
-from ..checkpoint.headers import Headers, layer_elsewhere, read_headers
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.headers import Headers
+from ..checkpoint.mtp_tensors import head_reader
 from ..checkpoint.refusals import find_family
 from ..checkpoint.shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
 from ..checkpoint.weight_files import INDEX_FILE
-from ..checkpoint.weights import head_reader
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
 from ..families.table import FAMILIES, match_family
@@ -66,38 +65,40 @@ def graft(
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
     try_output(output_dir)
-    model = Path(model)
     if (donor is None) != init_from_last_layer:
         raise FastMTPError("graft: pass either --donor BASE or --init_from_last_layer")
-    if (model / "adapter_config.json").exists():
+    tuned = Checkpoint(model)
+    giver = Checkpoint(donor) if donor else None
+    if (tuned.folder / "adapter_config.json").exists():
         raise FastMTPError(
             f"{model}: holds a LoRA adapter, not a model; merge it first (swift export --merge_lora true)"
         )
-    config, headers = read_config(model), _sound(model)
-    if read_blocks(config, model / "config.json"):
+    config, headers = tuned.config, _sound(tuned)
+    if tuned.blocks:
         raise FastMTPError(f"{model}: is quantised; graft into the unquantised checkpoint and quantise the result")
-    theirs = read_config(donor) if donor else None
-    family = find_family(theirs, Path(donor) / "config.json") if donor and theirs else _family_of(config, model)
-    new_config, notes = _with_head(config, theirs, family, model)
-    if family.prefix != find_family(new_config, model / "config.json").prefix:
+    theirs = giver.config if giver else None
+    family = giver.trainable_family if giver else _family_of(tuned)
+    new_config, notes = _with_head(config, theirs, family, tuned.folder)
+    if family.prefix != find_family(new_config, tuned.config_file).prefix:
         raise FastMTPError(
-            f"{model / 'config.json'}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
+            f"{tuned.config_file}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
             f"{(theirs or {}).get('num_hidden_layers')}; the MTP layer is numbered after it"
         )
-    stale, dropped = _stale(headers, family, model, overwrite)
-    if theirs:
-        notes += _compare(config, theirs, model, Path(donor or ""))
-    dtype = _dtype(headers, config, model)
+    stale, dropped = _stale(tuned, family, overwrite)
+    if giver:
+        notes += _compare(tuned, giver)
+    dtype = _dtype(tuned)
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
-        notes += _remote_code(new_config, model, Path(donor) if donor else None, out)
+        notes += _remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
         from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
 
-        notes += _index_notes(model, out, headers)
-        expected = head_shapes(out, donor or model)
+        result = Checkpoint(out)  # of its files, only config.json is there yet
+        notes += _index_notes(tuned, result)
+        expected = head_shapes(result, giver or tuned)
         dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
-        weight_map = _copy_files(model, out, headers, stale, dropped)
-        read = head_reader(donor, family, expected) if donor else _fresh(model, out, family, expected)
+        weight_map = _copy_files(tuned.folder, out, headers, stale, dropped)
+        read = head_reader(giver, family, expected) if giver else _fresh(tuned, result, family, expected)
         hashes = write_tensors(out / HEAD_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
         write_index(out, weight_map)
@@ -108,26 +109,26 @@ def graft(
     return Graft(family.name, len(expected), nbytes, [first, *notes])
 
 
-def _sound(model: Path) -> Headers:
-    headers = read_headers(model)
-    if headers.problems:
-        raise FastMTPError(f"{model}: {headers.problems[0]}")
-    if _SINGLE not in {f.name for f in headers.files} and (model / _SINGLE).exists():
-        raise FastMTPError(f"{model / _SINGLE}: is not in the index, but transformers loads it instead; remove one")
+def _sound(model: Checkpoint) -> Headers:
+    _ = model.entries  # raises where a file is damaged
+    headers = model.headers
+    if _SINGLE not in {f.name for f in headers.files} and (model.folder / _SINGLE).exists():
+        raise FastMTPError(
+            f"{model.folder / _SINGLE}: is not in the index, but transformers loads it instead; remove one"
+        )
     return headers
 
 
-def _index_notes(model: Path, out: Path, headers: Headers) -> list[str]:
+def _index_notes(model: Checkpoint, result: Checkpoint) -> list[str]:
     """What the model's index lists and nobody holds. Raises `FastMTPError` if the backbone needs any of it.
 
-    `out` has the config.json by which the backbone is built.
+    `result` has the config.json by which the backbone is built.
     """
     from ..model.modeling import needed_tensors
 
-    family = match_family(read_config(out), out / "config.json")
-    lost = [name for name in (*headers.stale, *headers.absent) if not family.owns(name)]
-    if needed := needed_tensors(out, lost, headers.entries):
-        file = {**headers.stale, **headers.absent}[needed[0]]
+    lost = [name for name in model.lost if not result.family.owns(name)]
+    if needed := needed_tensors(result, lost, model.entries):
+        file = model.lost[needed[0]]
         raise FastMTPError(
             f"{model}: {needed[0]} is in no file, the index has it in {file} ({len(needed)} such tensors); download "
             "the checkpoint again"
@@ -137,28 +138,29 @@ def _index_notes(model: Path, out: Path, headers: Headers) -> list[str]:
     return [f"{INDEX_FILE}: {len(lost)} tensors that no file holds, as {min(lost)}, are not listed any more"]
 
 
-def _family_of(config: dict[str, Any], model: Path) -> Family:
+def _family_of(model: Checkpoint) -> Family:
     """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
+    config = model.config
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if len(rows) == 1:
         config = {**config, "architectures": rows[0].architectures}
-    return match_family(config, model / "config.json")
+    return match_family(config, model.config_file)
 
 
-def _stale(headers: Headers, family: Family, model: Path, overwrite: bool) -> tuple[set[str], set[Path]]:
+def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str], set[Path]]:
     """Tensors of an MTP layer that the model has, wherever they are, and the unlisted files that hold some."""
-    elsewhere = layer_elsewhere(model, family)
+    elsewhere = model.elsewhere(family)
     if elsewhere and not overwrite:
         raise FastMTPError(f"{model}: {elsewhere.text}; or --overwrite replaces them")
     places = elsewhere.places if elsewhere else ()
-    stale = sorted(n for n in headers.entries if family.owns(n))
+    stale = sorted(n for n in model.entries if family.owns(n))
     if stale and not overwrite:
         raise FastMTPError(
             f"{model}: holds {len(stale)} MTP tensors already, as {stale[0]}; --overwrite replaces them, "
             "`fastmtp inspect` tells what they are"
         )
-    loaded = set(headers.files)
+    loaded = set(model.files)
     misnamed = {name for path, name in places if path in loaded}
     return {*stale, *misnamed}, {path for path, _ in places if path not in loaded}
 
@@ -219,13 +221,13 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _compare(config: dict[str, Any], theirs: dict[str, Any], model: Path, donor: Path) -> list[str]:
+def _compare(model: Checkpoint, donor: Checkpoint) -> list[str]:
     """Raises `FastMTPError` for another size; notes where the graft works, but the head starts from further away."""
-    ours, base = _text(config), _text(theirs)
+    ours, base = _text(model.config), _text(donor.config)
     for key in _SIZES:
         a, b = ours.get(key), base.get(key)
         if a is not None and b is not None and a != b:
-            raise FastMTPError(f"{model / 'config.json'}: {key} is {a}, in {donor} it is {b}; the head does not fit")
+            raise FastMTPError(f"{model.config_file}: {key} is {a}, in {donor} it is {b}; the head does not fit")
     notes = []
     if _rope(ours) != _rope(base):
         notes.append(f"warning: RoPE is {_rope(ours)}, the donor's is {_rope(base)}; the head gets the model's")
@@ -236,7 +238,7 @@ def _compare(config: dict[str, Any], theirs: dict[str, Any], model: Path, donor:
             f"vocab_size is {ours.get('vocab_size')}, the donor's is {base.get('vocab_size')}: the head has no row per "
             "token, and shares the model's own matrices"
         )
-    return notes + _compare_tokenizers(model / "tokenizer.json", donor / "tokenizer.json")
+    return notes + _compare_tokenizers(model.folder / "tokenizer.json", donor.folder / "tokenizer.json")
 
 
 def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
@@ -257,12 +259,12 @@ def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
     ]
 
 
-def _dtype(headers: Headers, config: dict[str, Any], model: Path) -> torch.dtype:
+def _dtype(model: Checkpoint) -> torch.dtype:
     """The backbone's dtype, by its embedding. Raises `FastMTPError` if that does not have config.json's rows."""
-    name = next(filter(is_embedding, headers.entries), None)
+    name = next(filter(is_embedding, model.entries), None)
     if name is None:
         raise FastMTPError(f"{model}: no embedding matrix; graft into a full checkpoint")
-    entry, ours = headers.entries[name], _text(config)
+    entry, ours = model.entries[name], _text(model.config)
     want = (ours.get("vocab_size"), ours.get("hidden_size"))
     if entry.shape != want:
         raise FastMTPError(f"{model}: {name} has shape {list(entry.shape)}, config.json says {list(want)}")
@@ -323,12 +325,12 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
 
 
 def _fresh(
-    model: Path, out: Path, family: Family, expected: dict[str, tuple[int, ...]]
+    model: Checkpoint, result: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
     from ..model.modeling import load_config
     from .init_head import initial_head
 
-    return initial_head(model, load_config(out), family, expected)
+    return initial_head(model, load_config(result), family, expected)
 
 
 def _verify(
@@ -340,9 +342,7 @@ def _verify(
     dtypes: dict[str, torch.dtype],
 ) -> None:
     """Read the result back: the backbone's tensors as they were, and exactly these MTP tensors with these bytes."""
-    after = read_headers(out)
-    if after.problems:
-        raise FastMTPError(f"{out}: {after.problems[0]}")
+    after = Checkpoint(out)
     kept = {n: (e.dtype, e.shape) for n, e in before.entries.items() if n not in stale}
     want = {**kept, **{n: (DTYPES[dtypes[n]], s) for n, s in expected.items()}}
     got = {n: (e.dtype, e.shape) for n, e in after.entries.items()}

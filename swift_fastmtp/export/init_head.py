@@ -11,23 +11,22 @@ again. It is a place to start training from, not a draft.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint.weights import Weights
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..families.family import Family
 
 
 def initial_head(
-    folder: Path, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
+    checkpoint: Checkpoint, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    """A function that gives each tensor of a head by its checkpoint name, as `weights.head_reader` does.
+    """A function that gives each tensor of a head by its checkpoint name, as `checkpoint.head_reader` does.
 
     Args:
-        folder: the backbone's checkpoint.
+        checkpoint: the backbone's.
         config: its transformers config.
         family: the row whose head it gets.
         expected: name → shape (`modeling.head_shapes`).
@@ -36,15 +35,16 @@ def initial_head(
     """
     from ..model.head import MTPHead
 
-    weights = Weights(folder)
     with torch.device("meta"):
         head = MTPHead(config, family)
     number = config.num_hidden_layers - 1
-    stems = sorted({n.split(f"layers.{number}.")[0] for n in weights.file_of if f"layers.{number}." in n}, key=len)
+    stems = sorted({n.split(f"layers.{number}.")[0] for n in checkpoint.file_of if f"layers.{number}." in n}, key=len)
     stem = stems[0] if stems else "model."
     norm = f"{stem}norm.weight"
-    if norm not in weights.file_of:
-        raise FastMTPError(f"{folder}: {norm} is missing; a head is initialised from it and the last decoder layer")
+    if norm not in checkpoint.file_of:
+        raise FastMTPError(
+            f"{checkpoint.folder}: {norm} is missing; a head is initialised from it and the last decoder layer"
+        )
     sources: dict[str, str] = {}
     for name in expected:
         local = name.removeprefix(family.prefix + ".")
@@ -53,15 +53,19 @@ def initial_head(
             continue
         own = f"{stem}layers.{number}.{local.removeprefix(f'{family.block_path}.')}"
         own = norm if part == family.final_norm else own
-        if own not in weights.file_of:
-            raise FastMTPError(f"{folder}: {own} is missing; the last decoder layer is no {family.name} block")
-        if weights.shape(own) != expected[name]:
-            raise FastMTPError(f"{folder}: {own} has shape {list(weights.shape(own))}, {name} {list(expected[name])}")
+        if own not in checkpoint.file_of:
+            raise FastMTPError(
+                f"{checkpoint.folder}: {own} is missing; the last decoder layer is no {family.name} block"
+            )
+        if checkpoint.shape(own) != expected[name]:
+            raise FastMTPError(
+                f"{checkpoint.folder}: {own} has shape {list(checkpoint.shape(own))}, {name} {list(expected[name])}"
+            )
         sources[name] = own
 
     def read(name: str) -> torch.Tensor:
         if name in sources:
-            return weights.read(sources[name])
+            return checkpoint.read(sources[name])
         local = name.removeprefix(family.prefix + ".")
         if local == f"{family.proj}.weight":
             half = torch.eye(expected[name][0]) / 2

@@ -6,20 +6,21 @@ only values can tell (NaN, zeros, a head of another backbone) is the doctor's to
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config_file import read_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8 import SCALE
-from ..checkpoint.headers import TOWER, Headers, layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.headers import TOWER, Headers
 from ..checkpoint.quantization import left_out_in_words
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
 from ..families.refused import CHAIN, FROZEN_KV, Layout, known_layout
-from ..families.table import FAMILIES, match_family
+from ..families.table import FAMILIES
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -81,21 +82,20 @@ def inspect_model(folder: str | Path) -> Inspection:
 
     Raises `FastMTPError` only where there is nothing to look at: no config.json, or no safetensors file.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    headers = read_headers(folder)
+    checkpoint = Checkpoint(folder)
+    config, headers = checkpoint.config, checkpoint.headers
     architectures = [str(a) for a in config.get("architectures") or []]
     known = any(set(architectures) & set(f.architectures) for f in FAMILIES)
-    family = match_family(config, folder / "config.json") if known else None
+    family = checkpoint.family if known else None
     layout = None if family else known_layout(architectures)
-    suspicious = odd_names(headers, config)
+    suspicious = odd_names(headers.entries, config)
     names = _mtp_names(headers, config, family, layout, suspicious)
     mtp = set(names)
     head = [headers.entries[n] for n in names]
     rest = [e for n, e in headers.entries.items() if n not in mtp]
-    reasons = _reasons(folder, config, headers, family, layout, names)
+    reasons = _reasons(checkpoint, family, layout, names)
     return Inspection(
-        model=str(folder),
+        model=str(checkpoint),
         architectures=architectures,
         family=family.name if family else layout.name if layout else None,
         trainable=not reasons,
@@ -117,11 +117,11 @@ def inspect_model(folder: str | Path) -> Inspection:
         engines=_engines(headers, family, layout, names, reasons),
         suspicious=[] if family or layout else suspicious,
         notes=_notes(headers),
-        mtp_left_out=left_out_in_words(folder, config, family, _head_shapes),
+        mtp_left_out=left_out_in_words(checkpoint.folder, config, family, lambda: _head_shapes(checkpoint)),
     )
 
 
-def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
+def odd_names(names: Iterable[str], config: dict[str, Any]) -> list[str]:
     """Names that look like MTP: a telling word, or a decoder layer beyond num_hidden_layers."""
     layers = config_value(config, "num_hidden_layers")
 
@@ -131,7 +131,7 @@ def odd_names(headers: Headers, config: dict[str, Any]) -> list[str]:
         numbers = [int(n) for n in _LAYER.findall(name)]
         return isinstance(layers, int) and bool(numbers) and numbers[0] >= layers and not TOWER.search(name)
 
-    return sorted(n for n in headers.entries if odd(n))
+    return sorted(n for n in names if odd(n))
 
 
 def count_layers(names: list[str]) -> int:
@@ -158,31 +158,25 @@ def _mtp_names(
     return sorted(found) or suspicious
 
 
-def _reasons(
-    folder: Path,
-    config: dict[str, Any],
-    headers: Headers,
-    family: Family | None,
-    layout: Layout | None,
-    names: list[str],
-) -> list[Reason]:
-    """Everything that stops `swift sft` from training this folder's head."""
+def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | None, names: list[str]) -> list[Reason]:
+    """Everything that stops `swift sft` from training this checkpoint's MTP layer."""
+    config, headers = checkpoint.config, checkpoint.headers
     broken = [Reason("draft", problem) for problem in headers.problems]
     if family is None:
         broken += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
         return [Reason("training", layout.reason if layout else _unknown(config)), *broken]
-    reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, folder / "config.json")]
-    if fault := vocab_size_fault(headers, config):
-        reasons.append(Reason("draft", f"{folder / 'config.json'}: {fault}"))
+    reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, checkpoint.config_file)]
+    if fault := checkpoint.vocab_size_fault:
+        reasons.append(Reason("draft", f"{checkpoint.config_file}: {fault}"))
     try:
-        expected = _head_shapes(folder)
+        expected = _head_shapes(checkpoint)
     except FastMTPError as error:
         reasons += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
         return [*reasons, Reason("draft", str(error))]
 
     # The layer: all of it, and nothing else under its names.
     missing = [n for n in expected if n not in headers.entries and n not in headers.absent]
-    elsewhere = layer_elsewhere(folder, family) if missing else None
+    elsewhere = checkpoint.elsewhere(family) if missing else None
     if elsewhere:
         reasons.append(Reason("draft", elsewhere.text))
         missing = [n for n in missing if n not in elsewhere.names]
@@ -213,14 +207,13 @@ def _reasons(
     from ..model.modeling import needed_tensors
 
     listed = {*headers.stale, *headers.absent} - set(missing)
-    needed = needed_tensors(folder, listed, headers.entries)
+    needed = needed_tensors(checkpoint, listed, headers.entries)
     reasons += [Reason("draft", line) for line in _lost(headers, needed)]
     return reasons
 
 
 def _lost(headers: Headers, needed: list[str]) -> list[str]:
     """A line for each file in which the index has tensors that the model needs, and that no file holds."""
-    assert headers.chosen is not None
     lines = []
     for file, why in headers.chosen.missing.items():
         if any(headers.absent.get(name) == file for name in needed):
@@ -236,7 +229,6 @@ def _lost(headers: Headers, needed: list[str]) -> list[str]:
 
 def _notes(headers: Headers) -> list[str]:
     chosen = headers.chosen
-    assert chosen is not None
     notes = []
     if headers.stale:
         name = min(headers.stale)
@@ -263,10 +255,10 @@ def _unknown(config: dict[str, Any]) -> str:
     return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
 
 
-def _head_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+def _head_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     from ..model.modeling import head_shapes  # transformers only where a family asks for it
 
-    return head_shapes(folder)
+    return head_shapes(checkpoint)
 
 
 def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
@@ -304,7 +296,6 @@ def _engines(
         return dict.fromkeys(("sglang", "vllm"), f"no: there is nothing to draft with{why}")
     chain = "the one layer, applied to its own output"
     if family:
-        assert headers.chosen is not None
         files = headers.chosen.refusals
         gaps = {"sglang": family.sglang_gap, "vllm": None if family.vllm else _NO_METHOD}
         verdicts = {}

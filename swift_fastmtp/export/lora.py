@@ -5,18 +5,17 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config_file import read_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import entries_of
-from ..checkpoint.weights import head_reader
+from ..checkpoint.mtp_tensors import head_reader
 from ..errors import FastMTPError, detail
-from ..families.table import match_family
 from ..files.inputs import check_folder
 from ..files.known_files import read_object
 from ..model.head import as_stored
 from ..model.modeling import head_shapes, load_config, load_head, model_class
 
 
-def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
+def merge_head(base: Checkpoint, checkpoint: Path) -> dict[str, torch.Tensor]:
     """The head of `base` with the adapter of `checkpoint` merged, fp32, under checkpoint names.
 
     Raises `FastMTPError` if the adapter reaches beyond the head, or peft cannot read it.
@@ -26,7 +25,7 @@ def merge_head(base: Path, checkpoint: Path) -> dict[str, torch.Tensor]:
     check_folder(checkpoint)
     read_object(checkpoint / "adapter_config.json")
     cls: Any = model_class(base)
-    family = match_family(read_config(base))
+    family = base.family
     stored = entries_of(checkpoint / "adapter_model.safetensors")
     names = [name.removeprefix("base_model.model.") for name in stored]
     outside = [n for n in names if not family.owns(n)]

@@ -24,15 +24,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
-from ..checkpoint.config_file import read_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
-from ..checkpoint.headers import Headers, read_headers, read_vocab_size
-from ..checkpoint.refusals import find_family
-from ..checkpoint.weights import check_head
+from ..checkpoint.headers import Headers
+from ..checkpoint.mtp_tensors import check_head
 from ..errors import FastMTPError, detail
 from ..families import bailing  # noqa: F401 (it registers what transformers has no classes for)
-from ..families.family import Family, config_value
-from ..families.table import FAMILIES, match_family
+from ..families.family import Family
+from ..families.table import FAMILIES
 from ..files.known_files import read_object
 from ..method.chunked_losses import greedy_tokens, step_losses
 from ..method.config import FastMTPConfig
@@ -119,14 +118,14 @@ class FastMTPMixin:
         """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
         one parameter at a time (`partitioned.py`), an automatic device map keeps the head (`placement.py`), and a
         tensor that no file holds is an error: it would be random, after a mere warning."""
-        config = copy.deepcopy(config) or load_config(model_dir)
+        checkpoint = Checkpoint(model_dir)
+        config = copy.deepcopy(config) or load_config(checkpoint)
         if isinstance(kwargs.get("dtype"), torch.dtype):
             config.dtype = kwargs["dtype"]
         quantised = getattr(config, "quantization_config", None) is not None
-        headers = read_headers(model_dir)
-        assert headers.chosen is not None
-        if is_deepspeed_zero3_enabled() and (parts := sources(cls, model_dir, config)):
-            return load_partitioned(cls, model_dir, config, parts)
+        headers = checkpoint.headers
+        if is_deepspeed_zero3_enabled() and (parts := sources(cls, checkpoint, config)):
+            return load_partitioned(cls, checkpoint, config, parts)
         mapping = kwargs.get("device_map")
         if isinstance(mapping, str) and mapping in placement.AUTOMATIC:
             mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
@@ -421,35 +420,34 @@ def build_class(family: Family) -> type:
     return cls
 
 
-def model_class(model_dir: str | Path) -> type:
-    """The class for a checkpoint folder. Raises `FastMTPError` if its layout is unknown."""
-    family = find_family(read_config(model_dir), Path(model_dir) / "config.json")
+def model_class(checkpoint: Checkpoint) -> type:
+    """The class for a checkpoint. Raises `FastMTPError` if its layout is unknown, or it cannot be trained."""
+    family = checkpoint.trainable_family
     return next(build_class(row) for row in FAMILIES if row.name == family.name)
 
 
-def load_config(model_dir: str | Path) -> Any:
+def load_config(checkpoint: Checkpoint) -> Any:
     """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
 
     No code of the folder runs. Raises `FastMTPError` if transformers cannot build it without.
     """
-    stored = read_config(model_dir)  # names a key of a wrong type
+    stored, path = checkpoint.config, checkpoint.config_file
     if "auto_map" in stored and stored["auto_map"] is None:
-        raise FastMTPError(f"{Path(model_dir) / 'config.json'}: auto_map is null; remove the key")
+        raise FastMTPError(f"{path}: auto_map is null; remove the key")
     kind = stored.get("model_type")
     if stored.get("auto_map") and kind not in CONFIG_MAPPING:
-        family = match_family(stored, Path(model_dir) / "config.json")
         raise FastMTPError(
-            f"{Path(model_dir) / 'config.json'}: model_type {kind!r} is known to Python code of the folder only "
-            f"(auto_map), and this package runs none; set it to {family.config_model_type!r} if the model is one"
+            f"{path}: model_type {kind!r} is known to Python code of the folder only (auto_map), and this package "
+            f"runs none; set it to {checkpoint.family.config_model_type!r} if the model is one"
         )
-    read_object(Path(model_dir) / "generation_config.json")  # transformers loads it with the model
-    with _one_line(model_dir):
+    read_object(checkpoint.folder / "generation_config.json")  # transformers loads it with the model
+    with _one_line(checkpoint):
         # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
-        return text_config(AutoConfig.from_pretrained(model_dir, trust_remote_code=False), model_dir)
+        return text_config(AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False), checkpoint)
 
 
 @contextmanager
-def _one_line(model_dir: str | Path) -> Iterator[None]:
+def _one_line(checkpoint: Checkpoint) -> Iterator[None]:
     """A config.json that transformers cannot take raises whatever it likes; this makes one line of it."""
     try:
         yield
@@ -457,24 +455,23 @@ def _one_line(model_dir: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise FastMTPError(
-            f"{Path(model_dir) / 'config.json'}: transformers cannot build it ({detail(error)}); compare with the base "
+            f"{checkpoint.config_file}: transformers cannot build it ({detail(error)}); compare with the base "
             "model's, where a key is null or of another type"
         ) from None
 
 
-def text_config(config: Any, model_dir: str | Path) -> Any:
+def text_config(config: Any, checkpoint: Checkpoint) -> Any:
     """The text part of a checkpoint's config, or the config itself where it has no parts."""
     text = config.get_text_config()
-    stored = read_config(model_dir)
     if text is not config:
-        text.tie_word_embeddings = bool(config_value(stored, "tie_word_embeddings"))
-    if quantization := config_value(stored, "quantization_config"):
+        text.tie_word_embeddings = bool(checkpoint.value("tie_word_embeddings"))
+    if quantization := checkpoint.value("quantization_config"):
         text.quantization_config = quantization
     elif hasattr(text, "quantization_config"):
         del text.quantization_config  # null or empty: an unquantised checkpoint
     if getattr(text, "head_dim", 0) is None:  # engines take it as missing, transformers' older classes do not
         text.head_dim = text.hidden_size // text.num_attention_heads
-    _check_rope(getattr(text, "rope_parameters", None), Path(model_dir) / "config.json")
+    _check_rope(getattr(text, "rope_parameters", None), checkpoint.config_file)
     return text
 
 
@@ -488,29 +485,29 @@ def _check_rope(parameters: Any, path: Path) -> None:
             raise FastMTPError(f"{path}: rope_theta is {theta!r}, it must be a positive number; take the base model's")
 
 
-def head_shapes(model_dir: str | Path, weights: str | Path | None = None) -> dict[str, tuple[int, ...]]:
+def head_shapes(checkpoint: Checkpoint, weights: Checkpoint | None = None) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor that the head of a checkpoint must have.
 
-    `weights` is the folder whose tensors show whether experts are stored one by one or joined, by default the same.
+    `weights` is the one whose tensors show whether experts are stored one by one or joined, by default the same.
     Raises `FastMTPError` if config.json has no known layout, or none that can be built.
     """
-    family = match_family(read_config(model_dir), Path(model_dir) / "config.json")
-    config = load_config(model_dir)
-    with _one_line(model_dir), torch.device("meta"):
+    family = checkpoint.family
+    config = load_config(checkpoint)
+    with _one_line(checkpoint), torch.device("meta"):
         head = MTPHead(config, family)
         tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
-        if not _experts_joined(weights or model_dir, family):
+        if not _experts_joined(weights or checkpoint, family):
             tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def needed_tensors(model_dir: str | Path, names: Iterable[str], held: Iterable[str]) -> list[str]:
+def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[str]) -> list[str]:
     """Those of the names that the model, backbone or MTP layer, is loaded from.
 
     For tensors that an index lists and no file holds: the rest of them is stale and nobody misses it.
 
     Args:
-        model_dir: the folder of the config.json.
+        checkpoint: its config.json counts.
         names: what is asked about.
         held: the tensors that there are. All are compared without the `language_model.` that checkpoints with a vision
             tower have in their names.
@@ -520,10 +517,9 @@ def needed_tensors(model_dir: str | Path, names: Iterable[str], held: Iterable[s
     asked = list(names)
     if not asked:
         return []
-    stored_config = read_config(model_dir)
-    family = match_family(stored_config, Path(model_dir) / "config.json")
-    config = load_config(model_dir)
-    with _one_line(model_dir), torch.device("meta"):
+    family = checkpoint.family
+    config = load_config(checkpoint)
+    with _one_line(checkpoint), torch.device("meta"):
         model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
     tied = set(model.all_tied_weights_keys)
     here = {_text_name(n) for n in held}
@@ -532,7 +528,7 @@ def needed_tensors(model_dir: str | Path, names: Iterable[str], held: Iterable[s
     for name, tensor in model.state_dict().items():
         if name not in tied:
             needed.update(as_stored({name: tensor}, stored))
-    if config_value(stored_config, "quantization_config"):
+    if checkpoint.value("quantization_config"):
         # A quantised matrix is several tensors: scales, zero points, packed values, under their module or beside it.
         modules = {name.rpartition(".")[0] for name in needed}
         needed |= {n for n in stored if n.rpartition(".")[0] in modules}
@@ -551,22 +547,22 @@ def keeps_float32(family: Family, name: str) -> bool:
     return any(part in name for part in (*parts, "indexer.k_norm."))
 
 
-def _experts_joined(folder: str | Path, family: Family) -> bool:
+def _experts_joined(checkpoint: Checkpoint, family: Family) -> bool:
     """By the names of the MTP layer, or of the backbone where there is none yet."""
-    headers = read_headers(folder) if any(Path(folder).glob("*.safetensors")) else Headers()
-    every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
+    every: list[str] = []
+    if any(checkpoint.folder.glob("*.safetensors")):
+        headers = checkpoint.headers
+        every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
     names = [name for name in every if name.startswith(tuple(f"{root}." for root in family.roots))] or every
     return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
-def check_checkpoint(model_dir: str | Path) -> None:
-    """Raises `FastMTPError` unless the folder is a checkpoint that can be trained: a family of ours, as many tokens as
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Raises `FastMTPError` unless it is a checkpoint that can be trained: a family of ours, as many tokens as
     its matrices have rows, and a whole, finite MTP layer."""
-    path = Path(model_dir) / "config.json"
-    config = read_config(model_dir)
-    family = find_family(config, path)
-    read_vocab_size(model_dir)  # raises where it is not that of the matrices
-    check_head(model_dir, family, head_shapes(model_dir))
+    family = checkpoint.trainable_family
+    _ = checkpoint.vocab_size  # raises where it is not that of the matrices
+    check_head(checkpoint, family, head_shapes(checkpoint))
 
 
 def load_head(
@@ -591,8 +587,9 @@ def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.de
 
     Raises as `check_checkpoint`.
     """
-    check_checkpoint(model_dir)
-    cls: Any = model_class(model_dir)
+    checkpoint = Checkpoint(model_dir)
+    check_checkpoint(checkpoint)
+    cls: Any = model_class(checkpoint)
     model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
     return model.requires_grad_(False).eval()
 

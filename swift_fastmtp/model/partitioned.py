@@ -7,25 +7,24 @@ rank holds its part and the one parameter that rank 0 is reading.
 
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 from transformers.utils.generic import ContextManagers
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8 import SCALE
-from ..checkpoint.headers import read_headers
-from ..checkpoint.weights import Weights, read_plain
+from ..checkpoint.mtp_tensors import read_plain
 from .head import as_stored, fill
 
 
-def sources(cls: Any, model_dir: str | Path, config: Any) -> dict[str, list[str]] | None:
+def sources(cls: Any, checkpoint: Checkpoint, config: Any) -> dict[str, list[str]] | None:
     """Name of every parameter and buffer → the names of the checkpoint's tensors that make it; None if the checkpoint
     has other names, as conversions of transformers' own would lead to."""
     with torch.device("meta"):
         model = cls(config)
-    stored = {n: e.shape for n, e in read_headers(model_dir).entries.items() if not n.endswith(SCALE)}
+    stored = {n: e.shape for n, e in checkpoint.headers.entries.items() if not n.endswith(SCALE)}
     tied = set(model.all_tied_weights_keys)
     found = {}
     for name, tensor in model.state_dict().items():
@@ -38,7 +37,7 @@ def sources(cls: Any, model_dir: str | Path, config: Any) -> dict[str, list[str]
     return found
 
 
-def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[str, list[str]]) -> Any:
+def load_partitioned(cls: Any, checkpoint: Checkpoint, config: Any, parts: dict[str, list[str]]) -> Any:
     """A model of `cls`, partitioned as ZeRO-3 says, with the tensors of a checkpoint (`sources`).
 
     Every rank calls this; rank 0 reads.
@@ -46,12 +45,12 @@ def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[s
     from deepspeed import zero
     from torch.distributed import get_rank
 
-    config.name_or_path, config.dtype = str(model_dir), config.dtype or torch.float32
+    config.name_or_path, config.dtype = str(checkpoint.folder), config.dtype or torch.float32
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with ContextManagers(cls.get_init_context(config.dtype, False, False, None)):
         model = cls(config)
-    weights, targets = Weights(model_dir), model.state_dict(keep_vars=True)
+    targets = model.state_dict(keep_vars=True)
     for name, names in parts.items():
         target = targets[name]
         partitioned = hasattr(target, "ds_id")
@@ -59,8 +58,8 @@ def load_partitioned(cls: Any, model_dir: str | Path, config: Any, parts: dict[s
             target.data = target.data.float()
         with zero.GatheredParameters([target], modifier_rank=0) if partitioned else nullcontext(), torch.no_grad():
             if not partitioned or get_rank() == 0:
-                fill(target, names, partial(read_plain, weights))
+                fill(target, names, partial(read_plain, checkpoint))
     model.tie_weights()
-    if (Path(model_dir) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(model_dir)
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()

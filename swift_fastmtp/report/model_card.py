@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..checkpoint.config_file import read_config
-from ..checkpoint.weights import SETTINGS_FILE, Weights
+from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
 from ..errors import FastMTPError
-from ..families.table import match_family
 from ..files import inputs
 from ..files.known_files import read_object
 from ..files.staging import staged
@@ -99,9 +97,8 @@ def make_card(
     folder: str | Path, results: str | Path | Sequence[str | Path] | None = None, base_model: str | None = None
 ) -> str:
     """The card's text. Arguments and errors as `write_card`."""
-    folder = Path(folder).absolute()
-    config = read_config(folder)
-    info = read_object(folder / SETTINGS_FILE)
+    checkpoint = Checkpoint(Path(folder).absolute())
+    folder, config, info = checkpoint.folder, checkpoint.config, checkpoint.settings
     if not info:
         raise FastMTPError(
             f"{folder}: no {SETTINGS_FILE}; a card is made of a folder of swift export or fastmtp export"
@@ -110,14 +107,13 @@ def make_card(
         raise FastMTPError(f"--base_model {base_model!r}: must be OWNER/NAME, the base's name on the hub")
     paths = [results] if isinstance(results, str | Path) else list(results or [])
     measured = load_results(paths) if paths else None
-    family = match_family(config, folder / "config.json")
-    weights = Weights(folder)
-    full = weights.has_backbone(config)
+    family = checkpoint.family
+    full = checkpoint.has_backbone()
     base_path = _base_path(info)
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
-    head = sum(math.prod(weights.shape(n)) for n in weights.under(*family.roots) if not family.is_copy(n))
+    head = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.under(*family.roots) if not family.is_copy(n))
     steps = info.get("num_speculative_steps") or 3
     what = (
         f"{linked} with its multi-token-prediction (MTP) layer fine-tuned by FastMTP ([paper]"

@@ -9,13 +9,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.headers import layer_elsewhere, read_headers, vocab_size_fault
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quantization import read_quantization
-from ..checkpoint.weights import SETTINGS_FILE, Weights
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
-from ..families.table import match_family
 from ..files.known_files import read_object
 from ..method.token_map import CONFIG_KEY
 
@@ -48,19 +45,18 @@ def serve_flags(
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    family = match_family(config, folder / "config.json")
-    weights = Weights(folder)
-    if elsewhere := layer_elsewhere(folder, family):
+    checkpoint = Checkpoint(folder)
+    config, family, settings = checkpoint.config, checkpoint.family, checkpoint.settings
+    _ = checkpoint.entries  # raises where a file is damaged
+    if elsewhere := checkpoint.elsewhere(family):
         raise FastMTPError(f"{folder}: {elsewhere.text}")
-    if fault := vocab_size_fault(read_headers(folder), config):
-        raise FastMTPError(f"{folder / 'config.json'}: {fault}")
-    if not weights.under(*family.roots):
+    if fault := checkpoint.vocab_size_fault:
+        raise FastMTPError(f"{checkpoint.config_file}: {fault}")
+    if not checkpoint.under(*family.roots):
         raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
-    if refusal := weights.chosen.refusals.get(engine):
+    if refusal := checkpoint.chosen.refusals.get(engine):
         raise FastMTPError(f"{folder}: {engine}: {refusal}")
-    full = weights.has_backbone(config)
-    settings = read_object(folder / SETTINGS_FILE)
+    full = checkpoint.has_backbone()
     steps = num_steps or settings.get("num_speculative_steps") or 3
     target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
@@ -88,7 +84,7 @@ def serve_flags(
         if read_object(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
             why = "the target is quantised, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
-    elif read_quantization(config, folder) and not _is_quantized(weights, family):
+    elif read_quantization(config, folder) and not _is_quantized(checkpoint, family):
         why = "SGLang names some MTP layers otherwise than the checkpoint, and may not see that this one is left out"
         flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     if config.get("auto_map"):
@@ -110,10 +106,10 @@ def serve_flags(
     return flags
 
 
-def _is_quantized(weights: Weights, family: Family) -> bool:
+def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:
     """Whether any tensor of the MTP layer is stored as other than plain numbers."""
     plain = {"bfloat16", "float16", "float32"}
-    return any(dtype not in plain for name, dtype in weights.dtypes().items() if family.owns(name))
+    return any(dtype not in plain for name, dtype in checkpoint.dtypes().items() if family.owns(name))
 
 
 def _vllm(remote_code: bool, target: Path, full: bool, steps: int, token_map: str | None) -> list[Flag]:

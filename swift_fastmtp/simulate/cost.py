@@ -13,12 +13,9 @@ measured times put all of that in, three where a verification takes longer than 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.headers import read_vocab_size
-from ..checkpoint.weights import Weights
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
-from ..families.family import config_value, is_embedding
-from ..families.table import match_family
+from ..families.family import is_embedding
 
 # Config keys of mixtures of experts: how many there are, and how many a token reads.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
@@ -74,10 +71,10 @@ def read_cost(model_dir: str | Path) -> StepCost:
 
     Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer, or whose vocab_size is wrong.
     """
-    config = read_config(model_dir)
-    family = match_family(config, Path(model_dir) / "config.json")
-    sizes = Weights(model_dir).sizes()
-    number, read = (next((v for k in keys if (v := config_value(config, k))), 1) for keys in (_EXPERTS, _READ))
+    checkpoint = Checkpoint(model_dir)
+    family = checkpoint.family
+    sizes = checkpoint.sizes()
+    number, read = (next((v for k in keys if (v := checkpoint.value(k))), 1) for keys in (_EXPERTS, _READ))
     share = min(1.0, read / number)
     # One row of the embedding is read, and where the two are one tensor it is the output matrix.
     embedding = next((n for n in sizes if is_embedding(n) and not family.owns(n)), None)
@@ -93,5 +90,5 @@ def read_cost(model_dir: str | Path) -> StepCost:
             draft += cost
         else:
             verify += cost
-    V = read_vocab_size(model_dir)
+    V = checkpoint.vocab_size
     return StepCost(verify + sizes[head], draft, sizes[head] / V, V)

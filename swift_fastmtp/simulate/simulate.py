@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.fingerprint import check_backbone
-from ..checkpoint.weights import check_head, head_reader
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.mtp_tensors import check_head, head_reader
 from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.conversation import without_answer
 from ..data.generate import padding_id
@@ -97,12 +97,14 @@ def simulate(
     tokenizer = load_tokenizer(model_dir)
     check_chat_template(tokenizer, model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
-    expected = head_shapes(model_dir)
-    heads = {"base": head_reader(model_dir, model.family, expected)}
-    for checkpoint in checkpoints:
-        check_backbone(checkpoint, model_dir, model.family)
-        check_head(checkpoint, model.family, expected)
-        heads[str(checkpoint)] = head_reader(checkpoint, model.family, expected)
+    base = Checkpoint(model_dir)
+    expected = head_shapes(base)
+    heads = {"base": head_reader(base, model.family, expected)}
+    for run in checkpoints:
+        trained = Checkpoint(run)
+        trained.check_backbone(base)
+        check_head(trained, model.family, expected)
+        heads[run] = head_reader(trained, model.family, expected)
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)

@@ -8,11 +8,11 @@ from typing import Any
 from swift.utils import get_device_count, get_logger
 from transformers.utils import is_torch_mps_available
 
-from ..checkpoint.config_file import read_config
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import read_headers
 from ..errors import FastMTPError
 from ..families.family import Family
-from ..families.table import FAMILIES, match_family
+from ..families.table import FAMILIES
 from ..files.inputs import check_folder
 from ..method.config import likely_typos
 from ..model.head import import_class
@@ -73,7 +73,7 @@ def prepare_arguments(args: Any) -> None:
         args.trainable_parameters_regex = rf"^({_roots(_families(args.model))})\."
     if os.path.isdir(args.model or ""):
         check_folder(args.model)
-        read_config(args.model)  # ms-swift reads it next, and expects no other than a sound one
+        _ = Checkpoint(args.model).config  # ms-swift reads it next, and expects no other than a sound one
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
         # Without it ms-swift refuses bf16 on a machine without a GPU, and several processes train unsynchronised.
@@ -117,7 +117,7 @@ def _listed(names: Any) -> list[str]:
 def _families(model: str | None) -> list[Family]:
     """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
     if os.path.isdir(model or ""):
-        return [match_family(read_config(str(model)), os.path.join(str(model), "config.json"))]
+        return [Checkpoint(str(model)).family]
     return [family for family in FAMILIES if "{N}" not in family.prefix]
 
 

@@ -9,10 +9,8 @@ import torch
 from swift.utils import get_dist_setting, get_logger
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.fingerprint import fingerprint
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
-from ..families.family import config_value
 from ..model.hidden_cache import HiddenCache, states_depend_on
 
 logger = get_logger()
@@ -44,11 +42,12 @@ def attach_hidden_cache(args: Any, model: Any, datasets: list[Any]) -> None:
     limit = int(config.hidden_cache_gb * 1e9)
     if tokens is not None:
         _check_room(config.hidden_cache, tokens * width * dtype.itemsize, tokens, limit)
+    checkpoint = Checkpoint(model.model_dir)
     key = states_depend_on(
         model,
-        fingerprint(model.model_dir, model.family),
+        checkpoint.fingerprint,
         _autocast(args),
-        config_value(read_config(model.model_dir), "quantization_config"),
+        checkpoint.value("quantization_config"),
     )
     rank = max(0, get_dist_setting()[0])
     model.hidden_cache = HiddenCache(config.hidden_cache, key, width, dtype, limit, rank)

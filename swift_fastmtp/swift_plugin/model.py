@@ -11,10 +11,8 @@ from swift.model.model_meta import get_matched_model_meta, get_matched_model_typ
 from transformers import AutoConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.refusals import find_family
+from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
-from ..families.table import match_family
 from ..method.token_map import read_token_map
 from ..model.modeling import check_checkpoint, load_config, model_class
 from .knobs import run_knobs
@@ -28,18 +26,20 @@ class FastMTPLoader(ModelLoader):
     """ms-swift runs Python code of any model folder; here every class is transformers' or ours."""
 
     def get_config(self, model_dir: str) -> Any:
-        find_family(read_config(model_dir), os.path.join(model_dir, "config.json"))
-        return load_config(model_dir)
+        checkpoint = Checkpoint(model_dir)
+        _ = checkpoint.trainable_family  # raises where it cannot be trained
+        return load_config(checkpoint)
 
     def get_processor(self, model_dir: str, config: Any) -> Any:
         return load_tokenizer(model_dir)  # no processor: rows are text, whatever else the model sees
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
-        check_checkpoint(model_dir)
+        checkpoint = Checkpoint(model_dir)
+        check_checkpoint(checkpoint)
         settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
-        self.auto_model_cls = model_class(model_dir)
+        self.auto_model_cls = model_class(checkpoint)
         model_kwargs["dtype"] = self.model_info.torch_dtype  # of FP8 checkpoints ms-swift would take the stored one
         if is_deepspeed_zero3_enabled():
             # On CPU the trainer sets up the process group only later; `zero.Init` would see a world of one.
@@ -95,7 +95,7 @@ class FastMTPModelMeta(ModelMeta):
         self.template = TEMPLATE if load_tokenizer(model_dir).chat_template else None
         base = get_matched_model_meta(model_dir)
         # By every name of the family: a text model has the chat template of the one with a vision tower.
-        names = () if base else match_family(read_config(model_dir)).architectures
+        names = () if base else Checkpoint(model_dir).family.architectures
         bases = [base] if base else [MODEL_MAPPING[t] for name in names for t in get_matched_model_types([name])]
         if not bases:
             return

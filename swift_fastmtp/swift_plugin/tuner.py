@@ -12,10 +12,9 @@ import torch
 from swift.tuner_plugin import Tuner
 from swift.utils import get_logger
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.fingerprint import check_backbone, fingerprint
-from ..checkpoint.fp8_config import read_blocks, without_quantization
-from ..checkpoint.weights import SETTINGS_FILE, WEIGHTS_FILE, head_reader, save_tensors
+from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
+from ..checkpoint.fp8_config import without_quantization
+from ..checkpoint.mtp_tensors import head_reader, save_tensors
 from ..errors import FastMTPError
 from ..export.folders import settings
 from ..files.staging import write_json
@@ -38,35 +37,35 @@ class FastMTPTuner(Tuner):
 
     @staticmethod
     def save_pretrained(model: Any, save_directory: str, state_dict: dict[str, Any] | None = None, **_: Any) -> None:
-        folder, base = Path(save_directory), Path(model.model_dir)
+        folder, base = Path(save_directory), Checkpoint(model.model_dir)
         folder.mkdir(parents=True, exist_ok=True)
         named = model.head_tensors()
         tensors = as_stored({n: (state_dict or named)[n] for n in named}, head_shapes(base))
-        for source in (base / "config.json", *base.glob("*.py")):
+        for source in (base.config_file, *base.folder.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
-        config = read_config(base)
-        if read_blocks(config):
+        if base.blocks:
             # The trained values, unrounded: resuming needs them, and engines then draft with an unquantised layer.
-            write_json(without_quantization(config), folder / "config.json")
+            write_json(without_quantization(base.config), folder / "config.json")
         if not hasattr(model, "base_fingerprint"):
-            model.base_fingerprint = fingerprint(base, model.family)
+            model.base_fingerprint = base.fingerprint
         write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
         save_tensors(tensors, folder / WEIGHTS_FILE)
 
     @staticmethod
     def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **_: Any) -> Any:
         model.freeze_backbone()
+        base, trained = Checkpoint(model.model_dir), Checkpoint(model_id)
         if is_trainable:
             try:
-                check_backbone(model_id, model.model_dir, model.family)
+                trained.check_backbone(base)
             except FastMTPError as error:  # how a tuned model's head is healed
                 logger.warning(f"{error}; it is where this training starts")
             # Before loading: a checkpoint holds the fp32 master copy, and resuming must not round it.
             if not _uses_deepspeed():
                 _upcast_head(model)
             _head_only_deepspeed_checkpoints()
-        expected = head_shapes(model.model_dir)
-        load_head(model, head_reader(model_id, model.family, expected), expected)
+        expected = head_shapes(base)
+        load_head(model, head_reader(trained, model.family, expected), expected)
         return model
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..checkpoint.weights import save_tensors
+from ..checkpoint.mtp_tensors import save_tensors
 from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError

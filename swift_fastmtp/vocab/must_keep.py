@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..checkpoint.config_file import read_config
-from ..checkpoint.headers import read_vocab_size
+from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
 from ..families.family import config_value
@@ -53,8 +52,8 @@ def read_vocabulary(model_dir: str | Path) -> Vocabulary:
     Raises `FastMTPError` naming the file and what is wrong with it.
     """
     folder = Path(model_dir)
-    config = read_config(folder)
-    rows = read_vocab_size(folder)
+    checkpoint = Checkpoint(folder)
+    config, rows = checkpoint.config, checkpoint.vocab_size
     tokenizer = load_tokenizer(str(folder))
     tokens = all_tokens(tokenizer)
     exists_V = np.zeros(rows, dtype=bool)

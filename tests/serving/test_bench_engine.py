@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 
 from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.bench.results import read_results
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.metrics import macro_tau, micro_tau
@@ -69,7 +70,7 @@ def rounds(run):
             messages.append({"role": "assistant", "content": answers[keys[-1]]["text"]})
     model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
     model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
-    load_head(model, read_head(TINY, model.family, head_shapes(TINY)))
+    load_head(model, read_head(Checkpoint(TINY), model.family, head_shapes(Checkpoint(TINY))))
     texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
     assert len(texts) == len(rows)
     found = draft_rounds(model, texts, tokenizer.pad_token_id, 8)[STEPS - 1]

@@ -15,10 +15,11 @@ from engine import HERE, engine_python, engine_version
 from models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
 from safetensors.torch import load_file, save_file
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.fp8 import SCALE, dequantise
 from swift_fastmtp.checkpoint.fp8_config import Blocks
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import segment_ids
@@ -63,7 +64,9 @@ def prepare(name, job):
     FastMTPTuner.save_pretrained(model, str(job / "checkpoint"))
     export_draft(job / "checkpoint", job / "draft")
     export_full(job / "checkpoint", job / "full")
-    load_head(model, read_head(job / "draft", model.family, head_shapes(base)))  # as exported: in bfloat16
+    load_head(
+        model, read_head(Checkpoint(job / "draft"), model.family, head_shapes(Checkpoint(base)))
+    )  # as exported: in bfloat16
 
     ids, positions = torch.randint(0, 6000, (1, BASE + STEPS + 1)), torch.arange(BASE + STEPS + 1)[None]
     hidden = model.backbone_states(ids, None, positions, segment_ids(positions))
@@ -115,7 +118,8 @@ def test_the_engines_class_loads_a_head_in_fp8_blocks(tmp_path):
     assert "Qwen3NextForCausalLMMTP" in done.stdout
     got = load_file(tmp_path / "out.safetensors")
     want = {
-        n.removeprefix("mtp."): t for n, t in read_head(tmp_path / "draft", model.family, head_shapes(base)).items()
+        n.removeprefix("mtp."): t
+        for n, t in read_head(Checkpoint(tmp_path / "draft"), model.family, head_shapes(Checkpoint(base))).items()
     }
     want.update(
         {f"model.{n}": want.pop(n) for n in [*want] if n.startswith("layers.")}

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY, sft_args, swift
 from engine import TRIED, UNTRIED, Server, engine_version
 from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.method.config import FastMTPConfig
@@ -94,7 +95,7 @@ def test_lossless_and_as_the_simulator_said(name, steps, mapped, heads, texts, t
     rows, model, tokenizer = texts
     folder = Path(heads[name])
     ids = read_token_map(token_map, model.config.vocab_size) if mapped else None
-    load_head(model, read_head(folder, model.family, head_shapes(TINY)))
+    load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(TINY))))
     rounds = draft_rounds(model, rows, tokenizer.pad_token_id, 8, ids)
     flags = serve_flags(folder, num_steps=steps, token_map=str(token_map) if mapped else None, model=str(TINY))
     with Server(command(flags), work / f"{name}-{steps}.log") as server:

@@ -10,8 +10,9 @@ from engine import Server
 from models import CHECKPOINTS, SERVED
 from transformers import AutoTokenizer
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.weights import read_head
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
@@ -56,7 +57,9 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     learn(model, texts)
     FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
     export_full(tmp_path / "checkpoint", tmp_path / "full")
-    load_head(model, read_head(tmp_path / "full", model.family, head_shapes(base)))  # as served: in bfloat16
+    load_head(
+        model, read_head(Checkpoint(tmp_path / "full"), model.family, head_shapes(Checkpoint(base)))
+    )  # as served: in bfloat16
     rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4)[STEPS - 1]
     words = command(serve_flags(tmp_path / "full", num_steps=STEPS))
     if model.family.recurrent_backbone:  # SGLang's prefix cache would lend their drafts a row of another text
