@@ -25,9 +25,10 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 
+from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.method.rollout import rollout, segment_ids, step_targets
-from swift_fastmtp.model.modeling import MiMoConfig, build_class
+from swift_fastmtp.model.modeling import build_class
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>"]

@@ -30,8 +30,9 @@ from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.fp8 import SCALE, quantise
 from swift_fastmtp.checkpoint.fp8_config import Blocks
 from swift_fastmtp.families.bailing import BailingMoeV2Config
+from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES
-from swift_fastmtp.model.modeling import MiMoConfig, build_class
+from swift_fastmtp.model.modeling import build_class
 
 
 def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, dtype=torch.float32):
@@ -342,7 +343,7 @@ def save_checkpoint(make, folder):
     state = {**model.bfloat16().state_dict(), **kept}
     matrices = {"embed_tokens": model.model.embed_tokens, "shared_head.head": model.lm_head}
     copies = {f"{n}.weight": module.weight.detach().clone() for n, module in matrices.items()}
-    state |= {f"{model.family.prefix}.{n}": t for n, t in copies.items() if n in model.family.copies}
+    state |= {f"{model.family.names.prefix}.{n}": t for n, t in copies.items() if n in model.family.names.copies}
     model.save_pretrained(folder, state_dict=state, max_shard_size="100KB")
     config = json.loads((folder / "config.json").read_text())
     if "full_attention_interval" in config:  # transformers makes the layers' types of it, and does not save it then
@@ -436,26 +437,63 @@ def save_longcat_flash(folder):
     return folder
 
 
-CHECKPOINTS = {
-    "qwen3_next": partial(save_checkpoint, random_qwen3_next),
-    "qwen3_5": partial(save_checkpoint, random_qwen3_5),
-    "qwen3_5_vision": partial(save_vision_checkpoint, random_qwen3_5),
-    "qwen3_5_moe": partial(save_checkpoint, random_qwen3_5_moe),
-    "qwen3_5_moe_vision": partial(save_vision_checkpoint, random_qwen3_5_moe),
-    "qwen3_moe": partial(save_checkpoint, random_qwen3_moe),
-    "ernie4_5_moe": partial(save_checkpoint, random_ernie),
-    "glm4_moe": partial(save_checkpoint, random_glm4_moe),
-    "deepseek_v3": partial(save_checkpoint, random_deepseek_v3),
-    "glm4_moe_lite": partial(save_checkpoint, random_glm4_moe_lite),
-    "deepseek_v32": partial(save_checkpoint, random_deepseek_v32),
-    "glm_moe_dsa": partial(save_checkpoint, random_glm_moe_dsa),
-    "longcat_flash": save_longcat_flash,
-    "bailing_moe_v2": save_ling,
-}
-# Not behind whole SGLang servers: on a CPU those have no sparse attention, none drafts with LongCat, and text-only
-# Qwen3.5 would be another one for what the published checkpoints hold beside a vision tower.
-_NOT_SERVED = ("deepseek_v32", "glm_moe_dsa", "longcat_flash", "qwen3_5", "qwen3_5_moe")
-SERVED = [name for name in CHECKPOINTS if name not in _NOT_SERVED]
+def for_each_row(what, values, but=()):
+    """`values`, by names of families; an error that names the rows of the table that have none there."""
+    missing = {row.name for row in FAMILIES} - values.keys() - set(but)
+    assert not missing, f"{what}: none for {sorted(missing)}; swift_fastmtp/families/README.md says what a row needs"
+    return values
+
+
+def row_of(name):
+    """The row of a name in `CHECKPOINTS`."""
+    return next(row for row in FAMILIES if row.name == name.removesuffix(VISION))
+
+
+# Family → a small random model of it.
+RANDOM = for_each_row(
+    "RANDOM of tests/models.py",
+    {
+        "mimo": random_mimo,
+        "qwen3_next": random_qwen3_next,
+        "qwen3_5": random_qwen3_5,
+        "qwen3_5_moe": random_qwen3_5_moe,
+        "qwen3_moe": random_qwen3_moe,
+        "ernie4_5_moe": random_ernie,
+        "glm4_moe": random_glm4_moe,
+        "deepseek_v3": random_deepseek_v3,
+        "glm4_moe_lite": random_glm4_moe_lite,
+        "deepseek_v32": random_deepseek_v32,
+        "glm_moe_dsa": random_glm_moe_dsa,
+        "longcat_flash": random_longcat_flash,
+        "bailing_moe_v2": random_ling,
+    },
+)
+# Family → what saves a checkpoint, where `save_checkpoint` does not do.
+_SAVE = {"longcat_flash": save_longcat_flash, "bailing_moe_v2": save_ling}
+VISION = "_vision"
+
+
+def _checkpoints():
+    """Name → what makes a checkpoint folder, of every row but MiMo's, which has a trained one; with a second
+    architecture, two: the text model alone, and the same beside a vision tower."""
+    checkpoints = {}
+    for row in FAMILIES:
+        if row.name != "mimo":
+            checkpoints[row.name] = _SAVE.get(row.name) or partial(save_checkpoint, RANDOM[row.name])
+        if len(row.architectures) > 1:
+            checkpoints[row.name + VISION] = partial(save_vision_checkpoint, RANDOM[row.name])
+    return checkpoints
+
+
+def _is_served(name):
+    """Behind whole SGLang servers. On a CPU those have no sparse attention, some draft class may not draft at all, and
+    a text-only model would be another one for what the published checkpoints hold beside a vision tower."""
+    row = row_of(name)
+    return not row.block.indexer_rope and not row.engines.sglang_gap and name + VISION not in CHECKPOINTS
+
+
+CHECKPOINTS = _checkpoints()
+SERVED = [name for name in CHECKPOINTS if _is_served(name)]
 
 
 def tensors_of(folder):

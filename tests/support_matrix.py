@@ -1,8 +1,8 @@
 """What the tests show of each model family: recorded while they run, and the table of docs/families.md made from it.
 
 A test that shows something says so with `shown`; it counts where the test passes. `pytest --record_families` writes
-docs/results/families.json. A run of the whole suite under the recorded versions fails if it shows anything else, so
-the table cannot claim what no longer holds.
+docs/results/families.json, and with names of tests adds to it. A run of the whole suite under the recorded versions
+fails if it shows anything else, so the table cannot claim what no longer holds.
 """
 
 import json
@@ -66,9 +66,12 @@ class Recorder:
         option = self.config.option
         whole = self.config.args_source.name == "TESTPATHS" and not option.keyword and not option.markexpr
         if option.record_families:
-            rows = {
-                row: {c: sorted(self.seen[row, c]) for c in CLAIMS if (row, c) in self.seen} for row in architectures()
-            }
+            # A run of some tests adds to what others recorded, under the same versions.
+            old = {} if whole or read()["run with"] != versions() else read()["shown"]
+            rows = {}
+            for row in architectures():
+                tests = {c: self.seen.get((row, c), set()) | set(old.get(row, {}).get(c, ())) for c in CLAIMS}
+                rows[row] = {c: sorted(names) for c, names in tests.items() if names}
             record = {"run with": versions(), "shown": rows}
             RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         elif whole and exitstatus == 0 and (record := read())["run with"] == versions():

@@ -2,6 +2,7 @@
 ingredients, `paper`, gradients, padding."""
 
 import copy
+import sys
 from functools import partial
 
 import pytest
@@ -9,20 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import (
+    RANDOM,
+    for_each_row,
     packed_positions,
-    random_deepseek_v3,
-    random_deepseek_v32,
     random_ernie,
     random_glm4_moe,
-    random_glm4_moe_lite,
     random_glm_5_2,
-    random_glm_moe_dsa,
     random_ling,
     random_longcat_flash,
-    random_qwen3_5,
-    random_qwen3_5_moe,
-    random_qwen3_moe,
-    random_qwen3_next,
 )
 from reference import (
     DenseQwenHead,
@@ -44,27 +39,35 @@ from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.method import flash, indexer
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import rollout, segment_ids
 from swift_fastmtp.model.head import import_class
 
-# Name → a tiny random model and its plain reference.
-KINDS = {
-    "qwen3_next": (random_qwen3_next, QwenHead),
-    "qwen3_5": (random_qwen3_5, DenseQwenHead),
-    "qwen3_5_moe": (random_qwen3_5_moe, QwenHead),
-    "qwen3_moe": (random_qwen3_moe, Qwen3MoeHead),
-    "ernie4_5_moe": (partial(random_ernie, bias=True), ErnieHead),
-    "glm4_moe": (random_glm4_moe, GlmHead),
-    "deepseek_v3": (random_deepseek_v3, LatentHead),
-    "glm4_moe_lite": (random_glm4_moe_lite, LatentHead),
-    "deepseek_v32": (random_deepseek_v32, SparseHead),
-    "glm_moe_dsa": (random_glm_moe_dsa, GlmSparseHead),
-    "glm_5_2": (random_glm_5_2, SharingHead),  # glm_moe_dsa with another setting
-    "longcat_flash": (random_longcat_flash, LongcatHead),
-    "bailing_moe_v2": (random_ling, LingHead),
-}
+# Family → its head written out plainly.
+REFERENCES = for_each_row(
+    "REFERENCES of tests/test_families.py",
+    {
+        "mimo": Head,
+        "qwen3_next": QwenHead,
+        "qwen3_5": DenseQwenHead,
+        "qwen3_5_moe": QwenHead,
+        "qwen3_moe": Qwen3MoeHead,
+        "ernie4_5_moe": ErnieHead,
+        "glm4_moe": GlmHead,
+        "deepseek_v3": LatentHead,
+        "glm4_moe_lite": LatentHead,
+        "deepseek_v32": SparseHead,
+        "glm_moe_dsa": GlmSparseHead,
+        "longcat_flash": LongcatHead,
+        "bailing_moe_v2": LingHead,
+    },
+)
+# Name → a tiny random model and its plain reference; test_rollout.py has MiMo.
+KINDS = {name: (RANDOM[name], head) for name, head in REFERENCES.items() if name != "mimo"}
+KINDS["ernie4_5_moe"] = partial(random_ernie, bias=True), ErnieHead
+KINDS["glm_5_2"] = random_glm_5_2, SharingHead  # glm_moe_dsa with another setting
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -81,25 +84,15 @@ class Wide:
 def in_float64(monkeypatch):
     """transformers computes norms, routing and ERNIE's RoPE in float32 whatever it is given; float64 comparisons need
     float64."""
-    from transformers.models.deepseek_v3 import modeling_deepseek_v3
-    from transformers.models.deepseek_v32 import modeling_deepseek_v32
     from transformers.models.ernie4_5_moe import modeling_ernie4_5_moe as ernie
-    from transformers.models.glm4_moe import modeling_glm4_moe
-    from transformers.models.glm4_moe_lite import modeling_glm4_moe_lite
-    from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
     from transformers.models.qwen3_5 import modeling_qwen3_5 as dense
     from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as mixture
     from transformers.models.qwen3_moe import modeling_qwen3_moe as plain
     from transformers.models.qwen3_next import modeling_qwen3_next as following
 
-    for module in (
-        modeling_glm4_moe,
-        modeling_deepseek_v3,
-        modeling_glm4_moe_lite,
-        modeling_deepseek_v32,
-        modeling_glm_moe_dsa,
-        modeling_longcat_flash,
-    ):
+    special = {ernie, dense, mixture, plain, following}
+    bases = {base.__module__ for row in FAMILIES for base in import_class(row.backbone).__mro__}
+    for module in {sys.modules[name] for name in bases if name.startswith("transformers.models.")} - special:
         monkeypatch.setattr(module, "torch", Wide())
 
     def norm(self, x):
@@ -153,7 +146,7 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
         h, e = hidden[0, start : start + n], embeds[0, start : start + n]
         for base in range(n - 1):
             depth = min(steps, n - 1 - base)
-            switches = {"mask_position_zero": model.family.mask_position_zero, **switches}
+            switches = {"mask_position_zero": model.family.fusion.mask_position_zero, **switches}
             want = draft_with_cache(head, h, e, base, depth, **switches)
             got = torch.stack([outputs[k, start + base] for k in range(depth)])
             worst = max(worst, float((got - want).detach().abs().max()))
@@ -186,7 +179,7 @@ def test_gradients_are_those_of_the_draft(in_float64, kind):
     for base in range(6):
         depth = min(3, 6 - base)
         chain = draft_with_cache(
-            head, hidden[0], embeds[0], base, depth, mask_position_zero=model.family.mask_position_zero
+            head, hidden[0], embeds[0], base, depth, mask_position_zero=model.family.fusion.mask_position_zero
         )
         ours = ours + (outputs[:depth, base] * share[:depth, base]).sum()
         want = want + (chain * share[:depth, base]).sum()
@@ -212,7 +205,7 @@ def test_exact_in_fp32_with_transformers_own_norms_and_routing(kind):
             embeds.double(),
             base,
             min(4, 13 - base),
-            mask_position_zero=model.family.mask_position_zero,
+            mask_position_zero=model.family.fusion.mask_position_zero,
         )
         torch.testing.assert_close(outputs[: len(want), base], want, atol=1e-4, rtol=1e-4)
 

@@ -10,7 +10,9 @@ from models import (
     CHECKPOINTS,
     HEAD,
     LAYER,
+    RANDOM,
     broken,
+    for_each_row,
     lose_mtp,
     random_glm4_moe,
     random_qwen3_5,
@@ -18,7 +20,6 @@ from models import (
     tensors_of,
 )
 from safetensors.torch import load_file, save_file
-from test_families import KINDS
 from transformers import AutoModelForImageTextToText
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -39,23 +40,26 @@ from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 BIAS = LAYER + "mlp.gate.e_score_correction_bias"
 # MTP tensors in a checkpoint; of the two forms of four experts, one has three tensors for each, one has two in all.
-TENSORS = {
-    "qwen3_next": 29,
-    "qwen3_5": 15,
-    "qwen3_5_vision": 15,
-    "qwen3_5_moe": 29,
-    "qwen3_5_moe_vision": 19,
-    "qwen3_moe": 25,
-    "ernie4_5_moe": 12,
-    "glm4_moe": 38,
-    "deepseek_v3": 36,
-    "glm4_moe_lite": 36,
-    "deepseek_v32": 41,
-    "glm_moe_dsa": 41,
-    "longcat_flash": 16,
-    "bailing_moe_v2": 34,
-}
-STOPS = ("longcat_flash",)  # Not drafted with by stock SGLang.
+TENSORS = for_each_row(
+    "TENSORS of tests/test_family_checkpoints.py",
+    {
+        "qwen3_next": 29,
+        "qwen3_5": 15,
+        "qwen3_5_vision": 15,
+        "qwen3_5_moe": 29,
+        "qwen3_5_moe_vision": 19,
+        "qwen3_moe": 25,
+        "ernie4_5_moe": 12,
+        "glm4_moe": 38,
+        "deepseek_v3": 36,
+        "glm4_moe_lite": 36,
+        "deepseek_v32": 41,
+        "glm_moe_dsa": 41,
+        "longcat_flash": 16,
+        "bailing_moe_v2": 34,
+    },
+    but=["mimo"],
+)
 
 
 @pytest.fixture
@@ -174,13 +178,14 @@ def test_native_keys_from_load_to_export(each_base, tmp_path, shown):
     for file in Checkpoint(each_base).files:
         copy = tmp_path / "full" / file.name
         assert copy.samefile(file) == (file not in rewritten) and copy.stat().st_size == file.stat().st_size
+    gap = model.family.engines.sglang_gap
     for folder in ("full", "draft"):
         assert (tmp_path / folder / "config.json").read_bytes() == (each_base / "config.json").read_bytes()
-        assert [f.why for f in examine(tmp_path / folder)] == [model.family.sglang_gap] * (each_base.name in STOPS)
+        assert [f.why for f in examine(tmp_path / folder)] == ([gap] if gap else [])
     flags = serve_flags(tmp_path / "draft")
     assert str(each_base) in command(flags)
     assert ("--trust-remote-code" in command(flags)) == ("auto_map" in read_config(each_base))
-    assert (model.family.sglang_gap in [flag.why for flag in flags]) == (each_base.name in STOPS)
+    assert (gap in [flag.why for flag in flags]) == (gap is not None)
     if not model.family.plain_model_type:
         with pytest.raises(FastMTPError, match="has no configuration without remote code; keep it"):
             export_draft(tmp_path / "checkpoint", tmp_path / "plain", remote_code=False)
@@ -192,10 +197,11 @@ def test_whatever_reads_a_checkpoint_finds_the_text_part(each_base):
     found = inspect_model(each_base)
     assert found.trainable and found.mtp_layers == 1
     assert found.mtp_tensors == TENSORS[each_base.name] + len(found.own_matrices)
-    assert found.engines["sglang"].startswith("no: the draft layer" if each_base.name in STOPS else "yes")
     family = match_family(read_config(each_base))
-    assert found.engines["vllm"].startswith("yes" if family.vllm else "no: it has no method")
-    if not family.vllm:
+    gap = family.engines.sglang_gap
+    assert found.engines["sglang"].startswith(f"no: {gap[:15]}" if gap else "yes")
+    assert found.engines["vllm"].startswith("yes" if family.engines.vllm else "no: it has no method")
+    if not family.engines.vllm:
         with pytest.raises(FastMTPError, match=f"vLLM has no MTP for {family.architectures[0]}; serve with SGLang"):
             serve_flags(each_base, "vllm")
     assert "drops" in found.lost_on_save
@@ -238,11 +244,11 @@ def test_an_indexer_is_carried_along_in_float32(name, bases):
 
 @pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3", "deepseek_v32"])
 def test_a_numbered_layer_is_made_after_the_last_one(kind, tmp_path):
-    base = save_checkpoint(KINDS[kind][0], tmp_path / "base")
+    base = save_checkpoint(RANDOM[kind], tmp_path / "base")
     tuned = import_class(load_model(base, torch.bfloat16).family.backbone).from_pretrained(base, dtype=torch.bfloat16)
     tuned.save_pretrained(tmp_path / "tuned")
     assert graft(tmp_path / "tuned", tmp_path / "fresh", init_from_last_layer=True).family == kind
-    assert load_model(tmp_path / "fresh", torch.float32).family.prefix == "model.layers.2"
+    assert load_model(tmp_path / "fresh", torch.float32).family.names.prefix == "model.layers.2"
     config = tmp_path / "tuned" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
     with pytest.raises(
@@ -280,7 +286,7 @@ def test_a_static_map_is_refused_where_the_output_matrix_is_tied(tmp_path):
         serve_flags(folder, token_map="map.pt")
 
 
-def test_zero_centred_norms_may_be_zero(base, tmp_path):
+def test_zero_centered_norms_may_be_zero(base, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     for name, file in Checkpoint(folder).file_of.items():

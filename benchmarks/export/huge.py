@@ -65,7 +65,7 @@ def backbone_shapes(config, family):
 
     with torch.device("meta"):
         model = build_class(family)(config)
-    return {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(family.prefix)}
+    return {n: tuple(p.shape) for n, p in model.named_parameters() if not n.startswith(family.names.prefix)}
 
 
 def hollow_file(path, shapes, mark=False):

@@ -20,13 +20,14 @@ from pathlib import Path
 import torch
 from reference_step import prepare, reference_loss
 
+from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import HiddenCache
-from swift_fastmtp.model.modeling import MiMoConfig, build_class
+from swift_fastmtp.model.modeling import build_class
 
 SHAPES = {
     "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 1},

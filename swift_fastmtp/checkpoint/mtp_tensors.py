@@ -55,7 +55,7 @@ def head_reader(
             f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
-    projection = f"{family.prefix}.{family.proj}.weight"
+    projection = f"{family.names.prefix}.{family.names.proj}.weight"
     if projection in checkpoint.file_of and checkpoint.shape(projection)[:1] != expected[projection][:1]:
         raise FastMTPError(
             f"{folder}: the MTP layer has hidden size {checkpoint.shape(projection)[0]}, the model "

@@ -161,8 +161,8 @@ def parts_of(family: Family, expected: dict[str, tuple[int, ...]]) -> list[Part]
     Args:
         expected: name → shape of every tensor of the layer (`modeling.head_shapes`).
     """
-    engines = (SGLANG, VLLM) if family.vllm else (SGLANG,)
-    projection = f"{family.prefix}.{family.proj}"
+    engines = (SGLANG, VLLM) if family.engines.vllm else (SGLANG,)
+    projection = f"{family.names.prefix}.{family.names.proj}"
     grouped: dict[str, list[str]] = {}
     for name, shape in expected.items():
         module = name.removesuffix(".weight")
@@ -172,7 +172,7 @@ def parts_of(family: Family, expected: dict[str, tuple[int, ...]]) -> list[Part]
             grouped.setdefault(_engine_name(module), []).append(module)
     parts = []
     for name, modules in grouped.items():
-        built_by = tuple(e for e in engines if name != projection or e in family.quantized_proj)
+        built_by = tuple(e for e in engines if name != projection or e in family.engines.quantized_proj)
         parts.append(Part(name, tuple(modules), built_by))
     return parts
 

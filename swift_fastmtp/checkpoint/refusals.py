@@ -44,16 +44,16 @@ def refusals(config: dict[str, Any], family: Family, where: str | Path = "config
     that.
     """
     if not config_value(config, "model_type"):  # LongCat-Flash-Thinking-2601's once had none
-        text = f'{where}: has no model_type; add "model_type": "{family.config_model_type}"'
+        text = f'{where}: has no model_type; add "model_type": "{family.model_type}"'
         yield Refusal("draft", "model_type", text)
-    layers = config_value(config, family.num_layers_key, 1)
+    layers = config_value(config, family.engines.num_layers_key, 1)
     if layers != 1:
         text = (
-            f"{where}: {family.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
+            f"{where}: {family.engines.num_layers_key} is {layers}; FastMTP shares one MTP layer between all steps, "
             f"so the checkpoint must have exactly 1{'' if layers else ': `fastmtp graft` puts one in'}"
         )
-        yield Refusal("draft", family.num_layers_key, text)
-    for key, value in family.only:
+        yield Refusal("draft", family.engines.num_layers_key, text)
+    for key, value in family.block.only:
         if (found := config_value(config, key, value)) != value:
             text = (
                 f"{where}: {key} is {json.dumps(found)}; {family.architectures[0]} can be trained with "
@@ -74,7 +74,7 @@ def refusals(config: dict[str, Any], family: Family, where: str | Path = "config
             "SGLang's draft by the second: set both alike"
         )
         yield Refusal("draft", "tie_word_embeddings", text)
-    elif any(tied) and not family.tied_embeddings:
+    elif any(tied) and not family.engines.tied_embeddings:
         text = (
             f"{where}: tie_word_embeddings is true, but {family.architectures[0]} has its own lm_head in every "
             "engine; set it to false and store lm_head.weight"

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import FastMTPError
 from ..families.family import config_value
+from ..families.table import FAMILIES
 from ..files import inputs
 from ..files.paths import check_link
 from .config_file import read_config
@@ -28,13 +29,6 @@ ENGINES = ("sglang", "vllm")
 _SINGLE = "model.safetensors"
 _MAX_INDEX = 100_000_000  # bytes, as of a file's header; of the largest models a tenth of it
 _SIDECAR = "mtp.safetensors"
-# SGLang adds an unlisted `mtp.safetensors` for these, whose published FP4 checkpoints forgot to list it.
-_SIDECAR_ARCHITECTURES = (
-    "Glm4MoeForCausalLM",
-    "Glm4MoeForCausalLMNextN",
-    "Glm4MoeLiteForCausalLM",
-    "Glm4MoeLiteForCausalLMNextN",
-)
 
 
 @dataclass(frozen=True)
@@ -181,11 +175,14 @@ def _why_not(path: Path) -> str:
 
 
 def _is_added(folder: Path) -> bool:
-    """SGLang's condition for an unlisted `mtp.safetensors`."""
+    """SGLang's condition for an unlisted `mtp.safetensors`: target or draft class of a model that may have one."""
     try:
         config: dict[str, Any] = read_config(folder)
     except FastMTPError:
         return False
     architectures = config.get("architectures") or [None]
     layers = config_value(config, "num_nextn_predict_layers", 0)
-    return architectures[0] in _SIDECAR_ARCHITECTURES and isinstance(layers, int) and layers > 0
+    for family in FAMILIES:
+        if family.engines.unlisted_file and architectures[0] in (*family.architectures, family.engines.draft_class):
+            return isinstance(layers, int) and layers > 0
+    return False

@@ -39,7 +39,7 @@ def load_tokenizer(model_dir: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from ..model import modeling  # makes `mimo` known to transformers
+    from ..model import modeling  # makes model types known that transformers lacks
 
     inputs.check_folder(model_dir)
     try:

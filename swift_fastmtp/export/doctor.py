@@ -134,26 +134,26 @@ def examine(
 
 
 def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
-    layers = config_value(config, family.num_layers_key, None if family.num_layers_needed else 1)
+    layers = config_value(config, family.engines.num_layers_key, None if family.engines.num_layers_needed else 1)
     if layers != 1:
         yield Finding(
             "error",
-            f"config.json: {family.num_layers_key} is {layers}",
+            f"config.json: {family.engines.num_layers_key} is {layers}",
             "engines size the draft's KV cache by it; the head is one layer, applied to its own output",
-            f'set "{family.num_layers_key}": 1',
+            f'set "{family.engines.num_layers_key}": 1',
         )
     for refusal in refusals(config, family):
-        if refusal.about == "draft" and refusal.key != family.num_layers_key:
+        if refusal.about == "draft" and refusal.key != family.engines.num_layers_key:
             why = "engines stop, or build a draft that is not the one in the files"
             yield Finding("error", refusal.text, why, "set it as in the base model's config.json")
-    if family.sglang_gap:
+    if family.engines.sglang_gap:
         yield Finding(
             "warning",
             f"stock SGLang does not draft with {family.architectures[0]}",
-            family.sglang_gap,
+            family.engines.sglang_gap,
             "put the line that docs/families.md gives into that file",
         )
-    for key in family.needed_keys:
+    for key in family.engines.needed_keys:
         if config_value(config, key) is None:
             yield Finding(
                 "error",
@@ -161,11 +161,11 @@ def _config(config: dict[str, Any], family: Family) -> Iterator[Finding]:
                 "SGLang stops at start-up without it; plain transformers may lose it when it saves",
                 "copy it from the base model's config.json",
             )
-    known = family.plain_model_type in (None, family.config_model_type)
-    if config.get("model_type") == family.config_model_type and not config.get("auto_map") and not known:
+    known = family.plain_model_type in (None, family.model_type)
+    if config.get("model_type") == family.model_type and not config.get("auto_map") and not known:
         yield Finding(
             "error",
-            f"config.json: model_type {family.config_model_type} without auto_map",
+            f"config.json: model_type {family.model_type} without auto_map",
             "transformers does not know this model type, so the engine stops at start-up",
             "restore auto_map and its .py file from the base model, or `fastmtp export --no_remote_code`",
         )
@@ -247,10 +247,11 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
         )
     for name in sorted(found & set(expected)):
         yield from _values(name, checkpoint, expected[name], family)
-    if f"{family.prefix}.{family.proj}.weight{SCALE}" in checkpoint.file_of and SGLANG not in family.quantized_proj:
+    projection = f"{family.names.prefix}.{family.names.proj}.weight"
+    if projection + SCALE in checkpoint.file_of and SGLANG not in family.engines.quantized_proj:
         yield Finding(
             "error",
-            f"{family.prefix}.{family.proj}.weight is FP8 in blocks",
+            f"{projection} is FP8 in blocks",
             "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
             "start from a checkpoint that leaves it out of the quantisation",
         )
@@ -276,8 +277,10 @@ def _values(name: str, checkpoint: Checkpoint, shape: tuple[int, ...], family: F
         yield Finding(
             "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
         )
-    elif not bool(tensor.any()) and not name.endswith("bias") and not (family.zero_centred_norms and len(shape) == 1):
-        yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
+    elif not bool(tensor.any()) and not name.endswith("bias"):
+        sound_norm = family.fusion.zero_centered_norms and len(shape) == 1
+        if not sound_norm:
+            yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
 
 
 def _backbone(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
@@ -402,7 +405,7 @@ def _built_quantized(
     """Parts that are stored plain, but that an engine would build quantised."""
     by_all: list[str] = []
     by_one: dict[str, list[str]] = {}
-    one_builds = [p for p in plain if len(p.engines) == 1 and family.vllm]
+    one_builds = [p for p in plain if len(p.engines) == 1 and family.engines.vllm]
     for part in [*(p for p in plain if p not in one_builds), *one_builds]:
         reading = readings[part] or {}
         building = [r for r, out in reading.items() if r in part.engines and not out]

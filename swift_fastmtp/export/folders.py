@@ -135,8 +135,8 @@ def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     `--trust-remote-code`, or it calls itself by the plain type that class derives from.
     """
     config = Checkpoint(folder).config
-    known = family.plain_model_type == family.config_model_type
-    if known or config.get("model_type") != family.config_model_type or (remote_code and config.get("auto_map")):
+    known = family.plain_model_type == family.model_type
+    if known or config.get("model_type") != family.model_type or (remote_code and config.get("auto_map")):
         return
     if family.plain_model_type is None:
         raise FastMTPError(f"{folder}: {family.name} has no configuration without remote code; keep it")

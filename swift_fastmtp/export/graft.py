@@ -79,7 +79,7 @@ def graft(
     theirs = giver.config if giver else None
     family = giver.trainable_family if giver else _family_of(tuned)
     new_config, notes = _with_head(config, theirs, family, tuned.folder)
-    if family.prefix != find_family(new_config, tuned.config_file).prefix:
+    if family.names.prefix != find_family(new_config, tuned.config_file).names.prefix:
         raise FastMTPError(
             f"{tuned.config_file}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
             f"{(theirs or {}).get('num_hidden_layers')}; the MTP layer is numbered after it"
@@ -191,19 +191,19 @@ def _with_head(
             new["auto_map"] = theirs["auto_map"]
     elif not theirs and family.plain_model_type and any(not (model / n).exists() for n in _code_files(new)):
         new.pop("auto_map")
-    if new.get("model_type") == family.config_model_type and not new.get("auto_map") and family.plain_model_type:
+    if new.get("model_type") == family.model_type and not new.get("auto_map") and family.plain_model_type:
         new["model_type"] = family.plain_model_type  # transformers does not know the other one without remote code
     text = new.get("text_config")
-    lost = [k for k in family.needed_keys if config_value(config, k) is None]
+    lost = [k for k in family.engines.needed_keys if config_value(config, k) is None]
     back = {k: value for k in lost if (value := config_value(theirs or {}, k)) is not None}
     if not isinstance(text, dict):
         new.update(back)
-        new[family.num_layers_key] = 1
-    elif family.num_layers_key in ((theirs or {}).get("text_config") or text):
-        new["text_config"] = {**text, **back, family.num_layers_key: 1}
+        new[family.engines.num_layers_key] = 1
+    elif family.engines.num_layers_key in ((theirs or {}).get("text_config") or text):
+        new["text_config"] = {**text, **back, family.engines.num_layers_key: 1}
     else:
         new["text_config"] = {**text, **back}
-        new[family.num_layers_key] = 1
+        new[family.engines.num_layers_key] = 1
     changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
     return new, [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
 

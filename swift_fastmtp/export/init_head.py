@@ -47,12 +47,12 @@ def initial_head(
         )
     sources: dict[str, str] = {}
     for name in expected:
-        local = name.removeprefix(family.prefix + ".")
+        local = name.removeprefix(family.names.prefix + ".")
         part = local.rsplit(".", 1)[0]
-        if part in (family.hidden_norm, family.token_norm, family.proj):
+        if part in (family.names.hidden_norm, family.names.token_norm, family.names.proj):
             continue
-        own = f"{stem}layers.{number}.{local.removeprefix(f'{family.block_path}.')}"
-        own = norm if part == family.final_norm else own
+        own = f"{stem}layers.{number}.{local.removeprefix(f'{family.names.block_path}.')}"
+        own = norm if part == family.names.final_norm else own
         if own not in checkpoint.file_of:
             raise FastMTPError(
                 f"{checkpoint.folder}: {own} is missing; the last decoder layer is no {family.name} block"
@@ -66,11 +66,11 @@ def initial_head(
     def read(name: str) -> torch.Tensor:
         if name in sources:
             return checkpoint.read(sources[name])
-        local = name.removeprefix(family.prefix + ".")
-        if local == f"{family.proj}.weight":
+        local = name.removeprefix(family.names.prefix + ".")
+        if local == f"{family.names.proj}.weight":
             half = torch.eye(expected[name][0]) / 2
             return torch.cat([half, half], dim=1)
-        if local == f"{family.proj}.bias":
+        if local == f"{family.names.proj}.bias":
             return torch.zeros(expected[name])
         module = head.get_submodule(local.rsplit(".", 1)[0])
         fresh = type(module)(expected[name][0])  # plain norms start at one, Gemma's at zero

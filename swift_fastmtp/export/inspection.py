@@ -184,7 +184,7 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
         how = "put the base model's back with `fastmtp graft`"
         return [
             *reasons,
-            Reason("draft", f"no tensor under '{family.prefix}.': the checkpoint lost its MTP layer; {how}"),
+            Reason("draft", f"no tensor under '{family.names.prefix}.': the checkpoint lost its MTP layer; {how}"),
         ]
     reasons += [Reason("draft", f"{n} is missing") for n in missing]
     known = {n for n in names if n.removesuffix(SCALE) in expected or family.is_copy(n)}
@@ -249,7 +249,7 @@ def _unknown(config: dict[str, Any]) -> str:
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if not rows:
         return "unknown layout: no row in families/table.py names its architectures"
-    lost = any(isinstance(config_value(config, f.num_layers_key), int) for f in rows)
+    lost = any(isinstance(config_value(config, f.engines.num_layers_key), int) for f in rows)
     what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
     names = " or ".join(f.name for f in rows)
     return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
@@ -262,7 +262,7 @@ def _head_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | None:
-    keys = (family.num_layers_key,) if family else _LAYER_KEYS
+    keys = (family.engines.num_layers_key,) if family else _LAYER_KEYS
     return next((v for k in keys if isinstance(v := config_value(config, k), int)), None)
 
 
@@ -277,7 +277,7 @@ def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
         from ..model.head import import_class
 
         patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
-        pattern = next((p for p in patterns if re.match(p, f"{family.prefix}.")), None)
+        pattern = next((p for p in patterns if re.match(p, f"{family.names.prefix}.")), None)
     how = f"silently (its class ignores {pattern})" if pattern else "after one warning about unused weights"
     return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
 
@@ -297,7 +297,7 @@ def _engines(
     chain = "the one layer, applied to its own output"
     if family:
         files = headers.chosen.refusals
-        gaps = {"sglang": family.sglang_gap, "vllm": None if family.vllm else _NO_METHOD}
+        gaps = {"sglang": family.engines.sglang_gap, "vllm": None if family.engines.vllm else _NO_METHOD}
         verdicts = {}
         for engine, gap in gaps.items():
             why_not = next((w for w in (*against[:1], files.get(engine), gap) if w), None)

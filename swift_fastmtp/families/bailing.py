@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Glm4MoeConfig
+from transformers import Glm4MoeConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,7 +30,7 @@ _NAMES = {
 
 
 class BailingMoeV2Config(Glm4MoeConfig):
-    """config.json of the checkpoints; what cannot be said here is refused by the family's row (`Family.only`)."""
+    """config.json of the checkpoints; what cannot be said here is refused by the family's row (`Block.only`)."""
 
     model_type = "bailing_moe"
     attribute_map: ClassVar[dict[str, str]] = {
@@ -136,7 +136,6 @@ class BailingMoeV2ForCausalLM(glm.Glm4MoeForCausalLM):
         self.post_init()
 
 
-AutoConfig.register(BailingMoeV2Config.model_type, BailingMoeV2Config, exist_ok=True)
 register_checkpoint_conversion_mapping(
     BailingMoeV2Config.model_type, get_checkpoint_conversion_mapping("glm4_moe"), overwrite=True
 )

@@ -1,97 +1,149 @@
-"""What a row of the table says of a model family, and the few names that all families share."""
+"""What a row of the table says of a model family, and the few names that all families share.
+
+A row has a few fields of its own and four groups: `Names` (where the tensors lie), `Fusion` (how hidden state and
+token embedding become one input), `Block` (the decoder layer) and `Engines` (what SGLang and vLLM ask for).
+README.md says where each is looked up.
+"""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
 @dataclass(frozen=True)
-class Family:
-    """One MTP layout. Module names are relative to the head."""
+class Names:
+    """Where the tensors of the MTP layer lie in a checkpoint. All but `prefix` is relative to it."""
 
-    name: str
-    architectures: tuple[str, ...]
-    """`architectures` of the checkpoints' config.json."""
-    backbone: str
-    """transformers class that runs the backbone, as 'module:Class'."""
-    block: str
-    """Decoder block of the head, as 'module:Class'."""
     prefix: str
-    """Path of the head in the checkpoint, without the trailing dot; `{N}` is the number of decoder layers (`at`)."""
-    block_path: str
-    """Where the block's tensors lie; "" is beside the norms and the projection."""
+    """Path of the MTP layer, without the trailing dot; `{N}` is the number of decoder layers (`Family.at`)."""
     hidden_norm: str
     token_norm: str
     proj: str
     """Where this ends in the layer's number, the parts have no path of their own: each is a list under `prefix`."""
     final_norm: str | None
     """None: the block's output is fed back, and projected to logits, as it is."""
-    hidden_first: bool
-    """Order of the fused input: [hidden, embed] if true, else [embed, hidden]."""
-    zero_centred_norms: bool
-    """Norms multiply by 1 + weight (Gemma's), so weights of all zeros are a sound norm."""
-    mask_position_zero: bool
-    """Engines zero the token embedding where the position is 0 (SGLang and vLLM `mimo_mtp.py`)."""
-    config_model_type: str
-    """`model_type` of config.json."""
-    num_layers_key: str
-    """config.json key that holds the number of MTP layers."""
-    num_layers_needed: bool
-    """Engines read that key. Where they do not (SGLang sets it to 1 itself, `model_config.py`) it may be missing."""
-    plain_model_type: str | None
-    """A `model_type` of transformers itself under which engines load config.json without remote code."""
-    tied_embeddings: bool
-    """Engines serve checkpoints whose output matrix is the embedding (`tie_word_embeddings`)."""
-    recurrent_backbone: bool
-    """Backbone layers carry a state from row to row (linear attention): documents packed into one row would leak."""
-    served_as: str
-    """SGLang's draft class, as 'file: class'."""
-    proj_bias: str | None = None
-    """config.json key that gives the projection a bias."""
-    block_config: tuple[tuple[str, Any], ...] = ()
-    """Settings of config.json that engines take otherwise for the MTP layer's block."""
-    needed_keys: tuple[str, ...] = ()
-    """Further config.json keys without which engines do not start; a save through transformers may lose them."""
-    kept_in_float32: tuple[str, ...] = ()
-    """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
-    indexer_rope: str | None = None
-    """Rotary embedding of the indexer that picks the keys which the block attends to (`indexer.py`), as
-    'module:function'; None: it attends to all."""
-    quantized_proj: tuple[str, ...] = ()
-    """Engines that build the projection as quantization_config says; in others it is plain, whatever that says."""
-    sglang_gap: str | None = None
-    """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
-    vllm: bool = True
-    """vLLM drafts with it (`config/speculative.py` `MTPModelTypes`; read, not run)."""
+    block_path: str = ""
+    """Where the block's tensors lie; "" is beside the norms and the projection."""
     attention: str = "self_attn"
     """The block's attention, by its path in the block."""
     mlp: str = "mlp"
     """Its feed-forward part."""
     copies: tuple[str, ...] = ()
-    """Tensors of the head's path that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
+    """Tensors below `prefix` that checkpoints may hold and SGLang skips: copies of the backbone's matrices."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How hidden state and token embedding become the block's input: proj(cat of the two, each after its norm)."""
+
+    hidden_first: bool = False
+    """Order of the fused input: [hidden, embed] if true, else [embed, hidden]."""
+    zero_centered_norms: bool = False
+    """Norms multiply by 1 + weight (Gemma's), so weights of all zeros are a sound norm."""
+    mask_position_zero: bool = False
+    """Engines zero the token embedding where the position is 0 (SGLang and vLLM `mimo_mtp.py`)."""
+    proj_bias: str | None = None
+    """config.json key that gives the projection a bias."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The decoder layer of the MTP layer."""
+
+    layer_class: str
+    """As 'module:Class'; made with the backbone's configuration and `layer_idx=0`."""
+    overrides: tuple[tuple[str, Any], ...] = ()
+    """Settings of config.json that engines take otherwise for the MTP layer's block."""
+    indexer_rope: str | None = None
+    """Rotary embedding of the indexer that picks the keys which the block attends to (`method/indexer.py`), as
+    'module:function'; None: it attends to all."""
     only: tuple[tuple[str, Any], ...] = ()
-    """Settings of config.json of which the classes above know this one value; a missing one is taken for it."""
+    """Settings of config.json of which this class and the backbone's know one value; a missing one is taken for it."""
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What engines do with such a checkpoint, and what they ask of it."""
+
+    served_as: str
+    """SGLang's draft class, as 'file: class'."""
+    sglang_gap: str | None = None
+    """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
+    vllm: bool = True
+    """vLLM drafts with it (`config/speculative.py` `MTPModelTypes`; read, not run)."""
+    num_layers_key: str = "num_nextn_predict_layers"
+    """config.json key that holds the number of MTP layers."""
+    num_layers_needed: bool = True
+    """Engines read that key. Where they do not (SGLang sets it to 1 itself, `model_config.py`) it may be missing."""
+    needed_keys: tuple[str, ...] = ()
+    """Further config.json keys without which engines do not start; a save through transformers may lose them."""
+    remote_code: bool = False
+    """transformers has no class for `Family.model_type`, so engines read config.json with the folder's own code."""
+    stand_in: str | None = None
+    """A `model_type` of transformers under which they read it without that code, where `remote_code` is true."""
+    tied_embeddings: bool = False
+    """Engines serve checkpoints whose output matrix is the embedding (`tie_word_embeddings`)."""
+    kept_in_float32: tuple[str, ...] = ()
+    """Parts of the backbone that engines keep in float32 beside bfloat16, where transformers rounds them."""
+    quantized_proj: tuple[str, ...] = ()
+    """Engines that build the projection as quantization_config says; in others it is plain, whatever that says."""
+    unlisted_file: bool = False
+    """SGLang loads a file `mtp.safetensors` that the index does not list; published FP4 checkpoints forgot to."""
+
+    @property
+    def draft_class(self) -> str:
+        """The name of SGLang's draft class."""
+        return self.served_as.split(": ")[1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One MTP layout."""
+
+    name: str
+    architectures: tuple[str, ...]
+    """`architectures` of the checkpoints' config.json; with a second one, that of a model with a vision tower."""
+    model_type: str
+    """`model_type` of config.json, or of its text part."""
+    backbone: str
+    """transformers class that runs the backbone, as 'module:Class'."""
+    names: Names
+    block: Block
+    engines: Engines
+    fusion: Fusion = field(default_factory=Fusion)
+    config_class: str | None = None
+    """Configuration class for a `model_type` of which transformers has none, as 'module:Class'."""
+    recurrent_backbone: bool = False
+    """Backbone layers carry a state from row to row (linear attention): documents packed into one row would leak."""
+
+    @property
+    def plain_model_type(self) -> str | None:
+        """A `model_type` of transformers itself under which engines load config.json without remote code."""
+        return self.engines.stand_in if self.engines.remote_code else self.model_type
 
     def at(self, num_hidden_layers: int) -> "Family":
         """The row for a model of that many decoder layers, after which some families number their MTP layer."""
-        return replace(self, prefix=self.prefix.replace("{N}", str(num_hidden_layers)))
+        prefix = self.names.prefix.replace("{N}", str(num_hidden_layers))
+        return replace(self, names=replace(self.names, prefix=prefix))
 
     @property
     def scattered(self) -> bool:
         """Whether the parts lie beside the backbone's modules, not under a path of their own."""
-        return self.proj[-1].isdigit()
+        return self.names.proj[-1].isdigit()
 
     @property
     def layer_paths(self) -> tuple[str, ...]:
         """Paths of the one MTP layer that end in its number."""
+        names = self.names
         if self.scattered:
-            return tuple(f"{self.prefix}.{p}" for p in (self.block_path, self.token_norm, self.hidden_norm, self.proj))
-        return (f"{self.prefix}.{self.block_path}" if self.block_path else self.prefix,)
+            parts = names.block_path, names.token_norm, names.hidden_norm, names.proj
+            return tuple(f"{names.prefix}.{part}" for part in parts)
+        return (f"{names.prefix}.{names.block_path}" if names.block_path else names.prefix,)
 
     @property
     def roots(self) -> tuple[str, ...]:
         """Paths below which every tensor belongs to the one MTP layer."""
-        return self.layer_paths if self.scattered else (self.prefix,)
+        return self.layer_paths if self.scattered else (self.names.prefix,)
 
     @property
     def root(self) -> str:
@@ -112,8 +164,8 @@ class Family:
         return False
 
     def is_copy(self, name: str) -> bool:
-        """Whether a tensor is one of `copies`."""
-        return name.removeprefix(f"{self.prefix}.") in self.copies
+        """Whether a tensor is one of `Names.copies`."""
+        return name.removeprefix(f"{self.names.prefix}.") in self.names.copies
 
 
 EMBEDDINGS = ("embed_tokens", "word_embeddings")

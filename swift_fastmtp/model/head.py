@@ -93,7 +93,7 @@ def as_stored(tensors: dict[str, torch.Tensor], names: Container[str]) -> dict[s
 
 
 class MTPHead(nn.Module):
-    """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.prefix`.
+    """One MTP layer whose parameter names equal the checkpoint's (experts joined), relative to `family.names.prefix`.
 
     Args:
         config: the backbone's transformers config.
@@ -107,39 +107,40 @@ class MTPHead(nn.Module):
         if getattr(config, "layer_types", None):
             # Whatever the backbone's first layer is, engines draft with full attention.
             block_config.layer_types = ["full_attention"] * len(config.layer_types)
-        for key, value in family.block_config:
+        for key, value in family.block.overrides:
             setattr(block_config, key, list(value) if isinstance(value, tuple) else value)
-        block = import_class(family.block)(block_config, layer_idx=0)
-        if family.indexer_rope:
-            block.self_attn.indexer = Indexer(block.self_attn.indexer, import_class(family.indexer_rope))
+        block = import_class(family.block.layer_class)(block_config, layer_idx=0)
+        if family.block.indexer_rope:
+            attends = block.get_submodule(family.names.attention)
+            attends.indexer = Indexer(attends.indexer, import_class(family.block.indexer_rope))
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
-        place_module(self, family.hidden_norm, norm_type(width, eps=eps))
-        place_module(self, family.token_norm, norm_type(width, eps=eps))
-        bias = bool(family.proj_bias and getattr(config, family.proj_bias))
-        place_module(self, family.proj, nn.Linear(2 * width, width, bias=bias))
+        place_module(self, family.names.hidden_norm, norm_type(width, eps=eps))
+        place_module(self, family.names.token_norm, norm_type(width, eps=eps))
+        bias = bool(family.fusion.proj_bias and getattr(config, family.fusion.proj_bias))
+        place_module(self, family.names.proj, nn.Linear(2 * width, width, bias=bias))
         # The block's parts, not the block: they carry the checkpoint's names; rows can be dropped between attention
         # and MLP; and gradient checkpointing, which wraps blocks, cannot reach them. With a module that is called
         # K times it raises under ZeRO-2 and gives wrong gradients, silently, under ZeRO-3.
         for name, child in block.named_children():
-            place_module(self, f"{family.block_path}.{name}".lstrip("."), child)
-        if family.final_norm:
-            place_module(self, family.final_norm, norm_type(width, eps=eps))
+            place_module(self, f"{family.names.block_path}.{name}".lstrip("."), child)
+        if family.names.final_norm:
+            place_module(self, family.names.final_norm, norm_type(width, eps=eps))
         # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
 
     @property
     def mask_position_zero(self) -> bool:
-        return self.family.mask_position_zero
+        return self.family.fusion.mask_position_zero
 
     def fuse(self, hidden_BTD: torch.Tensor, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Block input u from the previous hidden state and the embedding of the next token, [B, T, D]."""
-        hidden = self.get_submodule(self.family.hidden_norm)(hidden_BTD)
-        embeds = self.get_submodule(self.family.token_norm)(embeds_BTD)
-        pair = (hidden, embeds) if self.family.hidden_first else (embeds, hidden)
-        out: torch.Tensor = self.get_submodule(self.family.proj)(torch.cat(pair, dim=-1))
+        hidden = self.get_submodule(self.family.names.hidden_norm)(hidden_BTD)
+        embeds = self.get_submodule(self.family.names.token_norm)(embeds_BTD)
+        pair = (hidden, embeds) if self.family.fusion.hidden_first else (embeds, hidden)
+        out: torch.Tensor = self.get_submodule(self.family.names.proj)(torch.cat(pair, dim=-1))
         return out
 
     def forward(
@@ -155,9 +156,9 @@ class MTPHead(nn.Module):
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
         """
-        block = self.get_submodule(self.family.block_path)
+        block = self.get_submodule(self.family.names.block_path)
         u = self.fuse(hidden_BTD, embeds_BTD)
-        attended, *_ = block.get_submodule(self.family.attention)(
+        attended, *_ = block.get_submodule(self.family.names.attention)(
             hidden_states=block.get_submodule("input_layernorm")(u),
             position_embeddings=position_embeddings,
             attention_mask=u.new_empty(1, 1, 1, 1),  # read by nobody; sparse attention takes a part of it
@@ -166,8 +167,8 @@ class MTPHead(nn.Module):
         u = u + attended
         if rows is not None:
             u = u.flatten(0, 1)[rows][None]
-        u = u + block.get_submodule(self.family.mlp)(block.get_submodule("post_attention_layernorm")(u))
-        out: torch.Tensor = self.get_submodule(self.family.final_norm)(u) if self.family.final_norm else u
+        u = u + block.get_submodule(self.family.names.mlp)(block.get_submodule("post_attention_layernorm")(u))
+        out: torch.Tensor = self.get_submodule(self.family.names.final_norm)(u) if self.family.names.final_norm else u
         return out
 
 

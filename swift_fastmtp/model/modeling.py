@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.utils import ModelOutput
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -43,15 +42,10 @@ from .head import MTPHead, as_stored, fill, import_class, place_module, split_ex
 from .hidden_cache import HiddenCache, documents_of
 from .partitioned import load_partitioned, sources
 
-
-class MiMoConfig(Qwen2Config):
-    """transformers has no `mimo`; the checkpoint's own remote-code config is exactly this."""
-
-    model_type = "mimo"
-    num_nextn_predict_layers: int = 1
-
-
-AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
+# So that transformers reads the config.json of models for which it has no class of its own.
+for _row in FAMILIES:
+    if _row.config_class:
+        AutoConfig.register(_row.model_type, import_class(_row.config_class), exist_ok=True)
 
 
 @dataclass
@@ -98,10 +92,10 @@ class FastMTPMixin:
         self.__dict__["head"] = head
         if self.family.scattered:
             for part, child in head.named_children():
-                cast(nn.Module, self).get_submodule(self.family.prefix).add_module(part, child)
+                cast(nn.Module, self).get_submodule(self.family.names.prefix).add_module(part, child)
         else:
             # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
-            place_module(cast(nn.Module, self), self.family.prefix, head)
+            place_module(cast(nn.Module, self), self.family.names.prefix, head)
         for module in cast(nn.Module, self).modules():
             if hasattr(module, "variance_epsilon"):
                 # Those of latents too: transformers gives them a constant, engines the configuration's.
@@ -109,9 +103,9 @@ class FastMTPMixin:
             if hasattr(module, "e_score_correction_bias"):
                 module.forward = MethodType(_without_autocast, module)
         cast(PreTrainedModel, self).post_init()
-        if self.family.indexer_rope:
+        if self.family.block.indexer_rope:
             # What is carried along must come out as it went in, whatever the run's dtype.
-            self._keep_in_fp32_modules_strict.add(f"{self.family.prefix}.self_attn.indexer")
+            self._keep_in_fp32_modules_strict.add(f"{self.family.names.prefix}.{self.family.names.attention}.indexer")
 
     @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -174,7 +168,7 @@ class FastMTPMixin:
     def head_tensors(self) -> dict[str, torch.Tensor]:
         """All that a checkpoint stores of the head: `head_parameters`, and what no gradient trains (the bias by which
         routers of DeepSeek's kind choose experts, the indexer of sparse attention)."""
-        return {f"{self.family.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
+        return {f"{self.family.names.prefix}.{n}": t for n, t in self.head.state_dict(keep_vars=True).items()}
 
     def freeze_backbone(self) -> None:
         """Only the head gets gradients."""
@@ -407,12 +401,15 @@ def build_class(family: Family) -> type:
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
     patterns = backbone._keys_to_ignore_on_load_unexpected or []
     ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
-    ignored += [re.escape(f"{family.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.copies]
+    ignored += [re.escape(f"{family.names.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.names.copies]
     attributes = {
         "family": family,
-        "config_class": CONFIG_MAPPING[family.config_model_type],
+        "config_class": CONFIG_MAPPING[family.model_type],
         "_keys_to_ignore_on_load_unexpected": ignored or None,
-        "_keep_in_fp32_modules_strict": [*(backbone._keep_in_fp32_modules_strict or []), *family.kept_in_float32],
+        "_keep_in_fp32_modules_strict": [
+            *(backbone._keep_in_fp32_modules_strict or []),
+            *family.engines.kept_in_float32,
+        ],
     }
     cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
@@ -438,7 +435,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
     if stored.get("auto_map") and kind not in CONFIG_MAPPING:
         raise FastMTPError(
             f"{path}: model_type {kind!r} is known to Python code of the folder only (auto_map), and this package "
-            f"runs none; set it to {checkpoint.family.config_model_type!r} if the model is one"
+            f"runs none; set it to {checkpoint.family.model_type!r} if the model is one"
         )
     read_object(checkpoint.folder / "generation_config.json")  # transformers loads it with the model
     with _one_line(checkpoint):
@@ -495,7 +492,7 @@ def head_shapes(checkpoint: Checkpoint, weights: Checkpoint | None = None) -> di
     config = load_config(checkpoint)
     with _one_line(checkpoint), torch.device("meta"):
         head = MTPHead(config, family)
-        tensors = {f"{family.prefix}.{n}": t for n, t in head.state_dict().items()}
+        tensors = {f"{family.names.prefix}.{n}": t for n, t in head.state_dict().items()}
         if not _experts_joined(weights or checkpoint, family):
             tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

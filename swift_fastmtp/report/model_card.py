@@ -141,7 +141,7 @@ def make_card(
         f"## Training\n\n{_data(info)}\n",
         _rows(knobs),
         *_measurements(measured),
-        _serving(folder, base, full, family.vllm),
+        _serving(folder, base, full, family.engines.vllm),
         _limits(linked, steps, measured),
     ]
     return "\n".join(parts)

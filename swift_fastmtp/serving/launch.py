@@ -62,7 +62,7 @@ def serve_flags(
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":
-        if not family.vllm:
+        if not family.engines.vllm:
             raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
     by_language = CONFIG_KEY in config and not token_map
@@ -92,7 +92,7 @@ def serve_flags(
     flags += [
         Flag(
             ("--speculative-algorithm", "NEXTN"),
-            family.sglang_gap or "the MTP layer drafts; the same code path as EAGLE",
+            family.engines.sglang_gap or "the MTP layer drafts; the same code path as EAGLE",
         ),
         Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
         Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),

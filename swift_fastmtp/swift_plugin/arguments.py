@@ -65,7 +65,7 @@ def prepare_arguments(args: Any) -> None:
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
         families = _families(args.model)
-        projections = "|".join(re.escape(f"{family.prefix}.{family.proj}") for family in families)
+        projections = "|".join(re.escape(f"{family.names.prefix}.{family.names.proj}") for family in families)
         args.target_regex = rf"^(?!.*expert)(({_roots(families)})\..*_proj|{projections})$"
     frozen = args.freeze_parameters_ratio or args.freeze_parameters or args.freeze_parameters_regex
     if args.tuner_type == "full" and not frozen:
@@ -118,7 +118,7 @@ def _families(model: str | None) -> list[Family]:
     """The model's own row, or, where it is no folder yet, those whose paths no config.json changes."""
     if os.path.isdir(model or ""):
         return [Checkpoint(str(model)).family]
-    return [family for family in FAMILIES if "{N}" not in family.prefix]
+    return [family for family in FAMILIES if "{N}" not in family.names.prefix]
 
 
 def _roots(families: list[Family]) -> str:
