@@ -2,44 +2,29 @@
 ingredients, `paper`, gradients, padding."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from models import (
+from helpers.kinds import KINDS
+from helpers.models import (
     packed_positions,
-    random_deepseek_v3,
-    random_deepseek_v32,
-    random_ernie,
     random_glm4_moe,
-    random_glm4_moe_lite,
-    random_glm_5_2,
-    random_glm_moe_dsa,
     random_ling,
     random_longcat_flash,
-    random_qwen3_5,
-    random_qwen3_5_moe,
-    random_qwen3_moe,
-    random_qwen3_next,
 )
-from reference import (
-    DenseQwenHead,
+from helpers.reference import (
     ErnieHead,
     GlmHead,
     GlmSparseHead,
     Head,
     LatentHead,
-    LingHead,
-    LongcatHead,
-    Qwen3MoeHead,
     QwenHead,
-    SharingHead,
     SparseHead,
     draft_with_cache,
     paper_rollout,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
@@ -49,22 +34,6 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import rollout, segment_ids
 from swift_fastmtp.model.head import import_class
 
-# Name → a tiny random model and its plain reference.
-KINDS = {
-    "qwen3_next": (random_qwen3_next, QwenHead),
-    "qwen3_5": (random_qwen3_5, DenseQwenHead),
-    "qwen3_5_moe": (random_qwen3_5_moe, QwenHead),
-    "qwen3_moe": (random_qwen3_moe, Qwen3MoeHead),
-    "ernie4_5_moe": (partial(random_ernie, bias=True), ErnieHead),
-    "glm4_moe": (random_glm4_moe, GlmHead),
-    "deepseek_v3": (random_deepseek_v3, LatentHead),
-    "glm4_moe_lite": (random_glm4_moe_lite, LatentHead),
-    "deepseek_v32": (random_deepseek_v32, SparseHead),
-    "glm_moe_dsa": (random_glm_moe_dsa, GlmSparseHead),
-    "glm_5_2": (random_glm_5_2, SharingHead),  # glm_moe_dsa with another setting
-    "longcat_flash": (random_longcat_flash, LongcatHead),
-    "bailing_moe_v2": (random_ling, LingHead),
-}
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from models import (
+from helpers.kinds import KINDS
+from helpers.models import (
     CARRIED,
     CHECKPOINTS,
     HEAD,
@@ -18,7 +19,6 @@ from models import (
     tensors_of,
 )
 from safetensors.torch import load_file, save_file
-from test_families import KINDS
 from transformers import AutoModelForImageTextToText
 
 from swift_fastmtp.checkpoint.config_file import read_config

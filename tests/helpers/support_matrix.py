@@ -7,15 +7,14 @@ the table cannot claim what no longer holds.
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
-from engine import engine_version
 
+from helpers.engine import engine_version
+from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
 
-ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
     "keys": "its own names from load through training to export: every tensor accounted for, the backbone's bits kept",
