@@ -23,18 +23,28 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # the lib
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("helpers")
 
-from helpers.checkpoints import write_trained  # noqa: E402 (not before the lines above)
+from helpers import swift_runs  # noqa: E402 (not before the lines above)
+from helpers.checkpoints import write_trained  # noqa: E402
 from helpers.paths import ROOT, TINY  # noqa: E402
 from helpers.swift_runs import sft_args, swift, write_rows  # noqa: E402
+from helpers.tiers import tier_of  # noqa: E402
 
 pytest_plugins = ["helpers.support_matrix"]
 LONGEST_FIRST = ["test_docs.py", "test_plugin.py", "test_engine.py", "test_distributed.py", "test_paper_recipe.py"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
 def pytest_collection_modifyitems(items):
-    """A file begun last would run alone at the end."""
+    """Every test has a tier. A file begun last would run alone at the end."""
+    for item in items:
+        if tier_of(item) == "fast":
+            item.add_marker("fast")
     order = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_runtest_setup(item):
+    swift_runs.allowed = tier_of(item) != "fast"
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from helpers import swift_runs
 from helpers.paths import ROOT
 from swift_fastmtp.bench.servers import free_port
 
@@ -56,6 +57,7 @@ class Server:
         self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
 
     def __enter__(self):
+        assert swift_runs.allowed, "a test that starts a server is marked `engine` or `matrix`"
         paths = [ENVIRONMENT["PYTHONPATH"], *filter(None, [self.environment.get("PYTHONPATH")])]
         environment = {**os.environ, **self.environment, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
         with open(self.log, "wb") as log:
