@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ONE_CORE, TINY
+from helpers.paths import TINY
+from helpers.swift_runs import ONE_CORE
 from swift.arguments import SftArguments
 from swift.pipelines.train.sft import SwiftSft
 from swift.utils import parse_args

@@ -2,14 +2,14 @@
 through ms-swift's own pipeline."""
 
 import json
-import shutil
 
 import pytest
 import torch
-from chat_templates import TEMPLATES, with_template
+from helpers.chat_templates import TEMPLATES, with_template
+from helpers.scripted_engine import ScriptedEngine
+from helpers.training_ids import TOOLS, supervised, trained
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from scripted_engine import ScriptedEngine
 from transformers import AutoTokenizer
 
 from swift_fastmtp.data.clean import clean
@@ -21,9 +21,6 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.modeling import load_model
 from swift_fastmtp.simulate.acceptance import make_texts
 from swift_fastmtp.simulate.simulate import simulate
-from swift_fastmtp.swift_plugin.register import register
-
-TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +28,6 @@ def folders(tmp_path_factory):
     """A function from a template's name to a folder of the tiny model with it."""
     made, root = {}, tmp_path_factory.mktemp("templates")
     return lambda name: made.get(name) or made.setdefault(name, with_template(name, root / name))
-
-
-def trained(folder, dataset, **options):
-    """(input ids, labels) of every example that `swift sft` would train on, by ms-swift's own pipeline."""
-    register()
-    from swift.pipelines.export.cached_dataset import ExportCachedDataset
-
-    flags = {"model": folder, "model_type": "fastmtp", "dataset": dataset, "to_cached_dataset": "true"}
-    flags |= {"split_dataset_ratio": 0, "output_dir": f"{dataset}.cache", "dataset_num_proc": 1, **options}
-    pipeline = ExportCachedDataset([str(x) for k, v in flags.items() for x in (f"--{k}", v)])
-    rows, _ = pipeline._prepare_dataset()
-    encoded = [pipeline.template.encode(row, return_length=True) for row in rows]
-    shutil.rmtree(f"{dataset}.cache", ignore_errors=True)
-    return [(x["input_ids"], x["labels"]) for x in encoded]
-
-
-def supervised(examples):
-    """(everything before, answer) of each run of supervised tokens."""
-    found = []
-    for ids, labels in examples:
-        assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
-        start = None
-        for at, label in enumerate([*labels, -100]):
-            if label != -100 and start is None:
-                start = at
-            if label == -100 and start is not None:
-                found.append((ids[:start], ids[start:at]))
-                start = None
-    return sorted(found)
 
 
 def finished(turns):

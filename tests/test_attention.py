@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.reference import merged_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import merged_attention
 
 from swift_fastmtp.method import attention, flash
 from swift_fastmtp.method.flash import Documents

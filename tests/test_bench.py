@@ -1,6 +1,6 @@
 """The benchmark's client against servers that fail: nothing is lost, nothing wrong is kept, one line says what it is.
 
-The servers are fakes (`fake_engine.py`); numbers of the real engine are in `serving/test_bench_engine.py`.
+The servers are fakes (`helpers/fake_engine.py`); numbers of the real engine are in `serving/test_bench_engine.py`.
 """
 
 import json
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
-from fake_engine import FakeEngine, answer, chunks
+from helpers.fake_engine import FakeEngine, answer, chunks
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.bench import bench, warnings
 from swift_fastmtp.bench.plan import make_plan, read_plan
@@ -24,7 +24,7 @@ from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 
-FAKE = Path(__file__).parent / "fake_engine.py"
+FAKE = ROOT / "tests/helpers/fake_engine.py"
 ASKED = {"model": str(TINY), "num_questions": 6, "max_new_tokens": 10, "warmup": 1, "retry_seconds": 1}
 
 

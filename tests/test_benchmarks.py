@@ -1,26 +1,13 @@
 """The benchmarks run, and what ours is measured against computes the same gradients."""
 
-import importlib.util
 import json
 import sys
 
 import torch
-from conftest import ROOT
-from models import random_mimo
+from helpers.benchmarks import load
+from helpers.models import random_mimo
 
 from swift_fastmtp.method.config import FastMTPConfig
-
-
-def load(name):
-    path = ROOT / "benchmarks" / name
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(path.parent))
 
 
 def test_the_reference_step_has_the_gradients_of_the_paper_rollout():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.paths import TINY
 
 from swift_fastmtp.checkpoint.mtp_tensors import save_tensors
 from swift_fastmtp.errors import FastMTPError, cannot_write

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from helpers.paths import ROOT, TINY
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 

@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import TINY
-from fake_engine import FakeEngine
+from helpers.fake_engine import FakeEngine
+from helpers.paths import TINY
 
 from swift_fastmtp.bench.engines import Engine
 from swift_fastmtp.data.chat_template import load_tokenizer

@@ -4,7 +4,7 @@ import copy
 import json
 
 import pytest
-from bench_results import table_1, table_2
+from helpers.bench_results import table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.report.compare import HEADER, Limits, compare, text

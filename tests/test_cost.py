@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.paths import TINY
 from safetensors.torch import save_file
 
 from swift_fastmtp.errors import FastMTPError

@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, TINY, free_port
+from helpers.paths import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.data.conversation import Conversation, Reply
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import training_examples
@@ -381,7 +382,7 @@ def test_parts_survive_any_cut(tmp_path):
 
 def test_workers_that_end_and_begin_together_see_the_output(tmp_path):
     """One of them merges; the others find the output, none a half removed folder, and none answers anything again."""
-    command = [sys.executable, str(ROOT / "tests/job_workers.py"), str(tmp_path), "20"]
+    command = [sys.executable, str(ROOT / "tests/helpers/job_workers.py"), str(tmp_path), "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

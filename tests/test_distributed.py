@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, logged, sft_args, swift
+from helpers.paths import TINY
+from helpers.swift_runs import logged, sft_args, swift
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed", reason="pip install swift_fastmtp[deepspeed]")

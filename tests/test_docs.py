@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.method.config import FastMTPConfig

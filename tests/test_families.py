@@ -3,38 +3,29 @@ ingredients, `paper`, gradients, padding."""
 
 import copy
 import sys
-from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from models import (
-    RANDOM,
-    for_each_row,
+from helpers.kinds import KINDS
+from helpers.models import (
     packed_positions,
-    random_ernie,
     random_glm4_moe,
-    random_glm_5_2,
     random_ling,
     random_longcat_flash,
 )
-from reference import (
-    DenseQwenHead,
+from helpers.reference import (
     ErnieHead,
     GlmHead,
     GlmSparseHead,
     Head,
     LatentHead,
-    LingHead,
-    LongcatHead,
-    Qwen3MoeHead,
     QwenHead,
-    SharingHead,
     SparseHead,
     draft_with_cache,
     paper_rollout,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
@@ -45,29 +36,6 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import rollout, segment_ids
 from swift_fastmtp.model.head import import_class
 
-# Family → its head written out plainly.
-REFERENCES = for_each_row(
-    "REFERENCES of tests/test_families.py",
-    {
-        "mimo": Head,
-        "qwen3_next": QwenHead,
-        "qwen3_5": DenseQwenHead,
-        "qwen3_5_moe": QwenHead,
-        "qwen3_moe": Qwen3MoeHead,
-        "ernie4_5_moe": ErnieHead,
-        "glm4_moe": GlmHead,
-        "deepseek_v3": LatentHead,
-        "glm4_moe_lite": LatentHead,
-        "deepseek_v32": SparseHead,
-        "glm_moe_dsa": GlmSparseHead,
-        "longcat_flash": LongcatHead,
-        "bailing_moe_v2": LingHead,
-    },
-)
-# Name → a tiny random model and its plain reference; test_rollout.py has MiMo.
-KINDS = {name: (RANDOM[name], head) for name, head in REFERENCES.items() if name != "mimo"}
-KINDS["ernie4_5_moe"] = partial(random_ernie, bias=True), ErnieHead
-KINDS["glm_5_2"] = random_glm_5_2, SharingHead  # glm_moe_dsa with another setting
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from models import (
+from helpers.models import (
     CARRIED,
     CHECKPOINTS,
     HEAD,

@@ -4,10 +4,9 @@ import re
 from types import SimpleNamespace
 
 import pytest
-import support_matrix
 import torch
-from conftest import ROOT
-from models import (
+from helpers import support_matrix
+from helpers.models import (
     CHECKPOINTS,
     LAYER,
     broken,
@@ -15,6 +14,7 @@ from models import (
     random_ernie,
     random_qwen3_next,
 )
+from helpers.paths import ROOT
 
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.refusals import find_family

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from conftest import logged, sft_args, swift
-from models import (
+from helpers.models import (
     CARRIED,
     CHECKPOINTS,
     tensors_of,
 )
+from helpers.swift_runs import logged, sft_args, swift
 from safetensors.torch import load_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

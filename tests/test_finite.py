@@ -1,18 +1,17 @@
 """A number that is not finite stops whatever meets it, and says where it comes from: it is never scored or saved."""
 
-import json
 import re
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TINY, sft_args, swift, write_rows
+from helpers.broken_models import broken
+from helpers.models import tensors_of
+from helpers.paths import TINY
+from helpers.swift_runs import sft_args, swift, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tensors_of
-from safetensors.torch import save_file
 
 from swift_fastmtp.checkpoint.finite import NotFiniteError, not_finite
 from swift_fastmtp.data.chat_template import load_tokenizer
@@ -33,19 +32,6 @@ BROKEN = {
     "output matrix": ({"lm_head.weight": float("nan")}, {}, r"lm_head\.weight holds NaN"),
     "config": ({}, {"rms_norm_eps": float("nan")}, r"config\.json: rms_norm_eps is NaN, it must be a number"),
 }
-
-
-def broken(folder, tensors=None, config=None):
-    """The tiny model with one number of some tensors replaced, and other values in its config.json."""
-    shutil.copytree(TINY, folder)
-    stored = tensors_of(TINY)
-    for name, value in (tensors or {}).items():
-        stored[name] = stored[name].clone()
-        stored[name].view(-1)[7] = value
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **(config or {})}))
-    return folder
 
 
 @pytest.fixture(scope="module")

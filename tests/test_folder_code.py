@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY, sft_args, swift
+from helpers.paths import TINY
+from helpers.swift_runs import sft_args, swift
 
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, logged, sft_args, swift
+from helpers.models import CHECKPOINTS, for_each_row, quantised, tensors_of
+from helpers.paths import TINY
+from helpers.swift_runs import logged, sft_args, swift
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CHECKPOINTS, for_each_row, quantised, tensors_of
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

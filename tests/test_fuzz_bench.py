@@ -4,9 +4,9 @@ import json
 import os
 import time
 
-import fuzz_bench as fuzz
 import pytest
-from conftest import TINY
+from helpers import fuzz_bench as fuzz
+from helpers.paths import TINY
 from hypothesis import HealthCheck, given, settings
 
 from swift_fastmtp.bench.bench import bench

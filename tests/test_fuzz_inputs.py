@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fuzz_inputs import (
+from helpers.fuzz_inputs import (
     HEADER,
     INDEX,
     MAP_LIST,

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers.benchmarks import load
+from helpers.broken_models import HEAD, broken_model, lose_mtp
+from helpers.checkpoints import shard
+from helpers.models import CHECKPOINTS, row_of
+from helpers.paths import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CHECKPOINTS, row_of
 from safetensors.torch import load_file, save_file
-from test_benchmarks import load
-from test_checkpoints import HEAD, shard
-from test_errors import broken_model, lose_mtp
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from models import packed_positions, random_mimo
+from helpers.models import packed_positions, random_mimo
+from helpers.paths import TINY
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig

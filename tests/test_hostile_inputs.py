@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, sft_args, swift, write_rows
-from hostile import DEEP, FORMS, KINDS, LONG, left_over, model_folder, put, run
-from test_checkpoints import write_trained
-from test_errors import assert_one_line
+from helpers.broken_models import assert_one_line
+from helpers.checkpoints import write_trained
+from helpers.hostile import DEEP, FORMS, KINDS, LONG, left_over, model_folder, put, run
+from helpers.paths import TINY
+from helpers.swift_runs import sft_args, swift, write_rows
 
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE
 

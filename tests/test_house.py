@@ -1,9 +1,12 @@
-"""The order of the folders: each imports only from those above it, and no modules import each other in a circle."""
+"""The order of the folders: each imports only from those above it, and no modules import each other in a circle.
+
+Tests import from `helpers/`, never from each other.
+"""
 
 import ast
 from graphlib import TopologicalSorter
 
-from conftest import ROOT
+from helpers.paths import ROOT
 
 PACKAGE = ROOT / "swift_fastmtp"
 # A line may import from the lines above it; two folders on one line do not import each other.
@@ -74,3 +77,20 @@ def test_nothing_is_imported_from_below():
 
 def test_no_circles():
     list(TopologicalSorter(IMPORTS).static_order())  # raises CycleError, which names the circle
+
+
+def test_no_test_imports_another():
+    """What two tests need stands in tests/helpers; fixtures of all stand in conftest.py."""
+    tests = ROOT / "tests"
+    modules = {path.stem for path in tests.rglob("test_*.py")} | {"conftest"}
+    assert len(modules) > 50
+    wrong = []
+    for path in [*tests.rglob("test_*.py"), *(tests / "helpers").glob("*.py"), tests / "conftest.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = []
+            if isinstance(node, ast.ImportFrom):
+                imported = [node.module or "", *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                imported = [alias.name for alias in node.names]
+            wrong += [f"{path.name}: {name}" for name in imported if name.split(".")[-1] in modules]
+    assert wrong == []

@@ -11,9 +11,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, free_port, logged, sft_args, swift
-from models import CHECKPOINTS, quantised
+from helpers.models import CHECKPOINTS, quantised
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import logged, sft_args, swift
 
+from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.errors import FastMTPError

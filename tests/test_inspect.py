@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers.broken_models import HEAD, MODELS, broken_model, lose_mtp
+from helpers.checkpoints import shard
+from helpers.paths import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_checkpoints import HEAD, shard
-from test_errors import MODELS, broken_model, lose_mtp
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.shards import pack_header

@@ -11,11 +11,12 @@ import time
 from functools import partial
 
 import pytest
-from conftest import ROOT, TINY, sft_args, swift, write_rows
-from kill_forks import Forks
+from helpers.broken_models import broken_model, lose_mtp
+from helpers.kill_forks import Forks
+from helpers.mix_rows import PLENTY, rows_of, write
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import sft_args, swift, write_rows
 from safetensors.torch import load_file
-from test_errors import broken_model, lose_mtp
-from test_mix import PLENTY, rows_of, write
 
 from swift_fastmtp.swift_plugin.resume import what_is_missing
 

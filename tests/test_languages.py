@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers.paths import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.loss_cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,21 +13,6 @@ from swift_fastmtp.method.chunked_losses import greedy_tokens, step_losses
 from swift_fastmtp.method.config import LOSSES, SOFT_LOSSES, FastMTPConfig
 from swift_fastmtp.method.frozen_head import FrozenHead, even
 from swift_fastmtp.method.losses import fastmtp_loss, plain_step_losses, weighted_loss
-
-
-def case(K, N, R, D, V, seed, dtype=torch.float64):
-    """Random outputs, weight, targets, validity, hidden states and rows; a row's teachers lie inside `hidden`."""
-    g = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(R, generator=g)[:N].sort().values
-    valid = (torch.rand(K, N, generator=g) < 0.7) & (rows + torch.arange(1, K + 1)[:, None] < R)
-    return (
-        torch.randn(K, N, D, generator=g, dtype=dtype),
-        torch.randn(V, D, generator=g, dtype=dtype) * 0.7,
-        torch.randint(0, V, (K, N), generator=g),
-        valid,
-        torch.randn(R, D, generator=g, dtype=dtype),
-        rows,
-    )
 
 
 def both(case, config):

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from helpers.mix_rows import CATEGORIES, PLENTY, answered, rows_of, write
+from helpers.paths import ROOT, TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,29 +22,6 @@ from swift_fastmtp.data.mix_groups import Groups, read_groups
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.copies import file_hash
 from swift_fastmtp.files.rows import read_rows
-
-CATEGORIES = {"general": ("qa", "en"), "math": ("math", "en"), "code": ("code", "en"), "zh": ("math", "zh-Hant")}
-
-
-def answered(number, group, tokens, prompt=None):
-    category, language = CATEGORIES[group]
-    answer = {"role": "assistant", "content": "x", "token_ids": list(range(tokens))}
-    asked = {"role": "user", "content": prompt or f"question {number}", "token_ids": [1]}
-    return {"id": number, "category": category, "language": language, "messages": [asked, answer], "source": group}
-
-
-def rows_of(counts, seed=0, tokens=(5, 60)):
-    rng = random.Random(seed)
-    groups = [g for g, n in counts.items() for _ in range(n)]
-    return [answered(i, group, rng.randint(*tokens)) for i, group in enumerate(groups)]
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-PLENTY = {"general": 300, "math": 150, "code": 120, "zh": 200}
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

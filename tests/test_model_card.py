@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import yaml
-from bench_results import table_2
-from conftest import TINY
+from helpers.bench_results import table_2
+from helpers.paths import TINY
 
 from swift_fastmtp.checkpoint.checkpoint import WEIGHTS_FILE
 from swift_fastmtp.errors import FastMTPError

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

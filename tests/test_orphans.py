@@ -12,16 +12,16 @@ import time
 import uuid
 from pathlib import Path
 
-import orphans
 import pytest
 import yaml
-from conftest import TINY
+from helpers import orphans
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 
-FAKE = Path(__file__).parent / "fake_engine.py"
+FAKE = ROOT / "tests/helpers/fake_engine.py"
 TREE = f"""
 trap '' HUP
 sleep 1000 &                                            # an ordinary child

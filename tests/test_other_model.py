@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, write_rows
+from helpers.broken_models import broken
+from helpers.paths import TINY
+from helpers.swift_runs import write_rows
 from safetensors.torch import load_file, save_file
-from test_checkpoints import trained  # noqa: F401 (a fixture)
-from test_finite import broken
 
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE
 from swift_fastmtp.data.clean import clean
@@ -25,7 +25,7 @@ from swift_fastmtp.vocab.build import vocab
 
 
 @pytest.mark.parametrize("size", [7, 6143, 6145, 10**18, -5, 0])
-def test_vocab_size_is_the_number_of_rows(size, trained, tmp_path):  # noqa: F811
+def test_vocab_size_is_the_number_of_rows(size, trained, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
     values = json.loads((model / "config.json").read_text())
@@ -51,7 +51,7 @@ def test_vocab_size_is_the_number_of_rows(size, trained, tmp_path):  # noqa: F81
         assert not inspection.trainable and any(f"vocab_size is {size}" in reason for reason in inspection.reasons)
 
 
-def test_simulate_takes_no_head_of_another_backbone(trained, tmp_path):  # noqa: F811
+def test_simulate_takes_no_head_of_another_backbone(trained, tmp_path):
     rows = str(write_rows(tmp_path / "rows.jsonl", 4))
     other = broken(tmp_path / "other", {"model.layers.0.mlp.up_proj.weight": 0.5})
     with pytest.raises(FastMTPError, match=r"checkpoint: this head was trained for another backbone than .*other"):

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.broken_models import HEAD
+from helpers.checkpoints import shard
+from helpers.paths import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
@@ -51,7 +52,7 @@ def secret(tmp_path):
 
 @pytest.mark.parametrize("write", [export_full, export_draft])
 @pytest.mark.parametrize("name", ["notes.txt", "tokenizer_config.json", "evil.py"])
-def test_exports_copy_nothing_through_a_link(write, name, trained, tmp_path):  # noqa: F811
+def test_exports_copy_nothing_through_a_link(write, name, trained, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(TINY, base)
     (base / name).unlink(missing_ok=True)
@@ -100,7 +101,7 @@ def test_links_in_a_circle(tmp_path):
 
 
 @pytest.mark.parametrize("listed", ["absolute", "up", "folder"])
-def test_an_index_that_leads_elsewhere_is_never_exported(listed, trained, tmp_path):  # noqa: F811
+def test_an_index_that_leads_elsewhere_is_never_exported(listed, trained, tmp_path):
     """An export once verified the file that such an index names, and wrote the untrained head into its own."""
     base = shard(TINY, tmp_path / "base")
     index = json.loads((base / INDEX_FILE).read_text())
@@ -113,7 +114,7 @@ def test_an_index_that_leads_elsewhere_is_never_exported(listed, trained, tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-def test_what_an_export_wrote_is_what_an_engine_reads(trained, tmp_path):  # noqa: F811
+def test_what_an_export_wrote_is_what_an_engine_reads(trained, tmp_path):
     base = shard(TINY, tmp_path / "base")
     export_full(trained, tmp_path / "out", base)
     want = {n: t.to(torch.bfloat16) for n, t in load_file(trained / "model.safetensors").items()}

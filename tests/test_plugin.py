@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_templates import with_template
-from conftest import ONE_CORE, ROOT, TINY, logged, sft_args, swift
+from helpers.chat_templates import with_template
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import ONE_CORE, logged, sft_args, swift
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 

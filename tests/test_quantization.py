@@ -10,8 +10,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
-from models import CHECKPOINTS, quantised
+from helpers.models import CHECKPOINTS, quantised
+from helpers.paths import TINY
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

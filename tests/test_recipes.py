@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, TINY
+from helpers.paths import ROOT, TINY
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 
 import pytest
-from bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
+from helpers.bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.table import escape, markdown

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from helpers.models import packed_positions, random_mimo
+from helpers.reference import Head, draft_with_cache, paper_rollout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import packed_positions, random_mimo
-from reference import Head, draft_with_cache, paper_rollout
 
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import rollout, segment_ids, step_targets

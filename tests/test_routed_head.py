@@ -11,10 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers.benchmarks import load
+from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_benchmarks import load
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.serving import routed_head

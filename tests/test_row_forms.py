@@ -8,11 +8,11 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from chat_templates import with_template
-from conftest import TINY
+from helpers.chat_templates import with_template
+from helpers.paths import TINY
+from helpers.scripted_engine import ScriptedEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted_engine import ScriptedEngine
 
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.clean import clean

@@ -6,7 +6,7 @@ language, chi-square at level 0.001; and a verifier that accepts too much must f
 
 import pytest
 import torch
-from reference import verify_sampled
+from helpers.reference import verify_sampled
 
 VOCAB, STEPS, CHAINS = 5, 2, 200_000
 # 0.999 quantile of chi-square with VOCAB ** 3 - 1 = 124 degrees of freedom.

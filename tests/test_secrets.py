@@ -5,14 +5,14 @@ import os
 import shutil
 import sys
 import traceback
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 import yaml
-from conftest import TINY, write_rows
-from fake_engine import FakeEngine
-from scripted_engine import ScriptedEngine
+from helpers.fake_engine import FakeEngine
+from helpers.paths import ROOT, TINY
+from helpers.scripted_engine import ScriptedEngine
+from helpers.swift_runs import write_rows
 
 from swift_fastmtp.bench import bench
 from swift_fastmtp.bench.results import read_results
@@ -22,7 +22,7 @@ from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.redaction import redact, redact_words
 from swift_fastmtp.report import compare, report
 
-FAKE = Path(__file__).parent / "fake_engine.py"
+FAKE = ROOT / "tests/helpers/fake_engine.py"
 KEY = "canary-7f3a/90+c4%e"
 """With characters that addresses, JSON and base64 write otherwise."""
 LOGIN = f"user:{quote(KEY, safe='')}"
@@ -268,7 +268,7 @@ def test_results_of_an_older_version(tmp_path, tmp_path_factory):
     """They are clean in what is made of them."""
     import json
 
-    import bench_results
+    from helpers import bench_results
 
     value = bench_results.table_2()
     value["provenance"]["command"] = ["fastmtp", "bench", "--api_key", KEY, "--base_url", f"http://{LOGIN}@host"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from reference import speculative_greedy
+from helpers.paths import ROOT, TINY
+from helpers.reference import speculative_greedy
 from transformers import AutoTokenizer
 
 from swift_fastmtp.data.chat_template import encode_prompt

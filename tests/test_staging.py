@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from helpers.paths import TINY
 
 from swift_fastmtp.checkpoint.mtp_tensors import save_tensors
 from swift_fastmtp.data.clean import clean

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from models import random_mimo
+from helpers.models import random_mimo
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import LOSSES, FastMTPConfig

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from test_losses import case
+from helpers.loss_cases import case
 
 from swift_fastmtp.method import chunked_losses, frozen_head
 from swift_fastmtp.method.chunked_losses import step_losses

@@ -7,11 +7,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TINY, sft_args, swift
-from models import CHECKPOINTS, tensors_of
+from helpers.broken_models import HEAD, assert_one_line, broken_model, lose_mtp
+from helpers.checkpoints import shard
+from helpers.models import CHECKPOINTS, tensors_of
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import sft_args, swift
 from safetensors.torch import load_file, save_file
-from test_checkpoints import HEAD, shard, trained  # noqa: F401 (a fixture)
-from test_errors import assert_one_line, broken_model, lose_mtp
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
@@ -233,7 +234,7 @@ def with_index(tmp_path, **entries):
     return folder
 
 
-def test_a_listed_tensor_that_nobody_holds_or_needs(trained, tmp_path):  # noqa: F811
+def test_a_listed_tensor_that_nobody_holds_or_needs(trained, tmp_path):
     folder = with_index(tmp_path, old__weight="model.safetensors")
     found = inspect_model(folder)
     assert found.trainable and found.engines["sglang"].startswith("yes") and "old.weight" in found.notes[0]
@@ -244,7 +245,7 @@ def test_a_listed_tensor_that_nobody_holds_or_needs(trained, tmp_path):  # noqa:
     assert examine(tmp_path / "out") == []
 
 
-def test_a_listed_file_that_is_not_there_and_nobody_needs(trained, tmp_path):  # noqa: F811
+def test_a_listed_file_that_is_not_there_and_nobody_needs(trained, tmp_path):
     """Training does without; engines stop when they start, so an export's index is set right."""
     folder = with_index(tmp_path, old__weight="model-00002-of-00002.safetensors")
     found = inspect_model(folder)
@@ -260,7 +261,7 @@ NEEDED = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model-00002-of-00002.safetensors"])
-def test_a_listed_tensor_of_the_backbone_that_no_file_holds(file, trained, tmp_path):  # noqa: F811
+def test_a_listed_tensor_of_the_backbone_that_no_file_holds(file, trained, tmp_path):
     folder = with_index(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors[NEEDED]
@@ -345,7 +346,7 @@ def test_a_name_of_the_index_that_is_a_folder(tmp_path):
     assert [p.name for p in resolve(folder).files] == ["model.safetensors"]
 
 
-def test_the_hub_cache_is_a_folder_of_links(trained, tmp_path):  # noqa: F811
+def test_the_hub_cache_is_a_folder_of_links(trained, tmp_path):
     """`snapshots/REVISION/NAME` → `../../blobs/HASH`; exports link the blob, not the link."""
     source = shard(TINY, tmp_path / "source")
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "main"
@@ -499,7 +500,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("verb", ["export", "graft"])
-def test_editing_an_output_leaves_the_base_alone(verb, trained, tmp_path):  # noqa: F811
+def test_editing_an_output_leaves_the_base_alone(verb, trained, tmp_path):
     base = shard(TINY, tmp_path / "base")
     (base / "README.md").write_text("of the base")
     (base / "merges.bin").write_bytes(b"1")

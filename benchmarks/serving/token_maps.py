@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "serving"))
-from engine import Server, engine_version  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
+from helpers.engine import Server, engine_version  # noqa: E402
 
 from swift_fastmtp.files.provenance import provenance  # noqa: E402
 from swift_fastmtp.files.rows import read_rows  # noqa: E402

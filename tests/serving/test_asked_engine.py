@@ -4,9 +4,9 @@ import json
 import urllib.request
 
 import pytest
-from chat_templates import with_template
-from engine import Server
-from test_asked_is_trained import TOOLS, supervised, trained
+from helpers.chat_templates import with_template
+from helpers.engine import Server
+from helpers.training_ids import TOOLS, supervised, trained
 
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.files.rows import read_rows

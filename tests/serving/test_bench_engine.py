@@ -12,12 +12,12 @@ import sys
 import time
 import uuid
 
-import orphans
 import pytest
 import torch
 import yaml
-from conftest import TINY
-from engine import CPU_FLAGS, ENVIRONMENT, engine_python
+from helpers import orphans
+from helpers.engine import CPU_FLAGS, ENVIRONMENT, engine_python
+from helpers.paths import TINY
 from transformers import AutoTokenizer
 
 from swift_fastmtp.bench.bench import bench

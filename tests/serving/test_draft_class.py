@@ -10,11 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import free_port
-from engine import HERE, engine_python, engine_version
-from models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
+from helpers.engine import SERVING, engine_python, engine_version
+from helpers.models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
+from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
+from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.fp8 import SCALE, dequantise
@@ -35,8 +36,9 @@ BASE, STEPS = 9, 4
 
 def run_draft_class(*files):
     """draft_class.py in the engine's environment."""
-    environment = {**os.environ, "PYTHONPATH": str(HERE / "stand_in"), "PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    command = [engine_python(), "-W", "ignore", HERE / "draft_class.py", *files]
+    environment = {**os.environ, "PYTHONPATH": str(SERVING / "stand_in"), "OMP_NUM_THREADS": "1"}
+    environment["PORT"] = str(free_port())
+    command = [engine_python(), "-W", "ignore", ROOT / "tests/helpers/draft_class.py", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done

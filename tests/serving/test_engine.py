@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, sft_args, swift
-from engine import TRIED, UNTRIED, Server, engine_version
+from helpers.engine import TRIED, UNTRIED, Server, engine_version
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import sft_args, swift
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

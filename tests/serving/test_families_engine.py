@@ -5,9 +5,9 @@ Random models say nothing that a draft could learn but by heart, so the head is 
 
 import pytest
 import torch
-from conftest import TINY
-from engine import Server
-from models import CHECKPOINTS, SERVED
+from helpers.engine import Server
+from helpers.models import CHECKPOINTS, SERVED
+from helpers.paths import TINY
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint

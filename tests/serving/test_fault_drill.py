@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
-from engine import Server
-from faults import FAULTS, Proxy
+from helpers.engine import Server
+from helpers.faults import FAULTS, Proxy
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.errors import FastMTPError

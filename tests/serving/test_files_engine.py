@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 
-from engine import HERE, engine_python
+from helpers.engine import SERVING, engine_python
 
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
 from swift_fastmtp.errors import FastMTPError
@@ -67,7 +67,7 @@ def answer(folder):
 def test_sglang_loads_the_files_that_we_read(tmp_path):
     rng = random.Random(0)
     folders = [make_folder(tmp_path / str(number), rng) for number in range(400)]
-    environment = {**os.environ, "PYTHONPATH": str(HERE / "stand_in"), "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(SERVING / "stand_in"), "SGLANG_USE_CPU_ENGINE": "1"}
     environment["TORCHDYNAMO_DISABLE"] = "1"
     done = subprocess.run(
         [engine_python(), "-W", "ignore", "-c", CODE],

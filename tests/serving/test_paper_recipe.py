@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.bench.results import read_results

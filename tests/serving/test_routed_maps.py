@@ -15,8 +15,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from engine import Server
+from helpers.engine import Server
+from helpers.paths import ROOT, TINY
 from transformers import AutoTokenizer
 
 from swift_fastmtp.method.config import FastMTPConfig

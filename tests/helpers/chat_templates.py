@@ -11,8 +11,9 @@ import json
 import shutil
 from pathlib import Path
 
-from conftest import TINY
 from transformers import AutoTokenizer
+
+from helpers.paths import TINY
 
 _REASONING = """
 {%- macro split(m) -%}

@@ -9,10 +9,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import bench_results
-from conftest import TINY
 from hypothesis import strategies as st
 
+from helpers import bench_results
+from helpers.paths import TINY
 from swift_fastmtp.bench import bench
 from swift_fastmtp.bench.plan import _PLAN, _SERVER, make_plan, read_plan
 from swift_fastmtp.bench.results import read_results

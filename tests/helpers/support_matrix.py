@@ -1,21 +1,20 @@
 """What the tests show of each model family: recorded while they run, and the table of docs/families.md made from it.
 
 A test that shows something says so with `shown`; it counts where the test passes. `pytest --record_families` writes
-docs/results/families.json, and with names of tests adds to it. A run of the whole suite under the recorded versions
-fails if it shows anything else, so the table cannot claim what no longer holds.
+docs/results/families.json, of the tests that it ran; what others recorded stays. A run of whole tiers under the
+recorded versions fails if its tests show anything else than recorded, so the table cannot claim what no longer holds.
 """
 
 import json
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
-from engine import engine_version
 
+from helpers.engine import engine_version
+from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
 
-ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
     "keys": "its own names from load through training to export: every tensor accounted for, the backbone's bits kept",
@@ -47,41 +46,72 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # reports of all processes come together in the one that started them
-        config.pluginmanager.register(Recorder(config))
+    # Reports of all processes come together in the one that started them.
+    config.pluginmanager.register(Sender(config) if hasattr(config, "workerinput") else Recorder(config))
 
 
 class Recorder:
+    """Compares what the tests of a run showed with what is recorded of these tests.
+
+    A run of one tier leaves the tests of others out: what is recorded of those stays as it is.
+    """
+
     def __init__(self, config):
-        self.config, self.seen = config, {}
+        self.config = config
+        self.shown, self.deselected = set(), set()
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
             for name, value in report.user_properties:
                 if name == "shown":
-                    self.seen.setdefault(tuple(value), set()).add(report.nodeid)
+                    self.shown.add((*value, report.nodeid))
+
+    def pytest_deselected(self, items):
+        self.deselected.update(item.nodeid for item in items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        """A process of pytest-xdist has ended: what it left out, as each of them has collected everything."""
+        self.deselected.update(getattr(node, "workeroutput", {}).get("deselected", ()))
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session, exitstatus):
         option = self.config.option
-        whole = self.config.args_source.name == "TESTPATHS" and not option.keyword and not option.markexpr
+        whole = self.config.args_source.name == "TESTPATHS" and not option.keyword and not option.collectonly
+        record = read()
+        others = {one for one in triples(record) if one[-1] in self.deselected}
         if option.record_families:
-            # A run of some tests adds to what others recorded, under the same versions.
-            old = {} if whole or read()["run with"] != versions() else read()["shown"]
+            if not whole:
+                others = triples(record)
             rows = {}
-            for row in architectures():
-                tests = {c: self.seen.get((row, c), set()) | set(old.get(row, {}).get(c, ())) for c in CLAIMS}
-                rows[row] = {c: sorted(names) for c, names in tests.items() if names}
-            record = {"run with": versions(), "shown": rows}
-            RECORD.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        elif whole and exitstatus == 0 and (record := read())["run with"] == versions():
-            claimed = {(row, claim) for row, claims in record["shown"].items() for claim in claims}
-            if claimed != self.seen.keys():
-                other = sorted(claimed ^ self.seen.keys())
-                print(
-                    f"\n{RECORD.relative_to(ROOT)} and this run differ: {other}; `pytest --record_families` rewrites it"
-                )
+            for row, claim, test in sorted(self.shown | others):
+                rows.setdefault(row, {}).setdefault(claim, []).append(test)
+            in_order = {
+                row: {c: rows[row][c] for c in CLAIMS if c in rows[row]} for row in architectures() if row in rows
+            }
+            text = json.dumps({"run with": versions(), "shown": in_order}, indent=1, ensure_ascii=False)
+            RECORD.write_text(text + "\n", encoding="utf-8")
+        elif whole and exitstatus == 0 and record["run with"] == versions():
+            different = triples(record) - others ^ self.shown
+            if different:
+                name = RECORD.relative_to(ROOT)
+                print(f"\n{name} and this run differ: {sorted(different)}; `pytest --record_families` rewrites it")
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+class Sender:
+    """In a process of pytest-xdist: tells the process that started it which tests are left out."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_deselected(self, items):
+        self.config.workeroutput.setdefault("deselected", []).extend(item.nodeid for item in items)
+
+
+def triples(record):
+    """(architecture, claim, test that showed it), all that is recorded."""
+    return {(row, claim, test) for row, claims in record["shown"].items() for claim in claims for test in claims[claim]}
 
 
 def architectures():

@@ -6,7 +6,6 @@ import shutil
 from functools import partial
 
 import torch
-from conftest import TINY
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -26,6 +25,7 @@ from transformers.models.ernie4_5_moe.configuration_ernie4_5_moe import Ernie4_5
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config
 from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5MoeConfig
 
+from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.fp8 import SCALE, quantise
 from swift_fastmtp.checkpoint.fp8_config import Blocks
@@ -451,7 +451,7 @@ def row_of(name):
 
 # Family → a small random model of it.
 RANDOM = for_each_row(
-    "RANDOM of tests/models.py",
+    "RANDOM of tests/helpers/models.py",
     {
         "mimo": random_mimo,
         "qwen3_next": random_qwen3_next,

@@ -14,8 +14,7 @@ import signal
 import traceback
 from pathlib import Path
 
-from conftest import TINY
-
+from helpers.paths import TINY
 from swift_fastmtp.cli import main
 
 LONG = "x" * 300

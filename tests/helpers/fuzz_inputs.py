@@ -12,9 +12,9 @@ import string
 import time
 
 import torch
-from conftest import TINY
 from hypothesis import strategies as st
 
+from helpers.paths import TINY
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.headers import read_header
 from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import yaml
 
+from helpers import swift_runs
+from helpers.paths import ROOT
 from swift_fastmtp.bench.servers import free_port
 
-HERE = Path(__file__).parent
+SERVING = ROOT / "tests" / "serving"
 START_SECONDS = 180
 # Versions of SGLang that the stand-in was tried with.
 TRIED = ("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23")
@@ -24,18 +26,18 @@ UNTRIED = (
     "SGLang {version} is not among the versions the CPU stand-in was tried with ({tried}). Run "
     "`SGLANG_VERSION={version} pytest tests/serving`. If a server does not start, its log names the missing operation: "
     "add it to tests/serving/stand_in/sgl_kernel after SGLang's call site. When all other tests pass, add the version "
-    "to TRIED in tests/serving/engine.py and to docs/serving-on-cpu.md."
+    "to TRIED in tests/helpers/engine.py and to docs/serving-on-cpu.md."
 )
 
 # Small, deterministic, and fp32, so that acceptance can be compared number by number.
-_PLAN = yaml.safe_load((HERE / "cpu_plan.yaml").read_text())
+_PLAN = yaml.safe_load((SERVING / "cpu_plan.yaml").read_text())
 CPU_FLAGS = ["--host", "127.0.0.1", *_PLAN["flags"]]
-ENVIRONMENT = {**_PLAN["environment"], "PYTHONPATH": str(HERE / "stand_in"), "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**_PLAN["environment"], "PYTHONPATH": str(SERVING / "stand_in"), "HF_HUB_OFFLINE": "1"}
 
 
 def engine_python() -> str:
     """Python of the engine's environment, which is made on first use."""
-    done = subprocess.run(["bash", HERE / "setup_engine.sh"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", SERVING / "setup_engine.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"setup_engine.sh failed:\n{done.stderr[-3000:]}"
     return f"{done.stdout.strip()}/bin/python"
 
@@ -55,6 +57,7 @@ class Server:
         self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
 
     def __enter__(self):
+        assert swift_runs.allowed, "a test that starts a server is marked `engine` or `matrix`"
         paths = [ENVIRONMENT["PYTHONPATH"], *filter(None, [self.environment.get("PYTHONPATH")])]
         environment = {**os.environ, **self.environment, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
         with open(self.log, "wb") as log:

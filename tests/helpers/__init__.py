@@ -1,0 +1,1 @@
+"""What the tests share and is no test: tiny models, plain references, engines and clients that stand in, drills."""

@@ -1,0 +1,36 @@
+"""Checkpoints made of the tiny model: a trained head, and the model in several files."""
+
+import json
+import shutil
+
+from safetensors.torch import load_file, save_file
+
+from helpers.broken_models import HEAD
+from helpers.paths import TINY
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+
+
+def write_trained(folder):
+    """A head-only checkpoint, as the tuner writes it, with other values than the base's."""
+    folder.mkdir()
+    head = {n: t.float() + 0.5 for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
+    save_file(head, folder / "model.safetensors")
+    settings = {"base_model": str(TINY), "base_fingerprint": Checkpoint(TINY).fingerprint}
+    (folder / "fastmtp.json").write_text(json.dumps(settings))
+    return folder
+
+
+def shard(model, folder):
+    """The tiny model as three shards with an index; MTP tensors lie in two of them."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, weight_map = sorted(tensors), {}
+    for i in range(3):
+        part = names[i::3] if i < 2 else [n for n in names[2::3] if not n.startswith(HEAD)]
+        rest = [] if i != 1 else [n for n in names[2::3] if n.startswith(HEAD)]
+        file = f"model-{i + 1:05}-of-00003.safetensors"
+        save_file({n: tensors[n] for n in part + rest}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part + rest, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
