@@ -7,8 +7,8 @@ import torch
 from test_losses import case
 
 from swift_fastmtp.method import chunked_losses, frozen_head
-from swift_fastmtp.method.config import LOSSES, FastMTPConfig
 from swift_fastmtp.method.chunked_losses import step_losses
+from swift_fastmtp.method.config import LOSSES, FastMTPConfig
 
 pytest.importorskip("triton", reason="pip install swift_fastmtp[dev]")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
