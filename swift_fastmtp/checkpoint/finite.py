@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FastMTPError
+from .compat_deepspeed import own_part
 
 BROKEN = "the checkpoint is broken, download it again"
 OVERFLOW = "its weights are finite: look at config.json (norms, RoPE), or compute in bfloat16 or float32"
@@ -104,7 +105,7 @@ def check_trained(model: nn.Module, step: int) -> None:
     """Raises `FastMTPError` if a parameter that is trained holds a NaN or an infinity. Of a parameter that ZeRO-3
     partitions, this rank's part is looked at."""
     for name, parameter in model.named_parameters():
-        here = getattr(parameter, "ds_tensor", parameter)
+        here = own_part(parameter)
         if parameter.requires_grad and here.numel() and not is_finite(here.detach()):
             raise FastMTPError(
                 f"step {step}: {name} holds NaN or infinite values, so it is not saved; lower --learning_rate and go "

@@ -40,6 +40,7 @@ def load_tokenizer(model_dir: str) -> Any:
     from transformers import AutoTokenizer
 
     from ..model import modeling  # makes model types known that transformers lacks
+    from ..model.compat_transformers import needs_folder_code
 
     inputs.check_folder(model_dir)
     try:
@@ -48,10 +49,9 @@ def load_tokenizer(model_dir: str) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
             raise
         if (Path(model_dir) / "config.json").is_file():
-            modeling.load_config(
-                Checkpoint(model_dir)
-            )  # it is read for the tokenizer too: says so if the fault is there
-        if "trust_remote_code" in str(error):
+            # config.json is read for the tokenizer too: says so if the fault is there
+            modeling.load_config(Checkpoint(model_dir))
+        if needs_folder_code(error):
             raise FastMTPError(
                 f"--model {model_dir}: tokenizer_config.json names Python code of the folder (auto_map), and this "
                 "package runs none; save it as a tokenizer.json (transformers' `PreTrainedTokenizerFast`)"

@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from .compat_torch import CPU_BACKWARD, CPU_FORWARD, CUDA_BACKWARD, CUDA_FORWARD, operator
+
 _BLOCK = 512
 _Grads = tuple[Tensor, Tensor, Tensor]
 
@@ -120,16 +121,14 @@ def _cpu_kernel_fits(query: Tensor, value: Tensor) -> bool:
 
 
 def _cpu(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=scale)
+    out, lse = operator(CPU_FORWARD)(query, key, value, 0.0, True, scale=scale)
     return out, lse
 
 
 def _cpu_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> _Grads:
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, True, scale=scale
-    )
+    dq, dk, dv = operator(CPU_BACKWARD)(grad, query, key, value, out, lse, 0.0, True, scale=scale)
     return dq, dk, dv
 
 
@@ -156,7 +155,8 @@ def _cuda_layout(documents: Documents, *tensors: Tensor) -> tuple[list[Tensor], 
 def _cuda(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> tuple[Tensor, Tensor]:
     B, H, T, _ = query.shape
     (q, k, v), edges, longest = _cuda_layout(documents, query, key, value)
-    out, lse, *_ = aten._flash_attention_forward(q, k, v, edges, edges, longest, longest, 0.0, True, False, scale=scale)
+    forward = operator(CUDA_FORWARD)
+    out, lse, *_ = forward(q, k, v, edges, edges, longest, longest, 0.0, True, False, scale=scale)
     if edges is not None:  # [B * T, H, d] and [H, B * T]
         out, lse = out.unflatten(0, (B, T)), lse.view(H, B, T).transpose(0, 1)
     return out.transpose(1, 2), lse
@@ -176,7 +176,7 @@ def _cuda_backward(
     (g, q, k, v, o), edges, longest = _cuda_layout(documents, grad, query, key, value, out)
     lse = lse.contiguous() if edges is None else lse.transpose(0, 1).flatten(1)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
-    grads = aten._flash_attention_backward(
+    grads = operator(CUDA_BACKWARD)(
         g, q, k, v, o, lse, edges, edges, longest, longest, 0.0, True, no_dropout, no_dropout, scale=scale
     )
     if edges is not None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..checkpoint.compat_deepspeed import whole_shape
 from .flash import Documents
 
 _BLOCK = 128  # queries that are scored at once
@@ -55,9 +56,9 @@ class Indexer(nn.Module):
         self.n_heads, self.turn = stock.n_heads, turn
         for part, child in stock.named_children():
             for name, parameter in list(child.named_parameters()):
-                del child._parameters[name]
+                delattr(child, name)
                 # ZeRO-3 has partitioned the parameter already; buffers are whole on every rank, and filled from files.
-                shape = getattr(parameter, "ds_shape", parameter.shape)
+                shape = whole_shape(parameter)
                 child.register_buffer(name, torch.empty(shape, dtype=parameter.dtype, device=parameter.device))
             self.add_module(part, child)
 

@@ -22,6 +22,7 @@ from torch import nn
 from ..families.family import Family
 from ..method import attention
 from ..method.indexer import Indexer
+from .compat_transformers import use_attention
 
 
 def import_class(path: str) -> Any:
@@ -81,7 +82,7 @@ def place_module(module: nn.Module, path: str, child: nn.Module) -> None:
     """Make `child` the submodule at a dotted path, with plain modules and lists on the way."""
     *holders, name = parts = path.split(".")
     for holder, after in zip(holders, parts[1:], strict=True):
-        if holder not in module._modules:
+        if holder not in dict(module.named_children()):
             module.add_module(holder, nn.ModuleList() if after == "0" else nn.Module())
         module = module.get_submodule(holder)
     module.add_module(name, child)
@@ -103,7 +104,7 @@ class MTPHead(nn.Module):
     def __init__(self, config: Any, family: Family) -> None:
         super().__init__()
         block_config = copy.deepcopy(config)
-        block_config._attn_implementation = attention.NAME
+        use_attention(block_config, attention.NAME)
         if getattr(config, "layer_types", None):
             # Whatever the backbone's first layer is, engines draft with full attention.
             block_config.layer_types = ["full_attention"] * len(config.layer_types)

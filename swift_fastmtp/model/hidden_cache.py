@@ -26,6 +26,7 @@ from ..errors import FastMTPError, cannot_write
 from ..files.inputs import check_folder
 from ..files.known_files import read_object
 from ..files.staging import claim, write_json
+from .compat_transformers import attention_of
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
@@ -84,7 +85,7 @@ def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None,
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_STATES and k != "quantization_config"}
     key = {
         "backbone": fingerprint,
-        "attention": model.config._attn_implementation,
+        "attention": attention_of(model.config),
         "autocast": None if autocast is None else str(autocast),
         "quantization_config": quantization,
         "config": config,

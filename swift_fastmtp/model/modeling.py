@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.compat_deepspeed import is_partitioned, whole_shape
 from ..checkpoint.finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
 from ..checkpoint.headers import Headers
 from ..checkpoint.mtp_tensors import check_head
@@ -38,6 +38,16 @@ from ..method.losses import weighted_loss
 from ..method.rollout import rollout, segment_ids, step_targets
 from ..method.token_map import DraftVocabulary, read_token_map
 from . import placement
+from .compat_transformers import (
+    class_attributes,
+    ignored_in_files,
+    is_dispatched,
+    keep_in_float32,
+    kept_in_float32,
+    route_in_float32,
+    set_epsilon,
+    tied_names,
+)
 from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
 from .hidden_cache import HiddenCache, documents_of
 from .partitioned import load_partitioned, sources
@@ -75,8 +85,6 @@ class FastMTPMixin:
 
     family: Family
     config_class: Any
-    head: MTPHead
-    _keep_in_fp32_modules_strict: set[str]
     model: Any
     lm_head: nn.Linear
     config: Any
@@ -88,24 +96,26 @@ class FastMTPMixin:
         self._mapped: DraftVocabulary | None = None
         self.family = self.family.at(config.num_hidden_layers)
         head = MTPHead(config, self.family)
-        # Not as a submodule of its own: every parameter has one name, its native one.
-        self.__dict__["head"] = head
+        # In a list, so not as a submodule of its own: every parameter has one name, its native one.
+        self._heads = [head]
         if self.family.scattered:
             for part, child in head.named_children():
                 cast(nn.Module, self).get_submodule(self.family.names.prefix).add_module(part, child)
         else:
             # At `model.layers.N` it is never run as a decoder layer: transformers' models run the first N.
             place_module(cast(nn.Module, self), self.family.names.prefix, head)
-        for module in cast(nn.Module, self).modules():
-            if hasattr(module, "variance_epsilon"):
-                # Those of latents too: transformers gives them a constant, engines the configuration's.
-                module.variance_epsilon = config.rms_norm_eps
-            if hasattr(module, "e_score_correction_bias"):
-                module.forward = MethodType(_without_autocast, module)
+        # Those of latents too: transformers gives them a constant, engines the configuration's.
+        set_epsilon(cast(nn.Module, self).modules(), config.rms_norm_eps)
+        route_in_float32(cast(nn.Module, self).modules())
         cast(PreTrainedModel, self).post_init()
         if self.family.block.indexer_rope:
             # What is carried along must come out as it went in, whatever the run's dtype.
-            self._keep_in_fp32_modules_strict.add(f"{self.family.names.prefix}.{self.family.names.attention}.indexer")
+            keep_in_float32(self, f"{self.family.names.prefix}.{self.family.names.attention}.indexer")
+
+    @property
+    def head(self) -> MTPHead:
+        """The MTP layer, whose parts lie at its native path."""
+        return self._heads[0]
 
     @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -152,7 +162,7 @@ class FastMTPMixin:
                 links.cleanup()
         if quantised:
             saved_plain(model, model_dir)
-        if len(getattr(model, "hf_device_map", ())) > 1:
+        if is_dispatched(model):
             placement.keep(model, folder)
         return (model, info) if kwargs.get("output_loading_info") else model
 
@@ -160,6 +170,12 @@ class FastMTPMixin:
     def is_custom_code(cls) -> bool:
         """No: the backbone is transformers' own, so the renamings that it has for checkpoints hold here too."""
         return False
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', but a model whose layers lie on several devices stays there: trainers move models."""
+        if is_dispatched(self):
+            return self
+        return super().to(*args, **kwargs)  # type: ignore[misc]
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters under their checkpoint names, experts joined (`head.as_stored`)."""
@@ -378,16 +394,9 @@ def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:
     return f"{model_dir}: {name} is in no file ({len(missing)} such tensors{where}); download the checkpoint again"
 
 
-def _without_autocast(router: nn.Module, hidden_states: torch.Tensor) -> Any:
-    """Routers of DeepSeek's kind compute in float32 in transformers and in engines. Under autocast their product would
-    be bfloat16 all the same, and a near tie would be trained with one expert and served with another."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
-        return type(router).forward(router, hidden_states)
-
-
 def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
     """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
-    if not any(hasattr(p, "ds_id") for p in parameters):
+    if not any(is_partitioned(p) for p in parameters):
         return nullcontext()
     from deepspeed import zero
 
@@ -399,17 +408,13 @@ def build_class(family: Family) -> type:
     """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
     backbone = import_class(family.backbone)
     # transformers' own classes know that checkpoints have MTP tensors, and pass over them in silence.
-    patterns = backbone._keys_to_ignore_on_load_unexpected or []
+    patterns = ignored_in_files(backbone)
     ignored = [p for p in patterns if not any(re.search(p, f"{root}.") for root in family.roots)]
     ignored += [re.escape(f"{family.names.prefix}.{n}").replace(r"\{N\}", r"\d+") + "$" for n in family.names.copies]
     attributes = {
         "family": family,
         "config_class": CONFIG_MAPPING[family.model_type],
-        "_keys_to_ignore_on_load_unexpected": ignored or None,
-        "_keep_in_fp32_modules_strict": [
-            *(backbone._keep_in_fp32_modules_strict or []),
-            *family.engines.kept_in_float32,
-        ],
+        **class_attributes([*kept_in_float32(backbone), *family.engines.kept_in_float32], ignored),
     }
     cls = type(family.architectures[0], (FastMTPMixin, backbone), attributes)
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
@@ -518,7 +523,7 @@ def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[
     config = load_config(checkpoint)
     with _one_line(checkpoint), torch.device("meta"):
         model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     here = {_text_name(n) for n in held}
     stored = here | {_text_name(n) for n in asked}
     needed: set[str] = set()
@@ -540,7 +545,7 @@ def _text_name(name: str) -> str:
 def keeps_float32(family: Family, name: str) -> bool:
     """Whether this tensor is float32 in a model of any dtype: in transformers, as published checkpoints have it, or in
     engines, as they have the norm of an indexer."""
-    parts = import_class(family.backbone)._keep_in_fp32_modules_strict or ()
+    parts = kept_in_float32(import_class(family.backbone))
     return any(part in name for part in (*parts, "indexer.k_norm."))
 
 
@@ -574,7 +579,7 @@ def load_head(
     """
     read, stored = (tensors, stored) if callable(tensors) else (tensors.__getitem__, tensors)
     for name, target in model.head_tensors().items():
-        whole = torch.empty(getattr(target, "ds_shape", target.shape), device="meta")
+        whole = torch.empty(whole_shape(target), device="meta")
         with _gathered([target]), torch.no_grad():
             fill(target, as_stored({name: whole}, stored), read)
 

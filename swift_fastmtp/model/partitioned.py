@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig
-from transformers.utils.generic import ContextManagers
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.compat_deepspeed import check_partitioned, is_partitioned
 from ..checkpoint.fp8 import SCALE
 from ..checkpoint.mtp_tensors import read_plain
+from .compat_transformers import kept_in_float32, making, tied_names
 from .head import as_stored, fill
 
 
@@ -25,7 +26,7 @@ def sources(cls: Any, checkpoint: Checkpoint, config: Any) -> dict[str, list[str
     with torch.device("meta"):
         model = cls(config)
     stored = {n: e.shape for n, e in checkpoint.headers.entries.items() if not n.endswith(SCALE)}
-    tied = set(model.all_tied_weights_keys)
+    tied = tied_names(model)
     found = {}
     for name, tensor in model.state_dict().items():
         if name in tied:
@@ -48,13 +49,14 @@ def load_partitioned(cls: Any, checkpoint: Checkpoint, config: Any, parts: dict[
     config.name_or_path, config.dtype = str(checkpoint.folder), config.dtype or torch.float32
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with ContextManagers(cls.get_init_context(config.dtype, False, False, None)):
+    with making(cls, config.dtype):
         model = cls(config)
+    check_partitioned(model.parameters())
     targets = model.state_dict(keep_vars=True)
     for name, names in parts.items():
         target = targets[name]
-        partitioned = hasattr(target, "ds_id")
-        if not partitioned and any(part in name for part in model._keep_in_fp32_modules_strict):
+        partitioned = is_partitioned(target)
+        if not partitioned and any(part in name for part in kept_in_float32(model)):
             target.data = target.data.float()
         with zero.GatheredParameters([target], modifier_rank=0) if partitioned else nullcontext(), torch.no_grad():
             if not partitioned or get_rank() == 0:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import FastMTPError
 from ..families.family import EMBEDDINGS
+from .compat_transformers import uncover_to, unsplit_layers
 
 AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 # Of a head in fp32: itself, its gradient, Adam's two moments, and a copy in the model's dtype.
@@ -36,7 +37,7 @@ def device_map(
     room = {device: free * (1 if max_memory else _SHARE) for device, free in get_max_memory(max_memory).items()}
     gpus = [d for d in room if isinstance(d, int) and room[d] > 0]
     devices: list[int | str] = [*gpus, *(["cpu"] if "cpu" in room else [])]
-    parts = list(pieces(model, set(model._no_split_modules or ())))
+    parts = list(pieces(model, unsplit_layers(model)))
     tied = model.config.get_text_config().tie_word_embeddings
     stays = sum(size(m, dtype) for name, m, moves in parts if not moves and not (tied and name == "lm_head"))
     stays += _TRAINING_BYTES * sum(p.numel() for p in model.head_parameters().values())
@@ -71,9 +72,9 @@ def check_map(mapping: dict[str, Any], roots: tuple[str, ...]) -> None:
 
 
 def keep(model: Any, folder: Any) -> None:
-    """After loading: trainers move models to their device, which accelerate forbids for one that is already placed;
-    and the `folder` of layers that were converted lives as long as the model."""
-    model.to = lambda *_, **__: model
+    """After loading: trainers move models to their device, which accelerate forbids for one that is already placed, so
+    `FastMTPMixin.to` is called instead; and the `folder` of layers that were converted lives as long as the model."""
+    uncover_to(model)
     model.offload_folder = folder
 
 
