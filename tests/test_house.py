@@ -4,9 +4,12 @@ Tests import from `helpers/`, never from each other.
 """
 
 import ast
+import re
 from graphlib import TopologicalSorter
 
 from helpers.paths import ROOT
+
+import swift_fastmtp
 
 PACKAGE = ROOT / "swift_fastmtp"
 # A line may import from the lines above it; two folders on one line do not import each other.
@@ -94,3 +97,19 @@ def test_no_test_imports_another():
                 imported = [alias.name for alias in node.names]
             wrong += [f"{path.name}: {name}" for name in imported if name.split(".")[-1] in modules]
     assert wrong == []
+
+
+def test_public_names():
+    """Each is there, and docs/dev.md lists them."""
+    page = (ROOT / "docs/dev.md").read_text(encoding="utf-8")
+    for name in swift_fastmtp.__all__:
+        assert getattr(swift_fastmtp, name).__name__ == name
+        assert f"`{name}`" in page
+
+
+def test_the_places_that_the_docs_name_are_there():
+    page = (ROOT / "docs/dev.md").read_text(encoding="utf-8")
+    places = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    assert len(places) > 20
+    for place in places:
+        assert (PACKAGE / place).exists() or (ROOT / place).exists(), place
