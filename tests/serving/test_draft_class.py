@@ -26,6 +26,8 @@ from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
+pytestmark = pytest.mark.matrix
+
 CLASSES = {
     "qwen3_next": "Qwen3NextForCausalLMMTP",
     "qwen3_moe": "Qwen3MoeForCausalLMMTP",
