@@ -104,6 +104,7 @@ output_dir: {out}
 """
 
 
+@pytest.mark.engine
 def test_a_recipe_that_names_lora(rows, tmp_path):
     """The real command: ms-swift makes flags of it, in a second process."""
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
@@ -149,6 +150,7 @@ print("LEFT", {k: v for k, v in os.environ.items() if k.startswith("FASTMTP_")})
 """
 
 
+@pytest.mark.engine
 def test_two_runs_of_one_process_have_their_own_knobs(common, tmp_path):
     """From Python, made before either runs; the user's variables stay."""
     (tmp_path / "out").mkdir()

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 from helpers.benchmarks import load
 from helpers.models import random_mimo
@@ -45,6 +46,7 @@ def test_training_benchmark(monkeypatch, tmp_path, capsys):
     assert "| reference |" in output.with_suffix(".md").read_text()
 
 
+@pytest.mark.matrix
 def test_ablation(monkeypatch, tmp_path):
     """Two losses, one seed, two training steps: every stage of the real thing, and its report."""
     run, report = load("ablation/run.py"), load("ablation/report.py")

@@ -11,6 +11,8 @@ from helpers.paths import TINY
 from helpers.swift_runs import logged, sft_args, swift
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.matrix
+
 pytest.importorskip("deepspeed", reason="pip install swift_fastmtp[deepspeed]")
 
 

@@ -56,6 +56,7 @@ def quickstart(clone):
     return bash(QUICKSTART, clone)
 
 
+@pytest.mark.engine
 def test_quickstart_makes_the_head_better(clone, quickstart):
     assert "== 6/6" in quickstart and "tau K=3" in quickstart
     before, after = json.loads((clone / "output/quickstart/simulate/simulate.json").read_text())["heads"]
@@ -64,6 +65,7 @@ def test_quickstart_makes_the_head_better(clone, quickstart):
     assert (clone / "output/quickstart/export/model.safetensors").exists()
 
 
+@pytest.mark.engine
 def test_quickstart_started_again_repeats_nothing(clone, quickstart):
     stamp = (clone / "output/quickstart/distilled.jsonl").stat().st_mtime_ns
     trained = (clone / "output/quickstart/train/best/model.safetensors").stat().st_mtime_ns
@@ -75,11 +77,13 @@ def test_quickstart_started_again_repeats_nothing(clone, quickstart):
 COMMANDS = [(page.name, block) for page in PAGES for block in blocks(page, "bash") if block.strip() != QUICKSTART]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("page", "block"), COMMANDS, ids=[f"{p}-{i}" for i, (p, _) in enumerate(COMMANDS)])
 def test_command(page, block, clone, quickstart):
     bash(block, clone)
 
 
+@pytest.mark.matrix
 def test_the_plan_of_the_healed_model_finds_what_its_script_left(clone, quickstart, monkeypatch):
     """Its servers are started by hand (docs/graft.md); the script is one of the commands above."""
     monkeypatch.chdir(clone)

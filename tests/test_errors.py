@@ -24,6 +24,7 @@ def test_broken_models_in_process(case, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", ["no MTP layer", "two layers"])
 def test_broken_models_through_swift(case, rows, tmp_path):
     (change, config), message = MODELS[case]
@@ -43,6 +44,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments_before_anything_is_loaded(case, rows, tmp_path):
     changes, message = ARGUMENTS[case]
@@ -52,6 +54,7 @@ def test_arguments_before_anything_is_loaded(case, rows, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.engine
 def test_no_row_left(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 6)
     rows.write_text(rows.read_text().replace('"stop"', '"length"'))
@@ -62,6 +65,7 @@ def test_no_row_left(tmp_path):
     assert_one_line(process, "no training row is left; rows longer than --max_length 8 are dropped")
 
 
+@pytest.mark.engine
 def test_a_save_that_fails_half_way(rows, tmp_path):
     """By a file-size limit, as a full disk would: the line says which it was, and nothing half-written stays."""
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2)
@@ -80,6 +84,7 @@ def test_a_save_that_fails_half_way(rows, tmp_path):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+@pytest.mark.engine
 def test_out_of_memory(rows, tmp_path):
     """An address-space limit stands in for the full memory: the buffers of the loss cannot be allocated."""
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2, per_device_train_batch_size=48)
@@ -134,6 +139,7 @@ def test_hidden_cache_is_not_written_without_consent_and_room(case, tmp_path):
     assert model.hidden_cache is None
 
 
+@pytest.mark.engine
 def test_token_map_of_another_model_through_swift(rows, tmp_path):
     torch.save([5, 9, 151_000], tmp_path / "map.pt")
     knobs = json.dumps({"fastmtp_token_map": str(tmp_path / "map.pt")})

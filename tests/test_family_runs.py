@@ -10,6 +10,7 @@ from helpers.models import (
     tensors_of,
 )
 from helpers.swift_runs import logged, sft_args, swift
+from helpers.tiers import some_now
 from safetensors.torch import load_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -18,12 +19,14 @@ from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.families.table import match_family
 from swift_fastmtp.model.modeling import head_shapes
 
+pytestmark = pytest.mark.engine
+
 
 def run_args(base, rows, output_dir, **changes):
     return sft_args(base, rows, output_dir, **{"max_steps": 4, "save_steps": 2, **changes})
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", some_now(CHECKPOINTS))
 def test_swift_trains_resumes_and_exports(name, bases, rows, tmp_path, shown):
     """Started once and resumed half-way: the same weights; exported: the base with another MTP layer."""
     base, run, again, full = bases(name), tmp_path / "run", tmp_path / "again", tmp_path / "full"
@@ -43,7 +46,7 @@ def test_swift_trains_resumes_and_exports(name, bases, rows, tmp_path, shown):
     shown("swift", read_config(base)["architectures"])
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5_vision", "ernie4_5_moe"])
+@pytest.mark.parametrize("name", some_now(["qwen3_next", "qwen3_5_vision", "ernie4_5_moe"], ["qwen3_5_vision"]))
 def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, rows, tmp_path):
     """Tuner type `full` saves the whole model, so its checkpoint shows what training did to every tensor."""
     base, whole = bases(name), tmp_path / "run/checkpoint-4"
@@ -60,6 +63,7 @@ def test_the_backbone_in_memory_stays_bit_identical_in_training(name, bases, row
     assert full.keys() == before.keys() and all(torch.equal(full[n], before[n]) for n in before if ".visual." in n)
 
 
+@pytest.mark.matrix
 def test_lora_is_for_dense_models(bases, rows, tmp_path):
     """With experts anywhere, peft turns the head's target regex into bare names that also match the backbone."""
     lora = {"tuner_type": "lora", "lora_rank": 4}

@@ -125,6 +125,7 @@ def test_states_of_a_cache_are_looked_at(tmp_path):
         model(input_ids=ids, labels=ids)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", ["backbone", "output matrix"])
 def test_swift_sft_stops_at_the_first_step(case, rows, tmp_path):
     """It used to end with exit status 0, loss 0, and a "best" head."""
@@ -138,6 +139,7 @@ def test_swift_sft_stops_at_the_first_step(case, rows, tmp_path):
     assert not list(out.glob("checkpoint-*"))
 
 
+@pytest.mark.engine
 def test_swift_sft_that_diverges_keeps_its_sound_checkpoints(rows, tmp_path):
     """The first step has learning rate 0, the second one that breaks the layer; what is saved holds numbers."""
     out = tmp_path / "out"

@@ -43,6 +43,7 @@ def folder(request, tmp_path):
     return model, trace, message
 
 
+@pytest.mark.engine
 def test_through_swift(folder, rows, tmp_path):
     """ms-swift itself runs the code of any folder."""
     model, trace, message = folder
@@ -56,6 +57,7 @@ def test_through_swift(folder, rows, tmp_path):
     assert done.returncode == 1 and message in line
 
 
+@pytest.mark.engine
 def test_through_our_verbs(folder, rows, tmp_path):
     model, trace, message = folder
     verbs = {

@@ -8,6 +8,7 @@ import torch
 from helpers.models import CHECKPOINTS, for_each_row, quantised, tensors_of
 from helpers.paths import TINY
 from helpers.swift_runs import logged, sft_args, swift
+from helpers.tiers import some_now
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -51,7 +52,7 @@ KINDS = for_each_row(
 tiny = st.sampled_from([0.0, 1e-45, 1e-38, 1e-30, 1e-4, 1.0, 1e30, 3e38])
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=some_now(KINDS))
 def base(request, tmp_path_factory):
     size, plain = KINDS[request.param]
     folder = tmp_path_factory.mktemp("fp8")
@@ -228,6 +229,7 @@ def test_broken_checkpoints_are_one_line(case, tmp_path):
     assert any(f.level == "error" for f in examine(folder))
 
 
+@pytest.mark.engine
 def test_swift_trains_resumes_and_exports(tmp_path, rows):
     base = quantised(TINY, tmp_path / "base", plain=KINDS["mimo"][1])
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -12,6 +12,7 @@ from helpers.broken_models import HEAD, broken_model, lose_mtp
 from helpers.checkpoints import shard
 from helpers.models import CHECKPOINTS, row_of
 from helpers.paths import ROOT, TINY
+from helpers.tiers import some_now
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -273,7 +274,8 @@ def test_the_measured_page_is_the_results():
     assert page == results.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if not row_of(n).config_class])  # those of transformers
+# Those of transformers.
+@pytest.mark.parametrize("name", some_now([n for n in CHECKPOINTS if not row_of(n).config_class]))
 def test_other_families_saved_through_transformers(name, tmp_path, shown):
     """A vision tower stays, experts have the form of the donor, and scattered parts come back to their places."""
     base = CHECKPOINTS[name](tmp_path / "base")

@@ -263,6 +263,7 @@ def test_through_the_real_command(case, place):
         assert done.stderr.splitlines()[-1].startswith("fastmtp: error: "), done.stderr[-3000:]
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", ["a list", "nested", "a loop", "NaN", "an index is a list"])
 def test_through_swift(case, place):
     """ms-swift reads config.json too; our line is the one that is read."""

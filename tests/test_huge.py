@@ -14,6 +14,7 @@ import torch
 from helpers.models import CHECKPOINTS, quantised
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import logged, sft_args, swift
+from helpers.tiers import some_now
 
 from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -60,7 +61,7 @@ def loss_and_gradients(model):
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.head_parameters().items()}}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_now(KINDS, ["mimo", "mimo, FP8", "qwen3_next", "deepseek_v3"]))
 def test_layers_from_disk_give_the_same_head(kind, bases, shown):
     cls = model_class(Checkpoint(bases[kind]))
     memory = {"cpu": least_memory(cls, cls.config_class.from_pretrained(bases[kind]))}
@@ -101,6 +102,7 @@ def test_maps_that_offload_what_trains(message):
         model_class(Checkpoint(TINY)).from_pretrained(TINY, device_map=BAD_MAPS[message])
 
 
+@pytest.mark.engine
 def test_swift_trains_with_layers_on_disk(run, rows, tmp_path):
     cls = model_class(Checkpoint(TINY))
     least = least_memory(cls, cls.config_class.from_pretrained(TINY))
@@ -138,6 +140,7 @@ os._exit(0)  # gloo may abort at the interpreter's end
 """
 
 
+@pytest.mark.matrix
 def test_zero3_partitions_while_it_reads(bases):
     """Experts are joined and FP8 is dequantised for one parameter at a time, on rank 0."""
     pytest.importorskip("deepspeed", reason="pip install swift_fastmtp[deepspeed]")

@@ -26,6 +26,8 @@ from swift_fastmtp.model.modeling import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.swift_plugin.resume import what_is_missing
 
+pytestmark = pytest.mark.engine
+
 PLUGIN = Path(swift_fastmtp.__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py"
 HEAD = "model.mtp_layers.0."
 

@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from helpers.benchmarks import load
 from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -332,23 +331,3 @@ def test_one_captured_graph_serves_every_mix_of_languages():
         want = oracle(maps, hidden.cpu(), weight.cpu(), language.cpu(), torch.bfloat16)
         assert torch.equal(out.cpu() == fill_value(torch.bfloat16), want == fill_value(torch.bfloat16))
         torch.testing.assert_close(out.cpu(), want, atol=2**-7, rtol=2**-7)
-
-
-def test_benchmark(monkeypatch):
-    """Its page says what was measured; without a GPU it says so and ends with 1."""
-    benchmark = load("serving/routed_head.py")
-    times = {benchmark.FULL: {1: 400.0, 2: 400.0}, benchmark.ROUTED: {1: 100.0, 2: 100.0}, benchmark.MIXED: {2: 160.0}}
-    shape = {"vocab": 8000, "hidden": 1000, "map": 2000, "dtype": "bfloat16", "bytes": 2}
-    record = {"provenance": {"hardware": "GPU"}, "shape": shape, "copy_bytes_per_second": 5e10, "microseconds": times}
-    record["weight_rows"] = {benchmark.FULL: 8000, benchmark.ROUTED: 2000, benchmark.MIXED: 4000}
-    rows = benchmark.table(record).splitlines()[6:]
-    assert rows[1:] == [
-        "| 1 | routed, one language | 100.0 | 4.00× | 80% |",
-        "| 2 | full head | 400.0 | 1.00× | 80% |",
-        "| 2 | routed, one language | 100.0 | 4.00× | 80% |",
-        "| 2 | routed, two languages | 160.0 | 2.50× | 100% |",
-    ]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["routed_head.py"])
-    with pytest.raises(SystemExit, match="measures a GPU, and PyTorch finds none here"):
-        benchmark.main()

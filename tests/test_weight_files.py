@@ -102,6 +102,7 @@ def test_an_index_without_metadata_is_one(tmp_path):
     assert_same_model(folder)
 
 
+@pytest.mark.engine
 def test_training_reads_a_sidecar(rows, tmp_path):
     """Through the real command, whose checkpoint is then exported with the base's own files."""
     folder = sidecar(tmp_path / "model", ("model.safetensors", "mtp.safetensors"))
@@ -450,6 +451,7 @@ def test_a_config_that_is_no_object(content, tmp_path):
             read(folder)
 
 
+@pytest.mark.engine
 def test_null_through_swift(rows, tmp_path):
     model = broken_model(tmp_path, tie_word_embeddings="no")
     assert_one_line(swift(*sft_args(model, rows, tmp_path / "run"), check=False), "it must be true or false")

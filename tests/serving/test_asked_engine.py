@@ -6,10 +6,13 @@ import urllib.request
 import pytest
 from helpers.chat_templates import with_template
 from helpers.engine import Server
+from helpers.tiers import some_now
 from helpers.training_ids import TOOLS, supervised, trained
 
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.files.rows import read_rows
+
+pytestmark = pytest.mark.engine
 
 ROWS = {
     "thinking": [
@@ -51,7 +54,7 @@ def asked_and_answered(port, row):
     return choice["prompt_token_ids"], choice.get("response_token_ids") or choice["token_ids"]
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", some_now(ROWS, ["thinking"]))
 def test_trained_on_what_sglang_saw_and_generated(name, tmp_path):
     folder = with_template(name, tmp_path / "model")
     rows = ROWS[name]

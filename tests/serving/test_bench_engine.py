@@ -30,6 +30,8 @@ from swift_fastmtp.method.metrics import macro_tau, micro_tau
 from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
+pytestmark = pytest.mark.engine
+
 STEPS, TOKENS, QUESTIONS = 2, 40, 6
 
 
@@ -164,6 +166,7 @@ def killed(folder, how, group, seconds):
     return alive, left
 
 
+@pytest.mark.matrix
 def test_a_killed_benchmark_leaves_no_server(tmp_path):
     alive, left = killed(tmp_path, signal.SIGKILL, True, None)
     assert alive >= 3 and left == []  # the server, its scheduler, its detokenizer

@@ -28,6 +28,8 @@ from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
+pytestmark = pytest.mark.matrix
+
 # Name → what makes a checkpoint.
 JOBS = {**CHECKPOINTS, "glm_5_2": partial(save_checkpoint, random_glm_5_2)}
 TRIED = "0.5.23"

@@ -24,6 +24,8 @@ from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
+pytestmark = pytest.mark.engine
+
 TOKENS = 40
 MAX_STEPS = 5
 
@@ -88,7 +90,12 @@ def test_sglang_and_transformers_write_the_same_text(plain, texts):
 
 
 # The base's own head is served in test_bench_engine.py.
-CASES = [("full", 2, True), ("checkpoint", 3, False), ("draft", 3, True), ("no_remote_code", 5, False)]
+CASES = [
+    ("full", 2, True),
+    pytest.param("checkpoint", 3, False, marks=pytest.mark.matrix),
+    ("draft", 3, True),
+    pytest.param("no_remote_code", 5, False, marks=pytest.mark.matrix),
+]
 
 
 @pytest.mark.parametrize(("name", "steps", "mapped"), CASES)

@@ -8,6 +8,7 @@ import torch
 from helpers.engine import Server
 from helpers.models import CHECKPOINTS, SERVED
 from helpers.paths import TINY
+from helpers.tiers import some_now
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -19,6 +20,8 @@ from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+
+pytestmark = pytest.mark.engine
 
 TOKENS, STEPS = 24, 3
 PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?"]
@@ -46,7 +49,7 @@ def log_probabilities(model, text, record):
     return ours, torch.tensor([value for value, *_ in record["meta_info"]["output_token_logprobs"]])
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", some_now(SERVED, ["deepseek_v3"]))
 def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     base = CHECKPOINTS[name](tmp_path / "base")
     model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)

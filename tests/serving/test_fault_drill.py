@@ -20,6 +20,8 @@ from swift_fastmtp.data.distill import distill
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.rows import read_rows
 
+pytestmark = pytest.mark.engine
+
 COMMAND = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code"]
 TOKENS = 24
 
@@ -107,6 +109,7 @@ def test_refused_rows_stop_or_are_counted(server, work, tmp_path):
     assert refused["count"] == 1 and "p.jsonl:2" in refused["rows"][0]
 
 
+@pytest.mark.matrix
 def test_fault_drill(server, prompts, work):
     drill(server, prompts, work / "drill", client_kills=2, server_kills=1)
 

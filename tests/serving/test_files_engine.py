@@ -5,10 +5,13 @@ import os
 import random
 import subprocess
 
+import pytest
 from helpers.engine import SERVING, engine_python
 
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
 from swift_fastmtp.errors import FastMTPError
+
+pytestmark = pytest.mark.engine
 
 NAMES = [
     "model.safetensors",

@@ -43,6 +43,7 @@ def environment(tmp_path):
     }
 
 
+@pytest.mark.matrix
 def test_from_prompts_to_the_report_and_nothing_twice(environment, installed):
     bin_folder = Path(sys.executable).parent
     environment = {**os.environ, **environment, "PATH": f"{bin_folder}:{os.environ['PATH']}"}
