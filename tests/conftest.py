@@ -30,7 +30,10 @@ from helpers.swift_runs import sft_args, swift, write_rows  # noqa: E402
 from helpers.tiers import tier_of  # noqa: E402
 
 pytest_plugins = ["helpers.support_matrix"]
-LONGEST_FIRST = ["test_docs.py", "test_plugin.py", "test_engine.py", "test_distributed.py", "test_paper_recipe.py"]
+LONGEST_FIRST = [
+    *("test_docs.py", "test_plugin.py", "test_engine.py", "test_asked_is_trained.py", "test_family_runs.py"),
+    *("test_kill_drills.py", "test_distributed.py", "test_paper_recipe.py"),
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks

@@ -150,7 +150,7 @@ print("LEFT", {k: v for k, v in os.environ.items() if k.startswith("FASTMTP_")})
 """
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_two_runs_of_one_process_have_their_own_knobs(common, tmp_path):
     """From Python, made before either runs; the user's variables stay."""
     (tmp_path / "out").mkdir()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.chat_templates import TEMPLATES, with_template
 from helpers.scripted_engine import ScriptedEngine
+from helpers.tiers import some_now
 from helpers.training_ids import TOOLS, supervised, trained
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,8 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.modeling import load_model
 from swift_fastmtp.simulate.acceptance import make_texts
 from swift_fastmtp.simulate.simulate import simulate
+
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def conversations(draw):
 
 
 @pytest.mark.parametrize("parse", [True, False], ids=["parsed", "raw"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", some_now(TEMPLATES, ["hybrid"]))
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(rows=st.lists(conversations(), min_size=4, max_size=10))
 def test_from_a_server(name, parse, folders, tmp_path_factory, rows):

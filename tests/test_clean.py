@@ -447,6 +447,7 @@ def test_outputs_are_never_overwritten(tmp_path):
         run(tmp_path / "empty", write(tmp_path / "empty.jsonl", []))
 
 
+@pytest.mark.matrix
 def test_killed_and_started_again(tmp_path):
     """kill -9 at three moments of the run, the last while rows are written: no output, then the same bytes."""
     rows = [row(f"{EN} {i} {i * 7919 % 1000}", f"{i * 104729 % 99991} {ZH}") for i in range(3000)]

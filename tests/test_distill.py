@@ -131,6 +131,7 @@ def test_shards_together_are_one_job(prompts, tmp_path, capsys):
     assert not (tmp_path / "shared.jsonl.parts").exists()
 
 
+@pytest.mark.matrix
 def test_kill_9_many_times_gives_the_same_file(prompts, tmp_path):
     """Sampled, so that a batch generated again must draw the same tokens again."""
     own_answers(prompts, tmp_path / "quiet.jsonl", num_answers=3, max_new_tokens=40)
@@ -237,6 +238,7 @@ def test_other_file_formats_hold_the_same_rows(prompts, tmp_path):
         read_rows(tmp_path / "cut.jsonl.gz")
 
 
+@pytest.mark.engine
 def test_swift_deploy_gives_the_same_rows(prompts, tmp_path):
     """ms-swift's own server, waited for while it starts: text, token ids and finish reasons as in this process."""
     port = free_port()

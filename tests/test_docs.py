@@ -65,7 +65,7 @@ def test_quickstart_makes_the_head_better(clone, quickstart):
     assert (clone / "output/quickstart/export/model.safetensors").exists()
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_quickstart_started_again_repeats_nothing(clone, quickstart):
     stamp = (clone / "output/quickstart/distilled.jsonl").stat().st_mtime_ns
     trained = (clone / "output/quickstart/train/best/model.safetensors").stat().st_mtime_ns

@@ -1,7 +1,7 @@
 """Every error that users read is one line, and begins with what it is about: a file, a row, a key, a knob, a flag.
 
-Read from the source, so that no message is left out; one that a function or a constant holds counts as filled in. Tests
-beside the code hold what cannot be seen there: which row, which key, which of two files.
+Read from the source, so that no message is left out; one that a function or a constant holds counts as filled in. What
+cannot be seen there, other tests hold: which row, which key, which of two files.
 """
 
 import ast

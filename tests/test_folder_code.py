@@ -57,7 +57,7 @@ def test_through_swift(folder, rows, tmp_path):
     assert done.returncode == 1 and message in line
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_through_our_verbs(folder, rows, tmp_path):
     model, trace, message = folder
     verbs = {

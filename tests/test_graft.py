@@ -253,6 +253,7 @@ print(after - before)
 """
 
 
+@pytest.mark.matrix
 def test_memory_is_a_tensor_whatever_the_size(tmp_path):
     """A hollow 20 GB model: all of its shards are linked; graft and export take memory for a tensor, not a head."""
     huge = load("export/huge.py")

@@ -198,6 +198,7 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     open_cache(tmp_path)
 
 
+@pytest.mark.matrix
 def test_killed_at_any_moment(tmp_path):
     """kill -9 while writing, several times: what is found afterwards is right, and no document is there twice."""
     script = (

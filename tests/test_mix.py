@@ -245,6 +245,7 @@ def test_the_report_adds_up_whatever_the_number_of_sources(tmp_path):
         assert {s: e[name]["rows"] for s, e in report["sources"].items() if e[name]["rows"]} == times
 
 
+@pytest.mark.matrix
 def test_kill_9_leaves_nothing_half_written(tmp_path):
     path = write(tmp_path / "rows.jsonl", rows_of({g: 20 * n for g, n in PLENTY.items()}))
     out = tmp_path / "out"

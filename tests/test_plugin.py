@@ -317,8 +317,8 @@ def distilled(tmp_path_factory):
     "way",
     [
         {"dataset_num_proc": 2, "dataloader_num_workers": 2},
-        {"streaming": "true", "dataloader_num_workers": 1},
-        {"cached": True},
+        pytest.param({"streaming": "true", "dataloader_num_workers": 1}, marks=pytest.mark.matrix),
+        pytest.param({"cached": True}, marks=pytest.mark.matrix),
     ],
     ids=lambda way: "-".join(way),
 )

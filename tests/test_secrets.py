@@ -13,6 +13,7 @@ from helpers.fake_engine import FakeEngine
 from helpers.paths import ROOT, TINY
 from helpers.scripted_engine import ScriptedEngine
 from helpers.swift_runs import write_rows
+from helpers.tiers import some_now
 
 from swift_fastmtp.bench import bench
 from swift_fastmtp.bench.results import read_results
@@ -98,12 +99,7 @@ def with_login(url, login):
     return url.replace("//", f"//{login}")
 
 
-def some_of(values, fast):
-    """The others take minutes together."""
-    return [value if value in fast else pytest.param(value, marks=pytest.mark.matrix) for value in values]
-
-
-@pytest.mark.parametrize("way", some_of(WAYS, ["shortest", "address"]))
+@pytest.mark.parametrize("way", some_now(WAYS, ["shortest", "address"]))
 def test_distill(way, tmp_path):
     options, env, login = WAYS[way]
     rows = write_rows(tmp_path / "rows.jsonl", 2)
@@ -129,7 +125,9 @@ def test_distill(way, tmp_path):
     assert_clean(tmp_path)
 
 
-@pytest.mark.parametrize("way", some_of([f"{way}{mark}" for way in WAYS for mark in ("", " ")], ["option ", "address"]))
+@pytest.mark.parametrize(
+    "way", some_now([f"{way}{mark}" for way in WAYS for mark in ("", " ")], ["option ", "address"])
+)
 def test_running_servers(way, tmp_path):
     """And what is made of their results; with a name before the address, and without."""
     options, env, login = WAYS[way.strip()]
@@ -173,7 +171,7 @@ def plan_of(folder, key, **server):
     return folder / "plan.yaml"
 
 
-@pytest.mark.parametrize("written", some_of(["${CANARY}", "${SERVER_KEY}", KEY], ["${SERVER_KEY}"]))
+@pytest.mark.parametrize("written", some_now(["${CANARY}", "${SERVER_KEY}", KEY], ["${SERVER_KEY}"]))
 def test_a_plan(written, tmp_path, tmp_path_factory):
     inputs = tmp_path_factory.mktemp("inputs")
     env = {"CANARY": KEY, "SERVER_KEY": KEY}

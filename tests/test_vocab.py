@@ -210,6 +210,7 @@ def test_the_first_bad_row_stops_the_run_whatever_is_read_ahead(tmp_path, monkey
     assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.matrix
 def test_kill_9_and_again(tmp_path, rows, maps):
     """A file that was counted is not read again, and the maps are those of a run that nobody killed."""
     second = write(tmp_path / "b.jsonl", rows_of({"en": 20_000}, seed=1))
