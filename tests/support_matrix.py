@@ -1,8 +1,8 @@
 """What the tests show of each model family: recorded while they run, and the table of docs/families.md made from it.
 
 A test that shows something says so with `shown`; it counts where the test passes. `pytest --record_families` writes
-docs/results/families.json, and with names of tests adds to it. A run of the whole suite under the recorded versions fails if it shows anything else, so
-the table cannot claim what no longer holds.
+docs/results/families.json, and with names of tests adds to it. A run of the whole suite under the recorded versions
+fails if it shows anything else, so the table cannot claim what no longer holds.
 """
 
 import json
