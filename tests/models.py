@@ -16,7 +16,6 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
-    HYV3Config,
     LongcatFlashConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
@@ -175,27 +174,6 @@ def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=to
 
 # Every step of a chain attends to what its first one has picked.
 random_glm_5_2 = partial(random_glm_moe_dsa, index_share_for_mtp_iteration=True)
-
-
-def random_hy_v3(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
-    """A Hunyuan 3: one dense layer, one with six experts; the keys that SGLang reads beside transformers'."""
-    config = HYV3Config(
-        **_sizes(vocab, heads),
-        num_key_value_heads=kv,
-        head_dim=16,
-        rope_theta=10000.0,
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        num_shared_experts=1,
-        router_scaling_factor=1.5,
-        first_k_dense_replace=1,
-        qk_norm=True,
-        route_norm=True,
-        num_nextn_predict_layers=1,
-        architectures=["HYV3ForCausalLM"],
-    )
-    return _random(seed, config, "hy_v3", std, dtype, norms=(0.3, 2.0))
 
 
 def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
@@ -486,7 +464,6 @@ RANDOM = for_each_row(
         "glm4_moe_lite": random_glm4_moe_lite,
         "deepseek_v32": random_deepseek_v32,
         "glm_moe_dsa": random_glm_moe_dsa,
-        "hy_v3": random_hy_v3,
         "longcat_flash": random_longcat_flash,
         "bailing_moe_v2": random_ling,
     },
@@ -494,8 +471,6 @@ RANDOM = for_each_row(
 # Family → what saves a checkpoint, where `save_checkpoint` does not do.
 _SAVE = {"longcat_flash": save_longcat_flash, "bailing_moe_v2": save_ling}
 VISION = "_vision"
-# On a CPU, set_embed_and_head of its draft class (SGLang 0.5.23) stops: torch.cpu has no empty_cache.
-NO_CPU_SERVER = ("hy_v3",)
 
 
 def _checkpoints():
@@ -514,8 +489,6 @@ def _is_served(name):
     """Behind whole SGLang servers. On a CPU those have no sparse attention, some draft class may not draft at all, and
     a text-only model would be another one for what the published checkpoints hold beside a vision tower."""
     row = row_of(name)
-    if name in NO_CPU_SERVER:
-        return False
     return not row.block.indexer_rope and not row.engines.sglang_gap and name + VISION not in CHECKPOINTS
 
 

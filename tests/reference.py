@@ -230,30 +230,6 @@ class LingHead(GlmHead):
         return self.rope(q, positions), self.rope(k, positions), v
 
 
-class HunyuanHead(GlmHead):
-    """GLM-4.5's with RoPE on the whole head, a router without groups, under other names (SGLang `hunyuan_v3_nextn.py`,
-    `hunyuan_v3.py`)."""
-
-    last_norm = "final_layernorm"
-
-    def __init__(self, head, config):
-        Head.__init__(self, head, config)
-        self.bias = head.state_dict()["mlp.expert_bias"]
-        self.top, self.routed_scale = config.num_experts_per_tok, config.router_scaling_factor
-
-    def feed_forward(self, x):
-        """Row by row, expert by expert."""
-        out = mlp(x, *(self.w[f"mlp.shared_mlp.{n}_proj.weight"] for n in ("gate", "up", "down")))
-        for i, row in enumerate(x):
-            score = torch.sigmoid(self.w["mlp.router.gate.weight"] @ row)
-            best = (score + self.bias.to(score.dtype)).topk(self.top).indices.tolist()
-            for e in best:
-                gate, up = self.w["mlp.experts.gate_up_proj"][e].chunk(2)
-                y = mlp(row[None], gate, up, self.w["mlp.experts.down_proj"][e])[0]
-                out[i] += y * self.routed_scale * score[e] / score[best].sum()
-        return out
-
-
 class LatentHead(GlmHead):
     """DeepSeek's attention as a server runs it: one key per token for all heads, which is the latent beside a rotary
     part; the matrices that would widen the latent are applied to query and output instead (DeepSeek-V2, section 2.1).

@@ -25,7 +25,6 @@ from reference import (
     GlmHead,
     GlmSparseHead,
     Head,
-    HunyuanHead,
     LatentHead,
     LingHead,
     LongcatHead,
@@ -61,7 +60,6 @@ REFERENCES = for_each_row(
         "glm4_moe_lite": LatentHead,
         "deepseek_v32": SparseHead,
         "glm_moe_dsa": GlmSparseHead,
-        "hy_v3": HunyuanHead,
         "longcat_flash": LongcatHead,
         "bailing_moe_v2": LingHead,
     },
@@ -94,8 +92,7 @@ def in_float64(monkeypatch):
 
     special = {ernie, dense, mixture, plain, following}
     bases = {base.__module__ for row in FAMILIES for base in import_class(row.backbone).__mro__}
-    models = ("transformers.models.", "swift_fastmtp.families.")
-    for module in {sys.modules[name] for name in bases if name.startswith(models)} - special:
+    for module in {sys.modules[name] for name in bases if name.startswith("transformers.models.")} - special:
         monkeypatch.setattr(module, "torch", Wide())
 
     def norm(self, x):
@@ -275,26 +272,6 @@ def test_each_ingredient_of_the_numbered_layer_is_needed(in_float64, kind, chang
     assert worst_error(kind, model, hidden, embeds, [9, 7], 4, outputs) > 1e-2
 
 
-@pytest.mark.parametrize("change", ["order", "norm", "bias", "scale of the experts"])
-def test_each_ingredient_of_hunyuan_is_needed(in_float64, change, monkeypatch):
-    fuse, original = GlmHead.fuse, HunyuanHead.__init__
-
-    def with_other(name, value):
-        def make(self, *parts):
-            original(self, *parts)
-            setattr(self, name, value)
-
-        return "__init__", make
-
-    other = {
-        "order": ("fuse", lambda self, hidden, embed: fuse(self, embed, hidden)),
-        "norm": ("final", lambda self, u: u),
-        "bias": with_other("bias", torch.zeros(6).double()),
-        "scale of the experts": with_other("routed_scale", 1.0),
-    }
-    assert error_without("hy_v3", change, other, monkeypatch) > 1e-2
-
-
 sparse = pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "glm_5_2"])
 
 
@@ -430,7 +407,7 @@ def test_longcats_backbone_is_transformers_own_but_for_rows_that_nothing_reads()
 
 
 @pytest.mark.parametrize(
-    "kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "bailing_moe_v2", "hy_v3"]
+    "kind", ["qwen3_next", "glm4_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "bailing_moe_v2"]
 )
 def test_without_labels_it_is_the_plain_language_model(kind):
     """Also where the head's path is that of a decoder layer: the backbone does not run it."""

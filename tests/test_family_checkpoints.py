@@ -57,7 +57,6 @@ TENSORS = for_each_row(
         "glm4_moe_lite": 36,
         "deepseek_v32": 41,
         "glm_moe_dsa": 41,
-        "hy_v3": 35,
         "longcat_flash": 16,
         "bailing_moe_v2": 34,
     },

@@ -42,7 +42,6 @@ KINDS = for_each_row(
         "deepseek_v3": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.")),
         "deepseek_v32": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.", "weights_proj")),
         "glm_moe_dsa": ((16, 24), ("norm", "embed", "head.", "eh_proj", "mlp.gate.", "weights_proj")),
-        "hy_v3": ((16, 24), ("norm", "embed", "head.", "eh_proj", "router")),
         "longcat_flash": ((16, 24), ("norm", "embed", "lm_head", "router")),
     },
     but=["bailing_moe_v2"],

@@ -87,6 +87,15 @@ LAYOUTS: tuple[Layout, ...] = (
         "with remote code only",
     ),
     Layout(
+        "hunyuan-v3",
+        ("HYV3ForCausalLM",),
+        _NUMBERED,
+        CHAIN,
+        "hy_v3_mtp",
+        f"{_NO_ROW}: checkpoints name router and shared expert otherwise than transformers' modules do",
+        _NUMBERED_IGNORED,
+    ),
+    Layout(
         "hunyuan-v4",
         ("HYV4ForCausalLM",),
         ("model.mtp_layers",),

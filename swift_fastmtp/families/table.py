@@ -224,31 +224,6 @@ FAMILIES: tuple[Family, ...] = (
         ),
         engines=Engines("glm4_moe.py: GlmMoeDsaForCausalLMNextN"),
     ),
-    # Hunyuan 3: GLM-4.5's layout but for the last norm, and a router without groups under names of its own.
-    Family(
-        name="hy_v3",
-        architectures=("HYV3ForCausalLM",),
-        model_type="hy_v3",
-        backbone="swift_fastmtp.families.hunyuan:HYV3ForCausalLM",
-        names=Names(
-            prefix="model.layers.{N}",
-            hidden_norm="hnorm",
-            token_norm="enorm",
-            proj="eh_proj",
-            final_norm="final_layernorm",  # `load_weights` of SGLang's class renames it
-            copies=("embed_tokens.weight", "shared_head.head.weight"),
-        ),
-        block=Block(
-            "swift_fastmtp.families.hunyuan:HunyuanV3DecoderLayer",
-            overrides=(("mlp_layer_types", ("sparse",)),),
-            only=(("qk_norm", True), ("route_norm", True), ("first_k_dense_replace", 1)),
-        ),
-        engines=Engines(
-            "hunyuan_v3_nextn.py: HYV3ForCausalLMNextN",
-            num_layers_needed=False,
-            needed_keys=("route_norm",),
-        ),
-    ),
     # Latent attention as DeepSeek's, with scaled latents, and a dense MLP, beside a backbone of another kind.
     Family(
         name="longcat_flash",

@@ -204,8 +204,7 @@ def run(args, job):
     whole = dict(load(args, f"{job}/full").named_parameters())
     others = [n for n, p in own.items() if not torch.equal(p, whole[n])]
     print(f"{os.path.basename(job)}: {type(model).__name__}, unfilled {unfilled}, other in full {others}")
-    # Which this SGLang calls on every device.
-    torch.cuda.synchronize = torch.cuda.empty_cache = torch.cpu.empty_cache = lambda: None
+    torch.cuda.synchronize = torch.cuda.empty_cache = lambda: None  # which this SGLang calls on every device
     model.set_embed_and_head(torch.nn.Parameter(given["embed"]), torch.nn.Parameter(given["lm_head"]))
     model.logits_processor = Logits()
     ids, hidden = given["ids"], given["hidden"]

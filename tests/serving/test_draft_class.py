@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import free_port
 from engine import HERE, engine_python, engine_version
-from models import CHECKPOINTS, NO_CPU_SERVER, SERVED, quantised, random_glm_5_2, save_checkpoint
+from models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.config_file import read_config
@@ -61,8 +61,7 @@ def prepare(name, job):
     given = {"ids": ids[0], "hidden": hidden[0, : BASE + 1].contiguous(), **shared}
     save_file(given, job / "in.safetensors")
     want = {"hidden": chain, "logits": chain @ model.lm_head.weight.T}
-    # Backbones that run with no more than a list of keys.
-    if name in (*SERVED, *NO_CPU_SERVER) and not model.family.recurrent_backbone:
+    if name in SERVED and not model.family.recurrent_backbone:  # whose backbones run with no more than a list of keys
         (job / "backbone").touch()
         want["backbone"] = given["hidden"]
     return want
