@@ -131,8 +131,8 @@ def export_draft(
 def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
     """Make config.json one that engines load; it stays byte for byte the base's where that already is.
 
-    transformers does not know `mimo`: either config.json names a configuration class (`auto_map`), which asks for
-    `--trust-remote-code`, or it calls itself by the plain type that class derives from.
+    Where transformers has no class for its model_type (`Engines.remote_code`), either config.json names one
+    (`auto_map`), which asks for `--trust-remote-code`, or it calls itself by the plain type that class derives from.
     """
     config = Checkpoint(folder).config
     known = family.plain_model_type == family.model_type
