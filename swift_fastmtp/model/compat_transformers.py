@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -132,7 +132,7 @@ def set_epsilon(modules: Iterable[nn.Module], epsilon: float) -> None:
     """
     for module in modules:
         if "RMSNorm" in type(module).__name__:
-            _check_norm(type(module))
+            _check_norm(cast(Any, type(module)))
         if hasattr(module, "variance_epsilon"):
             setattr(module, "variance_epsilon", epsilon)  # noqa: B010 (of a type that torch does not know)
 

@@ -3,6 +3,6 @@
 Alone in its folder, because ms-swift puts the folder of a plugin file on `sys.path`.
 """
 
-from ..register import register
+from swift_fastmtp.swift_plugin.register import register
 
 register()
