@@ -1,5 +1,6 @@
 """Every private or undocumented name that is gone, or means something else, is one line that says what to install."""
 
+import importlib.util
 import json
 import os
 import re
@@ -59,6 +60,35 @@ def test_a_name_that_takes_something_else(name, monkeypatch):
         check_names((name,))
 
 
+GONE = """
+import sys
+from transformers import trainer
+del trainer.Trainer._run_epoch
+from swift.pipelines import sft_main
+sft_main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("how", ["autoload", "external plugin"])
+def test_the_command_stops_with_one_line(how, rows, tmp_path):
+    """Before anything is loaded, whichever way the plugin came."""
+    words = sft_args(TINY, rows, tmp_path / "run")[1:]
+    environment = {**os.environ, **ONE_CORE}
+    if how == "external plugin":
+        words += ["--external_plugins", str(compat_swift.PLUGIN_FILE)]
+        environment["SWIFT_FASTMTP_AUTOLOAD"] = "0"
+    command = [sys.executable, "-c", GONE, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    line = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert re.match(
+        r"fastmtp: error: transformers [\w.]+: Trainer._run_epoch of transformers.trainer is gone .*: install "
+        r"transformers==[\w.]+$",
+        line,
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_module_that_is_gone():
     with fails("ms-swift", "Nothing of swift.nowhere is gone (nothing)"):
         find(Name("ms-swift", "swift.nowhere:Nothing", "nothing"))
@@ -93,6 +123,24 @@ def test_error_texts_of_torch(monkeypatch):
 
 
 # --- transformers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformers.integrations.finegrained_fp8.Fp8Dequantize",
+        "transformers.core_model_loading.WeightConverter",
+        "transformers.conversion_mapping.get_model_conversion_mapping",
+        "transformers.dynamic_module_utils.resolve_trust_remote_code",
+    ],
+)
+def test_what_is_imported(name, monkeypatch):
+    """Read anew, under another name, so that nothing else sees it."""
+    module, _, last = name.rpartition(".")
+    monkeypatch.delattr(sys.modules[module], last)
+    spec = importlib.util.spec_from_file_location("swift_fastmtp.model.again", compat_transformers.__file__)
+    with fails("transformers", f"cannot import name '{last}' from '{module}'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_fp8_arithmetic(monkeypatch):

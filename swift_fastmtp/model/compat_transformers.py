@@ -13,16 +13,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.dynamic_module_utils import resolve_trust_remote_code
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from ..checkpoint.fp8 import dequantise
 from ..checkpoint.fp8_config import Blocks
 from ..files.libraries import Name, changed, find
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    from transformers.dynamic_module_utils import resolve_trust_remote_code
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+except ImportError as error:
+    raise changed("transformers", str(error).partition(" (")[0]) from None
 
 # --- Reading FP8: `Fp8Dequantize._dequantize_one`, `FineGrainedFP8HfQuantizer.update_weight_conversions`.
 #

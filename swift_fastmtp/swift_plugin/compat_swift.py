@@ -218,6 +218,7 @@ CALLED = (
 )
 
 
+@functools.cache
 def check() -> None:
     """Raises `FastMTPError` for the first name that is gone or means something else."""
     check_names(WRAPPED)
