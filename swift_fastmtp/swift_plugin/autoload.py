@@ -1,8 +1,8 @@
 """Makes plain `swift sft --model_type fastmtp` work after `pip install`.
 
 `swift_fastmtp_autoload.pth`, or from Python 3.15 on `swift_fastmtp_autoload.start` (PEP 829), calls `install` when
-Python starts. It adds one finder that waits for ms-swift's
-argument class to be imported; a process that never imports ms-swift pays for one string comparison per import.
+Python starts. It adds one finder that waits for ms-swift's argument class to be imported; a process that never imports
+ms-swift pays for one string comparison per import.
 When that class is about to load external plugins and the arguments name `fastmtp`, the plugin is one of them.
 `SWIFT_FASTMTP_AUTOLOAD=0` switches all of it off.
 """

@@ -135,7 +135,7 @@ def finished_run(args: Any) -> dict[str, Any] | None:
         step, steps = int(state["global_step"]), int(state["max_steps"])
     except (OSError, ValueError, TypeError, LookupError):
         return None
-    now = json.loads(json.dumps(check_json_format(args.__dict__)))
+    now = json.loads(json.dumps(check_json_format(vars(args))))
     same = all(now.get(name) == before.get(name) for name in (now.keys() | before.keys()) - _OF_A_PROCESS)
     ended = "last_model_checkpoint" in record and record.get("global_step") == step
     return record if same and ended and step >= steps else None
