@@ -373,6 +373,7 @@ def test_the_plugin_is_one_of_the_external_ones(named, rows, tmp_path):
     assert json.loads(line[5:]) == [[str(theirs), str(compat_swift.PLUGIN_FILE)], plugins]
 
 
+@pytest.mark.matrix
 def test_a_spawned_data_worker_has_the_plugin(rows, tmp_path):
     """It begins with nothing of this process; the plugin is replayed in it."""
     workers = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
