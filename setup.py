@@ -1,5 +1,8 @@
-"""Packaging. Everything is plain setuptools, except one file: `swift_fastmtp_autoload.pth` goes next to the package,
-in wheels and in editable installs, so that stock `swift` finds the plugin (see `swift_plugin/autoload.py`)."""
+"""Packaging. Everything is plain setuptools, except two files that go next to the package, in wheels and in editable
+installs, so that stock `swift` finds the plugin (see `swift_plugin/autoload.py`): `swift_fastmtp_autoload.pth`, and
+`swift_fastmtp_autoload.start`, which Python reads in its place from 3.15 on (PEP 829).
+
+Libraries of which the package uses private names are capped at what these were tried with: docs/compatibility.md."""
 
 from pathlib import Path
 
@@ -8,38 +11,40 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
-PTH = "swift_fastmtp_autoload.pth"
+HOOKS = ("swift_fastmtp_autoload.pth", "swift_fastmtp_autoload.start")
 
 
 class BuildPy(build_py):
-    """Puts the .pth at the root of the built library, which is where site-packages is."""
+    """Puts the hooks at the root of the built library, which is where site-packages is."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            self.copy_file(str(ROOT / PTH), str(Path(self.build_lib) / PTH))
+            for name in HOOKS:
+                self.copy_file(str(ROOT / name), str(Path(self.build_lib) / name))
 
     def get_outputs(self, include_bytecode=1):
-        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / PTH)]
+        return [*super().get_outputs(include_bytecode), *(str(Path(self.build_lib) / name) for name in HOOKS)]
 
 
 class EditableWheel(editable_wheel):
-    """Adds the .pth to the editable wheel, whichever way setuptools chose to link the sources."""
+    """Adds the hooks to the editable wheel, whichever way setuptools chose to link the sources."""
 
     def _select_strategy(self, *args, **kwargs):
         strategy = super()._select_strategy(*args, **kwargs)
 
-        class WithPth(type(strategy)):
+        class WithHooks(type(strategy)):
             def __call__(self, wheel, files, mapping):
                 super().__call__(wheel, files, mapping)
-                wheel.writestr(PTH, (ROOT / PTH).read_text())
+                for name in HOOKS:
+                    wheel.writestr(name, (ROOT / name).read_text())
 
-        strategy.__class__ = WithPth
+        strategy.__class__ = WithHooks
         return strategy
 
 
-train = ["ms-swift>=4.6,<4.7", "peft>=0.17", "accelerate>=1.10", "tensorboard"]
-deepspeed = ["deepspeed>=0.16"]
+train = ["ms-swift>=4.6,<4.7", "peft>=0.17,<0.21", "accelerate>=1.10,<1.16", "datasets>=4,<4.9", "tensorboard"]
+deepspeed = ["deepspeed>=0.16,<0.20"]
 setup(
     name="swift_fastmtp",
     version="0.1.0",
@@ -52,8 +57,8 @@ setup(
     # Folders without __init__.py: a plugin file's, and data.
     package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "data/tasks/*"]},
     install_requires=[
-        "torch>=2.7",
-        "transformers>=5.0",
+        "torch>=2.7,<2.14",
+        "transformers>=5.0,<5.20",
         "safetensors>=0.5",
         "numpy>=2.0",
         "tqdm",
@@ -71,7 +76,7 @@ setup(
         "train": train,
         "deepspeed": deepspeed,
         "flash": ["flash-attn>=2.8"],
-        "serve": ["sglang>=0.5.19"],
+        "serve": ["sglang>=0.5.19,<0.5.24"],
         "dev": [
             *train,
             *deepspeed,

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 import zipfile
+
+from swift_fastmtp.swift_plugin import autoload
 
 PROBE = (
     "import site, sys; site.addsitedir(sys.argv[1]); import json\n"
@@ -23,7 +26,7 @@ def probe(site, **env):
 
 def test_wheel_carries_the_autoload_file_and_nothing_foreign(installed):
     names = zipfile.ZipFile(installed[0]).namelist()
-    assert "swift_fastmtp_autoload.pth" in names
+    assert {"swift_fastmtp_autoload.pth", "swift_fastmtp_autoload.start"} <= set(names)
     assert "swift_fastmtp/swift_plugin/plugin/fastmtp_plugin.py" in names
     assert not [n for n in names if n.startswith(("tests", "examples"))]
 
@@ -36,6 +39,16 @@ def test_autoload_waits_and_loads_nothing(installed):
 
 def test_autoload_can_be_switched_off(installed):
     assert json.loads(probe(installed[1], SWIFT_FASTMTP_AUTOLOAD="0"))[0] == []
+
+
+def test_the_start_file_calls_what_the_pth_file_calls(installed):
+    """PEP 829: one `pkg.mod:callable` a line, called without arguments; it takes the place of the .pth of its name."""
+    site = installed[1]
+    (line,) = (site / "swift_fastmtp_autoload.start").read_text().splitlines()
+    assert pkgutil.resolve_name(line) is autoload.install
+    module, _, function = line.partition(":")
+    pth = (site / "swift_fastmtp_autoload.pth").read_text().strip()
+    assert pth == f"import {module} as _; _.{function}()"
 
 
 def test_importing_the_package_is_cheap():

@@ -8,21 +8,25 @@ import inspect
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.dynamic_module_utils import resolve_trust_remote_code
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 
 from ..checkpoint.fp8 import dequantise
 from ..checkpoint.fp8_config import Blocks
 from ..files.libraries import Name, changed, find
+
+try:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+    from transformers.dynamic_module_utils import resolve_trust_remote_code
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+except ImportError as error:
+    raise changed("transformers", str(error).partition(" (")[0]) from None
 
 # --- Reading FP8: `Fp8Dequantize._dequantize_one`, `FineGrainedFP8HfQuantizer.update_weight_conversions`.
 #
@@ -132,7 +136,7 @@ def set_epsilon(modules: Iterable[nn.Module], epsilon: float) -> None:
     """
     for module in modules:
         if "RMSNorm" in type(module).__name__:
-            _check_norm(type(module))
+            _check_norm(cast(Any, type(module)))
         if hasattr(module, "variance_epsilon"):
             setattr(module, "variance_epsilon", epsilon)  # noqa: B010 (of a type that torch does not know)
 

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from ..errors import FastMTPError
 from ..method.token_map import check_tokenizer, read_token_map
 from ..vocab.languages import Languages
+from .compat_sglang import count_steps, draft_parts, route_logits
 from .routed_head import NOTHING, RoutedHead
 
 AGAIN_EVERY = 16
@@ -34,29 +35,24 @@ class Router:
     """
 
     def __init__(self, draft: Any, server_args: Any, files: Mapping[str, Path]) -> None:
-        model = draft.draft_runner.model
-        weight = model.lm_head.weight
+        parts = draft_parts(draft)
+        weight, V = parts.weight, parts.vocab_size
         check_weight(weight)
-        V = draft.draft_runner.model_config.vocab_size
         folder = server_args.tokenizer_path or server_args.model_path
         maps = {}
         for name, file in files.items():
             check_tokenizer(file, folder)
             maps[name] = read_token_map(file, V)
         # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
-        shard = model.lm_head.shard_indices
-        start, end = shard.org_vocab_start_index, shard.org_vocab_end_index
-        self.head = RoutedHead(maps, V, vocab_start=start, vocab_end=end, device=weight.device)
+        self.head = RoutedHead(maps, V, vocab_start=parts.start, vocab_end=parts.end, device=weight.device)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
         self.identify = Languages(tokenizer, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}
         # Row 0 of SGLang's pool stands for padded rows of captured graphs.
-        self.languages = torch.full(
-            (draft.req_to_token_pool.size + 1,), NOTHING, dtype=torch.int32, device=weight.device
-        )
-        counts = server_args.enable_metrics and start == 0  # one of the ranks, which all see the same
+        self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=weight.device)
+        counts = server_args.enable_metrics and parts.start == 0  # one of the ranks, which all see the same
         self.metrics = LanguageMetrics(server_args) if counts else None
-        _route(model.logits_processor, self)
+        route_logits(parts.processor, self)
 
     def begin(self, batch: Any) -> None:
         """A batch of requests whose prompts, or parts of them, have just been read."""
@@ -100,7 +96,6 @@ class LanguageMetrics:
     def __init__(self, server_args: Any) -> None:
         # After SGLang has set PROMETHEUS_MULTIPROC_DIR, which this package looks at when it is imported.
         from prometheus_client import Counter
-        from sglang.srt.managers.schedule_batch import Req
 
         self.labels = {"model_name": server_args.served_model_name}
         names = ["model_name", "language"]
@@ -111,13 +106,7 @@ class LanguageMetrics:
             "fastmtp:accepted_draft_tokens", "Drafted tokens that were accepted, by language.", names
         )
         self.num_steps = server_args.speculative_num_steps
-        stock = Req.update_spec_correct_drafts_histogram  # called once per verification step of a request
-
-        def count(req: Any, num_correct_drafts: int) -> None:
-            stock(req, num_correct_drafts)
-            self.step(getattr(req, "fastmtp_language", FULL), num_correct_drafts)
-
-        Req.update_spec_correct_drafts_histogram = count
+        count_steps(lambda req, accepted: self.step(getattr(req, "fastmtp_language", FULL), accepted))
 
     def step(self, language: str, accepted: int) -> None:
         """One verification step of one request."""
@@ -125,24 +114,3 @@ class LanguageMetrics:
         self.steps.labels(**labels).inc()
         self.drafted.labels(**labels).inc(self.num_steps)
         self.accepted.labels(**labels).inc(accepted)
-
-
-def _route(processor: Any, router: Router) -> None:
-    """Give the draft's logits processor a routed output matrix."""
-    stock = type(processor)
-
-    class Routed(stock):  # type: ignore[misc,valid-type]
-        def forward(
-            self, input_ids: Any, hidden_states: Any, lm_head: Any, logits_metadata: Any, *args: Any, **kw: Any
-        ) -> Any:
-            self._slots = logits_metadata.req_pool_indices
-            return super().forward(input_ids, hidden_states, lm_head, logits_metadata, *args, **kw)
-
-        def _compute_lm_head(self, hidden: Any, lm_head: Any, embedding_bias: Any = None, *, out: Any = None) -> Any:
-            languages = router.languages[self._slots]
-            rows = hidden.shape[0] // len(languages)
-            if out is not None and out.shape != (len(hidden), len(lm_head.weight)):
-                out = None  # as stock does
-            return router.head(hidden, lm_head.weight, languages.repeat_interleave(rows), out=out)
-
-    processor.__class__ = Routed

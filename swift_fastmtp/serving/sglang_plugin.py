@@ -18,11 +18,19 @@ from typing import Any
 from ..errors import FastMTPError
 from ..files.known_files import read_object
 from ..method.token_map import CONFIG_KEY, check_map_list, read_map_list
+from .compat_sglang import (
+    check,
+    check_arguments,
+    check_version,
+    hook_worker_choice,
+    routed_draft,
+    routed_worker,
+    worker_module,
+)
 from .router import Router
 
 VARIABLE = "SWIFT_FASTMTP_MAPS"
-TRIED = ("0.5.23",)
-"""SGLang versions whose workers look as this file expects; with others it refuses to start."""
+USE = "token maps per language"
 UNSUPPORTED = ("enable_dp_attention", "enable_dp_lm_head", "enable_lora")
 """Server arguments that change what the draft's output matrix is, or which rows a rank has."""
 
@@ -31,11 +39,8 @@ def register() -> None:
     """Entry point. Stops the server with one line if it cannot do what the environment variable asks for."""
     if _variable():
         _or_exit(read_map_list, _variable())
-        _or_exit(_check_version)
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    target = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
-    HookRegistry.register(target, _after_create_worker, HookType.AFTER)
+        _or_exit(check_version, USE)
+    hook_worker_choice(_after_create_worker)
 
 
 def _variable() -> str:
@@ -78,15 +83,6 @@ def _file(model: str, name: str) -> Path | None:
         return None
 
 
-def _check_version() -> None:
-    from importlib.metadata import version
-
-    found = version("sglang")
-    if found not in TRIED:
-        tried = ", ".join(TRIED)
-        raise FastMTPError(f"token maps per language: SGLang {found} is not among the versions tried ({tried})")
-
-
 def refuse_unsupported(algorithm: str, is_eagle: bool, server_args: Any) -> None:
     """Raises `FastMTPError` naming what cannot be combined with maps per language.
 
@@ -110,35 +106,11 @@ def _after_create_worker(result: Any, algorithm: Any, server_args: Any) -> Any:
     files = _or_exit(maps_of, server_args.model_path, server_args.speculative_draft_model_path)
     if not files:
         return result
-    _or_exit(_check_version)
-    from sglang.srt.speculative import eagle_worker_v2 as module
-
+    _or_exit(check_version, USE)
+    _or_exit(check)
+    _or_exit(check_arguments, server_args)
+    module = worker_module()
     is_eagle = result is module.EAGLEWorkerV2 and not algorithm.is_eagle3()
     _or_exit(refuse_unsupported, algorithm.name, is_eagle, server_args)
-    draft_class = module.EagleDraftWorker
-
-    class Draft(draft_class):  # type: ignore[misc,valid-type]
-        def init_lm_head(self) -> None:
-            super().init_lm_head()
-            self.router = _or_exit(Router, self, server_args, files)
-
-        def _draft_extend_for_prefill(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if not batch.forward_mode.is_idle():
-                self.router.begin(batch)
-            return super()._draft_extend_for_prefill(batch, *args, **kwargs)
-
-        def _draft_extend_for_decode(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-            if not batch.forward_mode.is_idle():
-                self.router.go_on(batch)
-            return super()._draft_extend_for_decode(batch, *args, **kwargs)
-
-    class Worker(result):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # The worker makes its draft by this name of its module.
-            module.EagleDraftWorker = Draft
-            try:
-                super().__init__(*args, **kwargs)
-            finally:
-                module.EagleDraftWorker = draft_class
-
-    return Worker
+    draft = routed_draft(module.EagleDraftWorker, lambda worker: _or_exit(Router, worker, server_args, files))
+    return routed_worker(result, module, draft)

@@ -15,6 +15,7 @@ from ..families.family import Family
 from ..families.table import FAMILIES
 from ..files.inputs import check_folder
 from ..method.config import likely_typos
+from ..model.compat_transformers import supports_flash_attention
 from ..model.head import import_class
 from .dataset import own_name
 from .knobs import knobs_of
@@ -145,7 +146,7 @@ def _check(args: Any) -> None:
 
 def _check_packing(name: str, args: Any) -> None:
     families, need = _families(args.model), f"--{name} needs an attention that keeps documents apart"
-    if not any(import_class(family.backbone)._supports_flash_attn for family in families):
+    if not any(supports_flash_attention(import_class(family.backbone)) for family in families):
         raise FastMTPError(f"{need}, and transformers has none for {families[0].architectures[0]}; drop --{name}")
     if args.attn_impl not in _FLASH:
         raise FastMTPError(f"{need}; add --attn_impl flash_attention_2 (GPU), or drop --{name}")

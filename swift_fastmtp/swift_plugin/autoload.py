@@ -1,8 +1,9 @@
 """Makes plain `swift sft --model_type fastmtp` work after `pip install`.
 
-`swift_fastmtp_autoload.pth` imports this module when Python starts. It adds one finder that waits for ms-swift's
-argument class to be imported; a process that never imports ms-swift pays for one string comparison per import.
-When that class is about to load external plugins and the arguments name `fastmtp`, the plugin is registered.
+`swift_fastmtp_autoload.pth`, or from Python 3.15 on `swift_fastmtp_autoload.start` (PEP 829), calls `install` when
+Python starts. It adds one finder that waits for ms-swift's argument class to be imported; a process that never imports
+ms-swift pays for one string comparison per import.
+When that class is about to load external plugins and the arguments name `fastmtp`, the plugin is one of them.
 `SWIFT_FASTMTP_AUTOLOAD=0` switches all of it off.
 """
 
@@ -36,19 +37,11 @@ class _Finder:
 
 
 def _hook(arguments_class) -> None:  # type: ignore[no-untyped-def]
+    from .compat_swift import load_among_plugins
     from .typed import watch
 
     watch(arguments_class)
-    original = arguments_class._import_external_plugins
-
-    def _import_external_plugins(self) -> None:  # type: ignore[no-untyped-def]
-        if names_fastmtp(self):
-            from .register import register
-
-            register()
-        original(self)
-
-    arguments_class._import_external_plugins = _import_external_plugins
+    load_among_plugins(arguments_class, names_fastmtp)
 
 
 def names_fastmtp(args) -> bool:  # type: ignore[no-untyped-def]

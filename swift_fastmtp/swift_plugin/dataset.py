@@ -73,8 +73,8 @@ class SelfDistillLoader(DatasetLoader):
                 return Dataset.from_generator(_rows, features=FEATURES, gen_kwargs=source, cache_dir=cache)
         except DatasetGenerationError as error:
             raise error.__cause__ if isinstance(error.__cause__, FastMTPError) else error from None
-        except ValueError as error:
-            if "no data" not in str(error):
+        except ValueError:
+            if next(_rows(**source), None) is not None:
                 raise
             raise FastMTPError(f"--dataset {NAME}:{path}: holds no rows") from None
 

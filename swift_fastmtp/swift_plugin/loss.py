@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +9,11 @@ import torch.distributed as dist
 from swift.loss import BaseLoss
 from swift.metrics import Metric
 
-from ..checkpoint.finite import NotFiniteError, check_trained
+from ..checkpoint.finite import NotFiniteError
 from ..errors import FastMTPError
 from ..method.metrics import AcceptanceCounts, count_acceptance
 from ..method.rollout import shift_left
+from .compat_swift import add_metric, around_grad_norm, around_loss, metric_of
 
 
 class FastMTPLoss(BaseLoss):
@@ -23,11 +23,10 @@ class FastMTPLoss(BaseLoss):
         super().__init__(args, trainer)
         # The trainer takes `labels` out of the inputs when it has a loss function. The model needs them: rows
         # without supervision are never projected to the vocabulary.
-        trainer.compute_loss = partial(_compute_loss, trainer, trainer.compute_loss)
-        trainer._get_grad_norm = partial(_finite_grad_norm, trainer, trainer._get_grad_norm)
-        trainer._save_checkpoint = partial(_save_finite, trainer, trainer._save_checkpoint)
+        around_loss(trainer, _compute_loss)
+        around_grad_norm(trainer, _finite_grad_norm)
         for mode in ("train", "eval"):
-            trainer.custom_metrics[mode]["mtp"] = FastMTPMetric(args.device)
+            add_metric(trainer, mode, "mtp", FastMTPMetric(args.device))
         self.checked = False
 
     def __call__(self, outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -38,7 +37,7 @@ class FastMTPLoss(BaseLoss):
         if outputs.get("step_loss") is None:
             raise FastMTPError("--loss_type fastmtp needs --model_type fastmtp: this model returned no MTP steps")
         mode = "train" if self.trainer.model.training else "eval"
-        self.trainer.custom_metrics[mode]["mtp"].update(outputs, shift_left(labels, 1, fill=-100) != -100)
+        metric_of(self.trainer, mode, "mtp").update(outputs, shift_left(labels, 1, fill=-100) != -100)
         loss: torch.Tensor = outputs.mtp_loss
         return loss
 
@@ -68,11 +67,6 @@ def _finite_grad_norm(trainer: Any, original: Any, *args: Any, **kwargs: Any) ->
             "lower --learning_rate, or train in bfloat16 or float32; the checkpoints before this step are sound"
         )
     return norm
-
-
-def _save_finite(trainer: Any, original: Any, *args: Any, **kwargs: Any) -> Any:
-    check_trained(trainer.accelerator.unwrap_model(trainer.model), trainer.state.global_step)
-    return original(*args, **kwargs)
 
 
 def _check_trainable(model: Any) -> None:

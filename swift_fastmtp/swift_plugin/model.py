@@ -69,9 +69,9 @@ def without_folder_code() -> Iterator[None]:
         model_meta.logger.removeFilter(is_true)
 
 
-class _AutoConfig:
-    @staticmethod
-    def from_pretrained(model_dir: str, **_: Any) -> Any:
+class _AutoConfig(AutoConfig):
+    @classmethod
+    def from_pretrained(cls, model_dir: str, **_: Any) -> Any:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
 
 

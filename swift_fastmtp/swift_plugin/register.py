@@ -4,27 +4,24 @@ Should a step fail, the next call begins again: what is registered is registered
 once.
 """
 
-import functools
-import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from swift.arguments import BaseArguments
 from swift.dataset import DatasetMeta, register_dataset
 from swift.loss import loss_map
-from swift.model import model_meta, register_model
+from swift.model import register_model
 from swift.template import register_template
 from swift.tuner_plugin import tuners_map
-from transformers import PreTrainedConfig, trainer
 
 from ..errors import FastMTPError
+from ..model import compat_transformers
+from . import compat_swift
 from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
+from .compat_swift import wrap
 from .dataset import NAME, SelfDistillLoader
 from .export import export_checkpoint
 from .knobs import environment_kept, knobs_of, loading
@@ -54,6 +51,9 @@ def register() -> None:
     global _registered
     if _registered:
         return
+    _one_line_errors()  # first, for the errors of what follows
+    compat_swift.check()
+    compat_transformers.check()
     # The architecture is one of ours: naming the families' own would make their plain loading ambiguous.
     meta = FastMTPModelMeta("fastmtp", [], FastMTPLoader, architectures=["FastMTPForCausalLM"])
     register_model(meta, exist_ok=True)
@@ -65,18 +65,7 @@ def register() -> None:
     _hook_sft()
     _hook_export()
     _hook_resume()
-    _one_line_errors()
     _registered = True
-
-
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """`owner.name` becomes `wrapper(owner.name)`, once."""
-    original = getattr(owner, name)
-    if getattr(original, "of_fastmtp", False):
-        return
-    wrapped: Any = functools.wraps(original)(wrapper(original))
-    wrapped.of_fastmtp = True
-    setattr(owner, name, wrapped)
 
 
 def _hook_arguments() -> None:
@@ -85,13 +74,13 @@ def _hook_arguments() -> None:
     watch(BaseArguments)
 
     def parse_model_kwargs(original: Any) -> Any:
-        def _init_model_kwargs(self: Any) -> None:
+        def parse_and_prepare(self: Any) -> None:
             with environment_kept():
                 original(self)
             prepare_arguments(self)
             choose_checkpoint(self)
 
-        return _init_model_kwargs
+        return parse_and_prepare
 
     def load(original: Any) -> Any:
         def get_model_processor(self: Any, **options: Any) -> Any:
@@ -103,15 +92,15 @@ def _hook_arguments() -> None:
         return get_model_processor
 
     def look_at_folder(original: Any) -> Any:
-        def _get_model_info(model_dir: str, model_type: str | None, **options: Any) -> Any:
+        def look_without_code(model_dir: str, model_type: str | None, **options: Any) -> Any:
             with without_folder_code() if model_type == "fastmtp" else nullcontext():
                 return original(model_dir, model_type, **options)
 
-        return _get_model_info
+        return look_without_code
 
-    _wrap(model_meta, "_get_model_info", look_at_folder)
-    _wrap(BaseArguments, "_init_model_kwargs", parse_model_kwargs)
-    _wrap(BaseArguments, "get_model_processor", load)
+    wrap(compat_swift.LOOK_AT_FOLDER, look_at_folder)
+    wrap(compat_swift.PARSE_MODEL_KWARGS, parse_model_kwargs)
+    wrap(compat_swift.LOAD_MODEL, load)
 
 
 def _hook_sft() -> None:
@@ -121,7 +110,6 @@ def _hook_sft() -> None:
     ms-swift leaves the process group to the interpreter's exit, where gloo may abort a rank that is ready, and the
     launcher then ends the one that is still saving.
     """
-    from swift.pipelines.train.sft import SwiftSft
 
     def end_together(original: Any) -> Any:
         def run(self: Any) -> Any:
@@ -133,7 +121,7 @@ def _hook_sft() -> None:
                     take_away_unfinished(Path(self.args.output_dir))
                 result = finished or original(self)
             except RuntimeError as error:
-                if self.args.model_type == "fastmtp" and _out_of_memory(error):
+                if self.args.model_type == "fastmtp" and compat_swift.is_out_of_memory(error):
                     raise FastMTPError(_less_memory(self.args, error)) from error
                 raise
             if self.args.model_type == "fastmtp" and dist.is_initialized():
@@ -144,7 +132,7 @@ def _hook_sft() -> None:
         return run
 
     def look_at_rows(original: Any) -> Any:
-        def _post_process_datasets(self: Any, datasets: list[Any]) -> list[Any]:
+        def look_and_process(self: Any, datasets: list[Any]) -> list[Any]:
             train = datasets[0]
             if self.args.model_type == "fastmtp" and (train is None or (hasattr(train, "__len__") and not len(train))):
                 raise FastMTPError(
@@ -156,29 +144,29 @@ def _hook_sft() -> None:
             processed: list[Any] = original(self, datasets)
             return processed
 
-        return _post_process_datasets
+        return look_and_process
 
-    _wrap(SwiftSft, "run", end_together)
-    _wrap(SwiftSft, "_post_process_datasets", look_at_rows)
-    _hook_rendering(SwiftSft)
+    wrap(compat_swift.TRAIN, end_together)
+    wrap(compat_swift.AFTER_ENCODING, look_at_rows)
+    _hook_rendering()
 
 
-def _hook_rendering(pipeline: Any) -> None:
+def _hook_rendering() -> None:
     """Rows are rendered by the chat template of the model's folder before ms-swift encodes them: in training, and
     where `swift export` makes a cached dataset."""
 
     def of_the_folder(original: Any) -> Any:
-        def _prepare_template(self: Any) -> None:
+        def prepare_folder_template(self: Any) -> None:
             args = self.args
             if args.model_type == "fastmtp" and self.processor.chat_template and args.template != TEMPLATE:
                 self.named_template = args.template  # compared with the folder's, and not used
                 args.template = TEMPLATE
             original(self)
 
-        return _prepare_template
+        return prepare_folder_template
 
     def rendered(original: Any) -> Any:
-        def _get_dataset(self: Any) -> Any:
+        def rendered_rows(self: Any) -> Any:
             if self.args.model_type != "fastmtp":
                 return original(self)
             knobs = knobs_of(self.args)
@@ -189,14 +177,10 @@ def _hook_rendering(pipeline: Any) -> None:
             named = getattr(self, "named_template", None)
             return tuple(as_token_ids(self.args, self.template, d, knobs.on_bad_row, named) for d in datasets)
 
-        return _get_dataset
+        return rendered_rows
 
-    _wrap(pipeline, "_prepare_template", of_the_folder)
-    _wrap(pipeline, "_get_dataset", rendered)
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    wrap(compat_swift.CHOOSE_TEMPLATE, of_the_folder)
+    wrap(compat_swift.READ_ROWS, rendered)
 
 
 def _less_memory(args: Any, error: RuntimeError) -> str:
@@ -209,49 +193,28 @@ def _less_memory(args: Any, error: RuntimeError) -> str:
 
 def _hook_export() -> None:
     """`swift export --adapters CKPT` with none of ms-swift's own actions writes a servable checkpoint."""
-    from swift.pipelines.export.export import SwiftExport
-
-    actions = ("to_peft_format", "quant_method", "to_ollama", "to_cached_dataset", "to_hf", "to_mcore", "push_to_hub")
 
     def export(original: Any) -> Any:
         def run(self: Any) -> Any:
             args = self.args
-            if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in actions):
+            if args.model_type != "fastmtp" or any(getattr(args, a, None) for a in compat_swift.EXPORT_ACTIONS):
                 return original(self)
             return export_checkpoint(args)
 
         return run
 
-    _wrap(SwiftExport, "run", export)
-
-
-class _AnyConfig(PreTrainedConfig):
-    max_position_embeddings: int | None = None
+    wrap(compat_swift.EXPORT, export)
 
 
 def _hook_resume() -> None:
-    """Checkpoints are whole or not there, and a run that is resumed takes no step too many (`resume.py`).
-
-    transformers' trainer reads a checkpoint's config.json with its bare class, to learn who wrote it. In 5.19 that
-    class stops at YaRN under the keys of DeepSeek-V3's, `rope_scaling` and `rope_theta`: it lacks one attribute.
-    """
-    from swift.pipelines.train.sft import SwiftSft
-
-    trainer.PreTrainedConfig = _AnyConfig
-    _wrap(trainer.Trainer, "_save_checkpoint", whole_checkpoints)
-    _wrap(trainer.Trainer, "_init_training_state", finish_run)
-    _wrap(trainer.Trainer, "_run_epoch", no_step_too_many)
-    _wrap(SwiftSft, "_handle_trainer_state", links_again)
+    """Checkpoints are whole or not there, and a run that is resumed takes no step too many (`resume.py`)."""
+    compat_swift.read_any_config()
+    wrap(compat_swift.SAVE_CHECKPOINT, whole_checkpoints)
+    wrap(compat_swift.INIT_STATE, finish_run)
+    wrap(compat_swift.RUN_EPOCH, no_step_too_many)
+    wrap(compat_swift.LINK_CHECKPOINTS, links_again)
 
 
 def _one_line_errors() -> None:
-    """A `FastMTPError` is the user's to mend: print its line, not a traceback. The exit status stays 1."""
-    original = sys.excepthook
-
-    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, FastMTPError):
-            print(f"fastmtp: error: {error}", file=sys.stderr)
-        else:
-            original(kind, error, trace)
-
-    sys.excepthook = excepthook
+    """A `FastMTPError` is the user's to fix: one line, not a traceback."""
+    compat_swift.print_errors_as_lines()

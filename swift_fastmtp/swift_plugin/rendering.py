@@ -17,6 +17,7 @@ from ..data.examples import Difference, check_vocabulary, difference, rendered_o
 from ..errors import FastMTPError
 from ..files.row_forms import UnreadableRowError, normalize
 from ..method.config import HOW_TO_SKIP
+from .compat_swift import fingerprint_of
 from .template import example_messages
 
 CHECKED_ROWS = 16
@@ -182,7 +183,7 @@ class MakeExamples:
         """A name for the result in datasets' cache."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         what = {
-            "dataset": dataset._fingerprint,
+            "dataset": fingerprint_of(dataset),
             "version": __version__,
             "tokenizer": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
             "chat_template": self.tokenizer.chat_template,

@@ -19,9 +19,11 @@ from swift.utils import get_logger, is_local_master, is_master
 from swift.utils.utils import check_json_format
 from transformers.trainer_utils import sort_checkpoints
 
+from ..checkpoint.finite import check_trained
 from ..checkpoint.headers import read_header
 from ..errors import FastMTPError, cannot_write
 from ..files.staging import LOCK, discard, flush, lock_file, remove_at_once, take_away_if_dead
+from .compat_swift import is_full_disk, link_last_checkpoint, push_checkpoint, run_folder, saving_into
 
 logger = get_logger()
 
@@ -33,8 +35,6 @@ _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "latest", "optimizer_*")
 """One of these holds the optimizer's state: of one process or DDP, of FSDP, of DeepSpeed (the name of a folder), of
 sharded FSDP."""
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-_TORCH_CANNOT_WRITE = re.compile("PytorchStreamWriter failed|unexpected pos")
-"""What torch.save says of a full disk."""
 _OF_A_PROCESS = {
     *("resume_from_checkpoint", "training_args", "ckpt_dir", "device_map", "max_memory"),
     *("output_dir", "logging_dir", "run_name", "add_version", "rank", "local_rank"),
@@ -135,7 +135,7 @@ def finished_run(args: Any) -> dict[str, Any] | None:
         step, steps = int(state["global_step"]), int(state["max_steps"])
     except (OSError, ValueError, TypeError, LookupError):
         return None
-    now = json.loads(json.dumps(check_json_format(args.__dict__)))
+    now = json.loads(json.dumps(check_json_format(vars(args))))
     same = all(now.get(name) == before.get(name) for name in (now.keys() | before.keys()) - _OF_A_PROCESS)
     ended = "last_model_checkpoint" in record and record.get("global_step") == step
     return record if same and ended and step >= steps else None
@@ -169,13 +169,14 @@ def take_away_unfinished(run: Path) -> None:
 def whole_checkpoints(save: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `Trainer._save_checkpoint`, so that `checkpoint-N` appears when all of it is there.
 
-    Raises `FastMTPError` if it cannot be written.
+    Raises `FastMTPError` if it cannot be written, or if what was trained is not finite.
     """
 
-    def _save_checkpoint(self: Any, model: Any, trial: Any) -> Any:
+    def save_whole(self: Any, model: Any, trial: Any) -> Any:
         if not is_fastmtp(self):
             return save(self, model, trial)
-        run, name = Path(self._get_output_dir(trial=trial)), f"checkpoint-{self.state.global_step}"
+        check_trained(self.accelerator.unwrap_model(self.model), self.state.global_step)
+        run, name = run_folder(self, trial), f"checkpoint-{self.state.global_step}"
         hidden = run / f".{name}.tmp"
         with _locked(run, hidden):
             _save_hidden(save, self, model, trial, hidden / name)
@@ -195,28 +196,25 @@ def whole_checkpoints(save: Callable[..., Any]) -> Callable[..., Any]:
         if self.args.should_save:
             remove_old(self, run)
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / name))
+            push_checkpoint(self, run / name)
         return None
 
-    return _save_checkpoint
+    return save_whole
 
 
 def _save_hidden(save: Callable[..., Any], trainer: Any, model: Any, trial: Any, checkpoint: Path) -> None:
     """transformers' own saving, into a hidden folder. Raises `FastMTPError` if it cannot be written."""
     # What it asks where to write, and which checkpoints there are: only the new one, so it removes none.
-    trainer._get_output_dir = lambda trial=None: str(checkpoint.parent)
-    trainer._push_from_checkpoint = lambda folder: None
     try:
-        save(trainer, model, trial)
+        with saving_into(trainer, checkpoint.parent):
+            save(trainer, model, trial)
     except Exception as error:
         place = checkpoint.parent.parent / checkpoint.name
         if isinstance(error, OSError) or "(os error " in str(error):  # safetensors and tokenizers, which keep the text
             raise cannot_write(place, error, checkpoint) from None
-        if _TORCH_CANNOT_WRITE.search(str(error)):  # which keeps nothing of the reason
+        if is_full_disk(error):  # torch, which keeps nothing of the reason
             raise FastMTPError(f"{place}: cannot be written; is the disk full? Free space and start again") from None
         raise
-    finally:
-        del trainer._get_output_dir, trainer._push_from_checkpoint
 
 
 @contextmanager
@@ -278,43 +276,43 @@ def finish_run(init_state: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `Trainer._init_training_state`: where the checkpoint is the last, what comes after one is done
     again. A run that was killed then may not have done it."""
 
-    def _init_training_state(self: Any, max_steps: int, *args: Any, **options: Any) -> Any:
+    def init_and_finish(self: Any, max_steps: int, *args: Any, **options: Any) -> Any:
         result = init_state(self, max_steps, *args, **options)
         checkpoint = self.args.resume_from_checkpoint
         if is_fastmtp(self) and checkpoint and self.state.global_step >= max_steps:
             logger.info(f"{checkpoint}: is at step {self.state.global_step} of {max_steps}, no step is left")
             self.state.last_model_checkpoint = checkpoint
-            self._update_last_checkpoint_symlink()
+            link_last_checkpoint(self)
             if self.args.should_save:
                 remove_old(self, Path(checkpoint).resolve().parent)
         return result
 
-    return _init_training_state
+    return init_and_finish
 
 
 def no_step_too_many(run_epoch: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `Trainer._run_epoch`, which takes a step before it asks whether one is left."""
 
-    def _run_epoch(self: Any, *args: Any, **options: Any) -> Any:
+    def run_if_steps_are_left(self: Any, *args: Any, **options: Any) -> Any:
         if is_fastmtp(self) and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return None
         return run_epoch(self, *args, **options)
 
-    return _run_epoch
+    return run_if_steps_are_left
 
 
 def links_again(handle: Callable[..., Any]) -> Callable[..., Any]:
     """ms-swift's `SwiftSft._handle_trainer_state`, which stops where a run that was killed made its links already."""
 
-    def _handle_trainer_state(self: Any, trainer: Any, is_write_rank: bool) -> Any:
+    def unlink_and_handle(self: Any, trainer: Any, is_write_rank: bool) -> Any:
         if self.args.model_type == "fastmtp" and self.args.create_checkpoint_symlink and is_write_rank:
             for link in (Path(self.args.output_dir, "last"), Path(self.args.output_dir, "best")):
                 if link.is_symlink():
                     link.unlink()
         return handle(self, trainer, is_write_rank)
 
-    return _handle_trainer_state
+    return unlink_and_handle
 
 
 def _meet() -> None:

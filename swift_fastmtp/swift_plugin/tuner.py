@@ -20,6 +20,7 @@ from ..export.folders import settings
 from ..files.staging import write_json
 from ..model.head import as_stored
 from ..model.modeling import head_shapes, load_head
+from .compat_swift import head_only_deepspeed_checkpoints
 
 logger = get_logger()
 
@@ -32,7 +33,8 @@ class FastMTPTuner(Tuner):
         model.freeze_backbone()
         if not args.deepspeed:  # DeepSpeed keeps its own fp32 master copy
             _upcast_head(model)
-        _head_only_deepspeed_checkpoints()
+        if _uses_deepspeed():
+            head_only_deepspeed_checkpoints()
         return model
 
     @staticmethod
@@ -61,9 +63,10 @@ class FastMTPTuner(Tuner):
             except FastMTPError as error:  # how a tuned model's head is healed
                 logger.warning(f"{error}; it is where this training starts")
             # Before loading: a checkpoint holds the fp32 master copy, and resuming must not round it.
-            if not _uses_deepspeed():
+            if _uses_deepspeed():
+                head_only_deepspeed_checkpoints()
+            else:
                 _upcast_head(model)
-            _head_only_deepspeed_checkpoints()
         expected = head_shapes(base)
         load_head(model, head_reader(trained, model.family, expected), expected)
         return model
@@ -80,25 +83,3 @@ def _uses_deepspeed() -> bool:
     from transformers.integrations.deepspeed import deepspeed_config
 
     return is_deepspeed_available() and deepspeed_config() is not None
-
-
-def _head_only_deepspeed_checkpoints() -> None:
-    """DeepSpeed writes the frozen backbone into every checkpoint unless told otherwise; transformers tells it so for
-    PEFT models only."""
-    if not _uses_deepspeed():
-        return
-    from deepspeed import DeepSpeedEngine
-
-    if getattr(DeepSpeedEngine.save_checkpoint, "fastmtp", False):
-        return
-    save, load = DeepSpeedEngine.save_checkpoint, DeepSpeedEngine.load_checkpoint
-
-    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return save(self, *args, **{**kwargs, "exclude_frozen_parameters": True})
-
-    def load_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return load(self, *args, **{**kwargs, "load_module_strict": False})
-
-    save_checkpoint.fastmtp = True  # type: ignore[attr-defined]
-    DeepSpeedEngine.save_checkpoint = save_checkpoint
-    DeepSpeedEngine.load_checkpoint = load_checkpoint
