@@ -2,7 +2,7 @@
 
 As MiMo itself, backbone and a depth-1 MTP layer learn together: first plain text (English, Chinese, code), then
 chat-formatted prompts and dialogues. The MTP layer never sees its own output, so it drafts one token well and
-collapses after that; which is what FastMTP is there to mend.
+collapses after that; which is what FastMTP is there to fix.
 
     python examples/train_tiny_mimo.py --data DATA --output_dir examples/tiny-mimo
 
@@ -131,7 +131,7 @@ def conversations(data: Path, docs: list[tuple[str, str]], rng: random.Random) -
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Byte-level BPE with Qwen2's pre-tokeniser and ChatML tokens."""
+    """Byte-level BPE with Qwen2's pre-tokenizer and ChatML tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

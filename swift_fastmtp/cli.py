@@ -440,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fastmtp: interrupted; long jobs go on when started again", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever others' code raises)
         if isinstance(error, OSError) and error.errno in _REFUSED_NAMES and error.filename:
             # A name or a folder that the system refuses, wherever it was met first: no mistake of the program.
             sys.exit(f"fastmtp: error: {FastMTPError(f'{error.filename}: {error.strerror}')}")

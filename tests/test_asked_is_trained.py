@@ -37,7 +37,7 @@ def finished(turns):
     return sorted((asked, answered) for asked, answered, reason in turns if reason != "length")
 
 
-TEXT = st.sampled_from(["", "Hello.", "Name a colour.", "two\n\nlines ", " <think>", "什么是细胞", "1 + 1 = ?"])
+TEXT = st.sampled_from(["", "Hello.", "Name a color.", "two\n\nlines ", " <think>", "什么是细胞", "1 + 1 = ?"])
 QUESTION = st.builds(lambda text: {"role": "user", "content": text}, TEXT)
 ANSWER = st.just([{"role": "assistant", "content": "somebody's"}])
 
@@ -99,7 +99,7 @@ def test_with_tools(folders, tmp_path):
 @pytest.mark.parametrize("tells", ["count", "nothing"])
 def test_from_servers_that_tell_less(tells, folders, tmp_path):
     """No ids: prompts are what the folder's template renders, answers are written as it writes them."""
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Name a colour.", "Why?")]
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in ("Hello.", "Name a color.", "Why?")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = folders("thinking")
     with ScriptedEngine(folder, tells=tells, cut_off=0.0) as engine:
@@ -120,7 +120,7 @@ def test_in_process(name, folders, tmp_path):
         {"role": "user", "content": "Why?"},
     ]
     rows = [
-        {"prompt": "Name a colour."},
+        {"prompt": "Name a color."},
         {"prompt": "Hello.", "chat_template_kwargs": thinking},
         {"messages": two_turns},
     ]
@@ -251,7 +251,7 @@ def test_rows_that_cannot_be_trained_on_are_named(folders, tmp_path, caplog):
 def test_data_is_checked_against_a_model(folders, tmp_path, capsys):
     """`fastmtp doctor --data` and `fastmtp clean --model`: rows of this folder, of another one, and impossible ids."""
     folder, path = folders("thinking"), tmp_path / "rows.jsonl"
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n{"prompt": "Name a colour."}\n')
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello."}\n{"prompt": "Name a color."}\n')
     with ScriptedEngine(folder, cut_off=0.0) as engine:
         distill(str(folder), str(tmp_path / "prompts.jsonl"), str(path), base_urls=[engine.url])
     assert examine_data(folder, path) == []

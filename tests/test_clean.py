@@ -416,7 +416,7 @@ ERRORS = {
     "tasks no JSON": ({"decontaminate": ["{tmp}/text.jsonl"]}, "text.jsonl:1: not JSON"),
     "model": ({"model": "nowhere"}, "--model nowhere: holds no tokenizer"),
     "nothing left": ({"min_answer_tokens": 4000}, "no row is left; why: "),
-    "on_bad_row": ({"on_bad_row": "mend"}, "neither `stop` nor `skip`"),
+    "on_bad_row": ({"on_bad_row": "fix"}, "neither `stop` nor `skip`"),
 }
 
 

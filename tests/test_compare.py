@@ -60,7 +60,7 @@ def test_lost_losslessness(judge):
         "first at request q3, turn 0, token 17"
     ]
     assert judge(a, b, equal_drop=0.025).regressions == []
-    assert judge(b, a).regressions == []  # mended
+    assert judge(b, a).regressions == []  # fixed
 
 
 def test_more_failures_are_worse(judge):

@@ -206,7 +206,7 @@ def test_a_bad_row_stops_or_is_counted(name, tmp_path):
     with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*--on_bad_row skip"):
         list(iter_rows(path, BadRows(), unique_ids=True))
     if name != "duplicate":  # without the option it is not offered
-        with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*; mend it$"):
+        with pytest.raises(FastMTPError, match=rf"p\.jsonl:3: .*{what}.*; fix it$"):
             read_rows(path)
     bad = BadRows("skip")
     assert [row["id"] for _, row in iter_rows(path, bad, unique_ids=True)] == ["one", "two"]

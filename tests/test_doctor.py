@@ -89,12 +89,12 @@ CASES = {
     "NaN": ((put(UP, with_nan), {}), f"{HEAD}{UP} holds NaN"),
     "zeros": ((put(UP, torch.zeros_like), {}), f"{HEAD}{UP} is all zeros"),
     "dtype": ((put(UP, lambda t: t.float()), {}), "MTP tensors are bfloat16, float32, the model is bfloat16"),
-    "quantised head": ((put(UP, lambda t: t.to(torch.int8)), {}), "the MTP layer is quantised (int8)"),
+    "quantized head": ((put(UP, lambda t: t.to(torch.int8)), {}), "the MTP layer is quantized (int8)"),
     "backbone": ((other_backbone, {}), "the head was trained for another backbone"),
     "layer count": ((None, {"num_nextn_predict_layers": 3}), "num_nextn_predict_layers is 3"),
     "no layer count": ((None, {"num_nextn_predict_layers": None}), "num_nextn_predict_layers is None"),
     "auto_map": ((None, {"auto_map": None}), "model_type mimo without auto_map"),
-    "quantised": ((None, {"quantization_config": {"ignore": ["lm_head"]}}), "does not leave out the MTP layer"),
+    "quantized": ((None, {"quantization_config": {"ignore": ["lm_head"]}}), "does not leave out the MTP layer"),
 }
 
 
@@ -103,12 +103,12 @@ def test_silent_failures_are_found(case, exports, tmp_path):
     (change, config), message = CASES[case]
     findings = examine(broken(exports, tmp_path, change, **config))
     assert any(message in f.what for f in findings), [str(f) for f in findings]
-    assert all(f.why and f.mend for f in findings)
+    assert all(f.why and f.fix for f in findings)
 
 
 def test_quantised_backbone_that_leaves_the_head_out_is_fine(exports, tmp_path):
-    quantised = {"ignore": ["lm_head", "re:.*mtp_layers.*"]}
-    assert examine(broken(exports, tmp_path, quantization_config=quantised)) == []
+    quantized = {"ignore": ["lm_head", "re:.*mtp_layers.*"]}
+    assert examine(broken(exports, tmp_path, quantization_config=quantized)) == []
 
 
 def test_stale_shard(exports, tmp_path):
@@ -247,4 +247,4 @@ def test_exit_code_for_scripts(exports, tmp_path):
     assert good.returncode == 0 and "0 errors, 0 warnings" in good.stdout
     folder = broken(exports, tmp_path, num_nextn_predict_layers=2)
     bad = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
-    assert bad.returncode == 1 and "mend:" in bad.stdout and "1 errors" in bad.stdout
+    assert bad.returncode == 1 and "fix:" in bad.stdout and "1 errors" in bad.stdout

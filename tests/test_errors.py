@@ -1,4 +1,4 @@
-"""Bad input through the real commands: one line that names the thing and the mend, a non-zero exit, nothing left."""
+"""Bad input through the real commands: one line that names the thing and the fix, a non-zero exit, nothing left."""
 
 import json
 import subprocess

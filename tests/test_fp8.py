@@ -1,11 +1,11 @@
-"""Checkpoints in FP8 blocks: the arithmetic, a dequantised model, and what training and export write."""
+"""Checkpoints in FP8 blocks: the arithmetic, a dequantized model, and what training and export write."""
 
 import json
 import shutil
 
 import pytest
 import torch
-from helpers.models import CHECKPOINTS, for_each_row, quantised, tensors_of
+from helpers.models import CHECKPOINTS, for_each_row, quantized, tensors_of
 from helpers.paths import TINY
 from helpers.swift_runs import logged, sft_args, swift
 from helpers.tiers import some_now
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.fp8 import DTYPE, SCALE, dequantise, quantise, requantise
+from swift_fastmtp.checkpoint.fp8 import DTYPE, SCALE, dequantize, quantize, requantize
 from swift_fastmtp.checkpoint.fp8_config import Blocks, read_blocks
 from swift_fastmtp.checkpoint.mtp_tensors import read_head, read_plain
 from swift_fastmtp.errors import FastMTPError
@@ -57,7 +57,7 @@ def base(request, tmp_path_factory):
     size, plain = KINDS[request.param]
     folder = tmp_path_factory.mktemp("fp8")
     source = TINY if request.param == "mimo" else CHECKPOINTS[request.param](folder / "plain")
-    return quantised(source, folder / request.param, size, plain, power_of_two=request.param == "qwen3_5")
+    return quantized(source, folder / request.param, size, plain, power_of_two=request.param == "qwen3_5")
 
 
 def same_bytes(a, b):
@@ -78,9 +78,9 @@ def test_error_bound_and_no_nan(shape, flat, size, magnitudes, power_of_two, sca
     torch.manual_seed(seed)
     shape, blocks = shape[flat:], Blocks(size, power_of_two)
     x = torch.randn(shape).clamp(-1, 1) * torch.tensor(magnitudes)[torch.randint(len(magnitudes), shape)]
-    weight, scale = quantise(x, blocks, scale_dtype)
+    weight, scale = quantize(x, blocks, scale_dtype)
     assert weight.dtype == DTYPE and scale.dtype == scale_dtype and scale.shape == blocks.grid(x.shape)
-    got = dequantise(weight, scale, blocks)
+    got = dequantize(weight, scale, blocks)
     assert got.isfinite().all() and scale.isfinite().all() and (scale > 0).all()
     for index in torch.cartesian_prod(*(torch.arange(n) for n in shape)).tolist():  # the reference: value by value
         *lead, i, j = index
@@ -90,21 +90,21 @@ def test_error_bound_and_no_nan(shape, flat, size, magnitudes, power_of_two, sca
         assert abs(value - back) <= max(abs(value) / 16, s / 1024) * 1.001 + 1e-44
     if power_of_two:
         assert (torch.frexp(scale.float())[0] == 0.5).all()
-    again = requantise(got.to(torch.bfloat16) if min(magnitudes) > 1e-30 else got, weight, scale, blocks)
+    again = requantize(got.to(torch.bfloat16) if min(magnitudes) > 1e-30 else got, weight, scale, blocks)
     assert same_bytes(again[0], weight) and same_bytes(again[1], scale)
 
 
 def test_requantising_keeps_the_blocks_that_did_not_move():
     x, blocks = torch.randn(20, 12), Blocks((8, 8))
-    weight, scale = quantise(x, blocks)
-    trained = dequantise(weight, scale, blocks)
+    weight, scale = quantize(x, blocks)
+    trained = dequantize(weight, scale, blocks)
     trained[9, 9] *= 100
-    new, new_scale = requantise(trained, weight, scale, blocks)
+    new, new_scale = requantize(trained, weight, scale, blocks)
     moved = torch.zeros(20, 12, dtype=torch.bool)
     moved[8:16, 8:] = True
     assert torch.equal(new.float()[~moved], weight.float()[~moved])
     assert (new_scale != scale).tolist() == [[False, False], [False, True], [False, False]]
-    error = (dequantise(new, new_scale, blocks) - trained).abs()
+    error = (dequantize(new, new_scale, blocks) - trained).abs()
     assert (error <= torch.maximum(trained.abs() / 16, new_scale.max() / 1024) * 1.001).all()
 
 
@@ -127,7 +127,7 @@ def test_the_loaded_model_is_the_dequantised_one(base):
     head = read_head(Checkpoint(base), model.family, head_shapes(Checkpoint(base)))
     load_head(model, head)
     assert all(torch.equal(p, want[n].float()) for n, p in model.head_parameters().items())
-    assert not hasattr(model.config, "quantization_config")  # trainers refuse a model that says it is quantised
+    assert not hasattr(model.config, "quantization_config")  # trainers refuse a model that says it is quantized
     assert inspect_model(base).trainable and inspect_model(base).quantization == "fp8"
 
 
@@ -159,7 +159,7 @@ def test_from_training_to_what_is_served(base, tmp_path, shown):
         if weight not in checkpoint:
             assert same_bytes(new, old)
         elif name + SCALE in before:
-            want = requantise(checkpoint[name], old, before[name + SCALE], blocks)
+            want = requantize(checkpoint[name], old, before[name + SCALE], blocks)
             assert same_bytes(new, want[0]) and same_bytes(full[name + SCALE], want[1])
             moved += not same_bytes(new, old)
         elif name == weight:
@@ -180,7 +180,7 @@ def test_from_training_to_what_is_served(base, tmp_path, shown):
 
 
 def test_graft_takes_a_layer_from_an_fp8_model(tmp_path):
-    donor = quantised(TINY, tmp_path / "donor", plain=KINDS["mimo"][1])
+    donor = quantized(TINY, tmp_path / "donor", plain=KINDS["mimo"][1])
     graft(TINY, tmp_path / "out", donor, overwrite=True)
     weights, got = Checkpoint(donor), tensors_of(tmp_path / "out")
     assert all(torch.equal(got[n], read_plain(weights, n).bfloat16()) for n in got if ".mtp_layers." in n)
@@ -192,12 +192,12 @@ def test_joined_experts_in_fp8_are_refused(tmp_path):
     plain = ("norm", "embed", "lm_head", "conv", "mtp.fc", "mlp.gate.", "expert_gate", "visual")
     source = CHECKPOINTS["qwen3_5_moe_vision"](tmp_path / "plain")
     with pytest.raises(FastMTPError, match=r"experts\.\w+_proj is in FP8, joined, .* one tensor per expert"):
-        load_model(quantised(source, tmp_path / "model", (16, 24), plain), torch.float32)
+        load_model(quantized(source, tmp_path / "model", (16, 24), plain), torch.float32)
 
 
 def test_a_quantised_projection_is_found(tmp_path):
     """SGLang's three classes have `nn.Linear` there."""
-    folder = quantised(TINY, tmp_path / "model")
+    folder = quantized(TINY, tmp_path / "model")
     assert ["input_proj.weight is FP8" in f.what for f in examine(folder)] == [True]
 
 
@@ -215,7 +215,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_checkpoints_are_one_line(case, tmp_path):
-    folder = quantised(TINY, tmp_path / "model", plain=KINDS["mimo"][1])
+    folder = quantized(TINY, tmp_path / "model", plain=KINDS["mimo"][1])
     name, change, message = BROKEN[case]
     tensors = load_file(folder / "model.safetensors")
     if name:
@@ -231,7 +231,7 @@ def test_broken_checkpoints_are_one_line(case, tmp_path):
 
 @pytest.mark.engine
 def test_swift_trains_resumes_and_exports(tmp_path, rows):
-    base = quantised(TINY, tmp_path / "base", plain=KINDS["mimo"][1])
+    base = quantized(TINY, tmp_path / "base", plain=KINDS["mimo"][1])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = {"max_steps": 2, "save_steps": 1}
     swift(*sft_args(base, rows, whole, **common))
@@ -248,4 +248,4 @@ def test_swift_trains_resumes_and_exports(tmp_path, rows):
     with open(rows) as file, open(tmp_path / "few.jsonl", "w") as few:
         few.writelines(file.readlines()[:2])
     heads = simulate(str(tmp_path / "full"), [str(tmp_path / "full")], str(tmp_path / "few.jsonl"), answers="given")
-    assert heads[0].tau_micro == heads[1].tau_micro and heads[0].tau_micro[-1] > 1  # as served: quantised again
+    assert heads[0].tau_micro == heads[1].tau_micro and heads[0].tau_micro[-1] > 1  # as served: quantized again

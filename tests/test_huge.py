@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from helpers.models import CHECKPOINTS, quantised
+from helpers.models import CHECKPOINTS, quantized
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import logged, sft_args, swift
 from helpers.tiers import some_now
@@ -35,8 +35,8 @@ def bases(tmp_path_factory):
     made = {name: make(folder / name) for name, make in CHECKPOINTS.items()}
     return {
         "mimo": TINY,
-        "mimo, FP8": quantised(TINY, folder / "mimo-fp8", (100, 64), PLAIN),
-        "qwen3_next, FP8": quantised(made["qwen3_next"], folder / "qwen3_next-fp8", (24, 20), PLAIN),
+        "mimo, FP8": quantized(TINY, folder / "mimo-fp8", (100, 64), PLAIN),
+        "qwen3_next, FP8": quantized(made["qwen3_next"], folder / "qwen3_next-fp8", (24, 20), PLAIN),
         **made,
     }
 
@@ -142,7 +142,7 @@ os._exit(0)  # gloo may abort at the interpreter's end
 
 @pytest.mark.matrix
 def test_zero3_partitions_while_it_reads(bases):
-    """Experts are joined and FP8 is dequantised for one parameter at a time, on rank 0."""
+    """Experts are joined and FP8 is dequantized for one parameter at a time, on rank 0."""
     pytest.importorskip("deepspeed", reason="pip install swift_fastmtp[deepspeed]")
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     common |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}

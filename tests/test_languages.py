@@ -194,5 +194,5 @@ def test_what_cannot_be_combined_is_refused(case):
 def test_a_quantised_output_matrix_is_refused():
     check_weight(torch.zeros(2, dtype=torch.bfloat16))
     for dtype in (torch.int8, torch.float8_e4m3fn):
-        with pytest.raises(FastMTPError, match="is quantised"):
+        with pytest.raises(FastMTPError, match="is quantized"):
             check_weight(torch.zeros(2, dtype=dtype))

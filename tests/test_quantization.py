@@ -1,4 +1,4 @@
-"""Quantised checkpoints whose MTP layer stays plain: each published way to say so is read by its method's own rule.
+"""Quantized checkpoints whose MTP layer stays plain: each published way to say so is read by its method's own rule.
 
 The forms are those of published config.json files, shortened to a few entries of each kind; `{N}` is the number of the
 MTP layer, 46 for GLM-4.5-Air, 61 for DeepSeek-V3, and the tiny models' own here.
@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.models import CHECKPOINTS, quantised
+from helpers.models import CHECKPOINTS, quantized
 from helpers.paths import TINY
 from safetensors.torch import load_file, save_file
 
@@ -165,7 +165,7 @@ def plain_models(tmp_path_factory):
 
 
 def declared(folder, target, settings):
-    """A copy that declares a quantisation, in the file in which the method has it; its MTP layer is plain."""
+    """A copy that declares a quantization, in the file in which the method has it; its MTP layer is plain."""
     shutil.copytree(folder, target)
     config = read_config(target)
     number = str(config.get("num_hidden_layers"))
@@ -194,7 +194,7 @@ def test_a_layer_of_which_only_one_matrix_is_left_out_is_an_error(form, plain_mo
     folder = declared(plain_models[model], tmp_path / "model", settings)
     [error] = [f for f in about(folder) if f.level == "error"]
     quantization = read_quantization(read_config(folder), folder)
-    assert f"({quantization.method})" in error.what and f'"{quantization.key}"' in error.mend
+    assert f"({quantization.method})" in error.what and f'"{quantization.key}"' in error.fix
     assert "gate_proj" in error.what or "and " in error.what
     assert "mtp.fc" not in error.what and "eh_proj" not in error.what
     if model == "qwen3_5":
@@ -222,8 +222,8 @@ def test_a_layer_that_is_not_left_out_is_an_error(method, model, plain_models, t
     assert finding.level == "error" and "does not leave out the MTP layer" in finding.what
     settings, family = dict(NOTHING[method]), match_family(read_config(folder))
     key = read_quantization(read_config(folder)).key
-    assert f'to "{key}" of config.json' in finding.mend
-    entries = re.search("add (.*) to ", finding.mend)[1]
+    assert f'to "{key}" of config.json' in finding.fix
+    entries = re.search("add (.*) to ", finding.fix)[1]
     if method in ("gptq", "auto-round"):
         settings[key] = json.loads("{" + entries + "}")
     elif method == "fp8":  # every name; the message gives the first
@@ -239,7 +239,7 @@ def test_a_layer_that_is_not_left_out_is_an_error(method, model, plain_models, t
 # What one engine reads otherwise than the other, or than the tool that wrote it: (settings, who does not).
 ONE_ENGINE = {
     "FP8, a module above: vLLM compares whole names": (FP8 | {"modules_to_not_convert": ["mtp"]}, ["vLLM"]),
-    "GPTQ, names of what is quantised: SGLang has no such key": (
+    "GPTQ, names of what is quantized: SGLang has no such key": (
         GPTQ | {"modules_in_block_to_quantize": [["model.layers.0.mlp.up_proj"], ["model.layers.0.mlp.down_proj"]]},
         ["SGLang"],
     ),
@@ -309,33 +309,33 @@ def test_a_quantised_layer_that_is_declared_so_is_a_warning(plain_models, tmp_pa
     folder = declared(plain_models["qwen3_5"], tmp_path / "model", GPTQ)
     changed(folder, packed)
     [finding] = examine(folder)
-    assert finding.level == "warning" and "the MTP layer is quantised" in finding.what
+    assert finding.level == "warning" and "the MTP layer is quantized" in finding.what
 
 
 def test_a_quantised_layer_that_is_left_out_is_an_error(plain_models, tmp_path):
     folder = declared(plain_models["qwen3_5"], tmp_path / "model", GPTQ | {"dynamic": {"-:.*mtp.*": {}}})
     changed(folder, packed)
     errors = [f for f in examine(folder) if f.level == "error"]
-    assert errors and all("leaves it out of the quantisation" in f.what for f in errors)
+    assert errors and all("leaves it out of the quantization" in f.what for f in errors)
     assert any("mtp.layers.0.self_attn.q_proj" in f.what for f in errors)
 
 
 def test_a_fused_matrix_of_which_one_part_is_plain_is_an_error(plain_models, tmp_path):
     plain = ("norm", "embed", "conv", "mtp.fc", "mtp.layers.0.self_attn.q_proj")
-    [finding] = examine(quantised(plain_models["qwen3_5"], tmp_path / "model", (16, 32), plain))
+    [finding] = examine(quantized(plain_models["qwen3_5"], tmp_path / "model", (16, 32), plain))
     assert finding.level == "error" and finding.what.startswith("mtp.layers.0.self_attn.q_proj: plain, beside")
 
 
 def test_published_fp8_with_a_quantised_layer_but_a_plain_projection(plain_models, tmp_path):
     """As Qwen's own FP8 checkpoints: the layer in FP8, `mtp.fc` and the router plain and left out."""
     plain = ("norm", "embed", "lm_head", "conv", "mtp.fc", "mlp.gate.", "expert_gate")
-    folder = quantised(plain_models["qwen3_5_moe"], tmp_path / "model", (24, 20), plain)
+    folder = quantized(plain_models["qwen3_5_moe"], tmp_path / "model", (24, 20), plain)
     assert examine(folder) == []
     config = read_config(folder)
     config["quantization_config"]["modules_to_not_convert"].append("mtp.layers.0.self_attn.o_proj")
     (folder / "config.json").write_text(json.dumps(config))
     [finding] = examine(folder)
-    assert finding.level == "error" and finding.what.startswith("mtp.layers.0.self_attn.o_proj: quantised")
+    assert finding.level == "error" and finding.what.startswith("mtp.layers.0.self_attn.o_proj: quantized")
 
 
 def test_experts_are_one_part_however_they_are_stored(plain_models):
@@ -366,14 +366,14 @@ def test_sglang_is_told_to_draft_with_a_plain_layer(plain_models, tmp_path):
     assert words[words.index(flag) + 1] == "unquant"
     assert flag not in command(serve_flags(plain_models["glm4_moe"]))
     plain = ("norm", "embed", "head.", "eh_proj", "mlp.gate.")
-    assert flag not in command(serve_flags(quantised(plain_models["glm4_moe"], tmp_path / "fp8", (16, 24), plain)))
+    assert flag not in command(serve_flags(quantized(plain_models["glm4_moe"], tmp_path / "fp8", (16, 24), plain)))
 
 
 def test_inspect_says_the_method_and_whether_the_layer_is_left_out(plain_models, tmp_path):
     form = LEFT_OUT["AWQ, numbered layer, GLM-4.5-Air"]
     out = declared(plain_models["glm4_moe"], tmp_path / "out", form[1])
     shown = text(inspect_model(out))
-    assert re.search("quantised +awq, the MTP layer left out\n", shown)
+    assert re.search("quantized +awq, the MTP layer left out\n", shown)
     assert inspect_model(declared(out, tmp_path / "part", form[2])).mtp_left_out == "partly left out"
     assert inspect_model(declared(out, tmp_path / "none", AWQ)).mtp_left_out == "not left out"
     assert inspect_model(declared(out, tmp_path / "other", {"quant_method": "hqq"})).mtp_left_out is None

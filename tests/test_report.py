@@ -268,8 +268,8 @@ def test_page_is_well_formed_accessible_and_alone(folder):
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and '<html lang="en">' in text
     assert NASTY in "".join(page.text)
     svgs = "".join(re.findall(r"<svg.*?</svg>", text, re.S))
-    for colour, _ in PALETTE:
-        assert colour not in svgs  # all follow the reader's scheme
+    for color, _ in PALETTE:
+        assert color not in svgs  # all follow the reader's scheme
     assert not re.search(r"(fill|stroke): #", svgs)
 
 

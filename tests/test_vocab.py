@@ -336,7 +336,7 @@ def test_maps_that_do_not_fit_are_found(tmp_path, maps):
         ({"count": "none"}, "--count none"),
         ({"jobs": 0}, "--jobs 0"),
         ({"held_out": 0}, "--held_out 0"),
-        ({"sizes": [1024], "on_bad_row": "mend"}, "--on_bad_row mend"),
+        ({"sizes": [1024], "on_bad_row": "fix"}, "--on_bad_row fix"),
         ({"coverage": 0.9, "held_out": 1e-12}, "no held-out row of 'code' to measure on"),
     ],
 )

@@ -458,7 +458,7 @@ def test_null_through_swift(rows, tmp_path):
 
 
 VERDICTS = {
-    "quantised otherwise": (None, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "yes"),
+    "quantized otherwise": (None, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "yes"),
     "two layers": (None, {"num_nextn_predict_layers": 2}, "no"),
     "tied": (None, {"tie_word_embeddings": True}, "no"),
     "a second layer": (lambda t: t.update({"model.mtp_layers.1.input_proj.weight": torch.zeros(2, 2)}), {}, "no"),

@@ -123,27 +123,27 @@ def table(rows):
 
 
 def plot(rows, path):
-    """A panel per kind of tau, a dot with its interval per loss, a colour per rollout; empty: original answers."""
+    """A panel per kind of tau, a dot with its interval per loss, a color per rollout; empty: original answers."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = {"paper": "#9aa5b1", "exact": "#e4572e", "on-policy": "#1f77b4"}
+    colors = {"paper": "#9aa5b1", "exact": "#e4572e", "on-policy": "#1f77b4"}
     losses = ["ce", "kl", "topk_kl", "lk", "tv", "e2e"]
     columns = ["greedy", "T=1.0 argmax", "T=1.0 sampled"]
     figure, panels = plt.subplots(1, len(columns), figsize=(12, 4), constrained_layout=True)
     for axes, name in zip(panels, columns, strict=True):
         for row in rows:
-            if row["rollout"] not in colours:
+            if row["rollout"] not in colors:
                 axes.axhline(row[name][0], color="#555555", lw=1, ls=":", label="as shipped")
                 continue
             place = losses.index(row["loss"]) + {"paper": -0.2, "exact": 0, "on-policy": 0.2}[row["rollout"]]
             value, low, high = row[name]
-            own, colour = row["data"] == "self", colours[row["rollout"]]
+            own, color = row["data"] == "self", colors[row["rollout"]]
             axes.errorbar(
                 place + (0 if own else 0.07), value, [[value - low], [high - value]], fmt="o", ms=6, capsize=2,
-                color=colour, mfc=colour if own else "white", lw=1,
+                color=color, mfc=color if own else "white", lw=1,
                 label=row["rollout"] if own and row["loss"] == "ce" else None,
             )  # fmt: skip
         axes.set_xticks(range(len(losses)), losses)

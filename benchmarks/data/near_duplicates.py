@@ -31,7 +31,7 @@ SIZES = (10_000, 20_000, 50_000, 100_000, 400_000)
 SLOW_SIZES = 50_000
 NGRAM, SIMILARITY, PERMUTATIONS = 3, 0.6, 128
 ORIGINALS, COPIES = 6_000, 500
-COLOURS = {"ours": "#e4572e", "clean": "#d4a017", "rensa": "#1f77b4", "datasketch": "#9aa5b1", "datatrove": "#2a9d8f"}
+COLORS = {"ours": "#e4572e", "clean": "#d4a017", "rensa": "#1f77b4", "datasketch": "#9aa5b1", "datatrove": "#2a9d8f"}
 NAMES = {"ours": "ours", "clean": "`fastmtp clean`, all filters", "rensa": "rensa", "datasketch": "datasketch",
          "datatrove": "datatrove"}  # fmt: skip
 
@@ -262,7 +262,7 @@ def plot(report, path):
     for name, values in report["quality"]["methods"].items():
         if name in OTHER_SETTINGS:
             continue
-        axes[0].plot(shares, [100 * x for x in values["found"].values()], "o-", ms=3, color=COLOURS[name], label=name)
+        axes[0].plot(shares, [100 * x for x in values["found"].values()], "o-", ms=3, color=COLORS[name], label=name)
     for name, values in report["scale"].items():
         sizes = [int(n) for n in values]
         for axis, key in ((axes[1], "seconds"), (axes[2], "mb")):
@@ -271,7 +271,7 @@ def plot(report, path):
                 [v[key] for v in values.values()],
                 "o-",
                 ms=3,
-                color=COLOURS[name],
+                color=COLORS[name],
                 label=NAMES[name].replace("`", ""),
             )
     axes[0].set(xlabel="words replaced (%)", ylabel="copies removed (%)", title="Planted near-duplicates")

@@ -136,7 +136,7 @@ def page(results):
         "Stored as bf16, loaded as float32. Anonymous memory above what Python, torch and transformers take; pages of "
         "the checkpoint's files, which the kernel drops when it needs the memory, are left out. One thread of a "
         "machine with other work, so the seconds are upper bounds; a step is one forward and backward of 64 tokens, "
-        "before the optimiser.",
+        "before the optimizer.",
         "",
         "| | peak while loading, GB | kept, GB | peak of a step, GB | load, s | step, s |",
         "|---|---:|---:|---:|---:|---:|",

@@ -6,7 +6,7 @@
 `--model`: a folder with tokenizer.json. `--data`: JSONL of rows with `messages`, `category` and `language`, or of
 documents with `text` and `lang`. What a row should be called is `zh` for any Chinese, `code` for documents in a
 programming language and for prompts of category `code`, else its language. `--udhr`: its paragraphs are named by
-`Languages` with a map for each of `NEIGHBOURS`. Writes docs/results/languages.{md,json}.
+`Languages` with a map for each of `NEIGHBORS`. Writes docs/results/languages.{md,json}.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from swift_fastmtp.vocab.languages import Languages, TokenLanguages
 CHARACTERS = 4000  # of a document
 SHORTEST = 60  # letters of a paragraph
 ROWS = 5000  # of each file
-NEIGHBOURS = (
+NEIGHBORS = (
     "en",
     "de",
     "fr",
@@ -69,7 +69,7 @@ def main():
             said = identify(ids)
             seconds[kind] += time.perf_counter() - started
             found.setdefault(f"{kind}: {name}", Counter())[said or "none"] += 1
-    by_text = name_paragraphs(Path(args.udhr), Languages(tokenizer, ["zh", "code", *NEIGHBOURS]), tokenizer)
+    by_text = name_paragraphs(Path(args.udhr), Languages(tokenizer, ["zh", "code", *NEIGHBORS]), tokenizer)
     numbers = {kind: sum(sum(c.values()) for n, c in found.items() if n.startswith(kind)) for kind in seconds}
     record = {
         "by_text": by_text,
@@ -85,8 +85,8 @@ def main():
 
 
 def name_paragraphs(folder, identify, tokenizer):
-    """Per language of `NEIGHBOURS`: paragraphs, shares named right and not at all, microseconds."""
-    found, seconds = {name: Counter() for name in NEIGHBOURS}, 0.0
+    """Per language of `NEIGHBORS`: paragraphs, shares named right and not at all, microseconds."""
+    found, seconds = {name: Counter() for name in NEIGHBORS}, 0.0
     for path in sorted(folder.glob("*.html")):
         page = path.read_text(encoding="utf-8")
         tag = re.search(r'<html[^>]* lang="([\w-]+)', page)[1]

@@ -152,7 +152,7 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
         return
 
-    def interrupt(signum: int, frame: FrameType | None) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the caller's interface)
         raise KeyboardInterrupt
 
     before = {}

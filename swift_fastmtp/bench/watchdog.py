@@ -79,7 +79,7 @@ def _watch_signals() -> list[int]:
     """Signals that somebody sent us. They do not end us: the server would be left behind."""
     seen: list[int] = []
 
-    def note(signum: int, frame: FrameType | None) -> None:
+    def note(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the caller's interface)
         seen.append(signum)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

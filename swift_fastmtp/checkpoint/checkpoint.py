@@ -73,7 +73,7 @@ class Checkpoint:
 
     @cached_property
     def blocks(self) -> Blocks | None:
-        """How its FP8 is laid out; None is an unquantised checkpoint."""
+        """How its FP8 is laid out; None is an unquantized checkpoint."""
         return read_blocks(self.config, self.config_file)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""FP8 in blocks: the one quantised form of a checkpoint that is read, trained and written back.
+"""FP8 in blocks: the one quantized form of a checkpoint that is read, trained and written back.
 
 A matrix W is stored as `W.weight` in float8_e4m3fn and `W.weight_scale_inv` S, one number for each block of
 `weight_block_size` (the last row and column of blocks may be smaller), and means W * S (DeepSeek-V3's format; SGLang
@@ -36,7 +36,7 @@ def _matrix(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return tiles.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]].contiguous()
 
 
-def dequantise(weight: torch.Tensor, scale: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def dequantize(weight: torch.Tensor, scale: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """W * S in float32.
 
     Raises `FastMTPError` if the scales do not cover the weight, or have a dtype that no engine reads as numbers.
@@ -50,7 +50,7 @@ def dequantise(weight: torch.Tensor, scale: torch.Tensor, blocks: Blocks) -> tor
     return _matrix(tiles.mul_(scale.float()[..., None, :, None]), weight.shape)
 
 
-def quantise(
+def quantize(
     tensor: torch.Tensor, blocks: Blocks, scale_dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and scale of a finite tensor [..., rows, columns].
@@ -78,7 +78,7 @@ def _round(tiles: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (tiles / scale.float()[..., None, :, None]).clamp_(-_MAX, _MAX).to(DTYPE)
 
 
-def requantise(
+def requantize(
     tensor: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, blocks: Blocks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and scale for a trained tensor, in the form of the base's own `weight` and `scale`.
@@ -89,7 +89,7 @@ def requantise(
     kept = _round(_tiles(tensor.float(), blocks.size), scale).view(torch.uint8)
     same = (kept == _tiles(weight.view(torch.uint8), blocks.size)).all(-1).all(-2)
     del kept
-    new_weight, new_scale = quantise(tensor, blocks, scale.dtype)
+    new_weight, new_scale = quantize(tensor, blocks, scale.dtype)
     new = torch.where(
         same[..., None, :, None],
         _tiles(weight.view(torch.uint8), blocks.size),

@@ -8,7 +8,7 @@ from ..errors import FastMTPError
 
 @dataclass(frozen=True)
 class Blocks:
-    """How a checkpoint's matrices are quantised."""
+    """How a checkpoint's matrices are quantized."""
 
     size: tuple[int, int]
     """Rows and columns that share a scale."""
@@ -22,9 +22,9 @@ class Blocks:
 
 
 def read_blocks(config: dict[str, Any], where: Any = "config.json") -> Blocks | None:
-    """What `quantization_config` of a config.json says; None is an unquantised checkpoint.
+    """What `quantization_config` of a config.json says; None is an unquantized checkpoint.
 
-    Raises `FastMTPError` for every other kind of quantisation.
+    Raises `FastMTPError` for every other kind of quantization.
     """
     text = config.get("text_config")
     found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
@@ -36,8 +36,8 @@ def read_blocks(config: dict[str, Any], where: Any = "config.json") -> Blocks | 
     if kind != ("fp8", "e4m3", "dynamic") or not sound:
         raise FastMTPError(
             f"{where}: quantization_config is {found.get('quant_method')!r} with weight_block_size {size}, activations "
-            f"{kind[2]}; of quantised checkpoints only FP8 in blocks ('fp8', e4m3, [128, 128] or so, dynamic) is "
-            "trained: start from that or from the unquantised checkpoint"
+            f"{kind[2]}; of quantized checkpoints only FP8 in blocks ('fp8', e4m3, [128, 128] or so, dynamic) is "
+            "trained: start from that or from the unquantized checkpoint"
         )
     return Blocks((size[0], size[1]), found.get("scale_fmt") == "ue8m0")
 

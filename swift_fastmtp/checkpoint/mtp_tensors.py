@@ -42,7 +42,7 @@ def head_reader(
         expected: name → shape of every tensor the head must have (`modeling.head_shapes`).
 
     FP8 in blocks is read as the float32 values that it stands for. Raises `FastMTPError` naming the first tensor that
-    is missing or unknown; the function, if the one it reads is misshapen, quantised otherwise or not finite.
+    is missing or unknown; the function, if the one it reads is misshapen, quantized otherwise or not finite.
     """
     folder, lost = checkpoint.folder, checkpoint.lost
     found = sorted(n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n))
@@ -90,21 +90,21 @@ def head_reader(
 def read_plain(checkpoint: Checkpoint, name: str) -> torch.Tensor:
     """A tensor as numbers: FP8 in blocks becomes float32, everything else is as stored.
 
-    Raises `FastMTPError` for other quantised forms.
+    Raises `FastMTPError` for other quantized forms.
     """
     tensor, scaled = checkpoint.read(name), name + fp8.SCALE in checkpoint.file_of
     if tensor.dtype == fp8.DTYPE and scaled:
         if checkpoint.blocks is None:
             raise FastMTPError(f"{checkpoint.folder}: {name} is FP8 in blocks, of which config.json says nothing")
         try:
-            return fp8.dequantise(tensor, checkpoint.read(name + fp8.SCALE), checkpoint.blocks)
+            return fp8.dequantize(tensor, checkpoint.read(name + fp8.SCALE), checkpoint.blocks)
         except FastMTPError as error:
             raise FastMTPError(f"{checkpoint.folder}: {name}: {error}") from None
     if not tensor.is_floating_point() or tensor.element_size() < 2 or scaled:
         what = f"{tensor.dtype} {'beside' if scaled else 'without'} {name + fp8.SCALE}"
         raise FastMTPError(
-            f"{checkpoint.folder}: {name} is stored as {what}; a quantised MTP layer cannot be trained, unless it is "
-            "FP8 in blocks: start from the unquantised checkpoint"
+            f"{checkpoint.folder}: {name} is stored as {what}; a quantized MTP layer cannot be trained, unless it is "
+            "FP8 in blocks: start from the unquantized checkpoint"
         )
     return tensor
 

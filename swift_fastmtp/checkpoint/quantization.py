@@ -1,8 +1,8 @@
-"""Which modules of a quantised checkpoint its own config.json leaves plain: each method by its own rule.
+"""Which modules of a quantized checkpoint its own config.json leaves plain: each method by its own rule.
 
-Every quantisation method has another key for "not this module", and every reader another way to match it: regular
+Every quantization method has another key for "not this module", and every reader another way to match it: regular
 expressions, globs, substrings, whole names. An MTP layer that is stored plain but not left out by the rule is built
-quantised by the engine, which then skips its tensors and accepts no draft; so the doctor asks here. The rules are read
+quantized by the engine, which then skips its tensors and accepts no draft; so the doctor asks here. The rules are read
 off SGLang 0.5.23 (`sglang/srt/layers/quantization/`), vLLM 0.32 (`vllm/model_executor/layers/quantization/`) and, for
 what the tool meant that wrote the file, transformers 5.19 (`quantizers/quantizers_utils.py` `should_convert_module`).
 
@@ -41,14 +41,14 @@ Rule = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Part:
-    """What an engine quantises, or not, as one: a linear, linears that it fuses, or the experts of a layer."""
+    """What an engine quantizes, or not, as one: a linear, linears that it fuses, or the experts of a layer."""
 
     name: str
     """As engines name it: `mtp.layers.0.self_attn.qkv_proj`, `mtp.layers.0.mlp.experts`."""
     modules: tuple[str, ...]
     """As the checkpoint names them: `mtp.layers.0.self_attn.q_proj`, ..."""
     engines: tuple[str, ...] = (SGLANG, VLLM)
-    """Those that quantise it where config.json says so; in others it is plain in any case."""
+    """Those that quantize it where config.json says so; in others it is plain in any case."""
 
     @property
     def experts(self) -> bool:
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Quantization:
-    """The quantisation that a checkpoint declares."""
+    """The quantization that a checkpoint declares."""
 
     method: str
     """One of `METHODS`, or what `quant_method` says where none of them is meant."""
@@ -101,7 +101,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Method:
-    """A quantisation method: the keys that leave modules out, an entry that leaves out a path, and its readers."""
+    """A quantization method: the keys that leave modules out, an entry that leaves out a path, and its readers."""
 
     keys: tuple[str, ...]
     entry: Callable[[str], str]
@@ -118,7 +118,7 @@ class Method:
 
 
 def read_quantization(config: dict[str, Any], folder: Path | None = None) -> Quantization | None:
-    """The quantisation of a checkpoint; None for one that declares none.
+    """The quantization of a checkpoint; None for one that declares none.
 
     Args:
         config: its config.json; `quantization_config` may stand in its text part, or be called `compression_config`.
@@ -156,7 +156,7 @@ def _method(settings: dict[str, Any]) -> str:
 
 
 def parts_of(family: Family, expected: dict[str, tuple[int, ...]]) -> list[Part]:
-    """Everything of the MTP layer that an engine may quantise.
+    """Everything of the MTP layer that an engine may quantize.
 
     Args:
         expected: name → shape of every tensor of the layer (`modeling.head_shapes`).
@@ -192,7 +192,7 @@ def _engine_name(module: str) -> str:
 def left_out(quantization: Quantization, part: Part) -> dict[str, bool] | None:
     """Reader → whether it keeps this part plain; None if the method's rule is not known here.
 
-    Readers are SGLang and vLLM, where they quantise this part at all, and the tool that writes the method's files,
+    Readers are SGLang and vLLM, where they quantize this part at all, and the tool that writes the method's files,
     where it matches otherwise than both.
 
     Raises `FastMTPError` naming the key whose value no reader can take.
@@ -283,7 +283,7 @@ class _Expression:
             import regex  # of transformers
 
             self._pattern, self._limit = regex.compile(pattern), {"timeout": _SECONDS_OF_A_MATCH}
-        except Exception as error:  # each engine has its own, and others for odd expressions
+        except Exception as error:  # noqa: BLE001 (each engine has its own, and others for odd expressions)
             raise ValueError(detail(error)) from None
 
     def match(self, name: str, how: str = "match") -> bool:
@@ -479,7 +479,7 @@ def _compressed_tensors(settings: dict[str, Any], in_sglang: bool) -> Rule:
         if ignored(name):
             return True
         if not groups or by_class or targeted(name):
-            # Without groups there is nothing to say which modules are quantised; the list then says all.
+            # Without groups there is nothing to say which modules are quantized; the list then says all.
             return False
         return not in_sglang  # SGLang stops at a linear that no target names (`find_matched_target`)
 
@@ -505,7 +505,7 @@ _MODELOPT_KEYS = ("exclude_modules", "ignore", "modules_to_not_convert")
 
 
 def _mixed(settings: dict[str, Any], excluded: Rule) -> Rule:
-    """With quant_algo MIXED_PRECISION only what `quantized_layers` names is quantised (`_resolve_quant_algo`)."""
+    """With quant_algo MIXED_PRECISION only what `quantized_layers` names is quantized (`_resolve_quant_algo`)."""
     if str(settings.get("quant_algo", "")).upper() != "MIXED_PRECISION":
         return excluded
     named = _object(settings, "quantized_layers")
@@ -646,7 +646,7 @@ def _escaped(path: str) -> str:
 def left_out_in_words(
     folder: Path, config: dict[str, Any], family: Family | None, shapes: Callable[[], dict[str, tuple[int, ...]]]
 ) -> str | None:
-    """ "left out", "partly left out" or "not left out"; None where nothing is quantised, or it cannot be told.
+    """ "left out", "partly left out" or "not left out"; None where nothing is quantized, or it cannot be told.
 
     Args:
         shapes: `modeling.head_shapes`, which is asked only where it is needed.

@@ -39,7 +39,7 @@ def refusals(config: dict[str, Any], family: Family, where: str | Path = "config
     """What config.json says against training a checkpoint of this family.
 
     It has no `model_type`; it has another number of MTP layers than the one that FastMTP shares between all steps; it
-    has a setting that the family's classes here do not know; it is quantised otherwise than in FP8 blocks
+    has a setting that the family's classes here do not know; it is quantized otherwise than in FP8 blocks
     (`fp8.read_blocks`); it ties its output matrix to the embedding where the engines do not, or says two things of
     that.
     """

@@ -96,7 +96,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **(chat_template_kwargs or {}),
         )
-    except Exception as error:  # a template is a program: it raises what it likes
+    except Exception as error:  # noqa: BLE001 (a template is a program: it raises what it likes)
         raise RenderError(f"the model's chat template cannot render this conversation ({detail(error, 200)})") from None
     return text
 

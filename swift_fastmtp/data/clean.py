@@ -62,7 +62,7 @@ class Removed:
             self.examples.append(f"{where}: {why}")
 
 
-def clean(
+def clean(  # noqa: PLR0913
     inputs: list[str],
     output: str,
     *,

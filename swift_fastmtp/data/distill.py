@@ -34,7 +34,7 @@ from .examples import difference
 from .generate import end_token_ids, generate
 
 
-def distill(
+def distill(  # noqa: PLR0913
     model_dir: str,
     prompts: str | list[str],
     output: str,

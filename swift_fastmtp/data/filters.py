@@ -90,7 +90,7 @@ class Reasoning:
 class SpecialTokens:
     """Messages with the text of a chat special token, U+FFFD (bytes that were no text) or control characters.
 
-    As text they become the real token when the row is tokenised, and end a turn where nobody ended it.
+    As text they become the real token when the row is tokenized, and end a turn where nobody ended it.
     """
 
     name: ClassVar[str] = "special_tokens"

@@ -34,7 +34,7 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
-def mix(
+def mix(  # noqa: PLR0913
     inputs: Sequence[str],
     output_dir: str,
     *,

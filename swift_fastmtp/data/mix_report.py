@@ -11,7 +11,7 @@ from .mix_index import Index
 Ints = NDArray[np.int64]
 MAX_SOURCES = 100
 """In the report; the others are one line."""
-_COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
+_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
 
 
 def make_report(
@@ -160,7 +160,7 @@ def plot_lengths(report: dict[str, Any], path: Path) -> None:
     for i, (name, rows) in enumerate(shown):
         percent = [100 * rows[b] / sum(rows) for b in bins]
         label = f"{name} ({sum(rows):,} rows)"
-        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=_COLOURS[i % 6], label=label, linewidth=2)
+        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=_COLORS[i % 6], label=label, linewidth=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     what = "answer tokens" if report["count"] == "answers" else "tokens"

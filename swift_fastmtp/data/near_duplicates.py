@@ -26,7 +26,7 @@ Places = NDArray[np.int64]
 
 PERMUTATIONS = 126
 WINDOW = 32
-"""Rows with one band key are compared with so many neighbours, which keeps the work linear in the rows."""
+"""Rows with one band key are compared with so many neighbors, which keeps the work linear in the rows."""
 _GENERATOR = np.random.Generator(np.random.PCG64(0))
 # h -> (a h + b) mod 2^64, upper half: Dietzfelbinger's multiply-shift, for numbers that are hashes already.
 _A = _GENERATOR.integers(0, 2**63, PERMUTATIONS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
@@ -120,7 +120,7 @@ class NearDuplicates:
                 yield row, root, self._alike(root, row)
 
     def _candidates(self) -> Iterator[tuple[Places, Places]]:
-        """Pairs of rows that share a key. In a large group, put in order by the next keys, only neighbours."""
+        """Pairs of rows that share a key. In a large group, put in order by the next keys, only neighbors."""
         keys = np.frombuffer(self._keys, np.uint64).reshape(-1, self._bands)
         for band in range(self._bands):
             columns = [keys[:, (band + k) % self._bands] for k in (2, 1, 0)]

@@ -207,11 +207,11 @@ def _missing(templates: Iterable[str], row: Row) -> list[str]:
 
 def _fetch(name: str, described: Descriptor, offline: bool) -> list[Path]:
     """The files of a task, from the cache or the network."""
-    mend = f"give its file as {name}=FILE"
+    fix = f"give its file as {name}=FILE"
     if described.file:
         return [FOLDER / described.file]
     if described.url:
-        return [_download(name, described.url, offline, mend)]
+        return [_download(name, described.url, offline, fix)]
     import huggingface_hub
 
     assert described.hub
@@ -219,17 +219,17 @@ def _fetch(name: str, described: Descriptor, offline: bool) -> list[Path]:
         folder = huggingface_hub.snapshot_download(
             described.hub, repo_type="dataset", allow_patterns=described.files, local_files_only=offline
         )
-    except Exception as error:  # whatever a network may do
+    except Exception as error:  # noqa: BLE001 (whatever a network may do)
         raise FastMTPError(
-            f"task {name}: {described.source} cannot be read from the hub ({detail(error, 160)}); go online, or {mend}"
+            f"task {name}: {described.source} cannot be read from the hub ({detail(error, 160)}); go online, or {fix}"
         ) from None
     found = sorted({path for pattern in described.files for path in Path(folder).glob(pattern)})
     if not found:
-        raise FastMTPError(f"task {name}: {described.source} is not in the cache; go online, or {mend}")
+        raise FastMTPError(f"task {name}: {described.source} is not in the cache; go online, or {fix}")
     return found
 
 
-def _download(name: str, url: str, offline: bool, mend: str) -> Path:
+def _download(name: str, url: str, offline: bool, fix: str) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "swift_fastmtp" / "tasks"
     path = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.rsplit('/', 1)[1]}"
     if path.exists():
@@ -240,7 +240,7 @@ def _download(name: str, url: str, offline: bool, mend: str) -> Path:
         with urllib.request.urlopen(url, timeout=60) as response:
             content = response.read()
     except OSError as error:
-        raise FastMTPError(f"task {name}: {url} cannot be read ({detail(error, 160)}); go online, or {mend}") from None
+        raise FastMTPError(f"task {name}: {url} cannot be read ({detail(error, 160)}); go online, or {fix}") from None
     with staged(path) as file:
         file.write_bytes(content)
     return path

@@ -79,10 +79,10 @@ class Finding:
     level: str
     what: str
     why: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.what}\n    why:  {self.why}\n    mend: {self.mend}"
+        return f"{self.level}: {self.what}\n    why: {self.why}\n    fix: {self.fix}"
 
 
 def examine(
@@ -214,7 +214,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     stored = _stored(checkpoint, family, parts)
     found = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
     found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
-    # A matrix in another quantised form than FP8 blocks: its tensors have other names, shapes or meanings.
+    # A matrix in another quantized form than FP8 blocks: its tensors have other names, shapes or meanings.
     packed = {m for m, names in stored.items() if _is_packed(m, names)}
     found -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
@@ -253,7 +253,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             "error",
             f"{projection} is FP8 in blocks",
             "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
-            "start from a checkpoint that leaves it out of the quantisation",
+            "start from a checkpoint that leaves it out of the quantization",
         )
     named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
     yield from _dtypes(checkpoint, named, packed)
@@ -307,8 +307,8 @@ def _dtypes(checkpoint: Checkpoint, names: list[str], packed: set[str]) -> Itera
         what = ", ".join(sorted(kinds - _PLAIN) + ([f"{len(packed)} matrices with scales"] if packed else []))
         yield Finding(
             "warning",
-            f"the MTP layer is quantised ({what})",
-            "drafts follow small differences in hidden states; a quantised layer is often never accepted",
+            f"the MTP layer is quantized ({what})",
+            "drafts follow small differences in hidden states; a quantized layer is often never accepted",
             "keep the MTP layer in the source precision",
         )
     if read_quantization(checkpoint.config, checkpoint.folder):
@@ -324,7 +324,7 @@ def _dtypes(checkpoint: Checkpoint, names: list[str], packed: set[str]) -> Itera
 
 
 def _stored(checkpoint: Checkpoint, family: Family, parts: list[Part]) -> dict[str, list[str]]:
-    """Module of the MTP layer that engines may quantise → its tensors: the matrix, its scales, its packed form."""
+    """Module of the MTP layer that engines may quantize → its tensors: the matrix, its scales, its packed form."""
     modules = {m for part in parts for m in part.modules}
     stored: dict[str, list[str]] = {m: [] for m in modules}
     for name in checkpoint.file_of:
@@ -342,7 +342,7 @@ def _stored(checkpoint: Checkpoint, family: Family, parts: list[Part]) -> dict[s
 
 
 def _is_packed(module: str, names: list[str]) -> bool:
-    """Whether a matrix is quantised otherwise than in FP8 blocks."""
+    """Whether a matrix is quantized otherwise than in FP8 blocks."""
     matrix = f"{module}.weight" if f"{module}.weight" in names else module
     return bool(set(names) - {matrix, matrix + SCALE})
 
@@ -368,7 +368,7 @@ def _quantization(
             yield Finding(
                 "warning",
                 f"quantization_config is {quantization.method!r}: whether it leaves out the MTP layer was not checked",
-                "this package does not know how engines read that method; a plain layer that is built quantised "
+                "this package does not know how engines read that method; a plain layer that is built quantized "
                 "accepts nothing (accept length 1.0)",
                 "look at the accept length that the server logs",
             )
@@ -379,16 +379,16 @@ def _quantization(
         if modules and others:
             yield Finding(
                 "error",
-                f"{listed(others)}: plain, beside quantised {listed(modules)}",
+                f"{listed(others)}: plain, beside quantized {listed(modules)}",
                 f"engines build these as one, {part.name}, in one form",
-                "quantise all of them, or none",
+                "quantize all of them, or none",
             )
             continue
         by_engine = {r: out for r, out in (readings[part] or {}).items() if r in part.engines}
         if modules and by_engine and all(by_engine.values()):
             yield Finding(
                 "error",
-                f"{listed(modules)}: quantised, but {quantization.file} leaves it out of the quantisation",
+                f"{listed(modules)}: quantized, but {quantization.file} leaves it out of the quantization",
                 "the engine builds a plain matrix, and loads these numbers without their scales",
                 f'take it out of "{quantization.key}", or store it plain',
             )
@@ -402,7 +402,7 @@ def _is_quantized(names: list[str], dtypes: dict[str, str]) -> bool:
 def _built_quantized(
     quantization: Quantization, family: Family, readings: dict[Part, dict[str, bool] | None], plain: list[Part]
 ) -> Iterator[Finding]:
-    """Parts that are stored plain, but that an engine would build quantised."""
+    """Parts that are stored plain, but that an engine would build quantized."""
     by_all: list[str] = []
     by_one: dict[str, list[str]] = {}
     one_builds = [p for p in plain if len(p.engines) == 1 and family.engines.vllm]
@@ -419,13 +419,13 @@ def _built_quantized(
     method = f"quantization_config ({quantization.method})"
     how = fix(quantization, family, by_all or [m for modules in by_one.values() for m in modules])
     if by_all:
-        what = f"{method} does not leave out the MTP layer, whose tensors are not quantised: {listed(by_all)}"
+        what = f"{method} does not leave out the MTP layer, whose tensors are not quantized: {listed(by_all)}"
         if any(any((readings[part] or {}).values()) for part in plain):
             what = f"{method} leaves out a part of the MTP layer only; also plain, but not left out: {listed(by_all)}"
         yield Finding(
             "error",
             what,
-            "the engine builds a quantised layer, skips these tensors, and accepts nothing (accept length 1.0)",
+            "the engine builds a quantized layer, skips these tensors, and accepts nothing (accept length 1.0)",
             f"{how}; a folder of the MTP layer alone needs no quantization_config",
         )
     for engine, modules in by_one.items():
@@ -433,7 +433,7 @@ def _built_quantized(
         yield Finding(
             "warning",
             f"{method}: {engine} does not read it as leaving out {listed(modules)}",
-            f"{engine} builds them quantised, skips the plain tensors, and accepts nothing (accept length 1.0)",
+            f"{engine} builds them quantized, skips the plain tensors, and accepts nothing (accept length 1.0)",
             how + flag,
         )
 
@@ -524,7 +524,7 @@ def _forms(checkpoint: Checkpoint, base: Checkpoint, names: list[str]) -> Iterat
         if here != there:
             yield Finding(
                 "error",
-                f"{name} is {'FP8 in blocks' if here else 'not quantised'}, in {base} it is the other way",
+                f"{name} is {'FP8 in blocks' if here else 'not quantized'}, in {base} it is the other way",
                 "engines build the layer that config.json describes, and load these numbers as something else",
                 "`fastmtp export` writes each tensor as the base model stores it",
             )
@@ -535,7 +535,7 @@ def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
         maps = check_map_list(config[CONFIG_KEY], folder / "config.json")
         check_names(maps)
     except FastMTPError as error:
-        yield Finding("error", str(error), "a server with this package does not start", f'mend "{CONFIG_KEY}"')
+        yield Finding("error", str(error), "a server with this package does not start", f'fix "{CONFIG_KEY}"')
         return
     for path in maps.values():
         yield from _map(path, folder, config)

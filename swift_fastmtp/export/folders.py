@@ -8,7 +8,7 @@
 * draft-only: config, tokenizer and the MTP tensors alone, for `--speculative-draft-model-path`.
 
 Both write MTP tensors in the form in which the base stores them, so a head is served alike by both, and config.json is
-right for them: plain ones in the base's dtype, FP8 in blocks quantised again. Neither loads a model: tensors are read,
+right for them: plain ones in the base's dtype, FP8 in blocks quantized again. Neither loads a model: tensors are read,
 cast, checked and written one at a time, and memory is a few times the largest (the head, where a LoRA adapter is
 merged into it).
 """
@@ -22,7 +22,7 @@ import torch
 
 from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
-from ..checkpoint.fp8 import SCALE, requantise
+from ..checkpoint.fp8 import SCALE, requantize
 from ..checkpoint.headers import Headers, entries_of
 from ..checkpoint.mtp_tensors import head_reader
 from ..checkpoint.shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
@@ -202,7 +202,7 @@ class _Trained:
         if name + SCALE not in self.specs or self._base.blocks is None:
             return self._read(name).to(self.specs[name][0])
         old = self._base.read(name), self._base.read(name + SCALE)
-        weight, self._scales[name + SCALE] = requantise(self._read(name), *old, self._base.blocks)
+        weight, self._scales[name + SCALE] = requantize(self._read(name), *old, self._base.blocks)
         return weight
 
     def equals_base(self) -> bool:

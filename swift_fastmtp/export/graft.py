@@ -75,7 +75,7 @@ def graft(
         )
     config, headers = tuned.config, _sound(tuned)
     if tuned.blocks:
-        raise FastMTPError(f"{model}: is quantised; graft into the unquantised checkpoint and quantise the result")
+        raise FastMTPError(f"{model}: is quantized; graft into the unquantized checkpoint and quantize the result")
     theirs = giver.config if giver else None
     family = giver.trainable_family if giver else _family_of(tuned)
     new_config, notes = _with_head(config, theirs, family, tuned.folder)
@@ -248,7 +248,7 @@ def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
 
     try:
         a, b = (Tokenizer.from_file(str(path)).get_vocab() for path in (ours, theirs))
-    except Exception as error:  # the tokenizers library raises plain exceptions
+    except Exception as error:  # noqa: BLE001 (the tokenizers library raises plain exceptions)
         raise FastMTPError(f"{ours}, {theirs}: cannot be read as tokenizers ({error})") from None
     other = sum(a.get(token) != number for token, number in b.items())
     if not other and len(a) == len(b):
@@ -269,7 +269,7 @@ def _dtype(model: Checkpoint) -> torch.dtype:
     if entry.shape != want:
         raise FastMTPError(f"{model}: {name} has shape {list(entry.shape)}, config.json says {list(want)}")
     if entry.dtype not in TORCH or TORCH[entry.dtype].itemsize < 2:
-        raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}; graft into the unquantised checkpoint")
+        raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}; graft into the unquantized checkpoint")
     return TORCH[entry.dtype]
 
 
@@ -293,7 +293,7 @@ def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: P
         if donor is None or not (donor / name).exists():
             raise FastMTPError(f"{model / 'config.json'}: auto_map names {name}, which is not there; add the file")
     files = sorted(p for p in donor.glob("*.py") if not (model / p.name).exists()) if donor else []
-    for source in files:  # remote code imports its neighbours
+    for source in files:  # remote code imports its neighbors
         check_link(source, source.parent)
         link_or_copy(source, out / source.name)
     return [f"{', '.join(p.name for p in files)}: from the donor"]

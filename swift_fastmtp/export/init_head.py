@@ -43,7 +43,7 @@ def initial_head(
     norm = f"{stem}norm.weight"
     if norm not in checkpoint.file_of:
         raise FastMTPError(
-            f"{checkpoint.folder}: {norm} is missing; a head is initialised from it and the last decoder layer"
+            f"{checkpoint.folder}: {norm} is missing; a head is initialized from it and the last decoder layer"
         )
     sources: dict[str, str] = {}
     for name in expected:

@@ -197,7 +197,7 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
         in_blocks = entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in headers.entries
         if entry.dtype not in _FLOATS and not in_blocks:
             about = "training" if config_value(config, "quantization_config") else "draft"
-            reasons.append(Reason(about, f"{name} is stored as {entry.dtype}; a quantised MTP layer cannot be trained"))
+            reasons.append(Reason(about, f"{name} is stored as {entry.dtype}; a quantized MTP layer cannot be trained"))
 
     # The backbone.
     every = (*headers.entries, *headers.absent, *headers.stale)
@@ -330,7 +330,7 @@ def text(found: Inspection) -> str:
         rows.append(("own matrices", ", ".join(found.own_matrices) or "none: embedding and head are the backbone's"))
     rows.append(("tied head", "yes" if found.tied_head else "no"))
     left_out = f", the MTP layer {found.mtp_left_out}" if found.mtp_left_out else ""
-    rows.append(("quantised", (found.quantization or "no") + left_out))
+    rows.append(("quantized", (found.quantization or "no") + left_out))
     backbone = f"{found.backbone_tensors} tensors, {size(found.backbone_bytes)}, {found.files} files in all"
     rows.append(("backbone", backbone))
     if found.lost_on_save:

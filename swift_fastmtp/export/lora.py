@@ -40,7 +40,7 @@ def merge_head(base: Checkpoint, checkpoint: Path) -> dict[str, torch.Tensor]:
     load_head(model, head_reader(base, family, expected), expected)
     try:
         merged = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
-    except Exception as error:  # peft raises whatever a key of adapter_config.json makes it stumble over
+    except Exception as error:  # noqa: BLE001 (peft raises whatever a key of adapter_config.json makes it stumble over)
         raise FastMTPError(
             f"{checkpoint}: peft cannot read the adapter ({detail(error)}); take it from the run again"
         ) from None

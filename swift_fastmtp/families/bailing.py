@@ -88,7 +88,7 @@ class BailingMoeV2Attention(_Renamed, glm.Glm4MoeAttention):
         query, key = glm.apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, glm.eager_attention_forward)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, glm.eager_attention_forward)  # noqa: SLF001 (as transformers' own classes of attention do)
         out, weights = attend(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         return self.o_proj(out.flatten(-2)), weights
 

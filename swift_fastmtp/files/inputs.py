@@ -202,7 +202,7 @@ def yaml_value(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(detail(ValueError(what)) + place) from None
-    except Exception as error:  # a tag with a wrong value (`!!bool x`) raises whatever Python does
+    except Exception as error:  # noqa: BLE001 (a tag with a wrong value (`!!bool x`) raises whatever Python does)
         raise ValueError(detail(error)) from None
 
 

@@ -38,7 +38,7 @@ class BadRows:
         if policy not in ("stop", "skip"):
             raise FastMTPError(f"--on_bad_row: {policy!r} is neither `stop` nor `skip`")
         self.policy = policy
-        self._mend = f"mend it, or {how_to_skip}" if how_to_skip else "mend it"
+        self._fix = f"fix it, or {how_to_skip}" if how_to_skip else "fix it"
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
         self._ids: dict[int, str] = {}
@@ -46,7 +46,7 @@ class BadRows:
     def add(self, where: str, what: str, detail: str = "") -> None:
         """Row `where` cannot be used: `what` kind of fault, `detail` of this row. Raises if that is to stop the run."""
         if self.policy == "stop":
-            raise FastMTPError(f"{where}: {what}{f' ({detail})' if detail else ''}; {self._mend}")
+            raise FastMTPError(f"{where}: {what}{f' ({detail})' if detail else ''}; {self._fix}")
         self.counts[what] += 1
         places = self.places.setdefault(what, [])
         if len(places) < EXAMPLES:
@@ -141,7 +141,7 @@ def save_hub_dataset(name: str, path: Path) -> None:
         with write_rows(path) as file:
             for row in rows:
                 file.write(dump_row(as_json(row)))
-    except Exception as error:  # whatever a network and somebody's files may do
+    except Exception as error:  # noqa: BLE001 (whatever a network and somebody's files may do)
         raise FastMTPError(f"hf:{name}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
 
 

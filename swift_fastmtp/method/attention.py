@@ -63,12 +63,12 @@ def rollout_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 (the caller's interface)
     *,
     scaling: float,
     rollout: RolloutState,
     indices: Index | None = None,
-    **kwargs: Any,
+    **kwargs: Any,  # noqa: ARG001 (the caller's interface)
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q [B, H, T, d], k [B, H_kv, T, d], v [B, H_kv, T, d_v] → [B, T, H, d_v].
 
@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913
         ctx: Any,
         query: Tensor,
         key: Tensor,

@@ -69,7 +69,7 @@ def flash(
     return out, lse
 
 
-def flash_backward(
+def flash_backward(  # noqa: PLR0913
     grad: Tensor,
     query: Tensor,
     key: Tensor,

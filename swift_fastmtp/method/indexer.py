@@ -46,7 +46,7 @@ class Indexer(nn.Module):
     """In place of transformers' indexer, which picks keys by itself and from one step only.
 
     Args:
-        stock: that indexer, whose tensors become buffers of the same names: no optimiser, gradient or weight decay
+        stock: that indexer, whose tensors become buffers of the same names: no optimizer, gradient or weight decay
             reaches them.
         turn: transformers' rotary embedding of its queries and keys.
     """

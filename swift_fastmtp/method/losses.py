@@ -7,7 +7,7 @@ With p the frozen model's own next-token distribution at the position a step pre
 
     ce        -log q(x), x the text's token                                    paper Eq. 1
     kl        KL(p || q) = sum p (log p - log q)                               Hinton et al. 2015
-    topk_kl   KL(p' || q), p' = p cut to its top_k tokens and renormalised: what a server samples from with top_k
+    topk_kl   KL(p' || q), p' = p cut to its top_k tokens and renormalized: what a server samples from with top_k
     tv        TV(p, q) = 1 - a, a = sum min(p, q)                              a: acceptance of speculative sampling,
                                                                                Leviathan et al. 2023, Theorem 3.5
     lk        w KL + (1 - w) TV, w = exp(-eta a), per row, no gradient in w    LK losses, arXiv 2602.23881

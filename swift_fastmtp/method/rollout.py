@@ -81,7 +81,7 @@ def step_targets(
     return torch.stack(targets), torch.stack(valid)
 
 
-def rollout(
+def rollout(  # noqa: PLR0913
     mtp: MTPLayer,
     hidden_BTD: torch.Tensor,
     embeds_BTD: torch.Tensor,

@@ -34,7 +34,7 @@ def read_token_map(path: str | Path, vocab_size: int) -> torch.Tensor:
         raise FastMTPError(
             f"{path}: holds more than tensors and lists, which could be code; it was not loaded; {_HOW_TO_MAKE}"
         ) from None
-    except Exception as error:  # whatever torch's reader stumbles over in a broken file
+    except Exception as error:  # noqa: BLE001 (whatever torch's reader stumbles over in a broken file)
         raise _no_map(path, f"{type(error).__name__}: {error}") from None
     ids = _flat_ids(stored, vocab_size)
     if ids is None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint.fp8 import dequantise
+from ..checkpoint.fp8 import dequantize
 from ..checkpoint.fp8_config import Blocks
 from ..files.libraries import Name, changed, find
 
@@ -55,7 +55,7 @@ class Dequantize(Fp8Dequantize):
         self, quantized: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         rows, cols = self.hf_quantizer.quantization_config.weight_block_size
-        return dequantise(quantized[...], scales[...], Blocks((rows, cols))).to(output_dtype or torch.float32)
+        return dequantize(quantized[...], scales[...], Blocks((rows, cols))).to(output_dtype or torch.float32)
 
 
 class Quantizer(FineGrainedFP8HfQuantizer):
@@ -98,10 +98,10 @@ def check_fp8() -> None:
     operation = Dequantize(Quantizer(config, pre_quantized=True))
     weight = torch.ones(3, 3).to(torch.float8_e4m3fn)
     scales = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    wanted = dequantise(weight, scales, Blocks((2, 2)))
+    wanted = dequantize(weight, scales, Blocks((2, 2)))
     try:
         result = operation.convert({"weight$": [weight], "weight_scale_inv": [scales]})["weight"]
-    except Exception as error:  # whatever another version does with it
+    except Exception as error:  # noqa: BLE001 (whatever another version does with it)
         raise changed("transformers", f"Fp8Dequantize.convert fails ({type(error).__name__})") from None
     if not torch.equal(torch.as_tensor(result), wanted):
         raise changed("transformers", "Fp8Dequantize.convert does not use _dequantize_one, and gives other numbers")

@@ -173,6 +173,6 @@ class MTPHead(nn.Module):
         return out
 
 
-def _join_experts_on_load(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
+def _join_experts_on_load(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:  # noqa: ARG001 (the caller's interface)
     own = {name: state.pop(name) for name in list(state) if name.startswith(prefix) and ".experts." in name}
     state.update(join_experts(own))

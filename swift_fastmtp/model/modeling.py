@@ -126,7 +126,7 @@ class FastMTPMixin:
         config = copy.deepcopy(config) or load_config(checkpoint)
         if isinstance(kwargs.get("dtype"), torch.dtype):
             config.dtype = kwargs["dtype"]
-        quantised = getattr(config, "quantization_config", None) is not None
+        quantized = getattr(config, "quantization_config", None) is not None
         headers = checkpoint.headers
         if is_deepspeed_zero3_enabled() and (parts := sources(cls, checkpoint, config)):
             return load_partitioned(cls, checkpoint, config, parts)
@@ -136,10 +136,10 @@ class FastMTPMixin:
             kwargs["device_map"] = mapping
         elif isinstance(mapping, dict):
             placement.check_map(mapping, cls.family.at(config.num_hidden_layers).roots)
-        if quantised:
-            from .fp8_loading import dequantised, saved_plain
+        if quantized:
+            from .fp8_loading import dequantized, saved_plain
 
-            dequantised(config)
+            dequantized(config)
         folder = None
         if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
             folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
@@ -160,7 +160,7 @@ class FastMTPMixin:
                 model.weight_links = links  # layers that stay on disk are read through them
             else:
                 links.cleanup()
-        if quantised:
+        if quantized:
             saved_plain(model, model_dir)
         if is_dispatched(model):
             placement.keep(model, folder)
@@ -208,7 +208,7 @@ class FastMTPMixin:
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         return positions.expand(3, -1, -1), positions.new_zeros(len(positions), 1)
 
-    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, mm_token_type_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:  # noqa: ARG002 (the caller's interface)
         """As transformers', without what those templates add for images; positions follow from the attention mask."""
         if "position_ids" in kwargs and kwargs["position_ids"].ndim == 3:
             del kwargs["position_ids"]
@@ -455,7 +455,7 @@ def _one_line(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except FastMTPError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (whatever others' code raises)
         raise FastMTPError(
             f"{checkpoint.config_file}: transformers cannot build it ({detail(error)}); compare with the base "
             "model's, where a key is null or of another type"
@@ -470,7 +470,7 @@ def text_config(config: Any, checkpoint: Checkpoint) -> Any:
     if quantization := checkpoint.value("quantization_config"):
         text.quantization_config = quantization
     elif hasattr(text, "quantization_config"):
-        del text.quantization_config  # null or empty: an unquantised checkpoint
+        del text.quantization_config  # null or empty: an unquantized checkpoint
     if getattr(text, "head_dim", 0) is None:  # engines take it as missing, transformers' older classes do not
         text.head_dim = text.hidden_size // text.num_attention_heads
     _check_rope(getattr(text, "rope_parameters", None), checkpoint.config_file)
@@ -531,7 +531,7 @@ def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[
         if name not in tied:
             needed.update(as_stored({name: tensor}, stored))
     if checkpoint.value("quantization_config"):
-        # A quantised matrix is several tensors: scales, zero points, packed values, under their module or beside it.
+        # A quantized matrix is several tensors: scales, zero points, packed values, under their module or beside it.
         modules = {name.rpartition(".")[0] for name in needed}
         needed |= {n for n in stored if n.rpartition(".")[0] in modules}
     return sorted(n for n in asked if _text_name(n) in needed - here)

@@ -1,7 +1,7 @@
 """Loads a checkpoint into a model that ZeRO-3 partitions, one parameter at a time.
 
 transformers' way puts the whole checkpoint into a dictionary on every rank. Plain tensors stay on disk until they are
-touched, but experts are joined, and FP8 is dequantised, for the whole model before anything is partitioned. Here every
+touched, but experts are joined, and FP8 is dequantized, for the whole model before anything is partitioned. Here every
 rank holds its part and the one parameter that rank 0 is reading.
 """
 

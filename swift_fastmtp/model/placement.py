@@ -48,7 +48,7 @@ def device_map(
         room[main] -= max(layers.values())  # through which the others pass
     if room[main] < 0:
         raise FastMTPError(
-            f"the head, its optimiser, the embedding and the output matrix take {stays / 1e9:.1f} GB, which device "
+            f"the head, its optimizer, the embedding and the output matrix take {stays / 1e9:.1f} GB, which device "
             f"{main} has not; free memory or raise --max_memory"
         )
     found: dict[str, int | str] = {name: main for name, _, moves in parts if not moves}

@@ -1,8 +1,8 @@
 """How the report's figures look, and how a figure becomes files.
 
 Each is narrow (one column, so that it stays readable on a phone) and becomes a PNG and an SVG on white; the HTML page
-takes the same SVG with its colours turned into CSS variables, so it follows the reader's light or dark scheme. A method
-has one colour and one marker in all of them.
+takes the same SVG with its colors turned into CSS variables, so it follows the reader's light or dark scheme. A method
+has one color and one marker in all of them.
 """
 
 import functools
@@ -20,7 +20,7 @@ from .merge import Merged
 
 INK, GRID, PAGE = "#1f2328", "#d0d7de", "#ffffff"
 # (on white, on #0d1117): Okabe and Ito's hues made darker or lighter. Every pair is at least 11 apart (CIE76) for full
-# colour sight and for its three kinds of blindness (Machado 2009), and has a contrast of 3 with its background.
+# color sight and for its three kinds of blindness (Machado 2009), and has a contrast of 3 with its background.
 PALETTE = (
     ("#6e7781", "#a0a8b2"),
     ("#d55e00", "#f0884a"),
@@ -54,16 +54,16 @@ def write_plot(plot: Plot, folder: Path) -> None:
 
 
 def inline_svg(plot: Plot) -> str:
-    """The SVG for an HTML page: no XML header, ids of its own, colours as CSS variables (`page_colours`)."""
+    """The SVG for an HTML page: no XML header, ids of its own, colors as CSS variables (`page_colors`)."""
     svg = plot.svg[plot.svg.index("<svg") :]
     for i, (light, _) in enumerate(PALETTE):
         svg = svg.replace(light, f"var(--series-{i})")
     return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)").replace(PAGE, "var(--page)")
 
 
-def page_colours(dark: bool) -> str:
+def page_colors(dark: bool) -> str:
     """CSS declarations of the variables that `inline_svg` uses, but for --page and --grid."""
-    return " ".join(f"--series-{i}: {colours[dark]};" for i, colours in enumerate(PALETTE))
+    return " ".join(f"--series-{i}: {colors[dark]};" for i, colors in enumerate(PALETTE))
 
 
 def _places(results: Merged) -> dict[str, int]:
@@ -80,7 +80,7 @@ def _places(results: Merged) -> dict[str, int]:
 
 
 def paints(results: Merged, shown: list[Entry]) -> dict[str, tuple[str, str]]:
-    """Entry name to colour and marker; variants of one label share the colour and differ in the marker."""
+    """Entry name to color and marker; variants of one label share the color and differ in the marker."""
     places, seen, found = _places(results), dict[str, int](), dict[str, tuple[str, str]]()
     for entry in shown:
         if entry.name not in found:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from ..files.table import Table
-from .figure import Plot, inline_svg, page_colours
+from .figure import Plot, inline_svg, page_colors
 
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --soft: #57606a; --grid: #d0d7de; --stripe: #f6f8fa;
@@ -46,7 +46,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: 0.9rem; }
 
 def page(title: str, notes: Sequence[str], plots: Sequence[Plot], tables: Sequence[Table], footer: str) -> str:
     """The whole document."""
-    css = _CSS.replace("LIGHT", page_colours(False)).replace("DARK", page_colours(True))
+    css = _CSS.replace("LIGHT", page_colors(False)).replace("DARK", page_colors(True))
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

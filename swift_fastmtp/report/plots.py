@@ -99,10 +99,10 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     top = 1.0
     for entry in found:
         values = {task: run.speedup.value for task, run in entry.runs.items() if run.speedup}
-        colour, marker = looks[entry.name]
+        color, marker = looks[entry.name]
         points = [(angle, values[task]) for angle, task in zip(angles, tasks, strict=True) if task in values]
         closed = [*points, points[0]] if len(points) == len(tasks) else points
-        axes.plot(*zip(*closed, strict=True), color=colour, marker=marker, label=entry.name)
+        axes.plot(*zip(*closed, strict=True), color=color, marker=marker, label=entry.name)
         top = max(top, *values.values())
         facts.append(
             f"{entry.name}: " + ", ".join(f"{results.tasks[t].title} {values[t]:.2f}×" for t in tasks if t in values)
@@ -154,7 +154,7 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
     looks = paints(results, found)
     facts = []
     for i, entry in enumerate(found):
-        colour, marker = looks[entry.name]
+        color, marker = looks[entry.name]
         offset = (i - (len(found) - 1) / 2) * 0.8 / len(found)
         label: str | None = entry.name
         said = []
@@ -164,7 +164,7 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
             else:
                 s = entry.runs[task].speedup if task in entry.runs else None
             if s:
-                axes.errorbar(s.value, row + offset, xerr=_error(s), fmt=marker, color=colour, label=label, capsize=3,
+                axes.errorbar(s.value, row + offset, xerr=_error(s), fmt=marker, color=color, label=label, capsize=3,
                               elinewidth=1.6, markersize=5.5)  # fmt: skip
                 label = None
                 said.append(f"{results.tasks[task].title if task else 'mean'} {times(s)}")
@@ -204,15 +204,15 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     drawing, (upper, lower) = new_figure(5.6, 2, sharex=True)
     facts = []
     for name, line in lines.items():
-        colour, marker = looks[name]
+        color, marker = looks[name]
         points = [*base[:1], *line]
         steps = [e.num_steps for e in points]
         taus = [mean([tau(run, e.num_steps) for run in e.runs.values()]) for e in points]
         speeds = [mean([speed(run) for run in e.runs.values()]) for e in points]
         known = [(k, t) for k, t in zip(steps, taus, strict=True) if t is not None]
         if known:
-            upper.plot(*zip(*known, strict=True), color=colour, marker=marker, label=name)
-        lower.plot(steps, [float("nan") if s is None else s for s in speeds], color=colour, marker=marker, label=name)
+            upper.plot(*zip(*known, strict=True), color=color, marker=marker, label=name)
+        lower.plot(steps, [float("nan") if s is None else s for s in speeds], color=color, marker=marker, label=name)
         said = [f"K={k} τ {'unknown' if t is None else f'{t:.2f}'}, {s or 0:.1f} token/s"
                 for k, t, s in zip(steps, taus, speeds, strict=True)]  # fmt: skip
         facts.append(f"{name}: {'; '.join(said)}")
@@ -312,9 +312,9 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     if not sizes:
         return None
     order: list[int | None] = [*sorted(sizes), None]
-    # Tasks are not methods, so their colours are the palette's other half.
+    # Tasks are not methods, so their colors are the palette's other half.
     for i, (name, points) in enumerate(lines):
-        colour, marker = PALETTE[(4 + i) % len(PALETTE)][0], MARKERS[i % len(MARKERS)]
+        color, marker = PALETTE[(4 + i) % len(PALETTE)][0], MARKERS[i % len(MARKERS)]
         said = []
         for axes, column in ((upper, 1), (lower, 2)):
             known = [(order.index(p[0]), p[column]) for p in points if p[column] is not None]
@@ -322,10 +322,10 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
             if not known:
                 continue
             values = [v.value if isinstance(v, Interval) else v for _, v in known]
-            axes.plot([x for x, _ in known], values, color=colour, marker=marker, label=name)
+            axes.plot([x for x, _ in known], values, color=color, marker=marker, label=name)
             for x, v in known:
                 if isinstance(v, Interval):
-                    axes.errorbar(x, v.value, yerr=_error(v), color=colour, capsize=3, elinewidth=1.6, fmt="none")
+                    axes.errorbar(x, v.value, yerr=_error(v), color=color, capsize=3, elinewidth=1.6, fmt="none")
         for size, length, ratio in points:
             length_said = "" if length is None else f" τ {length:.2f}"
             said.append(f"{f'{size:,}' if size else 'whole'}{length_said}{f' {times(ratio)}' if ratio else ''}")
@@ -368,7 +368,7 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
     drawing, (upper, lower) = new_figure(5.6, 2, sharex=True)
     facts = []
     for name, num_steps in dict.fromkeys((e.name, e.num_steps) for e in found):
-        colour, marker = looks[name]
+        color, marker = looks[name]
         ratios, totals = [], []
         for level in levels:
             for entry in by_level[level]:
@@ -379,13 +379,13 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
                     if ratio:
                         ratios.append((level, ratio))
         if num_steps and ratios:
-            upper.plot([x for x, _ in ratios], [r.value for _, r in ratios], color=colour, marker=marker, label=name)
+            upper.plot([x for x, _ in ratios], [r.value for _, r in ratios], color=color, marker=marker, label=name)
             for level, ratio in ratios:
                 upper.errorbar(
-                    level, ratio.value, yerr=_error(ratio), color=colour, capsize=3, elinewidth=1.6, fmt="none"
+                    level, ratio.value, yerr=_error(ratio), color=color, capsize=3, elinewidth=1.6, fmt="none"
                 )
         if totals:
-            lower.plot(*zip(*totals, strict=True), color=colour, marker=marker, label=name)
+            lower.plot(*zip(*totals, strict=True), color=color, marker=marker, label=name)
             speedups = dict(ratios)
             facts.append(f"{name}: " + ", ".join(
                 f"{x} at a time {total:.0f} token/s{f' {times(speedups[x])}' if x in speedups else ''}"
@@ -475,8 +475,8 @@ def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | Non
         if len(sums) < 2:
             continue
         points = [((start + end) / 2, total / steps) for (start, end), (total, steps) in sorted(sums.items())]
-        colour, marker = looks[entry.name]
-        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=entry.name)
+        color, marker = looks[entry.name]
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=entry.name)
         ends += [end for _, end in sums]
         facts.append(f"{entry.name}: " + ", ".join(
             f"{start} to {end} {total / steps:.2f}" for (start, end), (total, steps) in sorted(sums.items())

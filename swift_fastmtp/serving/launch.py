@@ -82,7 +82,7 @@ def serve_flags(
     if not full:
         flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
         if read_object(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
-            why = "the target is quantised, these tensors are not"
+            why = "the target is quantized, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     elif read_quantization(config, folder) and not _is_quantized(checkpoint, family):
         why = "SGLang names some MTP layers otherwise than the checkpoint, and may not see that this one is left out"

@@ -81,9 +81,9 @@ class Router:
 
 
 def check_weight(weight: torch.Tensor) -> None:
-    """Raises `FastMTPError` if an output matrix is quantised: its rows are no plain numbers to multiply with."""
+    """Raises `FastMTPError` if an output matrix is quantized: its rows are no plain numbers to multiply with."""
     if not weight.is_floating_point() or weight.element_size() < 2:
-        raise FastMTPError(f"the output matrix is quantised ({weight.dtype}); leave lm_head out of the quantisation")
+        raise FastMTPError(f"the output matrix is quantized ({weight.dtype}); leave lm_head out of the quantization")
 
 
 class LanguageMetrics:

@@ -40,7 +40,7 @@ class Text(NamedTuple):
     """Which of the dataset's rows it is of."""
 
 
-def make_texts(
+def make_texts(  # noqa: PLR0913
     model: Any,
     tokenizer: Any,
     rows: list[dict[str, Any]],
@@ -129,7 +129,7 @@ def greedy_acceptance(
     return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.bool, label)
 
 
-def sampled_acceptance(
+def sampled_acceptance(  # noqa: PLR0913
     model: Any,
     texts: list[Text],
     pad: int,

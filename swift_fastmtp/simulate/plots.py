@@ -6,11 +6,11 @@ from pathlib import Path
 from .recommend import map_kind
 from .result import HeadResult
 
-_COLOURS = ("#9aa5b1", "#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017")
+_COLORS = ("#9aa5b1", "#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017")
 
 
 def plot_acceptance(results: Sequence[HeadResult], path: Path) -> None:
-    """Marginal acceptance per depth and tau per K, one colour per head."""
+    """Marginal acceptance per depth and tau per K, one color per head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,14 +20,14 @@ def plot_acceptance(results: Sequence[HeadResult], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     bar = 0.8 / len(results)
     for i, result in enumerate(results):
-        colour = _COLOURS[i % len(_COLOURS)]
+        color = _COLORS[i % len(_COLORS)]
         label = Path(result.name).name
         places = [d + (i - (len(results) - 1) / 2) * bar for d in depths]
-        bars = left.bar(places, [100 * m for m in result.marginal], bar * 0.95, color=colour, label=label)
+        bars = left.bar(places, [100 * m for m in result.marginal], bar * 0.95, color=color, label=label)
         left.bar_label(bars, fmt="%.0f", fontsize=8)
-        right.plot(depths, result.tau_micro, "o-", color=colour, label=label)
+        right.plot(depths, result.tau_micro, "o-", color=color, label=label)
         right.annotate(f"{result.tau_micro[-1]:.2f}", (depths[-1], result.tau_micro[-1]), xytext=(6, -3),
-                       textcoords="offset points", fontsize=9, color=colour)  # fmt: skip
+                       textcoords="offset points", fontsize=9, color=color)  # fmt: skip
     left.set(xlabel="draft depth", ylabel="accepted (%)", xticks=depths, ylim=(0, 105), title="Acceptance by depth")
     right.set(xlabel="drafts per step, K", ylabel="tokens per step (τ)", xticks=depths, title="Acceptance length")
     right.set_xlim(depths[0] - 0.2, depths[-1] + 0.45)
@@ -64,7 +64,7 @@ def plot_maps(results: Sequence[HeadResult], num_steps: int, path: Path) -> None
                 line = sorted(
                     (r.num_ids, of(r, num_steps)) for r in own if r.token_map and map_kind(r.token_map) == kind
                 )
-                axes.plot(*zip(*line, strict=True), "o-", color=_COLOURS[1 + i % 5], markersize=4, label=kind)
+                axes.plot(*zip(*line, strict=True), "o-", color=_COLORS[1 + i % 5], markersize=4, label=kind)
             axes.set_xscale("log", base=2)
             sizes = sorted({r.num_ids for r in own if r.token_map})
             axes.set_xticks(sizes, [f"{n / 1024:g}k" for n in sizes], fontsize=8)

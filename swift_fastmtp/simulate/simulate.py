@@ -8,7 +8,7 @@ bytes that a step reads turn tau into speed (`cost.py`).
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..data.conversation import without_answer
 from ..data.generate import padding_id
 from ..data.language_names import UNKNOWN
 from ..errors import FastMTPError
+from ..families.family import Family
 from ..files.provenance import provenance
 from ..files.rows import read_rows
 from ..files.staging import new_files, try_output, write_json
@@ -42,7 +43,7 @@ ALL = "all"
 MOST_PLOTTED = 8
 
 
-def simulate(
+def simulate(  # noqa: PLR0913
     model_dir: str,
     checkpoints: list[str],
     dataset: str,
@@ -80,12 +81,7 @@ def simulate(
 
     Raises `FastMTPError` for bad rows, checkpoints, maps or an existing `output_dir`.
     """
-    if num_steps < 1:
-        raise FastMTPError(f"--num_steps {num_steps}: must be at least 1")
-    if temperature < 0:
-        raise FastMTPError(f"--temperature {temperature}: must not be negative")
-    if (draft_ms is None) != (verify_ms is None):
-        raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
+    _check_options(num_steps, temperature, draft_ms, verify_ms)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -99,12 +95,7 @@ def simulate(
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
     base = Checkpoint(model_dir)
     expected = head_shapes(base)
-    heads = {"base": head_reader(base, model.family, expected)}
-    for run in checkpoints:
-        trained = Checkpoint(run)
-        trained.check_backbone(base)
-        check_head(trained, model.family, expected)
-        heads[run] = head_reader(trained, model.family, expected)
+    heads = _heads(base, checkpoints, model.family, expected)
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)
@@ -175,6 +166,28 @@ def simulate(
                 write_json(copy_maps(chosen, folder), folder / "maps.json")  # a list names maps beside it
             write_json(record, folder / RECORD)
     return results
+
+
+def _check_options(num_steps: int, temperature: float, draft_ms: float | None, verify_ms: float | None) -> None:
+    if num_steps < 1:
+        raise FastMTPError(f"--num_steps {num_steps}: must be at least 1")
+    if temperature < 0:
+        raise FastMTPError(f"--temperature {temperature}: must not be negative")
+    if (draft_ms is None) != (verify_ms is None):
+        raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
+
+
+def _heads(
+    base: Checkpoint, checkpoints: list[str], family: Family, expected: dict[str, tuple[int, ...]]
+) -> dict[str, Callable[[str], torch.Tensor]]:
+    """What reads the tensors of each MTP layer that is measured; all of them are checked before any is."""
+    heads = {"base": head_reader(base, family, expected)}
+    for run in checkpoints:
+        trained = Checkpoint(run)
+        trained.check_backbone(base)
+        check_head(trained, family, expected)
+        heads[run] = head_reader(trained, family, expected)
+    return heads
 
 
 def _groups(texts: list[Text], rows: list[dict[str, Any]], tokenizer: Any, by: str) -> dict[str, list[int]]:

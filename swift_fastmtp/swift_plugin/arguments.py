@@ -28,13 +28,13 @@ logger = get_logger()
 _RENDERED = "rows are rendered by the chat template of the model's folder, as engines render them"
 # (argument, value that is fine, why anything else is not)
 _UNSUPPORTED = (
-    ("sequence_parallel_size", 1, "draft steps read tokens of the neighbouring rank"),
+    ("sequence_parallel_size", 1, "draft steps read tokens of the neighboring rank"),
     ("enable_dft_loss", False, "it re-weights next-token logits, which FastMTP never computes"),
     ("enable_channel_loss", False, "it needs next-token logits, which FastMTP never computes"),
     ("use_liger_kernel", False, "it replaces the model's forward, and with it the MTP steps"),
     ("predict_with_generate", False, "evaluation is acceptance; use `swift infer` for text"),
-    ("quant_method", None, "the head is trained against the unquantised backbone"),
-    ("quant_bits", None, "the head is trained against the unquantised backbone"),
+    ("quant_method", None, "the head is trained against the unquantized backbone"),
+    ("quant_bits", None, "the head is trained against the unquantized backbone"),
 )
 _OF_OTHER_TEMPLATES = (
     ("agent_template", None, _RENDERED),

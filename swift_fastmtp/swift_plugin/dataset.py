@@ -112,7 +112,7 @@ def save_dataset(name: str, path: Path, on_bad_row: str = "stop") -> None:
         with write_rows(path) as file:
             for row in dataset:
                 file.write(dump_row(as_json(row)))
-    except Exception as error:  # whatever a network and somebody's files may do
+    except Exception as error:  # noqa: BLE001 (whatever a network and somebody's files may do)
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise FastMTPError(
             f"swift:{name}: cannot be loaded ({what}); if a row of it is at fault, --on_bad_row skip leaves it out"

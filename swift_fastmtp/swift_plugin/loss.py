@@ -77,10 +77,10 @@ def _check_trainable(model: Any) -> None:
     if names and not outside:
         return
     what = f"{outside[0]} would be trained" if outside else "nothing would be trained"
-    mend = f"or --tuner_type full --freeze_parameters_ratio 1 --trainable_parameters {' '.join(roots)}"
+    fix = f"or --tuner_type full --freeze_parameters_ratio 1 --trainable_parameters {' '.join(roots)}"
     if any(".lora_" in n for n in names):
-        mend = f"or, for LoRA, --target_regex '^({'|'.join(roots)})' without --target_modules"
-    raise FastMTPError(f"{what}; only the MTP head may be: use --tuner_type fastmtp, {mend}")
+        fix = f"or, for LoRA, --target_regex '^({'|'.join(roots)})' without --target_modules"
+    raise FastMTPError(f"{what}; only the MTP head may be: use --tuner_type fastmtp, {fix}")
 
 
 class FastMTPMetric(Metric):

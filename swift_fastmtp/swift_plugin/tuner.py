@@ -46,7 +46,7 @@ class FastMTPTuner(Tuner):
         for source in (base.config_file, *base.folder.glob("*.py")):
             shutil.copyfile(source, folder / source.name)
         if base.blocks:
-            # The trained values, unrounded: resuming needs them, and engines then draft with an unquantised layer.
+            # The trained values, unrounded: resuming needs them, and engines then draft with an unquantized layer.
             write_json(without_quantization(base.config), folder / "config.json")
         if not hasattr(model, "base_fingerprint"):
             model.base_fingerprint = base.fingerprint

@@ -63,7 +63,7 @@ class Part:
         return TokenMap(self.name, np.sort(ids), filled)
 
 
-def vocab(
+def vocab(  # noqa: PLR0913
     inputs: Sequence[str],
     model: str,
     output_dir: str,

@@ -81,7 +81,7 @@ class Counts:
         if name not in self.counted:
             if len(self.counted) == MAX_CELLS:
                 raise FastMTPError(
-                    f"--by: rows have more than {MAX_CELLS} kinds of language and category; use --by language, or mend "
+                    f"--by: rows have more than {MAX_CELLS} kinds of language and category; use --by language, or fix "
                     f"`language` and `category` (the last one is {name!r})"
                 )
             self.counted[name], self.held_out[name] = (np.zeros(self.rows, dtype=np.int64) for _ in range(2))

@@ -19,7 +19,7 @@ Ints = NDArray[np.int64]
 OUT_OF_DOMAIN = 0.02
 """A map that covers a cell worse than its own ones by more than this is reported."""
 MAX_COLUMNS = 8
-_COLOURS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
+_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ def plot_coverage(
     )  # fmt: skip
     lowest, drawn = 1.0, False
     for panel, axes in enumerate(panels[0]):
-        own = [part for part in parts if part[0] != "mixed"][: len(_COLOURS)]
-        for colour, (name, cells, ranking) in zip(_COLOURS, own, strict=False):
+        own = [part for part in parts if part[0] != "mixed"][: len(_COLORS)]
+        for color, (name, cells, ranking) in zip(_COLORS, own, strict=False):
             held_V = np.sum([counts.held_out[cell] for cell in cells], axis=0)
             if not held_V.any():
                 continue
@@ -211,9 +211,9 @@ def plot_coverage(
             share = covered(order, held_V)
             first = min(min(of) for of in sizes.values()) // 4
             size = np.unique(np.geomspace(max(first, 64), len(order), 200).astype(int)).clip(1, len(order))
-            axes.plot(size, 100 * share[size - 1], color=colour, linewidth=2, label=name)
+            axes.plot(size, 100 * share[size - 1], color=color, linewidth=2, label=name)
             marks = list(sizes[name if panel == 0 else "mixed"])
-            axes.plot(marks, [100 * share[s - 1] for s in marks], "o", color=colour, markersize=4)
+            axes.plot(marks, [100 * share[s - 1] for s in marks], "o", color=color, markersize=4)
             lowest, drawn = min(lowest, float(share[size[0] - 1])), True
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")

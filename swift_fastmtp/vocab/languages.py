@@ -97,7 +97,7 @@ class Languages:
 
     Script and code are told by token ids, in microseconds. Languages that share a script with others (`de`, `fr`, `uk`)
     are told by py3langid from the text, once a map of such a name is given; then it has to be sure of `en`, `ru` and
-    `ar` as well, so that nothing drafts with the map of a neighbour.
+    `ar` as well, so that nothing drafts with the map of a neighbor.
 
     Raises `FastMTPError` for a name that is no language anybody tells, or if py3langid is needed and not there.
     """

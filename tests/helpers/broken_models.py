@@ -46,7 +46,7 @@ def nan(tensors):
     tensors[HEAD + "mlp.up_proj.weight"][3, 3] = float("nan")
 
 
-def quantise(tensors):
+def quantize(tensors):
     tensors[HEAD + "mlp.up_proj.weight"] = tensors[HEAD + "mlp.up_proj.weight"].to(torch.int8)
 
 
@@ -56,7 +56,7 @@ MODELS = {
     "misshapen tensor": ((misshape, {}), HEAD + "input_proj.weight has shape [192, 383], config.json says [192, 384]"),
     "second layer": ((second_layer, {}), "unexpected MTP tensor model.mtp_layers.1.input_proj.weight"),
     "NaN": ((nan, {}), HEAD + "mlp.up_proj.weight holds NaN"),
-    "quantised head": ((quantise, {}), "a quantised MTP layer cannot be trained"),
+    "quantized head": ((quantize, {}), "a quantized MTP layer cannot be trained"),
     "per-tensor FP8": ((None, {"quantization_config": {"quant_method": "fp8"}}), "only FP8 in blocks"),
     "AWQ": ((None, {"quantization_config": {"quant_method": "awq", "bits": 4}}), "quantization_config is 'awq'"),
     "tied": ((None, {"tie_word_embeddings": True}), "tie_word_embeddings is true"),

@@ -16,7 +16,7 @@ SGLang's own class computes them. Printed are the parameters that no tensor of t
 
 only loads a draft-only folder, in FP8 for one, and writes the class's parameters.
 
-One class is mended: LongCat's layer does not hand the projection to latents to its attention, which then stops (SGLang
+One class is fixed: LongCat's layer does not hand the projection to latents to its attention, which then stops (SGLang
 0.5.23 `longcat_flash_nextn.py`; the layers of `longcat_flash.py` do). `hand_latents` does it instead.
 
 SGLang's are `load_weights`, the order of everything, projections, RoPE, experts and norms; not the attention kernel

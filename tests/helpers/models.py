@@ -27,7 +27,7 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 
 from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.fp8 import SCALE, quantise
+from swift_fastmtp.checkpoint.fp8 import SCALE, quantize
 from swift_fastmtp.checkpoint.fp8_config import Blocks
 from swift_fastmtp.families.bailing import BailingMoeV2Config
 from swift_fastmtp.families.mimo import MiMoConfig
@@ -355,7 +355,7 @@ def save_checkpoint(make, folder):
     return folder
 
 
-def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "lm_head"), power_of_two=False, **config):
+def quantized(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "lm_head"), power_of_two=False, **config):
     """A copy of a checkpoint with its matrices in FP8 blocks, as published ones are: scales beside their weights.
 
     `plain` are parts of the names that stay as they are; config.json lists those modules by their whole names.
@@ -367,7 +367,7 @@ def quantised(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
         matrices = [n for n, t in tensors.items() if t.ndim > 1 and not any(p in n for p in plain)]
         left_out += [n.removesuffix(".weight") for n in tensors if n not in matrices]
         for name in matrices:
-            tensors[name], tensors[name + SCALE] = quantise(tensors[name], Blocks(size, power_of_two))
+            tensors[name], tensors[name + SCALE] = quantize(tensors[name], Blocks(size, power_of_two))
         save_file(tensors, path, metadata={"format": "pt"})
     index = target / "model.safetensors.index.json"
     if index.exists():

@@ -139,7 +139,7 @@ class Qwen3MoeHead(QwenHead):
 
 
 class ErnieHead(Head):
-    """[embed, hidden], RoPE on neighbouring pairs, a bias where the config says so, and no final norm
+    """[embed, hidden], RoPE on neighboring pairs, a bias where the config says so, and no final norm
     (SGLang `ernie4_eagle.py`, `ernie4.py`)."""
 
     def __init__(self, head, config):
@@ -265,7 +265,7 @@ class LatentHead(GlmHead):
         self.scale *= factor(rope["mscale_all_dim"]) ** 2
 
     def rope(self, x, positions):
-        """Neighbours turn together."""
+        """Neighbors turn together."""
         angle = (positions[:, None] * self.frequencies.to(x.dtype))[:, None, :]
         a, b = x[..., 0::2], x[..., 1::2]
         pairs = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
@@ -331,7 +331,7 @@ class SparseHead(LatentHead):
 
 
 class GlmSparseHead(SparseHead):
-    """Its indexer turns neighbours together."""
+    """Its indexer turns neighbors together."""
 
     index_rope = LatentHead.rope
 
@@ -471,7 +471,7 @@ def verify_sampled(drafts, q, p, generator):
     """Speculative sampling (Leviathan et al. 2023, Algorithm 1) for a batch of chains.
 
     drafts [N, K] were drawn from q [N, K, V]; p [N, K + 1, V] is the target after each prefix. Returns (accepted [N],
-    next token [N]): accept draft k with probability min(1, p/q), else draw from the normalised max(p - q, 0).
+    next token [N]): accept draft k with probability min(1, p/q), else draw from the normalized max(p - q, 0).
     """
     N, K = drafts.shape
     rows = torch.arange(N)

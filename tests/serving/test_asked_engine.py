@@ -20,7 +20,7 @@ ROWS = {
         {"messages": [{"role": "user", "content": "Hello."}], "chat_template_kwargs": {"enable_thinking": False}},
         {
             "messages": [
-                {"role": "user", "content": "Name a colour."},
+                {"role": "user", "content": "Name a color."},
                 {"role": "assistant", "content": "x"},
                 {"role": "user", "content": "Are you sure?"},
             ]

@@ -11,14 +11,14 @@ from functools import partial
 import pytest
 import torch
 from helpers.engine import SERVING, engine_python, engine_version
-from helpers.models import CHECKPOINTS, SERVED, quantised, random_glm_5_2, save_checkpoint
+from helpers.models import CHECKPOINTS, SERVED, quantized, random_glm_5_2, save_checkpoint
 from helpers.paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.fp8 import SCALE, dequantise
+from swift_fastmtp.checkpoint.fp8 import SCALE, dequantize
 from swift_fastmtp.checkpoint.fp8_config import Blocks
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
@@ -101,7 +101,7 @@ def test_the_engines_class_loads_a_head_in_fp8_blocks(tmp_path):
     if engine_version() != TRIED:
         pytest.skip(f"draft_class.py was tried with SGLang {TRIED} only")
     plain, blocks = ("norm", "embed", "lm_head", "conv", "fc.", "mlp.gate.", "shared_expert_gate"), Blocks((8, 32))
-    base = quantised(CHECKPOINTS["qwen3_next"](tmp_path / "plain"), tmp_path / "base", blocks.size, plain)
+    base = quantized(CHECKPOINTS["qwen3_next"](tmp_path / "plain"), tmp_path / "base", blocks.size, plain)
     model = load_model(base, torch.bfloat16)
     model.fastmtp, model.model_dir = FastMTPConfig(), base
     for parameter in model.head_parameters().values():
@@ -136,6 +136,6 @@ def test_the_engines_class_loads_a_head_in_fp8_blocks(tmp_path):
     assert got.keys() - scales - {f"{layer}attn.k_scale", f"{layer}attn.v_scale"} == want.keys() and len(scales) == 6
     for name, tensor in want.items():
         if name + SCALE in scales:
-            assert torch.equal(dequantise(got[name], got[name + SCALE], blocks), tensor), name
+            assert torch.equal(dequantize(got[name], got[name + SCALE], blocks), tensor), name
         else:
             assert torch.equal(got[name].float(), tensor.float()), name

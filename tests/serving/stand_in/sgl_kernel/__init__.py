@@ -1,4 +1,4 @@
-"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantised model with plain, latent
+"""Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantized model with plain, latent
 or linear attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU (linear attention: 0.5.23), including
 EAGLE/NEXTN speculative decoding.
 
