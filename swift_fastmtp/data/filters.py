@@ -299,7 +299,7 @@ ALL = 10**9
 
 def bundled_tasks() -> list[str]:
     """Names of the evaluation tasks whose prompts are in this package."""
-    return sorted(path.stem for path in (Path(__file__).parents[1] / "evaluation" / "tasks").glob("*.jsonl"))
+    return sorted(path.stem for path in (Path(__file__).parent / "tasks").glob("*.jsonl"))
 
 
 def _task_texts(path: str) -> list[str]:
