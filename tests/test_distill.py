@@ -159,7 +159,7 @@ def test_kill_9_many_times_gives_the_same_file(prompts, tmp_path):
 def test_killed_when_its_output_was_there(prompts, tmp_path):
     """What is left then is the parts folder; the report was there before the output."""
     output = tmp_path / "o.jsonl"
-    code = "import os; from swift_fastmtp.data import distill, jobs; "
+    code = "import os; from swift_fastmtp.data import distill; from swift_fastmtp.files import jobs; "
     code += "jobs.Job._remove = lambda self: os.kill(os.getpid(), 9); "
     code += f"distill.distill({str(TINY)!r}, {str(prompts)!r}, {str(output)!r}, max_new_tokens=4)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == -signal.SIGKILL
