@@ -9,6 +9,7 @@ import pytest
 from helpers.paths import TINY
 from helpers.swift_runs import sft_args, swift
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.model.modeling import load_config
@@ -82,9 +83,9 @@ def test_through_our_verbs(folder, rows, tmp_path):
 def test_in_process(folder):
     model, trace, message = folder
     lines = []
-    for read in (load_config, load_tokenizer):
+    for read in (lambda: load_config(Checkpoint(model)), lambda: load_tokenizer(str(model))):
         try:
-            read(str(model))
+            read()
         except FastMTPError as error:
             lines.append(str(error))
     assert not trace.exists()

@@ -125,6 +125,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 deepspeed.init_distributed("gloo")
 from transformers.integrations import HfDeepSpeedConfig
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.model.head import split_experts
 from swift_fastmtp.model.modeling import model_class
 cls = model_class(Checkpoint(sys.argv[1]))

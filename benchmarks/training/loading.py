@@ -39,6 +39,7 @@ WAYS = {"whole": 1, "layers on disk": 1, "ZeRO-3": 2}
 _CHILD = """
 import json, os, sys, threading, time
 import torch
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.model import placement
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.modeling import model_class
@@ -93,7 +94,7 @@ def make(folder, size, shard_bytes):
     (folder / "config").mkdir(parents=True)
     write_json({k: v for k, v in config.items() if k != "auto_map"}, folder / "config" / "config.json")
     rest = huge.backbone_shapes(AutoConfig.from_pretrained(folder / "config"), family)
-    head = huge.head_shapes(folder / "config")
+    head = huge.head_shapes(huge.Checkpoint(folder / "config"))
     huge.hollow_checkpoint(folder / "base", {**rest, **head}, config, shard_bytes)
     numbers = {n: torch.Size(s).numel() * 4 for n, s in {**rest, **head}.items()}
     layer = sum(size for n, size in numbers.items() if n.startswith("model.layers.0."))
