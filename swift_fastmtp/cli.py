@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
@@ -18,7 +17,9 @@ from .redaction import hide, redact
 
 
 def _plugin_path(_: argparse.Namespace) -> None:
-    print(Path(__file__).parent / "swift_plugin" / "plugin" / "fastmtp_plugin.py")
+    from .swift_plugin.compat_swift import PLUGIN_FILE
+
+    print(PLUGIN_FILE)
 
 
 def _distill(args: argparse.Namespace) -> None:

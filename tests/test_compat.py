@@ -483,12 +483,18 @@ def requirements():
     return {made.name: made.specifier for made in map(Requirement, listed)}
 
 
+def cells(line):
+    """Of a row of a table in Markdown."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_table_of_versions():
     asked = requirements()
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     installed = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     page = (ROOT / "docs/compatibility.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"][2:]
+    lines_of_table = [line for line in page.splitlines() if line.startswith("|")][2:]
+    rows = [cells(line) for line in lines_of_table]
     seen = {}
     for library, tried, specifier, _, checks in rows:
         if library:

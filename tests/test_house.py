@@ -28,7 +28,9 @@ LAYERS = """
     report
     cli
 """
-LAYER_OF = {room: number for number, line in enumerate(LAYERS.split("\n")) for room in line.split()}
+LAYER_OF = {}
+for number, line in enumerate(LAYERS.split("\n")):
+    LAYER_OF.update(dict.fromkeys(line.split(), number))
 
 
 def name_of(path):

@@ -172,7 +172,8 @@ class Checkpoint:
 
     def under(self, *paths: str) -> list[str]:
         """Names below module paths, sorted."""
-        return sorted(n for n in self.entries if n.startswith(tuple(f"{path}." for path in paths)))
+        beginnings = tuple(f"{path}." for path in paths)
+        return sorted(name for name in self.entries if name.startswith(beginnings))
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored."""

@@ -47,7 +47,8 @@ def fingerprint(folder: Path, entries: Mapping[str, Entry], family: Family) -> s
       samples; an edit of a few rows of one such matrix may not be. 200 GB: 50 000 samples, 0.2 GB, seconds.
     """
     names = sorted(n for n in entries if not family.owns(n))
-    starts = {path: read_header(path)[0] for path in {entry.file for entry in entries.values()}}
+    files = {entry.file for entry in entries.values()}
+    starts = {file: read_header(file)[0] for file in files}
     whole = sum(entries[n].size for n in names) <= WHOLE_BELOW
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}

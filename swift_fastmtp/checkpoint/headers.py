@@ -64,10 +64,6 @@ class Headers:
     """Name → file of tensors that the index lists in a file that is sound, and no file holds."""
     problems: list[str] = field(default_factory=list)
 
-    def under(self, *paths: str) -> list[str]:
-        """Names below module paths, sorted."""
-        return sorted(n for n in self.entries if n.startswith(tuple(f"{path}." for path in paths)))
-
 
 def read_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Offset of a safetensors file's first data byte, and its header without `__metadata__`.

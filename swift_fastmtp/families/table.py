@@ -337,6 +337,7 @@ def refused_table() -> str:
     """The last table of docs/families.md: what is recognized in order to be refused."""
     lines = ["| | MTP tensors | why |", "|---|---|---|"]
     for row in LAYOUTS:
-        names, paths = (", ".join(f"`{x}`" for x in y) for y in (row.architectures, row.prefixes))
+        names = ", ".join(f"`{name}`" for name in row.architectures)
+        paths = ", ".join(f"`{prefix}`" for prefix in row.prefixes)
         lines.append(f"| {names} | {paths} | {row.reason} |")
     return "\n".join(lines)

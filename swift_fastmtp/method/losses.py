@@ -41,9 +41,13 @@ def fastmtp_loss(
         step_weights: alpha_1..alpha_K (`FastMTPConfig.step_weights`).
         num_items: supervised tokens of the batch.
     """
+    return weighted_loss(cross_entropy(logits_KNV, targets_KN) * valid_KN, step_weights, num_items)
+
+
+def cross_entropy(logits_KNV: Tensor, targets_KN: Tensor) -> Tensor:
+    """-log q(x) of every row, [K, N]."""
     log_q_KNV = logits_KNV.log_softmax(-1)
-    cross_entropy_KN = -log_q_KNV.gather(-1, targets_KN[..., None]).squeeze(-1)
-    return weighted_loss(cross_entropy_KN * valid_KN, step_weights, num_items)
+    return -log_q_KNV.gather(-1, targets_KN[..., None]).squeeze(-1)
 
 
 def weighted_loss(loss_KBT: Tensor, step_weights: list[float], num_items: Tensor | int) -> Tensor:
@@ -82,9 +86,7 @@ def plain_step_losses(
     logits_KNV = outputs_KND @ weight_VD.T
     match_KN = (logits_KNV.argmax(-1) == targets_KN) & valid_KN
     if config.loss not in SOFT_LOSSES:
-        log_q_KNV = logits_KNV.log_softmax(-1)
-        cross_entropy_KN = -log_q_KNV.gather(-1, targets_KN[..., None]).squeeze(-1)
-        return StepLosses(cross_entropy_KN * valid_KN, match_KN, None)
+        return StepLosses(cross_entropy(logits_KNV, targets_KN) * valid_KN, match_KN, None)
     assert hidden_RD is not None and rows_N is not None
     losses, overlaps = [], []
     for k, logits_NV in enumerate(logits_KNV, start=1):

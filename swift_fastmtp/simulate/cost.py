@@ -74,7 +74,9 @@ def read_cost(model_dir: str | Path) -> StepCost:
     checkpoint = Checkpoint(model_dir)
     family = checkpoint.family
     sizes = checkpoint.sizes()
-    number, read = (next((v for k in keys if (v := checkpoint.value(k))), 1) for keys in (_EXPERTS, _READ))
+    # Of a mixture of experts a token reads a share.
+    number = _first_value(checkpoint, _EXPERTS)
+    read = _first_value(checkpoint, _READ)
     share = min(1.0, read / number)
     # One row of the embedding is read, and where the two are one tensor it is the output matrix.
     embedding = next((n for n in sizes if is_embedding(n) and not family.owns(n)), None)
@@ -92,3 +94,11 @@ def read_cost(model_dir: str | Path) -> StepCost:
             verify += cost
     V = checkpoint.vocab_size
     return StepCost(verify + sizes[head], draft, sizes[head] / V, V)
+
+
+def _first_value(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int:
+    """The first of the keys that config.json has; 1 where it has none, as of a dense model."""
+    for key in keys:
+        if value := checkpoint.value(key):
+            return value
+    return 1

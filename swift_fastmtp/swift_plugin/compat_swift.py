@@ -100,17 +100,19 @@ RUN_EPOCH = Name(
     first=("self",),
 )
 WRAPPED = (
-    *(
-        IMPORT_PLUGINS,
-        PARSE_MODEL_KWARGS,
-        LOAD_MODEL,
-        LOOK_AT_FOLDER,
-        TRAIN,
-        AFTER_ENCODING,
-        CHOOSE_TEMPLATE,
-        READ_ROWS,
-    ),
-    *(LINK_CHECKPOINTS, EXPORT, SAVE_CHECKPOINT, INIT_STATE, RUN_EPOCH),
+    IMPORT_PLUGINS,
+    PARSE_MODEL_KWARGS,
+    LOAD_MODEL,
+    LOOK_AT_FOLDER,
+    TRAIN,
+    AFTER_ENCODING,
+    CHOOSE_TEMPLATE,
+    READ_ROWS,
+    LINK_CHECKPOINTS,
+    EXPORT,
+    SAVE_CHECKPOINT,
+    INIT_STATE,
+    RUN_EPOCH,
 )
 
 # --- Methods that subclasses of ours override. If one were renamed, ms-swift would call its own.
@@ -289,7 +291,13 @@ def _refuse_when_asked_for(arguments_class: Any, is_asked_for: Callable[[Any], b
 # --- What `swift export` can be asked for.
 
 EXPORT_ACTIONS = (
-    *("to_peft_format", "quant_method", "to_ollama", "to_cached_dataset", "to_hf", "to_mcore", "push_to_hub"),
+    "to_peft_format",
+    "quant_method",
+    "to_ollama",
+    "to_cached_dataset",
+    "to_hf",
+    "to_mcore",
+    "push_to_hub",
 )
 """Arguments by which `swift export` does something of its own."""
 _NO_ACTIONS = {"merge_lora", "mcore_adapter"}

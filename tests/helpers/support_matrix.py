@@ -86,9 +86,10 @@ class Recorder:
             rows = {}
             for row, claim, test in sorted(self.shown | others):
                 rows.setdefault(row, {}).setdefault(claim, []).append(test)
-            in_order = {
-                row: {c: rows[row][c] for c in CLAIMS if c in rows[row]} for row in architectures() if row in rows
-            }
+            in_order = {}
+            for row in architectures():
+                if row in rows:
+                    in_order[row] = {claim: rows[row][claim] for claim in CLAIMS if claim in rows[row]}
             text = json.dumps({"run with": versions(), "shown": in_order}, indent=1, ensure_ascii=False)
             RECORD.write_text(text + "\n", encoding="utf-8")
         elif whole and exitstatus == 0 and record["run with"] == versions():
@@ -111,7 +112,11 @@ class Sender:
 
 def triples(record):
     """(architecture, claim, test that showed it), all that is recorded."""
-    return {(row, claim, test) for row, claims in record["shown"].items() for claim in claims for test in claims[claim]}
+    recorded = set()
+    for row, claims in record["shown"].items():
+        for claim, tests in claims.items():
+            recorded.update((row, claim, test) for test in tests)
+    return recorded
 
 
 def architectures():
