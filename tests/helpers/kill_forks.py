@@ -13,8 +13,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class Forks:
@@ -90,6 +93,8 @@ def _child(words, folder):
     output = os.open(Path(folder, "output"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    # tqdm's own lock is a semaphore that forks share: one killed while it holds it would stop all later ones.
+    tqdm.set_lock(threading.RLock())
     status = 0
     try:
         _run(words)
