@@ -62,7 +62,7 @@ def forked(folder, mark, output="out"):
         os.setpgrp()
         orphans.hear_hangups()
         # tqdm's own lock is a semaphore that forks share: one killed while it holds it would stop all later ones.
-        #tqdm.set_lock(threading.RLock())
+        tqdm.set_lock(threading.RLock())
         null = os.open(folder / "printed.txt", os.O_WRONLY | os.O_CREAT)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -83,9 +83,13 @@ def drill(folder, how, group, when):
     mark = uuid.uuid4().hex
     child = forked(folder, mark)
     log, requests = folder / "out/logs/base.log", folder / "out/requests.jsonl"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not (log.exists() if when is None else requests.exists() and requests.stat().st_size):
-        assert time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            printed = (folder / "printed.txt").read_text(errors="replace")
+            pytest.fail(f"no answer in 60 s; it printed: {printed}")
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.02)
     time.sleep(0.3 if when is None else when)
     alive = len(orphans.processes(mark))
