@@ -58,12 +58,12 @@ def hide(secret: str | None, shown: str = HIDDEN) -> None:
 
 def known_secrets() -> dict[str, str]:
     """Secret -> what stands in its place: those that `hide` was told, and those of the environment."""
-    found = dict(_known)
+    secrets = dict(_known)
     for name, value in os.environ.items():
         if is_secret_name(name) and len(value) >= _SURE:
-            found.setdefault(value, f"${{{name}}}")
+            secrets.setdefault(value, f"${{{name}}}")
     # The longest first: one may be a part of another.
-    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+    return dict(sorted(secrets.items(), key=lambda item: -len(item[0])))
 
 
 def is_secret_name(name: str) -> bool:
@@ -103,18 +103,18 @@ def redact_words(words: Sequence[str], abbreviated: str = "--api") -> list[str]:
             that fits one flag only).
     """
     known = known_secrets()
-    found = []
+    shown = []
     behind_flag = False
     for word in words:
         flag, mark, value = word.partition("=")
         if behind_flag and not word.startswith("--"):
-            found.append(_shown(word))
+            shown.append(_shown(word))
         elif mark and _is_secret_flag(flag, abbreviated):
-            found.append(f"{flag}={_shown(value)}")
+            shown.append(f"{flag}={_shown(value)}")
         else:
-            found.append(_redact(word, known))
+            shown.append(_redact(word, known))
         behind_flag = not mark and _is_secret_flag(word, abbreviated)
-    return found
+    return shown
 
 
 def _is_secret_flag(flag: str, abbreviated: str) -> bool:

@@ -16,15 +16,15 @@ from swift_fastmtp.method.losses import fastmtp_loss, plain_step_losses, weighte
 
 
 def both(case, config):
-    """(loss, match, overlap, gradient of a random weighting of the losses) of the fast and of the plain form."""
+    """(loss, match, accept_prob, gradient of a random weighting of the losses) of the fast and of the plain form."""
     outputs, weight, targets, valid, hidden, rows = case
     upstream = torch.rand(valid.shape, generator=torch.Generator().manual_seed(1)) + 0.5
     found = []
     for function in (step_losses, plain_step_losses):
         g = outputs.clone().requires_grad_()
-        loss, match, overlap = function(g, weight, targets, valid, config, hidden, rows)
+        loss, match, accept_prob = function(g, weight, targets, valid, config, hidden, rows)
         (loss * upstream).sum().backward()
-        found.append((loss.detach(), match, overlap, g.grad))
+        found.append((loss.detach(), match, accept_prob, g.grad))
     return found
 
 
@@ -65,14 +65,16 @@ def test_tolerance_in_training_dtypes(loss, dtype, tolerance):
     assert float((fast[3].double() - want[3]).abs().max() / want[3].abs().max()) <= tolerance
 
 
-def test_overlap_is_the_acceptance_of_speculative_sampling():
-    """Draw from q, accept with min(1, p/q): the accepted share is the reported overlap."""
+def test_accept_prob_is_the_acceptance_of_speculative_sampling():
+    """Draw from q, accept with min(1, p/q): the accepted share is the reported probability."""
     outputs, weight, targets, valid, hidden, rows = case(1, 1, 2, 6, 12, 4)
-    overlap = step_losses(outputs, weight, targets, valid | True, FastMTPConfig(loss="kl"), hidden, rows).overlap
+    accept_prob = step_losses(
+        outputs, weight, targets, valid | True, FastMTPConfig(loss="kl"), hidden, rows
+    ).accept_prob
     q, p = (outputs[0] @ weight.T).softmax(-1)[0], (hidden[rows + 1] @ weight.T).softmax(-1)[0]
     drawn = torch.multinomial(q, 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
     accepted = (torch.rand(len(drawn), generator=torch.Generator().manual_seed(1)) < p[drawn] / q[drawn]).double()
-    assert float(overlap) == pytest.approx(float(accepted.mean()), abs=0.005)
+    assert float(accept_prob) == pytest.approx(float(accepted.mean()), abs=0.005)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -155,8 +157,8 @@ def test_end_to_end_loss_counts_the_drafts_that_are_not_accepted():
     valid = torch.ones(3, 10, dtype=torch.bool)
     config = FastMTPConfig(loss="e2e")
     rows = torch.arange(10)
-    loss, _, overlap = step_losses(outputs, weight, targets, valid, config, hidden, rows)
-    tau = 1 + overlap.cumprod(0).sum(0)
+    loss, _, accept_prob = step_losses(outputs, weight, targets, valid, config, hidden, rows)
+    tau = 1 + accept_prob.cumprod(0).sum(0)
     want = (1 - (tau - 1) / 3).sum() / 10
     assert float(weighted_loss(loss[:, None], config.step_weights, 10)) == pytest.approx(float(want))
 

@@ -343,7 +343,7 @@ def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
     args = sft_args(TINY, rows, tmp_path / "run", model_kwargs=kwargs, val_dataset=f"{rows}#8", eval_steps=6)
     swift(*args)
     log = [json.loads(line) for line in (tmp_path / "run" / "logging.jsonl").read_text().splitlines()]
-    assert log[5]["mtp_overlap_1"] > log[0]["mtp_overlap_1"] and "mtp_full_tau" not in log[0]
+    assert log[5]["mtp_accept_prob_1"] > log[0]["mtp_accept_prob_1"] and "mtp_full_tau" not in log[0]
     evaluation = next(row for row in log if "eval_loss" in row)
     assert evaluation["eval_mtp_full_acc_1"] >= evaluation["eval_mtp_acc_1"] > 0
     settings = json.loads((tmp_path / "run" / "checkpoint-6" / "fastmtp.json").read_text())

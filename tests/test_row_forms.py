@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.clean import clean
-from swift_fastmtp.data.conversation import Conversation, Reply, is_complete, said
+from swift_fastmtp.data.conversation import Conversation, Reply, is_complete, message_text
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.data.filters import TokenCounter
@@ -416,7 +416,12 @@ def test_arguments_are_counted_the_same_in_either_form(tmp_path):
         mix([path], str(tmp_path / f"{name}.mix"), shares=["general=1"], val_ratio=0, model=str(TINY))
         mixed = json.loads((tmp_path / f"{name}.mix" / "report.json").read_text())["groups"]["general"]["input"]
         said_of.append(
-            (said(row["messages"][1]), counter(row), counts.counted["en/general"].tolist(), mixed["answer_tokens"])
+            (
+                message_text(row["messages"][1]),
+                counter(row),
+                counts.counted["en/general"].tolist(),
+                mixed["answer_tokens"],
+            )
         )
     assert said_of[0] == said_of[1] == said_of[2] and "\\" not in said_of[0][0]
 

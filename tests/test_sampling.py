@@ -1,4 +1,4 @@
-"""Lossless at temperature > 0, and how much is accepted then: the overlap that training logs.
+"""Lossless at temperature > 0, and how much is accepted then: the acceptance probability that training logs.
 
 The verifier is a reference, as the CPU engine always verifies greedily: over 200,000 chains of a random language, what
 it lets through has the target's distribution (chi-square at level 0.001), and it accepts as often as the package says.
@@ -55,12 +55,12 @@ def acceptance(losses, draft_VV, target_VV, temperature):
     config = FastMTPConfig(num_speculative_steps=1, loss="kl", temperature=temperature)
     rows, every = torch.arange(VOCAB), torch.ones(1, VOCAB, dtype=torch.bool)
     hidden = torch.cat([torch.zeros(1, VOCAB), target_VV])  # step 1 of a row has the row behind as its teacher
-    return losses(draft_VV[None], torch.eye(VOCAB), rows[None], every, config, hidden, rows).overlap[0]
+    return losses(draft_VV[None], torch.eye(VOCAB), rows[None], every, config, hidden, rows).accept_prob[0]
 
 
 @pytest.mark.parametrize("losses", [step_losses, plain_step_losses])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_drafts_are_accepted_as_often_as_the_overlap_says(temperature, losses):
+def test_sampled_drafts_are_accepted_as_often_as_the_logged_probability_says(temperature, losses):
     target, draft = ((logits(seed) / temperature).softmax(-1) for seed in (0, 1))
     out, drafts, accepted = three_tokens(target, draft, torch.Generator().manual_seed(2))
     assert chi_square(out, target) < CRITICAL

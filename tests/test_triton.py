@@ -28,9 +28,9 @@ def results(monkeypatch, head, inputs, config):
     outputs, weight, targets, valid, hidden, rows = (x.to(DEVICE) for x in inputs)
     monkeypatch.setattr(chunked_losses, "_head_type", lambda _: head)
     g = outputs.clone().requires_grad_()
-    loss, match, overlap = step_losses(g, weight, targets, valid, config, hidden, rows)
+    loss, match, accept_prob = step_losses(g, weight, targets, valid, config, hidden, rows)
     loss.sum().backward()
-    return loss.detach(), match, overlap, g.grad
+    return loss.detach(), match, accept_prob, g.grad
 
 
 @pytest.mark.parametrize("loss", LOSSES)

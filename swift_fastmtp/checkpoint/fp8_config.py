@@ -27,19 +27,25 @@ def read_blocks(config: dict[str, Any], where: Any = "config.json") -> Blocks | 
     Raises `FastMTPError` for every other kind of quantization.
     """
     text = config.get("text_config")
-    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    if not found:
+    quantization = config.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
+    )
+    if not quantization:
         return None
-    size = found.get("weight_block_size")
+    size = quantization.get("weight_block_size")
     sound = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-    kind = (found.get("quant_method"), found.get("fmt", "e4m3"), str(found.get("activation_scheme", "dynamic")).lower())
+    kind = (
+        quantization.get("quant_method"),
+        quantization.get("fmt", "e4m3"),
+        str(quantization.get("activation_scheme", "dynamic")).lower(),
+    )
     if kind != ("fp8", "e4m3", "dynamic") or not sound:
         raise FastMTPError(
-            f"{where}: quantization_config is {found.get('quant_method')!r} with weight_block_size {size}, activations "
-            f"{kind[2]}; of quantized checkpoints only FP8 in blocks ('fp8', e4m3, [128, 128] or so, dynamic) is "
-            "trained: start from that or from the unquantized checkpoint"
+            f"{where}: quantization_config is {kind[0]!r} with weight_block_size {size}, "
+            f"activations {kind[2]}; of quantized checkpoints only FP8 in blocks "
+            "('fp8', e4m3, [128, 128] or so, dynamic) is trained: start from that or from the unquantized checkpoint"
         )
-    return Blocks((size[0], size[1]), found.get("scale_fmt") == "ue8m0")
+    return Blocks((size[0], size[1]), quantization.get("scale_fmt") == "ue8m0")
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:

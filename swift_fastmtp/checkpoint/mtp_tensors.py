@@ -45,12 +45,12 @@ def head_reader(
     is missing or unknown; the function, if the one it reads is misshapen, quantized otherwise or not finite.
     """
     folder, lost = checkpoint.folder, checkpoint.lost
-    found = sorted(n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n))
+    names = sorted(n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n))
     missing = [n for n in expected if n not in checkpoint.file_of]
     elsewhere = checkpoint.elsewhere(family) if missing else None
-    if elsewhere and (not found or set(missing) <= elsewhere.names):
+    if elsewhere and (not names or set(missing) <= elsewhere.names):
         raise FastMTPError(f"{folder}: {elsewhere.text}")
-    if not found and not any(n in lost for n in missing):
+    if not names and not any(n in lost for n in missing):
         raise FastMTPError(
             f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
@@ -67,7 +67,7 @@ def head_reader(
             state = checkpoint.chosen.missing.get(file)
             listed = f" (the index has it in {file}, which {f'is {state}' if state else 'lacks it'})"
         raise FastMTPError(f"{folder}: MTP tensor {name} is missing{listed}; download or export the checkpoint again")
-    for name in found:
+    for name in names:
         if name.removesuffix(fp8.SCALE) not in expected:
             why = "engines would load it over another one"
             if family.is_other_layer(name):

@@ -54,9 +54,9 @@ def refusals(config: dict[str, Any], family: Family, where: str | Path = "config
         )
         yield Refusal("draft", family.engines.num_layers_key, text)
     for key, value in family.block.only:
-        if (found := config_value(config, key, value)) != value:
+        if (actual := config_value(config, key, value)) != value:
             text = (
-                f"{where}: {key} is {json.dumps(found)}; {family.architectures[0]} can be trained with "
+                f"{where}: {key} is {json.dumps(actual)}; {family.architectures[0]} can be trained with "
                 f"{json.dumps(value)} only"
             )
             yield Refusal("training", key, text)

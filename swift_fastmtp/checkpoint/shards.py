@@ -81,7 +81,7 @@ def _put(file: BinaryIO, name: str, tensor: torch.Tensor, dtype: torch.dtype, sh
 def tensor_hashes(path: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """The SHA-256 of the bytes of tensors of a file; default: of all."""
     offset, header = read_header(path)
-    found = {}
+    digests = {}
     with open(path, "rb") as file:
         for name in header if names is None else names:
             start, end = header[name]["data_offsets"]
@@ -89,8 +89,8 @@ def tensor_hashes(path: Path, names: Iterable[str] | None = None) -> dict[str, s
             file.seek(offset + start)
             for block in _blocks(file, end - start):
                 digest.update(block)
-            found[name] = digest.hexdigest()
-    return found
+            digests[name] = digest.hexdigest()
+    return digests
 
 
 def copy_without(source: Path, target: Path, names: set[str]) -> None:

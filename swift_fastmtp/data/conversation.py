@@ -128,7 +128,7 @@ def _in_order(results: list[Message], calls: list[tuple[str, str | None]]) -> li
     return [results[named.index(call_id)] for call_id in ids]
 
 
-def said(message: Message) -> str:
+def message_text(message: Message) -> str:
     """All that an assistant's message says: reasoning, content and tool calls."""
     calls = ""
     if message.get("tool_calls"):

@@ -23,7 +23,7 @@ from ..files import inputs
 from ..files.row_forms import UnreadableRowError, normalize
 from ..files.rows import MAX_ROW_BYTES, Row
 from .chat_template import load_tokenizer
-from .conversation import is_complete, said
+from .conversation import is_complete, message_text
 from .examples import check_row_ids, check_vocabulary, rendered_otherwise, training_examples
 from .language import language
 from .language_names import language_code
@@ -100,8 +100,8 @@ class SpecialTokens:
 
     def __call__(self, row: Row) -> str | None:
         for message in row["messages"]:
-            if found := self._BAD.search(said(message)):
-                return f"{found[0]!a} in a message of the {message['role']}"
+            if match := self._BAD.search(message_text(message)):
+                return f"{match[0]!a} in a message of the {message['role']}"
         return None
 
 
@@ -147,7 +147,7 @@ class Repetition:
 
     def __call__(self, row: Row) -> str | None:
         for message in row["messages"]:
-            if message["role"] == "assistant" and (why := self._why(said(message))):
+            if message["role"] == "assistant" and (why := self._why(message_text(message))):
                 return why
         return None
 
@@ -243,8 +243,8 @@ class Refusals:
         for message in row["messages"]:
             if message["role"] == "assistant":
                 begin = message["content"].split("</think>")[-1].strip()[:200]
-                if found := self._REFUSAL.search(begin):
-                    return f"refuses: {found[0]!r}"
+                if match := self._REFUSAL.search(begin):
+                    return f"refuses: {match[0]!r}"
         return None
 
 
@@ -393,7 +393,7 @@ class TokenCounter:
         if isinstance(ids, list):
             self.how["token_ids"] += 1
             return len(ids)
-        text = said(message)
+        text = message_text(message)
         self.how["tokenizer" if self._tokenizer else "estimate"] += 1
         if self._tokenizer:
             return len(self._tokenizer.encode(text, add_special_tokens=False))

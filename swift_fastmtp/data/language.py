@@ -57,15 +57,15 @@ def _without_code(text: str) -> str:
     kept: list[str] = []
     open_for_good: set[str] = set()
     start = place = 0
-    while found := _NO_PROSE.search(text, place):
-        place = found.end()
-        if begin := found["formula"]:
+    while match := _NO_PROSE.search(text, place):
+        place = match.end()
+        if begin := match["formula"]:
             end = -1 if begin in open_for_good else text.find(_CLOSED_BY[begin], place)
             if end < 0:
                 open_for_good.add(begin)
                 continue
             place = end + 2
-        kept += [text[start : found.start()], " "]
+        kept += [text[start : match.start()], " "]
         start = place
     return "".join(kept) + text[start:]
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.rows import Row
-from .conversation import said
+from .conversation import message_text
 from .shingles import Hashes, jaccard, runs, units
 
 Places = NDArray[np.int64]
@@ -39,7 +39,7 @@ def prompt_and_answer(row: Row) -> tuple[str, str]:
     """The text that is asked and the text that is answered, all turns. System messages, which many rows share, are left
     out."""
     asked = [m["content"] for m in row["messages"] if m["role"] in ("user", "tool")]
-    return "\n".join(asked), "\n".join(said(m) for m in row["messages"] if m["role"] == "assistant")
+    return "\n".join(asked), "\n".join(message_text(m) for m in row["messages"] if m["role"] == "assistant")
 
 
 class ExactDuplicates:
@@ -57,7 +57,7 @@ class ExactDuplicates:
             if message["role"] != "assistant":
                 text = message["content"]
             elif self._of == "row":
-                text = said(message)
+                text = message_text(message)
             else:
                 continue
             digest.update(f"\0{message['role']}\0{' '.join(text.split())}".encode("utf-8", "surrogatepass"))

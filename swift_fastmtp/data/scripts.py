@@ -24,10 +24,10 @@ def normalized(text: str) -> str:
     return unicodedata.normalize("NFKC", _MARKS.sub(_cut, text))
 
 
-def _cut(found: "re.Match[str]") -> str:
+def _cut(match: "re.Match[str]") -> str:
     kept: list[str] = []
     run = 0
-    for character in found[0]:
+    for character in match[0]:
         is_mark = unicodedata.combining(unicodedata.normalize("NFKD", character)[0])
         run = run + 1 if is_mark else 0
         if run > _MOST_MARKS:

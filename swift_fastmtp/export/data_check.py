@@ -73,6 +73,6 @@ def _findings(places: dict[str, list[str]], rows: int, folder: str) -> Iterator[
         ),
     }
     for what, (level, why, how_to_fix) in texts.items():
-        if found := places.get(what):
-            first = f"{what.format(n=len(found), rows=rows)}; first: {found[0]}"
+        if rows_of_it := places.get(what):
+            first = f"{what.format(n=len(rows_of_it), rows=rows)}; first: {rows_of_it[0]}"
             yield Finding(level, first, why, how_to_fix)

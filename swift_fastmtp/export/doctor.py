@@ -212,13 +212,13 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     expected = head_shapes(checkpoint)
     parts = parts_of(family, expected)
     stored = _stored(checkpoint, family, parts)
-    found = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
-    found = {n for n in found if n.removesuffix(SCALE) not in expected or n in expected}
+    present = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
+    present = {n for n in present if n.removesuffix(SCALE) not in expected or n in expected}
     # A matrix in another quantized form than FP8 blocks: its tensors have other names, shapes or meanings.
     packed = {m for m, names in stored.items() if _is_packed(m, names)}
-    found -= {n for m in packed for n in stored[m]}
+    present -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
-    missing = set(expected) - found
+    missing = set(expected) - present
     elsewhere = checkpoint.elsewhere(family) if missing else None
     if elsewhere:
         why = "engines keep the random values of a parameter that no tensor fills, and draft garbage"
@@ -231,7 +231,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             "engines keep the random values of a parameter that no tensor fills, and draft garbage",
             "export again; plain transformers drops MTP tensors when it saves",
         )
-    for name in sorted(found - set(expected)):
+    for name in sorted(present - set(expected)):
         yield Finding(
             "error",
             f"{name} is not a tensor of the one MTP layer",
@@ -245,7 +245,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             f"engines read {family.root}.* and ignore the rest",
             f"rename it to {family.root}.…",
         )
-    for name in sorted(found & set(expected)):
+    for name in sorted(present & set(expected)):
         yield from _values(name, checkpoint, expected[name], family)
     projection = f"{family.names.prefix}.{family.names.proj}.weight"
     if projection + SCALE in checkpoint.file_of and SGLANG not in family.engines.quantized_proj:
@@ -255,7 +255,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
             "start from a checkpoint that leaves it out of the quantization",
         )
-    named = sorted(n for n in found & set(expected) if not keeps_float32(family, n))
+    named = sorted(n for n in present & set(expected) if not keeps_float32(family, n))
     yield from _dtypes(checkpoint, named, packed)
     yield from _quantization(checkpoint, family, parts, stored)
 

@@ -212,9 +212,9 @@ class _Trained:
             new, old = self(name), self._base.read(name)
             return torch.equal(new.view(torch.uint8), old.view(torch.uint8))
 
-        found = all(same(name) for name in self.specs)
+        same_files = all(same(name) for name in self.specs)
         self._scales.clear()
-        return found
+        return same_files
 
 
 def _collect(

@@ -215,10 +215,10 @@ def _text(config: dict[str, Any]) -> dict[str, Any]:
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """RoPE settings, alike for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
-    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    found["rope_type"] = found.pop("type", None) or found.get("rope_type") or "default"
-    found.setdefault("rope_theta", config.get("rope_theta"))
-    return found
+    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    rope.setdefault("rope_theta", config.get("rope_theta"))
+    return rope
 
 
 def _compare(model: Checkpoint, donor: Checkpoint) -> list[str]:

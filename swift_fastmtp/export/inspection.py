@@ -148,14 +148,14 @@ def _mtp_names(
     if layout is None:
         return []
     first = config_value(config, "num_hidden_layers") or 0
-    found: set[str] = set()
+    lost: set[str] = set()
     for prefix in layout.prefixes:
         pattern = re.escape(prefix).replace(r"\{N\}", r"(\d+)") + r"\."
         for name in headers.entries:
             match = re.match(pattern, name)
             if match and (not match.groups() or int(match.group(1)) >= first):
-                found.add(name)
-    return sorted(found) or suspicious
+                lost.add(name)
+    return sorted(lost) or suspicious
 
 
 def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | None, names: list[str]) -> list[Reason]:
@@ -267,8 +267,8 @@ def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | No
 
 
 def _quantization(config: dict[str, Any]) -> str | None:
-    found = config_value(config, "quantization_config")
-    return str(found.get("quant_method") or "yes") if isinstance(found, dict) and found else None
+    quantization = config_value(config, "quantization_config")
+    return str(quantization.get("quant_method") or "yes") if isinstance(quantization, dict) and quantization else None
 
 
 def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
@@ -312,34 +312,40 @@ def _engines(
     return {"sglang": sglang, "vllm": f"yes: method mtp ({layout.vllm})" if layout.vllm else f"no: {_NO_METHOD}"}
 
 
-def text(found: Inspection) -> str:
+def text(inspection: Inspection) -> str:
     """The inspection for people."""
-    known = found.family if found.family else f"unknown layout, architectures {found.architectures}"
-    rows = [("family", known), ("trainable here", "yes" if found.trainable else "no")]
-    rows += [("", f"- {reason}") for reason in found.reasons[:12]]
-    if len(found.reasons) > 12:
-        rows.append(("", f"- and {len(found.reasons) - 12} more"))
-    rows += [("note", note) for note in found.notes]
-    config = "does not say" if found.mtp_layers_config is None else str(found.mtp_layers_config)
-    rows.append(("MTP layers", f"{found.mtp_layers} by tensors, config.json: {config}"))
-    if found.mtp_tensors:
-        kinds = ", ".join(f"{kind} x {n}" for kind, n in found.mtp_dtypes.items())
-        rows.append(("MTP layer", f"{found.mtp_tensors} tensors, {_count(found.mtp_params)} parameters, "
-                     f"{size(found.mtp_bytes)} ({kinds})"))  # fmt: skip
-        rows.append(("in files", ", ".join(found.mtp_files[:4]) + (", ..." if len(found.mtp_files) > 4 else "")))
-        rows.append(("own matrices", ", ".join(found.own_matrices) or "none: embedding and head are the backbone's"))
-    rows.append(("tied head", "yes" if found.tied_head else "no"))
-    left_out = f", the MTP layer {found.mtp_left_out}" if found.mtp_left_out else ""
-    rows.append(("quantized", (found.quantization or "no") + left_out))
-    backbone = f"{found.backbone_tensors} tensors, {size(found.backbone_bytes)}, {found.files} files in all"
+    known = inspection.family if inspection.family else f"unknown layout, architectures {inspection.architectures}"
+    rows = [("family", known), ("trainable here", "yes" if inspection.trainable else "no")]
+    rows += [("", f"- {reason}") for reason in inspection.reasons[:12]]
+    if len(inspection.reasons) > 12:
+        rows.append(("", f"- and {len(inspection.reasons) - 12} more"))
+    rows += [("note", note) for note in inspection.notes]
+    config = "does not say" if inspection.mtp_layers_config is None else str(inspection.mtp_layers_config)
+    rows.append(("MTP layers", f"{inspection.mtp_layers} by tensors, config.json: {config}"))
+    if inspection.mtp_tensors:
+        kinds = ", ".join(f"{kind} x {n}" for kind, n in inspection.mtp_dtypes.items())
+        rows.append(("MTP layer", f"{inspection.mtp_tensors} tensors, {_count(inspection.mtp_params)} parameters, "
+                     f"{size(inspection.mtp_bytes)} ({kinds})"))  # fmt: skip
+        rows.append(
+            ("in files", ", ".join(inspection.mtp_files[:4]) + (", ..." if len(inspection.mtp_files) > 4 else ""))
+        )
+        rows.append(
+            ("own matrices", ", ".join(inspection.own_matrices) or "none: embedding and head are the backbone's")
+        )
+    rows.append(("tied head", "yes" if inspection.tied_head else "no"))
+    left_out = f", the MTP layer {inspection.mtp_left_out}" if inspection.mtp_left_out else ""
+    rows.append(("quantized", (inspection.quantization or "no") + left_out))
+    backbone = (
+        f"{inspection.backbone_tensors} tensors, {size(inspection.backbone_bytes)}, {inspection.files} files in all"
+    )
     rows.append(("backbone", backbone))
-    if found.lost_on_save:
-        rows.append(("on a save", found.lost_on_save))
-    rows += [(engine, verdict) for engine, verdict in found.engines.items()]
-    if found.suspicious:
-        rows.append(("look like MTP", f"{len(found.suspicious)} tensors"))
-        rows += [("", name) for name in found.suspicious[:8]]
-    return "\n".join([found.model, *(f"  {left:14} {right}".rstrip() for left, right in rows)])
+    if inspection.lost_on_save:
+        rows.append(("on a save", inspection.lost_on_save))
+    rows += [(engine, verdict) for engine, verdict in inspection.engines.items()]
+    if inspection.suspicious:
+        rows.append(("look like MTP", f"{len(inspection.suspicious)} tensors"))
+        rows += [("", name) for name in inspection.suspicious[:8]]
+    return "\n".join([inspection.model, *(f"  {left:14} {right}".rstrip() for left, right in rows)])
 
 
 def _count(number: int) -> str:

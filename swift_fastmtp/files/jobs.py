@@ -87,18 +87,18 @@ class Job:
         path = self.folder / "job.json"
         settings = json.loads(json.dumps(settings))
         with self._lock():
-            found = read_object(path)
+            recorded = read_object(path)
             if self.output.exists():
                 # Another worker has written it since we looked, and the folder was made anew by us or by our like.
-                if not found or (self.folder / MERGED).exists():
+                if not recorded or (self.folder / MERGED).exists():
                     self._remove()
                 refuse_existing(self.output)
-            if not found:
+            if not recorded:
                 write_json(settings, path)
-        for key in found and sorted(found.keys() | settings.keys()):
-            if found.get(key) != settings.get(key):
+        for key in recorded and sorted(recorded.keys() | settings.keys()):
+            if recorded.get(key) != settings.get(key):
                 raise FastMTPError(
-                    f"{path}: this job was started with {key} {found.get(key)!r}, not {settings.get(key)!r}; go on "
+                    f"{path}: this job was started with {key} {recorded.get(key)!r}, not {settings.get(key)!r}; go on "
                     f"with the same settings, name another output, or remove {self.folder}"
                 )
 
@@ -128,10 +128,10 @@ class Job:
 
     def _find_identity(self) -> tuple[int, int] | None:
         try:
-            found = os.stat(self.folder)
+            status = os.stat(self.folder)
         except FileNotFoundError:
             return None
-        return found.st_dev, found.st_ino
+        return status.st_dev, status.st_ino
 
     def _check_folder(self) -> None:
         """Raises `FastMTPError` if the folder is not the one that this job began with."""
@@ -154,19 +154,19 @@ class Job:
 
         Raises `FastMTPError` if the folder is gone: what is not there must not be taken for not yet answered.
         """
-        found: dict[Key, Place] = {}
+        places: dict[Key, Place] = {}
         try:
             for part in sorted(self.folder.glob("shard-*.jsonl")):
                 with inputs.open_file(part) as file:
                     offset = 0
                     for number, line in enumerate(file, start=1):
                         if line.endswith(b"\n"):  # else it is being written, or a kill cut it off
-                            found.setdefault(_key(line, f"{part}:{number}"), Place(part, offset))
+                            places.setdefault(_key(line, f"{part}:{number}"), Place(part, offset))
                         offset += len(line)
         except FileNotFoundError:
             raise self._gone() from None
         self._check_folder()
-        return found
+        return places
 
     @contextmanager
     def part(self, shard: int, shards: int) -> Iterator["Part"]:
@@ -211,15 +211,15 @@ class Job:
         with self._lock():
             if self.output.exists():
                 return None
-            found = self.finished()
-            self.missing = max(keys - len(found), 0)
+            places = self.finished()
+            self.missing = max(keys - len(places), 0)
             if self.missing:
                 return None
             refused = []
             files: dict[Path, IO[bytes]] = {}
             with write_rows(self.output) as out:
-                for key in sorted(found):
-                    place = found[key]
+                for key in sorted(places):
+                    place = places[key]
                     file = files.get(place.part) or files.setdefault(place.part, open(place.part, "rb"))  # noqa: SIM115
                     file.seek(place.offset)
                     record = json.loads(file.readline())

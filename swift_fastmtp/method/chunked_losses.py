@@ -40,12 +40,12 @@ def step_losses(
     """
     soft = config.loss in SOFT_LOSSES
     teacher = (hidden_RD, rows_N) if soft else (None, None)
-    loss, match, overlap = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+    loss, match, accept_prob = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         outputs_KND, weight_VD, targets_KN, valid_KN, config, *teacher
     )
     if config.loss == "e2e":
         loss = first_rejections(loss, valid_KN) * valid_KN
-    return StepLosses(loss, match, overlap if soft else None)
+    return StepLosses(loss, match, accept_prob if soft else None)
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def greedy_tokens(rows_ND: Tensor, weight_VD: Tensor, config: FastMTPConfig) -> 
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """(outputs [K, N, D], ...) → (loss, match, overlap), each [K, N]; gradient for the outputs only."""
+    """(outputs [K, N, D], ...) → (loss, match, accept_prob), each [K, N]; gradient for the outputs only."""
 
     @staticmethod
     def forward(
@@ -74,17 +74,17 @@ class ChunkedLoss(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad = torch.zeros_like(flat)
         head = _head_type(weight)(weight, outputs.dtype, K * N, config)
-        loss, overlap = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
+        loss, accept_prob = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
         match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
         for part, teacher in head.chunks(valid, hidden, rows):
             target = targets.flatten()[part, None]
-            loss[part], overlap[part], best, d_logits = head.row_losses(flat[part], target, teacher)
+            loss[part], accept_prob[part], best, d_logits = head.row_losses(flat[part], target, teacher)
             match[part] = best == target[:, 0]
             if grad is not None:
                 grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(match, overlap)
-        return loss.view(K, N), match.view(K, N), overlap.view(K, N)
+        ctx.mark_non_differentiable(match, accept_prob)
+        return loss.view(K, N), match.view(K, N), accept_prob.view(K, N)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:

@@ -114,7 +114,7 @@ class FrozenHead:
     def row_losses(
         self, rows: Tensor, target: Tensor, teacher: Teacher | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss [C], overlap [C], argmax [C] and d loss / d logits [C, V] of rows [C, D]; target is [C, 1]."""
+        """Loss [C], accept_prob [C], argmax [C] and d loss / d logits [C, V] of rows [C, D]; target is [C, 1]."""
         z = self.project(rows)
         best = z.argmax(-1, keepdim=True)
         q = torch.softmax(z, -1, out=self.probs[: len(rows)])
@@ -126,20 +126,20 @@ class FrozenHead:
         p = teacher.probs
         kl = log_z - _rowdot(p, z) - teacher.entropy
         d = torch.sub(q, p, out=z)
-        overlap = 1 - d.norm(p=1, dim=-1, keepdim=True) / 2  # sum min(p, q) = 1 - |p - q| / 2
+        accept_prob = 1 - d.norm(p=1, dim=-1, keepdim=True) / 2  # sum min(p, q) = 1 - |p - q| / 2
         loss, grad = kl, d
         if config.loss != "kl":
             # d TV / d logits = q (mass - [q < p]), mass = the part of q that lies below p
             below = torch.lt(d, 0, out=z)
             mass = _rowdot(q, below)
-            loss, grad = 1 - overlap, below.neg_().add_(mass).mul_(q)
+            loss, grad = 1 - accept_prob, below.neg_().add_(mass).mul_(q)
         if config.loss == "lk":
-            w = (-config.lk_eta * overlap).exp()
+            w = (-config.lk_eta * accept_prob).exp()
             loss = w * kl + (1 - w) * loss
             grad = grad.mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
         if self.temperature != 1:
             grad = grad.div_(self.temperature)
-        return loss.squeeze(1), overlap.squeeze(1), best.squeeze(1), grad
+        return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1), grad
 
 
 def sparse_teacher_loss(
@@ -154,11 +154,11 @@ def sparse_teacher_loss(
     else:
         p = teacher.probs
         loss = log_z - _rowdot(p, chosen) - teacher.entropy
-    overlap = torch.minimum(p, (chosen - log_z).exp()).sum(-1, keepdim=True)
+    accept_prob = torch.minimum(p, (chosen - log_z).exp()).sum(-1, keepdim=True)
     grad = q.scatter_add_(1, ids, -p.to(q.dtype))
     if temperature != 1:
         grad = grad.div_(temperature)
-    return loss.squeeze(1), overlap.squeeze(1), best.squeeze(1), grad
+    return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1), grad
 
 
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:

@@ -56,7 +56,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
     teacher_log_z_ptr,
     entropy_ptr,
     loss_ptr,
-    overlap_ptr,
+    accept_prob_ptr,
     best_ptr,
     width,
     scale,
@@ -64,7 +64,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, overlap and argmax of one row against the teacher's logits; the row becomes its gradient."""
+    """Loss, accept_prob and argmax of one row against the teacher's logits; the row becomes its gradient."""
     row = tl.program_id(0).to(tl.int64)
     base, other = logits + row * width, teacher + row * width
     teacher_log_z = tl.load(teacher_log_z_ptr + row)
@@ -79,21 +79,21 @@ def _soft_loss(  # type: ignore[no-untyped-def]
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
     log_z = top + tl.log(total)
-    cross, overlap, mass = 0.0, 0.0, 0.0
+    cross, accept_prob, mass = 0.0, 0.0, 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         log_q = tl.load(base + at, mask=at < width, other=float("-inf")).to(tl.float32) * scale - log_z
         log_p = tl.load(other + at, mask=at < width, other=float("-inf")).to(tl.float32) * scale - teacher_log_z
         q, p = tl.exp(log_q), tl.exp(log_p)
         cross += tl.sum(tl.where(at < width, p * log_q, 0.0), 0)
-        overlap += tl.sum(tl.minimum(p, q), 0)
+        accept_prob += tl.sum(tl.minimum(p, q), 0)
         mass += tl.sum(tl.where(q < p, q, 0.0), 0)
         if KIND == 0:
             tl.store(base + at, (q - p) * scale, mask=at < width)
     kl = -cross - tl.load(entropy_ptr + row)
     weight = 1.0
     if KIND == 1:
-        weight = tl.exp(-eta * overlap)
+        weight = tl.exp(-eta * accept_prob)
     if KIND == 2:
         weight = 0.0
     if KIND != 0:
@@ -103,8 +103,8 @@ def _soft_loss(  # type: ignore[no-untyped-def]
             p = tl.exp(tl.load(other + at, mask=at < width, other=float("-inf")).to(tl.float32) * scale - teacher_log_z)
             grad = weight * (q - p) + (1.0 - weight) * q * (mass - tl.where(q < p, 1.0, 0.0))
             tl.store(base + at, grad * scale, mask=at < width)
-    tl.store(loss_ptr + row, weight * kl + (1.0 - weight) * (1.0 - overlap))
-    tl.store(overlap_ptr + row, overlap)
+    tl.store(loss_ptr + row, weight * kl + (1.0 - weight) * (1.0 - accept_prob))
+    tl.store(accept_prob_ptr + row, accept_prob)
     tl.store(best_ptr + row, best)
 
 
@@ -149,13 +149,13 @@ class FusedHead(FrozenHead):
             log_z, best, _ = self.softmax(z, write=True)
             return sparse_teacher_loss(z, chosen, log_z, best, ids, teacher, self.temperature)
         assert teacher.log_z is not None
-        loss, overlap = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
+        loss, accept_prob = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
         best = torch.empty(len(z), dtype=torch.long, device=z.device)
         options: dict[str, Any] = {"eta": self.config.lk_eta, "KIND": _KINDS[self.config.loss], "BLOCK": _block(z)}
         _soft_loss[(len(z),)](
-            z, teacher.probs, teacher.log_z, teacher.entropy, loss, overlap, best, z.shape[1], self.scale, **options
+            z, teacher.probs, teacher.log_z, teacher.entropy, loss, accept_prob, best, z.shape[1], self.scale, **options
         )
-        return loss, overlap, best, z
+        return loss, accept_prob, best, z
 
 
 def _block(z: Tensor) -> int:

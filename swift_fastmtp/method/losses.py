@@ -69,7 +69,7 @@ class StepLosses(NamedTuple):
     """at least fp32, differentiable."""
     match: Tensor
     """bool: the head's argmax is the target."""
-    overlap: Tensor | None
+    accept_prob: Tensor | None
     """sum min(p, q): probability that sampled drafts are accepted here. None for `ce`, which has no p."""
 
 
@@ -88,19 +88,19 @@ def plain_step_losses(
     if config.loss not in SOFT_LOSSES:
         return StepLosses(cross_entropy(logits_KNV, targets_KN) * valid_KN, match_KN, None)
     assert hidden_RD is not None and rows_N is not None
-    losses, overlaps = [], []
+    losses, accept_probs = [], []
     for k, logits_NV in enumerate(logits_KNV, start=1):
         # Rows without a position k further on are not valid; any teacher does for them.
         teacher_N = (rows_N + k).clamp(max=len(hidden_RD) - 1)
         p_NV = (hidden_RD[teacher_N] @ weight_VD.T / config.temperature).softmax(-1)
         log_q_NV = (logits_NV / config.temperature).log_softmax(-1)
-        loss_N, overlap_N = soft_loss(p_NV, log_q_NV, config)
+        loss_N, accept_prob_N = soft_loss(p_NV, log_q_NV, config)
         losses.append(loss_N)
-        overlaps.append(overlap_N)
+        accept_probs.append(accept_prob_N)
     loss_KN = torch.stack(losses)
     if config.loss == "e2e":
         loss_KN = first_rejections(loss_KN, valid_KN)
-    return StepLosses(loss_KN * valid_KN, match_KN, torch.stack(overlaps) * valid_KN)
+    return StepLosses(loss_KN * valid_KN, match_KN, torch.stack(accept_probs) * valid_KN)
 
 
 def soft_loss(p_NV: Tensor, log_q_NV: Tensor, config: FastMTPConfig) -> tuple[Tensor, Tensor]:
@@ -111,14 +111,14 @@ def soft_loss(p_NV: Tensor, log_q_NV: Tensor, config: FastMTPConfig) -> tuple[Te
         p_NV = p_NV * (p_NV >= smallest_N1)
         p_NV = p_NV / p_NV.sum(-1, keepdim=True)
     kl_N = (torch.special.xlogy(p_NV, p_NV) - p_NV * log_q_NV).sum(-1)
-    overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
-    tv_N = 1 - overlap_N
+    accept_prob_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
+    tv_N = 1 - accept_prob_N
     if config.loss in ("kl", "topk_kl"):
-        return kl_N, overlap_N
+        return kl_N, accept_prob_N
     if config.loss == "lk":
-        w_N = (-config.lk_eta * overlap_N.detach()).exp()
-        return w_N * kl_N + (1 - w_N) * tv_N, overlap_N
-    return tv_N, overlap_N
+        w_N = (-config.lk_eta * accept_prob_N.detach()).exp()
+        return w_N * kl_N + (1 - w_N) * tv_N, accept_prob_N
+    return tv_N, accept_prob_N
 
 
 def first_rejections(tv_KN: Tensor, valid_KN: Tensor) -> Tensor:

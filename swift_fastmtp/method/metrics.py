@@ -75,15 +75,15 @@ def text_counts(accepted: Sequence[torch.Tensor]) -> AcceptanceCounts:
             count.
     """
     K = len(accepted[0])
-    eligible, reached, found = (torch.zeros(K, dtype=torch.float64) for _ in range(3))
+    eligible, reached, counted = (torch.zeros(K, dtype=torch.float64) for _ in range(3))
     for accepted_KA in accepted:
         A = accepted_KA.shape[1]
         chain = torch.cat([torch.ones(1, A, dtype=torch.float64), accepted_KA.double().cumprod(0)])
         for k in range(1, min(K, A - 1) + 1):
             eligible[k - 1] += A - k
             reached[k - 1] += chain[k - 1, : A - k].sum()
-            found[k - 1] += chain[k, : A - k].sum()
-    return AcceptanceCounts(eligible, reached, found)
+            counted[k - 1] += chain[k, : A - k].sum()
+    return AcceptanceCounts(eligible, reached, counted)
 
 
 def expected_rounds(accepted_KA: torch.Tensor, depth: int) -> tuple[float, float]:
@@ -179,12 +179,12 @@ def steps_by_chunk(chunk_tokens: Sequence[int], accepted: int, steps: int) -> li
     """
     if len(chunk_tokens) != steps + 1 or chunk_tokens[0] != 1 or not steps:
         return None
-    before, found = 1, []
+    before, rounds = 1, []
     for new in chunk_tokens[1:-1]:
-        found.append((before, new - 1))
+        rounds.append((before, new - 1))
         before += new
-    last = accepted - sum(a for _, a in found)
-    return [*found, (before, last)] if last >= chunk_tokens[-1] - 1 and min(chunk_tokens) > 0 else None
+    last = accepted - sum(a for _, a in rounds)
+    return [*rounds, (before, last)] if last >= chunk_tokens[-1] - 1 and min(chunk_tokens) > 0 else None
 
 
 def tau_by_position(steps: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int, float, int]]:

@@ -121,11 +121,11 @@ def check_map_list(maps: Any, where: Path) -> dict[str, Path]:
     """The same for an object that was read from `where`."""
     if not isinstance(maps, dict) or not maps or not all(isinstance(v, str) for v in maps.values()):
         raise FastMTPError(f'{where}: must be an object of languages and files, as {{"zh": "zh-16384.pt"}}')
-    found = {name: inside(where.parent, file, f"{where}: {name}") for name, file in maps.items()}
-    for name, file in found.items():
+    paths = {name: inside(where.parent, file, f"{where}: {name}") for name, file in maps.items()}
+    for name, file in paths.items():
         if not os.path.isfile(file):  # no, too, of a name that is too long for a file
             raise FastMTPError(f"{where}: {name}: {file}: no such file")
-    return found
+    return paths
 
 
 MAPS_FOLDER = "token_maps"

@@ -34,36 +34,36 @@ def import_class(path: str) -> Any:
 def split_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers' names → checkpoint names: `experts.gate_up_proj` [E, 2I, D] and `experts.down_proj` [E, D, I]
     become `experts.{e}.gate_proj.weight`, `.up_proj.weight` [I, D] and `.down_proj.weight` [D, I]."""
-    found = {}
+    separate = {}
     for name, tensor in tensors.items():
         if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            found[name] = tensor
+            separate[name] = tensor
             continue
         path, kind = name.rsplit(".", 1)
         for e, one in enumerate(tensor):
             if kind == "down_proj":
-                found[f"{path}.{e}.down_proj.weight"] = one
+                separate[f"{path}.{e}.down_proj.weight"] = one
             else:
-                found[f"{path}.{e}.gate_proj.weight"], found[f"{path}.{e}.up_proj.weight"] = one.chunk(2)
-    return found
+                separate[f"{path}.{e}.gate_proj.weight"], separate[f"{path}.{e}.up_proj.weight"] = one.chunk(2)
+    return separate
 
 
 def join_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The inverse of `split_experts`; every expert must be there."""
-    found: dict[str, torch.Tensor] = {}
+    joined: dict[str, torch.Tensor] = {}
     paths: dict[str, int] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(?:gate|up|down)_proj\.weight", name):
             paths[match[1]] = max(paths.get(match[1], 0), int(match[2]) + 1)
         else:
-            found[name] = tensor
+            joined[name] = tensor
     for path, number in paths.items():
         gate, up, down = (
             torch.stack([tensors[f"{path}.{e}.{kind}_proj.weight"] for e in range(number)])
             for kind in ("gate", "up", "down")
         )
-        found[f"{path}.gate_up_proj"], found[f"{path}.down_proj"] = torch.cat([gate, up], dim=1), down
-    return found
+        joined[f"{path}.gate_up_proj"], joined[f"{path}.down_proj"] = torch.cat([gate, up], dim=1), down
+    return joined
 
 
 def fill(parameter: torch.Tensor, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:

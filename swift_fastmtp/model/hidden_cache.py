@@ -231,15 +231,15 @@ class HiddenCache:
 
 def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:
     """(batch row, start, end) of every document of a batch; padding is none."""
-    found = []
+    spans = []
     for b, segments in enumerate(segment_ids_BT.cpu()):
         ids, counts = torch.unique_consecutive(segments, return_counts=True)
         start = 0
         for segment, count in zip(ids.tolist(), counts.tolist(), strict=True):
             if segment >= 0:
-                found.append((b, start, start + count))
+                spans.append((b, start, start + count))
             start += count
-    return found
+    return spans
 
 
 def _are_in(records: "np.ndarray[Any, Any]", rows_on_disk: int) -> "np.ndarray[Any, Any]":

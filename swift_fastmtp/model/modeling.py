@@ -75,7 +75,7 @@ class FastMTPOutput(ModelOutput):
     """The target exists and is supervised."""
     trained: torch.Tensor | None = None
     """... and the token map reaches it: neither it nor a token before it in the chain is outside the map."""
-    overlap: torch.Tensor | None = None
+    accept_prob: torch.Tensor | None = None
     full_match: torch.Tensor | None = None
     """`match` of a draft without the token map; in evaluation with a map only."""
 
@@ -250,16 +250,16 @@ class FastMTPMixin:
         outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
         valid_KN = valid.flatten(1)[:, rows]
         check_drafts(self, outputs, valid_KN, rows, input_ids.shape[1])
-        found = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid_KN, rows)
-        for name, value in found.items():
+        results = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid_KN, rows)
+        for name, value in results.items():
             dense = value.new_zeros(valid.flatten(1).shape)
-            found[name] = dense.index_copy(1, rows, value).view_as(valid)
-        check_losses(self, found["step_loss"])
+            results[name] = dense.index_copy(1, rows, value).view_as(valid)
+        check_losses(self, results["step_loss"])
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
-        loss = weighted_loss(found["step_loss"], self.fastmtp.step_weights, num_items)
-        return FastMTPOutput(loss=loss, mtp_loss=loss, valid=valid, **found)
+        loss = weighted_loss(results["step_loss"], self.fastmtp.step_weights, num_items)
+        return FastMTPOutput(loss=loss, mtp_loss=loss, valid=valid, **results)
 
     @torch.no_grad()
     def backbone_states(
@@ -279,10 +279,10 @@ class FastMTPMixin:
         """
         spans = documents_of(segments) if self.hidden_cache else []
         documents = [input_ids[b, start:end] for b, start, end in spans]
-        found = self.hidden_cache.get(documents) if self.hidden_cache else None
-        if self.hidden_cache and found is not None:
+        cached = self.hidden_cache.get(documents) if self.hidden_cache else None
+        if self.hidden_cache and cached is not None:
             hidden = torch.zeros(*input_ids.shape, self.hidden_cache.width, dtype=self.hidden_cache.dtype)
-            for (b, start, end), states in zip(spans, found, strict=True):
+            for (b, start, end), states in zip(spans, cached, strict=True):
                 hidden[b, start:end] = states
             folder = self.hidden_cache.folder
             check_hidden_states(
@@ -377,13 +377,13 @@ class FastMTPMixin:
         trained = valid_KN & ((labels >= 0) | ~valid_KN).cumprod(0).bool()
         hidden = hidden_BTD.flatten(0, 1)
         losses = step_losses(outputs_KND, vocabulary.weight, labels.clamp(min=0), trained, config, hidden, rows)
-        found = {"step_loss": losses.loss, "match": losses.match, "trained": trained}
-        if losses.overlap is not None:
-            found["overlap"] = losses.overlap
+        results = {"step_loss": losses.loss, "match": losses.match, "trained": trained}
+        if losses.accept_prob is not None:
+            results["accept_prob"] = losses.accept_prob
         if vocabulary.ids is not None and not cast(nn.Module, self).training:
             best = greedy_tokens(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
-            found["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
-        return found
+            results["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
+        return results
 
 
 def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:

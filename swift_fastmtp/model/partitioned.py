@@ -27,15 +27,15 @@ def sources(cls: Any, checkpoint: Checkpoint, config: Any) -> dict[str, list[str
         model = cls(config)
     stored = {n: e.shape for n, e in checkpoint.headers.entries.items() if not n.endswith(SCALE)}
     tied = tied_names(model)
-    found = {}
+    parts_of = {}
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
         parts = {n: tuple(t.shape) for n, t in as_stored({name: tensor}, stored).items()}
         if any(stored.get(n) != shape for n, shape in parts.items()):
             return None
-        found[name] = list(parts)
-    return found
+        parts_of[name] = list(parts)
+    return parts_of
 
 
 def load_partitioned(cls: Any, checkpoint: Checkpoint, config: Any, parts: dict[str, list[str]]) -> Any:

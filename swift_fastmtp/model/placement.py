@@ -51,14 +51,14 @@ def device_map(
             f"the head, its optimizer, the embedding and the output matrix take {stays / 1e9:.1f} GB, which device "
             f"{main} has not; free memory or raise --max_memory"
         )
-    found: dict[str, int | str] = {name: main for name, _, moves in parts if not moves}
+    device_map: dict[str, int | str] = {name: main for name, _, moves in parts if not moves}
     for name, taken in layers.items():
         while devices and taken > room[devices[0]]:
             devices.pop(0)
-        found[name] = devices[0] if devices else "disk"
+        device_map[name] = devices[0] if devices else "disk"
         if devices:
             room[devices[0]] -= taken
-    return found if len(set(found.values())) > 1 else {"": main}
+    return device_map if len(set(device_map.values())) > 1 else {"": main}
 
 
 def check_map(mapping: dict[str, Any], roots: tuple[str, ...]) -> None:

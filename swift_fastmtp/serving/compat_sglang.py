@@ -85,8 +85,8 @@ SERVER_ARGUMENTS = (
 
 def check_version(use: str) -> None:
     """Raises `FastMTPError` unless SGLang is a version that was tried; `use` is what asks for it."""
-    found, tried = installed("sglang"), TRIED["sglang"]
-    if found not in tried:
+    present, tried = installed("sglang"), TRIED["sglang"]
+    if present not in tried:
         raise changed("sglang", f"{use}: it is not among the versions tried")
 
 

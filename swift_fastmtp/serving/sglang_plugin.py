@@ -64,10 +64,10 @@ def maps_of(model_path: str, draft_path: str | None) -> dict[str, Path]:
         return read_map_list(_variable()) if _variable() else {}
     for name in (draft_path, model_path):
         config = _file(name, "config.json") if name else None
-        if name and config and CONFIG_KEY in (found := read_object(config)):
-            for file in found[CONFIG_KEY].values() if isinstance(found[CONFIG_KEY], dict) else ():
+        if name and config and CONFIG_KEY in (values := read_object(config)):
+            for file in values[CONFIG_KEY].values() if isinstance(values[CONFIG_KEY], dict) else ():
                 _file(name, str(file))
-            return check_map_list(found[CONFIG_KEY], config)
+            return check_map_list(values[CONFIG_KEY], config)
     return {}
 
 

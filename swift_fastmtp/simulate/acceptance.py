@@ -63,7 +63,7 @@ def make_texts(  # noqa: PLR0913
         prompts = [_prompt(tokenizer, number, row) for number, row in enumerate(rows)]
         K = model.fastmtp.num_speculative_steps
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[int, Text] = {}
+        by_prompt: dict[int, Text] = {}
         for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
             batch = order[start : start + batch_size]
             sampling = (temperature, top_k, top_p)
@@ -74,8 +74,8 @@ def make_texts(  # noqa: PLR0913
             except NotFiniteError as error:
                 raise error.of(f"row {batch[error.row] + 1}") from None
             for i, ids, more in zip(batch, whole, beyond, strict=True):
-                found[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
-        texts = [found[i] for i in range(len(prompts))]
+                by_prompt[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
+        texts = [by_prompt[i] for i in range(len(prompts))]
     kept = [text for text in texts if text.end - text.start > 1]
     if not kept:
         raise FastMTPError("no answer is longer than one token, so nothing is ever drafted; use other prompts")
@@ -153,13 +153,13 @@ def sampled_acceptance(  # noqa: PLR0913
         target = _cut(_logits(model, teacher).float() / temperature, top_k, top_p)
         log_p = target.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logits = _logits(model, states).float() / temperature
-        found = []
+        probabilities = []
         for vocabulary in vocabularies:
             rows = vocabulary.encode(tokens)
             log_q = vocabulary.columns(logits).log_softmax(-1).gather(1, rows.clamp(min=0)[:, None])[:, 0]
             possible = (rows >= 0) & log_p.isfinite()
-            found.append(torch.where(possible, (log_q - log_p).clamp(max=0).exp(), 0.0))
-        return torch.stack(found).double()
+            probabilities.append(torch.where(possible, (log_q - log_p).clamp(max=0).exp(), 0.0))
+        return torch.stack(probabilities).double()
 
     return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.float64, label)
 
@@ -214,7 +214,7 @@ def _acceptance(
     """`function(draft states, teacher's states, text tokens) -> [maps, rows]` over all positions and depths, by chunks
     of rows so that few logits exist at a time."""
     chunk = chunk_size(model.lm_head.weight, model.fastmtp)
-    found: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
+    per_text: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
     for batch in _batches(model, texts, pad, batch_size, label):
         hidden = batch.hidden.flatten(0, 1)
         accepted = torch.zeros((num_maps, *batch.exists.shape), dtype=dtype, device=hidden.device)
@@ -227,8 +227,8 @@ def _acceptance(
         accepted = accepted.cpu()
         for row, i in enumerate(batch.places):
             for number in range(num_maps):
-                found[number][i] = accepted[number, :, row, texts[i].start - 1 : texts[i].end - 1].clone()
-    return found
+                per_text[number][i] = accepted[number, :, row, texts[i].start - 1 : texts[i].end - 1].clone()
+    return per_text
 
 
 class _Batch(NamedTuple):

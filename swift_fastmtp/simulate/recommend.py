@@ -30,13 +30,13 @@ def recommend(results: Sequence[HeadResult], tokens: Mapping[str, int]) -> Recom
     groups: dict[str, list[HeadResult]] = defaultdict(list)
     for result in results:
         groups[result.group].append(result)
-    found = []
+    recommendations = []
     for k in range(len(results[0].speedup)):
         best = {group: max(of, key=lambda r: r.speedup[k]) for group, of in groups.items()}
         seconds = sum(tokens[group] / r.speedup[k] for group, r in best.items())
         total = sum(tokens[group] for group in groups) / seconds
-        found.append(Recommendation(k + 1, {group: r.token_map for group, r in best.items()}, total))
-    return max(found, key=lambda r: r.speedup)
+        recommendations.append(Recommendation(k + 1, {group: r.token_map for group, r in best.items()}, total))
+    return max(recommendations, key=lambda r: r.speedup)
 
 
 def advice_line(advice: Recommendation) -> str:

@@ -194,15 +194,15 @@ def _groups(texts: list[Text], rows: list[dict[str, Any]], tokenizer: Any, by: s
     """Which texts are in which group, by prompt and answer, as `fastmtp vocab` counts rows; or as the server tells
     languages, where that knows none."""
     identify = TokenLanguages(tokenizer)
-    found = defaultdict(list)
+    groups = defaultdict(list)
     for i, text in enumerate(texts):
         row, ids = rows[text.row], text.ids[text.start : text.end]
         answer = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
         name = part_of(cell_of({**row, "messages": [*without_answer(row["messages"]), answer]}, by == "category"), by)
         if name == UNKNOWN and by == "language":
             name = identify(ids) or UNKNOWN
-        found[name].append(i)
-    return dict(sorted(found.items()))
+        groups[name].append(i)
+    return dict(sorted(groups.items()))
 
 
 def _rates(accepted: list[torch.Tensor], drafts: str, size: int, cost: StepCost) -> tuple[Any, ...]:

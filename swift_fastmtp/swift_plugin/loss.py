@@ -84,7 +84,7 @@ def _check_trainable(model: Any) -> None:
 
 
 class FastMTPMetric(Metric):
-    """Per depth: loss (unweighted), marginal and conditional acceptance, overlap with the model; and tau.
+    """Per depth: loss (unweighted), marginal and conditional acceptance, acceptance probability of sampled drafts; tau.
 
     With a token map the rates are those of a draft served with it, and in evaluation `full_*` are those without.
     """
@@ -98,8 +98,8 @@ class FastMTPMetric(Metric):
     def update(self, outputs: Any, base_BT: torch.Tensor) -> None:
         """Add a batch: a `FastMTPOutput`, and its rows whose next token belongs to an answer."""
         sums = {"loss": outputs.step_loss.detach().flatten(1).sum(1), "trained": outputs.trained.flatten(1).sum(1)}
-        if outputs.get("overlap") is not None:
-            sums["overlap"] = outputs.overlap.flatten(1).sum(1)
+        if outputs.get("accept_prob") is not None:
+            sums["accept_prob"] = outputs.accept_prob.flatten(1).sum(1)
         for prefix, match in (("", outputs.match), ("full_", outputs.get("full_match"))):
             if match is not None:
                 counts = count_acceptance(match, outputs.valid, base_BT)
@@ -119,7 +119,7 @@ class FastMTPMetric(Metric):
             return {}
         sums = {name: value.cpu() for name, value in sums.items()}
         logs: dict[str, float] = {}
-        for name in ("loss", "overlap"):
+        for name in ("loss", "accept_prob"):
             if name in sums:
                 means = (sums[name] / sums["trained"].clamp(min=1)).tolist()
                 logs.update({f"{name}_{k}": mean for k, mean in enumerate(means, start=1)})

@@ -43,8 +43,8 @@ def typed_names(names: Iterable[str], flags: Sequence[str]) -> set[str]:
     for name in names:
         spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
         parser.add_argument(*spellings, dest=name, nargs="*")
-    found, _ = parser.parse_known_args(list(flags))
-    return set(vars(found))
+    given, _ = parser.parse_known_args(list(flags))
+    return set(vars(given))
 
 
 def _names(arguments_class: Any) -> list[str]:

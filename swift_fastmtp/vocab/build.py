@@ -152,7 +152,7 @@ def vocab(  # noqa: PLR0913
     print(coverage_table(report))
     for line in outside_lines(report):
         print(line)
-    bad = sum(found["count"] for found in counts.bad.values())
+    bad = sum(kind["count"] for kind in counts.bad.values())
     print(f"{output_dir}: {len(maps)} maps, {bad} bad rows left out; more: coverage.md")
 
 
@@ -268,20 +268,20 @@ def verify_map(path: str | Path, model_dir: str | Path) -> list[str]:
     vocabulary = read_vocabulary(model_dir)
     ids = read_token_map(path, vocabulary.rows).tolist()
     about = read_object(sidecar(path))
-    found = []
+    faults = []
     if not about:
-        found.append(f"{sidecar(path)}: missing; nothing says which tokenizer the map is for")
+        faults.append(f"{sidecar(path)}: missing; nothing says which tokenizer the map is for")
     elif about.get("tokenizer_sha256") != vocabulary.tokenizer_sha256:
-        found.append(f"{path}: made with another tokenizer.json than {model_dir}'s; make it again for this model")
+        faults.append(f"{path}: made with another tokenizer.json than {model_dir}'s; make it again for this model")
     elif about.get("ids_sha256") != ids_hash(ids):
-        found.append(f"{path}: not the ids that {sidecar(path).name} is about; make the map again")
+        faults.append(f"{path}: not the ids that {sidecar(path).name} is about; make the map again")
     padding = [i for i in ids if not vocabulary.exists_V[i]]
     if padding:
-        found.append(f"{path}: holds {len(padding)} ids without a token, as {padding[0]}; make it for this model")
+        faults.append(f"{path}: holds {len(padding)} ids without a token, as {padding[0]}; make it for this model")
     missing = sorted(set(vocabulary.must_keep) - set(ids))
     if missing:
-        found.append(
+        faults.append(
             f"{path}: lacks {len(missing)} special and basic tokens, as {missing[-1]}; they are never drafted; "
             "make the map with `fastmtp vocab`"
         )
-    return found
+    return faults

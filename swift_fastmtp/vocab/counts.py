@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from ..data.conversation import said
+from ..data.conversation import message_text
 from ..data.language import language
 from ..data.language_names import UNKNOWN, language_code
 from ..data.mix import prompt_text
@@ -92,10 +92,10 @@ class Counts:
             for mine_V, theirs_V in zip(self.cell(name), other.cell(name), strict=True):
                 mine_V += theirs_V
         self.how.update(other.how)
-        for what, found in other.bad.items():
+        for what, theirs in other.bad.items():
             mine = self.bad.setdefault(what, {"count": 0, "rows": []})
-            mine["count"] += found["count"]
-            mine["rows"] = (mine["rows"] + found["rows"])[:5]
+            mine["count"] += theirs["count"]
+            mine["rows"] = (mine["rows"] + theirs["rows"])[:5]
 
     def save(self, path: Path) -> None:
         """A safetensors file, whole or not there: `counted` and `held_out`, int64 [cells, V]; cells in the metadata."""
@@ -257,7 +257,7 @@ class ChunkCounts:
 
 def count_chunk(chunk: Chunk, settings: CountSettings, vocabulary: Vocabulary) -> ChunkCounts:
     """Count some rows. Runs in a process of its own where there are several."""
-    found: dict[tuple[str, bool], list[Ints]] = {}
+    ids: dict[tuple[str, bool], list[Ints]] = {}
     how: Counter[str] = Counter()
     bad: list[tuple[str, str, str]] = []
     texts: list[str] = []
@@ -265,7 +265,7 @@ def count_chunk(chunk: Chunk, settings: CountSettings, vocabulary: Vocabulary) -
     for where, row in chunk:
         messages = [m for m in row["messages"] if settings.count == "all" or m["role"] == "assistant"]
         own, fault = _own_ids(messages, vocabulary)
-        spoken = [text for m in messages if m.get("token_ids") is None and (text := said(m))]
+        spoken = [text for m in messages if m.get("token_ids") is None and (text := message_text(m))]
         if fault:
             bad.append((where, *fault))
         elif not spoken and not any(map(len, own)):
@@ -273,15 +273,15 @@ def count_chunk(chunk: Chunk, settings: CountSettings, vocabulary: Vocabulary) -
                        if settings.count == "answers" else (where, "has no text to count", ""))  # fmt: skip
         else:
             key = cell_of(row, settings.categories), _is_held_out(row, settings.held_out)
-            found.setdefault(key, []).extend(own)
+            ids.setdefault(key, []).extend(own)
             texts += spoken
             of_text += [key] * len(spoken)
             how.update({"token_ids": len(own), "tokenizer": len(spoken)})
     if texts:
         encodings = vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for key, encoding in zip(of_text, encodings, strict=True):
-            found[key].append(np.array(encoding.ids, dtype=np.int64))
-    tokens = {key: np.unique(np.concatenate(parts), return_counts=True) for key, parts in found.items()}
+            ids[key].append(np.array(encoding.ids, dtype=np.int64))
+    tokens = {key: np.unique(np.concatenate(parts), return_counts=True) for key, parts in ids.items()}
     return ChunkCounts(len(chunk), tokens, +how, bad)
 
 

@@ -69,12 +69,12 @@ class TokenLanguages:
 
     def __call__(self, ids: Sequence[int]) -> str | None:
         """`zh`, `en`, `code`, .. or None if the text is short, mixed or of another script."""
-        found = np.asarray(ids[-LOOKED_AT:], dtype=np.int64)
-        counts = np.bincount(self.classes[found[found < len(self.classes)]], minlength=len(CLASSES))
-        said = int(counts[1:].sum())
-        if said < MIN_TOKENS:
+        window = np.asarray(ids[-LOOKED_AT:], dtype=np.int64)
+        counts = np.bincount(self.classes[window[window < len(self.classes)]], minlength=len(CLASSES))
+        counted = int(counts[1:].sum())
+        if counted < MIN_TOKENS:
             return None
-        share = counts / said
+        share = counts / counted
         asian = share[_HAN] + share[_KANA]
         if share[_CODE] >= SHARES["code"] and asian < SHARES["code"]:
             return "code"

@@ -95,5 +95,5 @@ def tokenizer_hash(model_dir: str | Path) -> str:
 
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:
-    found = [read_object(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
-    return {i for ids in found for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    values = [read_object(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
+    return {i for ids in values for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}

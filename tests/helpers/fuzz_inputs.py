@@ -20,7 +20,7 @@ from swift_fastmtp.checkpoint.headers import read_header
 from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization
 from swift_fastmtp.checkpoint.refusals import refusals
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
-from swift_fastmtp.data.conversation import Conversation, said
+from swift_fastmtp.data.conversation import Conversation, message_text
 from swift_fastmtp.data.examples import with_finish_reason
 from swift_fastmtp.data.filters import Reasoning, Repetition, SpecialTokens, Truncated, estimate_tokens
 from swift_fastmtp.data.language_names import language_code
@@ -271,7 +271,7 @@ def use_row(row):
         judge(row)
     previous = []
     for message in row["messages"]:
-        estimate_tokens(said(message))
+        estimate_tokens(message_text(message))
         previous = (asked_ids(message, previous) or []) + (ids_of(message, "token_ids") or [])
 
 
