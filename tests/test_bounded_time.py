@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization
+from swift_fastmtp.checkpoint.quantization import left_out, read_quantization
+from swift_fastmtp.checkpoint.quantization_methods import Part
 from swift_fastmtp.data import language as language_module
 from swift_fastmtp.data.chat_template import _NULL_FIELD
 from swift_fastmtp.data.filters import Decontaminate, Language, Refusals, Repetition, SpecialTokens

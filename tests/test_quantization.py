@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.quantization import METHODS, left_out, parts_of, read_quantization
+from swift_fastmtp.checkpoint.quantization import left_out, parts_of, read_quantization
+from swift_fastmtp.checkpoint.quantization_methods import METHODS
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.families.table import match_family

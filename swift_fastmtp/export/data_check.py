@@ -10,7 +10,7 @@ from ..data.chat_template import check_chat_template, load_tokenizer
 from ..data.examples import check_vocabulary, rendered_otherwise, training_examples
 from ..errors import FastMTPError
 from ..files.rows import BadRows, iter_rows
-from .doctor import Finding
+from .finding import Finding
 
 FOREIGN = "the chat template renders {n} of {rows} rows otherwise than they were asked"
 UNUSABLE = "{n} of {rows} rows cannot be trained on"

@@ -5,9 +5,7 @@ names it does not know, and keeps random values where some are missing (SGLang `
 check here is a failure that users of the engines have met.
 """
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,7 @@ from ..checkpoint.fp8 import DTYPE as FP8
 from ..checkpoint.fp8 import SCALE
 from ..checkpoint.headers import TOWER
 from ..checkpoint.mtp_tensors import read_plain
-from ..checkpoint.quantization import (
-    SGLANG,
-    VLLM,
-    Part,
-    Quantization,
-    fix,
-    left_out,
-    listed,
-    parts_of,
-    read_quantization,
-)
+from ..checkpoint.quantization import parts_of, read_quantization
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
@@ -39,6 +27,9 @@ from ..families.family import Family, config_value
 from ..files.known_files import read_object
 from ..method.token_map import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
+from .doctor_origin import check_origin
+from .doctor_quantization import check_dtypes, check_quantization, is_packed, stored_tensors
+from .finding import Finding
 from .inspection import MTP_WORD
 
 _NOT_LOADED = {
@@ -48,41 +39,6 @@ _NOT_LOADED = {
 _PLAIN = {"bfloat16", "float16", "float32"}
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SMALL = 2**20  # bytes
-# A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
-# what transformers takes for a missing one, where that is the same for all families.
-_SHARED_KEYS: dict[str, Any] = {
-    "hidden_size": None,
-    "num_attention_heads": None,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "vocab_size": None,
-    "rms_norm_eps": None,
-    "max_position_embeddings": None,
-    "hidden_act": "silu",
-    "attention_bias": None,
-    "tie_word_embeddings": False,
-    "layer_types": None,
-    "sliding_window": None,
-    "num_experts_per_tok": None,
-    "norm_topk_prob": None,
-    "routed_scaling_factor": None,
-    "n_group": None,
-    "topk_group": None,
-}
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: `error` (do not serve this) or `warning` (likely not what you meant)."""
-
-    level: str
-    what: str
-    why: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.level}: {self.what}\n    why: {self.why}\n    fix: {self.fix}"
 
 
 def examine(
@@ -125,7 +81,7 @@ def examine(
         why = "engines build the draft from config.json, and stop, or build another model"
         return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
     findings += _backbone(checkpoint, family)
-    findings += _origin(checkpoint, family, model)
+    findings += check_origin(checkpoint, family, model)
     if token_map:
         findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
     if CONFIG_KEY in config:
@@ -211,11 +167,11 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
 
     expected = head_shapes(checkpoint)
     parts = parts_of(family, expected)
-    stored = _stored(checkpoint, family, parts)
+    stored = stored_tensors(checkpoint, family, parts)
     present = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
     present = {n for n in present if n.removesuffix(SCALE) not in expected or n in expected}
     # A matrix in another quantized form than FP8 blocks: its tensors have other names, shapes or meanings.
-    packed = {m for m, names in stored.items() if _is_packed(m, names)}
+    packed = {m for m, names in stored.items() if is_packed(m, names)}
     present -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
     missing = set(expected) - present
@@ -256,8 +212,8 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             "start from a checkpoint that leaves it out of the quantization",
         )
     named = sorted(n for n in present & set(expected) if not keeps_float32(family, n))
-    yield from _dtypes(checkpoint, named, packed)
-    yield from _quantization(checkpoint, family, parts, stored)
+    yield from check_dtypes(checkpoint, named, packed)
+    yield from check_quantization(checkpoint, family, parts, stored)
 
 
 def _values(name: str, checkpoint: Checkpoint, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
@@ -297,237 +253,6 @@ def _backbone(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             "hidden states become NaN: the model answers token 0 for ever, and every draft is accepted",
             "download the checkpoint again",
         )
-
-
-def _dtypes(checkpoint: Checkpoint, names: list[str], packed: set[str]) -> Iterator[Finding]:
-    dtypes = checkpoint.dtypes()
-    blocks = {n for n in names if n + SCALE in checkpoint.file_of}
-    kinds = {dtypes[n] for n in names if n not in blocks}
-    if kinds - _PLAIN or packed:
-        what = ", ".join(sorted(kinds - _PLAIN) + ([f"{len(packed)} matrices with scales"] if packed else []))
-        yield Finding(
-            "warning",
-            f"the MTP layer is quantized ({what})",
-            "drafts follow small differences in hidden states; a quantized layer is often never accepted",
-            "keep the MTP layer in the source precision",
-        )
-    if read_quantization(checkpoint.config, checkpoint.folder):
-        return
-    backbone = checkpoint.value("dtype") or checkpoint.value("torch_dtype")
-    if checkpoint.has_backbone() and kinds and backbone and kinds != {backbone}:
-        yield Finding(
-            "warning",
-            f"MTP tensors are {', '.join(sorted(kinds))}, the model is {backbone}",
-            "engines convert while loading; a mixture is a sign of a hand-made checkpoint",
-            "`fastmtp export` casts to the model's dtype",
-        )
-
-
-def _stored(checkpoint: Checkpoint, family: Family, parts: list[Part]) -> dict[str, list[str]]:
-    """Module of the MTP layer that engines may quantize → its tensors: the matrix, its scales, its packed form."""
-    modules = {m for part in parts for m in part.modules}
-    stored: dict[str, list[str]] = {m: [] for m in modules}
-    for name in checkpoint.file_of:
-        if not family.owns(name):
-            continue
-        # Scales stand under the module (`fc.weight_scale`), bitsandbytes' under the matrix (`fc.weight.absmax`), those
-        # of joined experts beside it (`experts.gate_up_proj_scale_inv`).
-        path = name
-        while path and path not in modules:
-            path = path.rpartition(".")[0]
-        path = path or next((m for m in modules if name.startswith(f"{m}_")), "")
-        if path and not name.endswith(".bias"):
-            stored[path].append(name)
-    return stored
-
-
-def _is_packed(module: str, names: list[str]) -> bool:
-    """Whether a matrix is quantized otherwise than in FP8 blocks."""
-    matrix = f"{module}.weight" if f"{module}.weight" in names else module
-    return bool(set(names) - {matrix, matrix + SCALE})
-
-
-def _quantization(
-    checkpoint: Checkpoint, family: Family, parts: list[Part], stored: dict[str, list[str]]
-) -> Iterator[Finding]:
-    """Whether engines build each part of the layer in the form in which it is stored."""
-    try:
-        quantization = read_quantization(checkpoint.config, checkpoint.folder)
-        if quantization is None:
-            return
-        readings = {part: left_out(quantization, part) for part in parts if any(stored[m] for m in part.modules)}
-    except FastMTPError as error:
-        why = "engines read it to build the model"
-        yield Finding("error", str(error), why, "export again, from the base model's own config.json")
-        return
-    dtypes = checkpoint.dtypes()
-    is_quantized = {p: [m for m in p.modules if _is_quantized(stored[m], dtypes)] for p in readings}
-    plain = [p for p in readings if not is_quantized[p]]
-    if not quantization.known:
-        if plain:
-            yield Finding(
-                "warning",
-                f"quantization_config is {quantization.method!r}: whether it leaves out the MTP layer was not checked",
-                "this package does not know how engines read that method; a plain layer that is built quantized "
-                "accepts nothing (accept length 1.0)",
-                "look at the accept length that the server logs",
-            )
-        return
-    yield from _built_quantized(quantization, family, readings, plain)
-    for part, modules in is_quantized.items():
-        others = [m for m in part.modules if stored[m] and m not in modules]
-        if modules and others:
-            yield Finding(
-                "error",
-                f"{listed(others)}: plain, beside quantized {listed(modules)}",
-                f"engines build these as one, {part.name}, in one form",
-                "quantize all of them, or none",
-            )
-            continue
-        by_engine = {r: out for r, out in (readings[part] or {}).items() if r in part.engines}
-        if modules and by_engine and all(by_engine.values()):
-            yield Finding(
-                "error",
-                f"{listed(modules)}: quantized, but {quantization.file} leaves it out of the quantization",
-                "the engine builds a plain matrix, and loads these numbers without their scales",
-                f'take it out of "{quantization.key}", or store it plain',
-            )
-
-
-def _is_quantized(names: list[str], dtypes: dict[str, str]) -> bool:
-    """By its tensors: several, or one that is no plain number."""
-    return len(names) > 1 or any(dtypes[n] not in _PLAIN for n in names)
-
-
-def _built_quantized(
-    quantization: Quantization, family: Family, readings: dict[Part, dict[str, bool] | None], plain: list[Part]
-) -> Iterator[Finding]:
-    """Parts that are stored plain, but that an engine would build quantized."""
-    by_all: list[str] = []
-    by_one: dict[str, list[str]] = {}
-    one_builds = [p for p in plain if len(p.engines) == 1 and family.engines.vllm]
-    for part in [*(p for p in plain if p not in one_builds), *one_builds]:
-        reading = readings[part] or {}
-        building = [r for r, out in reading.items() if r in part.engines and not out]
-        # A tool or another engine that leaves it out, or that has it plain in any case: one engine's gap, and no
-        # mistake of the checkpoint. But where nothing is left out, nor is this.
-        if any(reading.values()) or (part in one_builds and not by_all):
-            for engine in building:
-                by_one.setdefault(engine, []).extend(part.modules)
-        elif building:
-            by_all.extend(part.modules)
-    method = f"quantization_config ({quantization.method})"
-    how = fix(quantization, family, by_all or [m for modules in by_one.values() for m in modules])
-    if by_all:
-        what = f"{method} does not leave out the MTP layer, whose tensors are not quantized: {listed(by_all)}"
-        if any(any((readings[part] or {}).values()) for part in plain):
-            what = f"{method} leaves out a part of the MTP layer only; also plain, but not left out: {listed(by_all)}"
-        yield Finding(
-            "error",
-            what,
-            "the engine builds a quantized layer, skips these tensors, and accepts nothing (accept length 1.0)",
-            f"{how}; a folder of the MTP layer alone needs no quantization_config",
-        )
-    for engine, modules in by_one.items():
-        flag = {SGLANG: " or serve with `--speculative-draft-model-quantization unquant`", VLLM: ""}[engine]
-        yield Finding(
-            "warning",
-            f"{method}: {engine} does not read it as leaving out {listed(modules)}",
-            f"{engine} builds them quantized, skips the plain tensors, and accepts nothing (accept length 1.0)",
-            how + flag,
-        )
-
-
-def _origin(checkpoint: Checkpoint, family: Family, model: str | Path | None) -> Iterator[Finding]:
-    folder = checkpoint.folder
-    base = Checkpoint(model or checkpoint.settings.get("base_model") or "/nonexistent")
-    trained_for = checkpoint.settings.get("base_fingerprint")
-    here = checkpoint if checkpoint.has_backbone() else base
-    if trained_for and here.config_file.exists() and not here.has_fingerprint(trained_for):
-        yield Finding(
-            "error",
-            f"the head was trained for another backbone than {here}",
-            "a head follows the hidden states of the weights it saw; after merging or more training they differ",
-            "train the head for this backbone; a few hundred steps heal it",
-        )
-    if os.path.realpath(base.folder) == os.path.realpath(folder) or not base.config_file.exists():
-        return
-    here_config, base_config = checkpoint.config, base.config
-    for key in _differences(here_config, base_config):
-        ours, theirs = config_value(here_config, key), config_value(base_config, key)
-        yield Finding(
-            "error",
-            f"config.json: {key} is {ours}, in {base} it is {theirs}",
-            "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
-            "use the base model's value in both",
-        )
-    names = [n for n in checkpoint.under(*family.roots) if n in base.file_of and not family.is_copy(n)]
-    yield from _forms(checkpoint, base, names)
-    same = [n for n in names if torch.equal(checkpoint.read(n).float(), base.read(n).float())]
-    if names and len(same) == len(names):
-        yield Finding(
-            "warning",
-            f"the MTP layer equals the one of {base}",
-            "it is the untrained head: it drafts one token well and then collapses",
-            "export the checkpoint of a training run",
-        )
-
-
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """Keys by which two config.json describe other computations, however they are written."""
-    keys = [key for key in _SHARED_KEYS if _meant(ours, key) != _meant(theirs, key)]
-    if None in (_meant(ours, "layer_types"), _meant(theirs, "layer_types")) and "layer_types" in keys:
-        keys.remove("layer_types")  # transformers makes it of other keys where it is missing
-    if _rope(ours) != _rope(theirs):
-        keys += [key for key in _ROPE_KEYS if config_value(ours, key) != config_value(theirs, key)]
-    return keys
-
-
-def _meant(config: dict[str, Any], key: str) -> Any:
-    """What a key comes to."""
-    value = config_value(config, key)
-    if key == "sliding_window" and not config_value(config, "use_sliding_window", True):
-        return None
-    if key == "head_dim" and value is None:
-        size, heads = (config_value(config, k) for k in ("hidden_size", "num_attention_heads"))
-        return size // heads if isinstance(size, int) and isinstance(heads, int) and heads else None
-    if key == "num_key_value_heads" and value is None:
-        return config_value(config, "num_attention_heads")
-    return _SHARED_KEYS[key] if value is None else value
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE in one form: transformers 5 has all of it in `rope_parameters`, before there were `rope_theta`,
-    `rope_scaling` and `partial_rotary_factor`, and in that `type` for `rope_type`."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config_value(config, key)
-        if isinstance(value, dict):
-            rope |= value
-    for key in ("rope_theta", "partial_rotary_factor"):
-        rope.setdefault(key, config_value(config, key))
-    kind = rope.pop("type", None)
-    rope.setdefault("rope_type", kind)
-    if rope["rope_type"] in (None, "default", "mrope"):  # sections of axes; for text the plain RoPE
-        rope["rope_type"] = "default"
-    if rope["partial_rotary_factor"] == 1:
-        rope["partial_rotary_factor"] = None
-    return {key: value for key, value in rope.items() if value is not None}
-
-
-def _forms(checkpoint: Checkpoint, base: Checkpoint, names: list[str]) -> Iterator[Finding]:
-    """Where config.json says FP8, an engine expects it for the tensors that the base model stores so."""
-    if not checkpoint.config.get("quantization_config"):
-        return
-    for name in (n for n in names if not n.endswith(SCALE)):
-        here, there = name + SCALE in checkpoint.file_of, name + SCALE in base.file_of
-        if here != there:
-            yield Finding(
-                "error",
-                f"{name} is {'FP8 in blocks' if here else 'not quantized'}, in {base} it is the other way",
-                "engines build the layer that config.json describes, and load these numbers as something else",
-                "`fastmtp export` writes each tensor as the base model stores it",
-            )
 
 
 def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:

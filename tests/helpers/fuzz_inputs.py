@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from helpers.paths import TINY
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.headers import read_header
-from swift_fastmtp.checkpoint.quantization import Part, left_out, read_quantization
+from swift_fastmtp.checkpoint.quantization import left_out, read_quantization
+from swift_fastmtp.checkpoint.quantization_methods import Part
 from swift_fastmtp.checkpoint.refusals import refusals
 from swift_fastmtp.checkpoint.weight_files import INDEX_FILE, resolve
 from swift_fastmtp.data.conversation import Conversation, message_text
