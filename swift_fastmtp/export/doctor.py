@@ -20,6 +20,7 @@ from ..checkpoint.fp8 import SCALE
 from ..checkpoint.headers import TOWER
 from ..checkpoint.mtp_tensors import read_plain
 from ..checkpoint.quantization import parts_of, read_quantization
+from ..checkpoint.quantization_methods import SGLANG
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
