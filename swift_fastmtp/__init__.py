@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .method.config import FastMTPConfig
     from .method.losses import fastmtp_loss
     from .method.rollout import rollout
-    from .model.modeling import load_model
+    from .model.loading import load_model
     from .serving.launch import serve_flags
 
 __all__ = [
@@ -55,7 +55,7 @@ _MODULES = {
     "fastmtp_loss": "method.losses",
     "graft": "export.graft",
     "inspect_model": "export.inspection",
-    "load_model": "model.modeling",
+    "load_model": "model.loading",
     "mix": "data.mix",
     "rollout": "method.rollout",
     "serve_flags": "serving.launch",

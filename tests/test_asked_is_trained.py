@@ -19,7 +19,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.data_check import examine_data
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.simulate.acceptance import make_texts
 from swift_fastmtp.simulate.simulate import simulate
 

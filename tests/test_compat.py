@@ -260,7 +260,7 @@ def test_tied_names():
 
 def test_a_dispatched_model_stays_where_it_is():
     """accelerate puts a function that raises over a model's `to`; ours is the class's."""
-    from swift_fastmtp.model.modeling import load_model
+    from swift_fastmtp.model.loading import load_model
 
     model = load_model(TINY, torch.float32)
     model.hf_device_map, model.to = {"a": "cpu", "b": "disk"}, None

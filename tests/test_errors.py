@@ -17,7 +17,7 @@ from helpers.tiers import some_now
 def test_broken_models_in_process(case, tmp_path):
     """Every kind, without the cost of a subprocess; the next test shows two of them through `swift`."""
     from swift_fastmtp.errors import FastMTPError
-    from swift_fastmtp.model.modeling import load_model
+    from swift_fastmtp.model.loading import load_model
 
     (change, config), message = MODELS[case]
     with pytest.raises(FastMTPError) as error:
@@ -122,7 +122,7 @@ def test_hidden_cache_is_not_written_without_consent_and_room(case, tmp_path):
 
     from swift_fastmtp.errors import FastMTPError
     from swift_fastmtp.method.config import FastMTPConfig
-    from swift_fastmtp.model.modeling import load_model
+    from swift_fastmtp.model.loading import load_model
     from swift_fastmtp.swift_plugin.cache import attach_hidden_cache
 
     knobs, columns, message = CACHE[case]

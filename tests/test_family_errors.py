@@ -21,7 +21,8 @@ from swift_fastmtp.checkpoint.refusals import find_family
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.families.refused import LAYOUTS
 from swift_fastmtp.families.table import FAMILIES, layout_table, match_family, refused_table
-from swift_fastmtp.model.modeling import build_class, load_model
+from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.model.modeling import build_class
 from swift_fastmtp.swift_plugin.arguments import _check_packing
 
 BIAS = LAYER + "mlp.gate.e_score_correction_bias"

@@ -17,7 +17,7 @@ from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.families.table import match_family
-from swift_fastmtp.model.modeling import head_shapes
+from swift_fastmtp.model.loading import head_shapes
 
 pytestmark = pytest.mark.engine
 

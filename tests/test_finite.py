@@ -21,7 +21,7 @@ from swift_fastmtp.data.generate import generate
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.model.hidden_cache import HiddenCache
-from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.simulate.simulate import simulate
 
 LAYER = "model.layers.1.mlp.up_proj.weight"

@@ -12,7 +12,7 @@ from helpers.swift_runs import sft_args, swift
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.model.modeling import load_config
+from swift_fastmtp.model.config import load_config
 
 CONFIG = {"AutoConfig": "configuration_theirs.TheirConfig", "AutoModelForCausalLM": "configuration_theirs.Model"}
 TOKENIZER = {"AutoTokenizer": ["tokenization_theirs.TheirTokenizer", "tokenization_theirs.TheirTokenizer"]}

@@ -27,7 +27,7 @@ from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import HEAD_FILE, graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.model.head import import_class
-from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import serve_flags
 
 

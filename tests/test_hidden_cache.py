@@ -18,7 +18,7 @@ from helpers.paths import TINY
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.hidden_cache import _RECORD, HiddenCache
-from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.model.loading import load_model
 
 KEY = {"backbone": "abc"}
 

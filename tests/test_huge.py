@@ -22,7 +22,7 @@ from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model import placement
-from swift_fastmtp.model.modeling import model_class
+from swift_fastmtp.model.loading import model_class
 
 # LongCat's here has one layer, which fits.
 KINDS = ("mimo", "mimo, FP8", "qwen3_next, FP8", *(name for name in CHECKPOINTS if name != "longcat_flash"))
@@ -127,7 +127,7 @@ deepspeed.init_distributed("gloo")
 from transformers.integrations import HfDeepSpeedConfig
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.model.head import split_experts
-from swift_fastmtp.model.modeling import model_class
+from swift_fastmtp.model.loading import model_class
 cls = model_class(Checkpoint(sys.argv[1]))
 want = dict(cls.from_pretrained(sys.argv[1], dtype=torch.float32).named_parameters())
 keep = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})

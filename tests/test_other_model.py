@@ -18,7 +18,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.model.modeling import load_model
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.vocab.build import vocab

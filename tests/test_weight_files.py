@@ -24,7 +24,7 @@ from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.families.table import match_family
-from swift_fastmtp.model.modeling import head_shapes, load_model
+from swift_fastmtp.model.loading import head_shapes, load_model
 from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.cost import read_cost
 

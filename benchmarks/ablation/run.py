@@ -32,7 +32,7 @@ from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import LOSSES, FastMTPConfig
 from swift_fastmtp.method.metrics import micro_tau, text_counts, verify_rounds
 from swift_fastmtp.model.hidden_cache import HiddenCache
-from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-mimo"

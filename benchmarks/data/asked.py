@@ -27,7 +27,7 @@ from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import dump_row, read_rows, write_rows
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 ROOT = Path(__file__).parents[2]

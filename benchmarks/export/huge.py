@@ -25,7 +25,7 @@ from swift_fastmtp.checkpoint.shards import pack_header
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.staging import write_json
-from swift_fastmtp.model.modeling import head_shapes
+from swift_fastmtp.model.loading import head_shapes
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mimo"
 SIZES = {

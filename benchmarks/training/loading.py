@@ -42,7 +42,7 @@ import torch
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.model import placement
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.modeling import model_class
+from swift_fastmtp.model.loading import model_class
 way, folder = sys.argv[1:]
 if way == "ZeRO-3":
     os.environ["DS_ACCELERATOR"] = "cpu"

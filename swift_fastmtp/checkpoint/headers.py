@@ -58,7 +58,7 @@ class Headers:
     absent: dict[str, str] = field(default_factory=dict)
     """Name → file of tensors that the index lists in a file that is missing or damaged, and no other file holds.
 
-    No problem by itself: a model may need none of them (`modeling.needed_tensors`).
+    No problem by itself: a model may need none of them (`loading.needed_tensors`).
     """
     stale: dict[str, str] = field(default_factory=dict)
     """Name → file of tensors that the index lists in a file that is sound, and no file holds."""

@@ -39,7 +39,7 @@ def head_reader(
     Args:
         checkpoint: a full or a head-only one.
         family: the model's row; the config.json of a run's checkpoint may name another architecture.
-        expected: name → shape of every tensor the head must have (`modeling.head_shapes`).
+        expected: name → shape of every tensor the head must have (`loading.head_shapes`).
 
     FP8 in blocks is read as the float32 values that it stands for. Raises `FastMTPError` naming the first tensor that
     is missing or unknown; the function, if the one it reads is misshapen, quantized otherwise or not finite.

@@ -84,7 +84,7 @@ def parts_of(family: Family, expected: dict[str, tuple[int, ...]]) -> list[Part]
     """Everything of the MTP layer that an engine may quantize.
 
     Args:
-        expected: name → shape of every tensor of the layer (`modeling.head_shapes`).
+        expected: name → shape of every tensor of the layer (`loading.head_shapes`).
     """
     engines = (SGLANG, VLLM) if family.engines.vllm else (SGLANG,)
     projection = f"{family.names.prefix}.{family.names.proj}"
@@ -160,7 +160,7 @@ def left_out_in_words(
     """ "left out", "partly left out" or "not left out"; None where nothing is quantized, or it cannot be told.
 
     Args:
-        shapes: `modeling.head_shapes`, which is asked only where it is needed.
+        shapes: `loading.head_shapes`, which is asked only where it is needed.
     """
     try:
         quantization = read_quantization(config, folder)

@@ -39,7 +39,7 @@ def load_tokenizer(model_dir: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from ..model import modeling  # makes model types known that transformers lacks
+    from ..model import config as model_config  # makes model types known that transformers lacks
     from ..model.compat_transformers import needs_folder_code
 
     inputs.check_folder(model_dir)
@@ -50,7 +50,7 @@ def load_tokenizer(model_dir: str) -> Any:
             raise
         if (Path(model_dir) / "config.json").is_file():
             # config.json is read for the tokenizer too: says so if the fault is there
-            modeling.load_config(Checkpoint(model_dir))
+            model_config.load_config(Checkpoint(model_dir))
         if needs_folder_code(error):
             raise FastMTPError(
                 f"--model {model_dir}: tokenizer_config.json names Python code of the folder (auto_map), and this "

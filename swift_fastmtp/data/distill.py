@@ -26,7 +26,7 @@ from ..files.copies import file_hash
 from ..files.jobs import Job, Key, Part, take_away_merged
 from ..files.rows import BadRows, Row, iter_rows
 from ..files.staging import try_output, write_json
-from ..model.modeling import load_model
+from ..model.loading import load_model
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers
 from .conversation import Conversation, Reply

@@ -138,7 +138,7 @@ def _files(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             )
     if not checkpoint.lost:
         return
-    from ..model.modeling import needed_tensors
+    from ..model.loading import needed_tensors
 
     layer = {n for n in checkpoint.lost if family.owns(n)}  # `_tensors` looks at these
     rest = sorted(set(checkpoint.lost) - layer)
@@ -164,7 +164,7 @@ def _files(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
 
 
 def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
-    from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
+    from ..model.loading import head_shapes, keeps_float32  # builds the head on the meta device
 
     expected = head_shapes(checkpoint)
     parts = parts_of(family, expected)

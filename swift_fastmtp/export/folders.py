@@ -231,7 +231,7 @@ def _collect(
         raise FastMTPError(f"{checkpoint}: base model {str(base)!r} is not a local folder; name it with --model")
     family = base.trainable_family
     _ = base.vocab_size  # raises where it is not that of the matrices
-    from ..model.modeling import head_shapes, needed_tensors  # torch models only from here on
+    from ..model.loading import head_shapes, needed_tensors  # torch models only from here on
 
     if needed := needed_tensors(base, base.lost, base.file_of):
         name = needed[0]

@@ -91,7 +91,7 @@ def graft(
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
         notes += _remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
-        from ..model.modeling import head_shapes, keeps_float32  # builds the head on the meta device
+        from ..model.loading import head_shapes, keeps_float32  # builds the head on the meta device
 
         result = Checkpoint(out)  # of its files, only config.json is there yet
         notes += _index_notes(tuned, result)
@@ -124,7 +124,7 @@ def _index_notes(model: Checkpoint, result: Checkpoint) -> list[str]:
 
     `result` has the config.json by which the backbone is built.
     """
-    from ..model.modeling import needed_tensors
+    from ..model.loading import needed_tensors
 
     lost = [name for name in model.lost if not result.family.owns(name)]
     if needed := needed_tensors(result, lost, model.entries):
@@ -327,7 +327,7 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
 def _fresh(
     model: Checkpoint, result: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    from ..model.modeling import load_config
+    from ..model.config import load_config
     from .init_head import initial_head
 
     return initial_head(model, load_config(result), family, expected)

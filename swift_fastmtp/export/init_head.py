@@ -29,7 +29,7 @@ def initial_head(
         checkpoint: the backbone's.
         config: its transformers config.
         family: the row whose head it gets.
-        expected: name → shape (`modeling.head_shapes`).
+        expected: name → shape (`loading.head_shapes`).
 
     Raises `FastMTPError` if the last layer is not of the kind that the head's block is.
     """

@@ -204,7 +204,7 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
     matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
     if not matrices - set(names):
         reasons.append(Reason("training", "holds the MTP layer without a backbone; train from the full checkpoint"))
-    from ..model.modeling import needed_tensors
+    from ..model.loading import needed_tensors
 
     listed = {*headers.stale, *headers.absent} - set(missing)
     needed = needed_tensors(checkpoint, listed, headers.entries)
@@ -256,7 +256,7 @@ def _unknown(config: dict[str, Any]) -> str:
 
 
 def _head_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from ..model.modeling import head_shapes  # transformers only where a family asks for it
+    from ..model.loading import head_shapes  # transformers only where a family asks for it
 
     return head_shapes(checkpoint)
 

@@ -11,8 +11,9 @@ from ..checkpoint.mtp_tensors import head_reader
 from ..errors import FastMTPError, detail
 from ..files.inputs import check_folder
 from ..files.known_files import read_object
+from ..model.config import load_config
 from ..model.head import as_stored
-from ..model.modeling import head_shapes, load_config, load_head, model_class
+from ..model.loading import head_shapes, load_head, model_class
 
 
 def merge_head(base: Checkpoint, checkpoint: Path) -> dict[str, torch.Tensor]:

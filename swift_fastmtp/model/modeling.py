@@ -9,29 +9,24 @@ and returns per-row losses and matches instead of logits.
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.compat_deepspeed import is_partitioned, whole_shape
 from ..checkpoint.finite import Source, check_drafts, check_hidden_states, check_losses, first_bad_module
 from ..checkpoint.headers import Headers
-from ..checkpoint.mtp_tensors import check_head
-from ..errors import FastMTPError, detail
+from ..errors import FastMTPError
 from ..families import bailing  # noqa: F401 (it registers what transformers has no classes for)
 from ..families.family import Family
 from ..families.table import FAMILIES
-from ..files.known_files import read_object
 from ..method.chunked_losses import greedy_tokens, step_losses
 from ..method.config import FastMTPConfig
 from ..method.losses import weighted_loss
@@ -46,16 +41,11 @@ from .compat_transformers import (
     kept_in_float32,
     route_in_float32,
     set_epsilon,
-    tied_names,
 )
-from .head import MTPHead, as_stored, fill, import_class, place_module, split_experts
+from .config import load_config
+from .head import MTPHead, import_class, place_module
 from .hidden_cache import HiddenCache, documents_of
 from .partitioned import load_partitioned, sources
-
-# So that transformers reads the config.json of models for which it has no class of its own.
-for _row in FAMILIES:
-    if _row.config_class:
-        AutoConfig.register(_row.model_type, import_class(_row.config_class), exist_ok=True)
 
 
 @dataclass
@@ -394,15 +384,6 @@ def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:
     return f"{model_dir}: {name} is in no file ({len(missing)} such tensors{where}); download the checkpoint again"
 
 
-def _gathered(parameters: list[torch.Tensor]) -> AbstractContextManager[Any]:
-    """Under ZeRO-3 parameters are partitioned; this makes them whole on rank 0, whose changes all ranks get."""
-    if not any(is_partitioned(p) for p in parameters):
-        return nullcontext()
-    from deepspeed import zero
-
-    return cast(AbstractContextManager[Any], zero.GatheredParameters(parameters, modifier_rank=0))
-
-
 @cache
 def build_class(family: Family) -> type:
     """The model class of a family, named like the checkpoint's architecture so that saved configs keep it."""
@@ -420,180 +401,6 @@ def build_class(family: Family) -> type:
     # Found by this name in `__getattr__` below: multi-process dataset mapping pickles models' classes.
     cls.__module__, cls.__qualname__ = __name__, f"FastMTP_{family.name}"
     return cls
-
-
-def model_class(checkpoint: Checkpoint) -> type:
-    """The class for a checkpoint. Raises `FastMTPError` if its layout is unknown, or it cannot be trained."""
-    family = checkpoint.trainable_family
-    return next(build_class(row) for row in FAMILIES if row.name == family.name)
-
-
-def load_config(checkpoint: Checkpoint) -> Any:
-    """transformers' config of what is trained and run: the text model's, where a checkpoint has several.
-
-    No code of the folder runs. Raises `FastMTPError` if transformers cannot build it without.
-    """
-    stored, path = checkpoint.config, checkpoint.config_file
-    if "auto_map" in stored and stored["auto_map"] is None:
-        raise FastMTPError(f"{path}: auto_map is null; remove the key")
-    kind = stored.get("model_type")
-    if stored.get("auto_map") and kind not in CONFIG_MAPPING:
-        raise FastMTPError(
-            f"{path}: model_type {kind!r} is known to Python code of the folder only (auto_map), and this package "
-            f"runs none; set it to {checkpoint.family.model_type!r} if the model is one"
-        )
-    read_object(checkpoint.folder / "generation_config.json")  # transformers loads it with the model
-    with _one_line(checkpoint):
-        # Said outright, because transformers would otherwise ask, at the terminal, whether to run code of the folder.
-        return text_config(AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False), checkpoint)
-
-
-@contextmanager
-def _one_line(checkpoint: Checkpoint) -> Iterator[None]:
-    """A config.json that transformers cannot take raises whatever it likes; this makes one line of it."""
-    try:
-        yield
-    except FastMTPError:
-        raise
-    except Exception as error:  # noqa: BLE001 (whatever others' code raises)
-        raise FastMTPError(
-            f"{checkpoint.config_file}: transformers cannot build it ({detail(error)}); compare with the base "
-            "model's, where a key is null or of another type"
-        ) from None
-
-
-def text_config(config: Any, checkpoint: Checkpoint) -> Any:
-    """The text part of a checkpoint's config, or the config itself where it has no parts."""
-    text = config.get_text_config()
-    if text is not config:
-        text.tie_word_embeddings = bool(checkpoint.value("tie_word_embeddings"))
-    if quantization := checkpoint.value("quantization_config"):
-        text.quantization_config = quantization
-    elif hasattr(text, "quantization_config"):
-        del text.quantization_config  # null or empty: an unquantized checkpoint
-    if getattr(text, "head_dim", 0) is None:  # engines take it as missing, transformers' older classes do not
-        text.head_dim = text.hidden_size // text.num_attention_heads
-    _check_rope(getattr(text, "rope_parameters", None), checkpoint.config_file)
-    return text
-
-
-def _check_rope(parameters: Any, path: Path) -> None:
-    """Raises `FastMTPError` for a `rope_theta` that is no number; transformers computes with it without a look."""
-    if not isinstance(parameters, dict):
-        return
-    for part in (parameters, *(v for v in parameters.values() if isinstance(v, dict))):  # one for each kind of layer
-        theta = part.get("rope_theta", 1.0)
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
-            raise FastMTPError(f"{path}: rope_theta is {theta!r}, it must be a positive number; take the base model's")
-
-
-def head_shapes(checkpoint: Checkpoint, weights: Checkpoint | None = None) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor that the head of a checkpoint must have.
-
-    `weights` is the one whose tensors show whether experts are stored one by one or joined, by default the same.
-    Raises `FastMTPError` if config.json has no known layout, or none that can be built.
-    """
-    family = checkpoint.family
-    config = load_config(checkpoint)
-    with _one_line(checkpoint), torch.device("meta"):
-        head = MTPHead(config, family)
-        tensors = {f"{family.names.prefix}.{n}": t for n, t in head.state_dict().items()}
-        if not _experts_joined(weights or checkpoint, family):
-            tensors = split_experts(tensors)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[str]) -> list[str]:
-    """Those of the names that the model, backbone or MTP layer, is loaded from.
-
-    For tensors that an index lists and no file holds: the rest of them is stale and nobody misses it.
-
-    Args:
-        checkpoint: its config.json counts.
-        names: what is asked about.
-        held: the tensors that there are. All are compared without the `language_model.` that checkpoints with a vision
-            tower have in their names.
-
-    Raises as `head_shapes`.
-    """
-    asked = list(names)
-    if not asked:
-        return []
-    family = checkpoint.family
-    config = load_config(checkpoint)
-    with _one_line(checkpoint), torch.device("meta"):
-        model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
-    tied = tied_names(model)
-    here = {_text_name(n) for n in held}
-    stored = here | {_text_name(n) for n in asked}
-    needed: set[str] = set()
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            needed.update(as_stored({name: tensor}, stored))
-    if checkpoint.value("quantization_config"):
-        # A quantized matrix is several tensors: scales, zero points, packed values, under their module or beside it.
-        modules = {name.rpartition(".")[0] for name in needed}
-        needed |= {n for n in stored if n.rpartition(".")[0] in modules}
-    return sorted(n for n in asked if _text_name(n) in needed - here)
-
-
-def _text_name(name: str) -> str:
-    name = name.replace("language_model.", "", 1)
-    return name if not name.startswith("model.model.") else name.removeprefix("model.")
-
-
-def keeps_float32(family: Family, name: str) -> bool:
-    """Whether this tensor is float32 in a model of any dtype: in transformers, as published checkpoints have it, or in
-    engines, as they have the norm of an indexer."""
-    parts = kept_in_float32(import_class(family.backbone))
-    return any(part in name for part in (*parts, "indexer.k_norm."))
-
-
-def _experts_joined(checkpoint: Checkpoint, family: Family) -> bool:
-    """By the names of the MTP layer, or of the backbone where there is none yet."""
-    every: list[str] = []
-    if any(checkpoint.folder.glob("*.safetensors")):
-        headers = checkpoint.headers
-        every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
-    names = [name for name in every if name.startswith(tuple(f"{root}." for root in family.roots))] or every
-    return any(name.endswith(".experts.gate_up_proj") for name in names)
-
-
-def check_checkpoint(checkpoint: Checkpoint) -> None:
-    """Raises `FastMTPError` unless it is a checkpoint that can be trained: a family of ours, as many tokens as
-    its matrices have rows, and a whole, finite MTP layer."""
-    family = checkpoint.trainable_family
-    _ = checkpoint.vocab_size  # raises where it is not that of the matrices
-    check_head(checkpoint, family, head_shapes(checkpoint))
-
-
-def load_head(
-    model: Any, tensors: dict[str, torch.Tensor] | Callable[[str], torch.Tensor], stored: Container[str] = ()
-) -> None:
-    """Put head tensors into a model, one at a time. Works under ZeRO-3 too, where parameters are partitioned.
-
-    Args:
-        model: the model.
-        tensors: by their names in a checkpoint, or what reads them.
-        stored: these names, where `tensors` is a function.
-    """
-    read, stored = (tensors, stored) if callable(tensors) else (tensors.__getitem__, tensors)
-    for name, target in model.head_tensors().items():
-        whole = torch.empty(whole_shape(target), device="meta")
-        with _gathered([target]), torch.no_grad():
-            fill(target, as_stored({name: whole}, stored), read)
-
-
-def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
-
-    Raises as `check_checkpoint`.
-    """
-    checkpoint = Checkpoint(model_dir)
-    check_checkpoint(checkpoint)
-    cls: Any = model_class(checkpoint)
-    model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
-    return model.requires_grad_(False).eval()
 
 
 def __getattr__(name: str) -> type:

@@ -29,7 +29,7 @@ from ..files.staging import new_files, try_output, write_json
 from ..method.config import FastMTPConfig
 from ..method.metrics import expected_rounds, text_counts, verify_rounds
 from ..method.token_map import check_tokenizer, copy_maps, read_token_map
-from ..model.modeling import head_shapes, load_head, load_model
+from ..model.loading import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages

@@ -14,7 +14,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
 from ..method.token_map import read_token_map
-from ..model.modeling import check_checkpoint, load_config, model_class
+from ..model.config import load_config
+from ..model.loading import check_checkpoint, model_class
 from .knobs import run_knobs
 from .template import TEMPLATE
 

@@ -19,7 +19,7 @@ from ..errors import FastMTPError
 from ..export.folders import settings
 from ..files.staging import write_json
 from ..model.head import as_stored
-from ..model.modeling import head_shapes, load_head
+from ..model.loading import head_shapes, load_head
 from .compat_swift import head_only_deepspeed_checkpoints
 
 logger = get_logger()

@@ -27,7 +27,7 @@ from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.metrics import macro_tau, micro_tau
-from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 pytestmark = pytest.mark.engine

@@ -25,7 +25,7 @@ from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.families.table import match_family
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import segment_ids
-from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 pytestmark = pytest.mark.matrix

@@ -16,7 +16,7 @@ from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.modeling import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
