@@ -30,7 +30,7 @@ from .compat_transformers import attention_of
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
-_SCHEMA = "swift_fastmtp.model.hidden_cache/2"
+_SCHEMA = "swift_fastmtp.hidden_cache/2"
 # Keys of a config that do not change the backbone's states: names and versions, token ids, what generation, heads and
 # losses read. `dtype` is the cache's own. Everything else does, or may.
 _NO_STATES = {
