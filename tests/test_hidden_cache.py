@@ -114,7 +114,7 @@ def test_a_folder_of_another_model_is_refused(tmp_path, change):
 
 def test_a_folder_of_an_earlier_version_is_refused(tmp_path):
     """It does not say what its states depend on besides weights and attention."""
-    old = {"schema": "swift_fastmtp.model.hidden_cache/1", **KEY, "width": 8, "dtype": "torch.float32"}
+    old = {"schema": "swift_fastmtp.hidden_cache/1", **KEY, "width": 8, "dtype": "torch.float32"}
     (tmp_path / "cache.json").write_text(json.dumps(old))
     with pytest.raises(FastMTPError, match=r"of another version of this package .* or delete this one"):
         open_cache(tmp_path)
