@@ -43,6 +43,7 @@ from .compat_transformers import (
     set_epsilon,
 )
 from .config import load_config
+from .fp8_loading import dequantized, saved_plain
 from .head import MTPHead, import_class, place_module
 from .hidden_cache import HiddenCache, documents_of
 from .partitioned import load_partitioned, sources
@@ -116,26 +117,21 @@ class FastMTPMixin:
         config = copy.deepcopy(config) or load_config(checkpoint)
         if isinstance(kwargs.get("dtype"), torch.dtype):
             config.dtype = kwargs["dtype"]
-        quantized = getattr(config, "quantization_config", None) is not None
-        headers = checkpoint.headers
         if is_deepspeed_zero3_enabled() and (parts := sources(cls, checkpoint, config)):
             return load_partitioned(cls, checkpoint, config, parts)
-        mapping = kwargs.get("device_map")
-        if isinstance(mapping, str) and mapping in placement.AUTOMATIC:
-            mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
-            kwargs["device_map"] = mapping
-        elif isinstance(mapping, dict):
-            placement.check_map(mapping, cls.family.at(config.num_hidden_layers).roots)
+        mapping = _device_map(cls, config, kwargs)
+        quantized = getattr(config, "quantization_config", None) is not None
         if quantized:
-            from .fp8_loading import dequantized, saved_plain
-
             dequantized(config)
-        folder = None
-        if isinstance(mapping, dict) and "disk" in mapping.values() and not kwargs.get("offload_folder"):
-            folder = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")  # for layers that are not as in the files
-            kwargs["offload_folder"] = folder.name
-        # transformers picks files by rules of its own; where they differ from the engines', it gets a folder of links.
+        # transformers writes layers that stay on disk again where they are not as in the files.
+        offloaded = None
+        on_disk = isinstance(mapping, dict) and "disk" in mapping.values()
+        if on_disk and not kwargs.get("offload_folder"):
+            offloaded = tempfile.TemporaryDirectory(prefix="fastmtp-offload-")
+            kwargs["offload_folder"] = offloaded.name
+        # It picks files by rules of its own; where they differ from the engines', it gets a folder of links.
         links = None
+        headers = checkpoint.headers
         if not headers.chosen.read_by_transformers or getattr(config, "transformers_weights", None) is not None:
             links = headers.chosen.linked({name: entry.file for name, entry in headers.entries.items()})
             config.transformers_weights = None
@@ -144,16 +140,17 @@ class FastMTPMixin:
         model, info = parent(source, *args, config=config, **{**kwargs, "output_loading_info": True})
         if missing := sorted(info["missing_keys"]):
             raise FastMTPError(_missing(model_dir, missing, headers))
+        # The model is that of the folder, whatever it was read through.
         if links:
             model.name_or_path = model.config.name_or_path = str(model_dir)
-            if "disk" in getattr(model, "hf_device_map", {}).values():
-                model.weight_links = links  # layers that stay on disk are read through them
+            if on_disk:
+                model.weight_links = links  # they are read through these
             else:
                 links.cleanup()
         if quantized:
             saved_plain(model, model_dir)
         if is_dispatched(model):
-            placement.keep(model, folder)
+            placement.keep(model, offloaded)
         return (model, info) if kwargs.get("output_loading_info") else model
 
     @classmethod
@@ -231,20 +228,24 @@ class FastMTPMixin:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
         elif position_ids.ndim == 3:
             position_ids = position_ids[0]  # time, height, width: alike for text
+        # What each step must predict, and the rows for which some step must: only those are drafted.
         segments = segment_ids(position_ids, attention_mask)
         targets, valid = step_targets(input_ids, segments, labels, self.fastmtp.num_speculative_steps)
         rows = valid.any(0).flatten().nonzero().squeeze(1)
         if not len(rows):
             rows = rows.new_zeros(1)  # a batch without a target must still take part in a distributed backward
+        # The backbone without gradients, then the recursion.
         hidden = self.backbone_states(input_ids, attention_mask, position_ids, segments, **kwargs)
         outputs = self.draft_states(hidden, input_ids, position_ids, segments, rows)
         valid_KN = valid.flatten(1)[:, rows]
         check_drafts(self, outputs, valid_KN, rows, input_ids.shape[1])
         results = self._step_results(outputs, hidden, targets.flatten(1)[:, rows], valid_KN, rows)
+        # Back to [K, B, T], where metrics find a draft's place in its document.
         for name, value in results.items():
             dense = value.new_zeros(valid.flatten(1).shape)
             results[name] = dense.index_copy(1, rows, value).view_as(valid)
         check_losses(self, results["step_loss"])
+        # Eq. 1.
         num_items = kwargs.get("num_items_in_batch")
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
@@ -267,17 +268,16 @@ class FastMTPMixin:
 
         Raises `NotFiniteError` for states that hold a NaN or an infinity.
         """
-        spans = documents_of(segments) if self.hidden_cache else []
+        cache = self.hidden_cache
+        spans = documents_of(segments) if cache else []
         documents = [input_ids[b, start:end] for b, start, end in spans]
-        cached = self.hidden_cache.get(documents) if self.hidden_cache else None
-        if self.hidden_cache and cached is not None:
-            hidden = torch.zeros(*input_ids.shape, self.hidden_cache.width, dtype=self.hidden_cache.dtype)
+        cached = cache.get(documents) if cache else None
+        if cache and cached is not None:
+            hidden = torch.zeros(*input_ids.shape, cache.width, dtype=cache.dtype)
             for (b, start, end), states in zip(spans, cached, strict=True):
                 hidden[b, start:end] = states
-            folder = self.hidden_cache.folder
-            check_hidden_states(
-                hidden, (segments >= 0).cpu(), lambda: Source(f"it is from {folder}; delete that folder")
-            )
+            damaged = Source(f"it is from {cache.folder}; delete that folder")
+            check_hidden_states(hidden, (segments >= 0).cpu(), lambda: damaged)
             return hidden.to(input_ids.device, non_blocking=True)
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
         several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
@@ -297,8 +297,8 @@ class FastMTPMixin:
         hidden = run().last_hidden_state
         real = segments >= 0
         check_hidden_states(hidden, real, lambda: self.source_of_bad_states(run, real))
-        if self.hidden_cache:
-            self.hidden_cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
+        if cache:
+            cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
         return hidden
 
     @torch.no_grad()
@@ -374,6 +374,18 @@ class FastMTPMixin:
             best = greedy_tokens(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
             results["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
         return results
+
+
+def _device_map(cls: Any, config: Any, kwargs: dict[str, Any]) -> Any:
+    """The device map of `from_pretrained`: an automatic one is made here, and replaced in `kwargs`; a given one keeps
+    what must be together together, or raises `FastMTPError`."""
+    mapping = kwargs.get("device_map")
+    if isinstance(mapping, str) and mapping in placement.AUTOMATIC:
+        mapping = placement.device_map(cls, config, config.dtype or torch.float32, kwargs.pop("max_memory", None))
+        kwargs["device_map"] = mapping
+    elif isinstance(mapping, dict):
+        placement.check_map(mapping, cls.family.at(config.num_hidden_layers).roots)
+    return mapping
 
 
 def _missing(model_dir: Any, missing: list[str], headers: Headers) -> str:
