@@ -1,4 +1,4 @@
-"""The data chain on real prompts with the tiny model: distil, clean, mix, train; own answers against original ones.
+"""The data chain on real prompts with the tiny model: distil, clean, mix, train; self-distilled responses against original ones.
 
     python benchmarks/data/chain.py --data prompts.jsonl --base_url http://127.0.0.1:30000
 
@@ -97,7 +97,7 @@ def choose(data, out):
 
 
 def prepare(arm, base_url, out):
-    """Rows to train on: own answers, or original ones; cleaned and mixed alike, and of equal size."""
+    """Rows to train on: self-distilled responses, or original ones; cleaned and mixed alike, and of equal size."""
     steps = []
     if arm == "self":
         command = f"fastmtp distill --model {MODEL} --prompts {out}/train.jsonl --output {out}/self.jsonl"
@@ -198,7 +198,7 @@ def table(record):
         f"answers. Tested on {sum(TEST.values())} other prompts, greedy, K = 3, {len(SEEDS)} seeds pooled, 95 % "
         "bootstrap intervals over answers. Made by `benchmarks/data/chain.py`.",
         "",
-        "| τ | as shipped | original answers | own answers | own − original |",
+        "| τ | as shipped | original answers | self-distilled | self-distilled − original |",
         "|---|---:|---:|---:|---:|",
     ]
     for group, found in record["tau"].items():
@@ -206,7 +206,7 @@ def table(record):
         lines.append(
             f"| {group} | " + " | ".join(f"{t:.2f} ({low:.2f} to {high:.2f})" for t, low, high in cells) + " |"
         )
-    lines += ["", "| rows | original answers | own answers |", "|---|---:|---:|"]
+    lines += ["", "| rows | original answers | self-distilled |", "|---|---:|---:|"]
     steps = record["steps"]
     for key in ("answers", "removed", "clean", "train", "train answer tokens", "validation"):
         cells = [steps[arm][key] for arm in ("original", "self")]

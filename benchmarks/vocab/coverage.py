@@ -128,7 +128,7 @@ def page(record):
             for u in coverage["unions"]
         ),
         "The texts are natural ones and reference answers, not a model's: the shape of the curves is what they show. "
-        "A map for serving is made from the model's own answers.\n",
+        "A map for serving is made from self-distilled responses.\n",
         "## Time and memory\n",
         "| processes | seconds | CPU seconds | MiB, largest process |",
         "|---:|---:|---:|---:|",

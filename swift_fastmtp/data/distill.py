@@ -1,4 +1,4 @@
-"""Self-distillation (paper 2.4): the model's own answers to your prompts, as training rows.
+"""Self-distillation (paper 2.4): the model's responses to your prompts, as training rows.
 
 Each row keeps what ms-swift's inference drops: why the answer ended, its exact token ids, reasoning and tool calls.
 Conversations of several turns are answered turn by turn on the model's own history. Every answer has its own seed and
