@@ -1,4 +1,4 @@
-"""The data chain on real prompts with the tiny model: distil, clean, mix, train; self-distilled responses against original ones.
+"""The data chain on real prompts with the tiny model: distil, clean, mix, train; self-distilled against original ones.
 
     python benchmarks/data/chain.py --data prompts.jsonl --base_url http://127.0.0.1:30000
 
