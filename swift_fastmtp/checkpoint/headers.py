@@ -211,6 +211,7 @@ def find_elsewhere(headers: Headers, family: Family) -> Elsewhere | None:
     places: list[tuple[Path, str]] = []
     unlisted: set[str] = set()
     paths: set[tuple[str, str]] = set()
+    # Every tensor of every file, by the name that engines would know it by.
     for path in (*chosen.files, *chosen.unlisted):
         try:
             stored = entries_of(path)
@@ -234,6 +235,7 @@ def find_elsewhere(headers: Headers, family: Family) -> Elsewhere | None:
             places.append((path, name))
     if not names:
         return None
+    # Where they are, and what to do about each.
     parts = []
     if unlisted:
         parts.append(f"in {', '.join(sorted(unlisted))}, which {INDEX_FILE} does not list")

@@ -46,6 +46,7 @@ def head_reader(
     """
     folder, lost = checkpoint.folder, checkpoint.lost
     names = sorted(n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n))
+    # The layer is lost, whole or in part: where it may be, from the likeliest.
     missing = [n for n in expected if n not in checkpoint.file_of]
     elsewhere = checkpoint.elsewhere(family) if missing else None
     if elsewhere and (not names or set(missing) <= elsewhere.names):
@@ -55,6 +56,7 @@ def head_reader(
             f"{folder}: no tensor under '{family.root}.'; this checkpoint lost its MTP layer (saving through plain "
             "transformers drops it): `fastmtp graft` takes the tensors from the original model"
         )
+    # It is another model's.
     projection = f"{family.names.prefix}.{family.names.proj}.weight"
     if projection in checkpoint.file_of and checkpoint.shape(projection)[:1] != expected[projection][:1]:
         raise FastMTPError(
@@ -67,6 +69,7 @@ def head_reader(
             state = checkpoint.chosen.missing.get(file)
             listed = f" (the index has it in {file}, which {f'is {state}' if state else 'lacks it'})"
         raise FastMTPError(f"{folder}: MTP tensor {name} is missing{listed}; download or export the checkpoint again")
+    # There is more than the layer has.
     for name in names:
         if name.removesuffix(fp8.SCALE) not in expected:
             why = "engines would load it over another one"

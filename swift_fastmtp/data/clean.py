@@ -86,6 +86,7 @@ def clean(  # noqa: PLR0913
     Raises `FastMTPError` if an output exists, an input cannot be read or changes meanwhile, a row is bad (unless
     `on_bad_row` is "skip"), a filter or parameter is not known, or no row is left.
     """
+    # What would be found out after hours is found out now: options, places, inputs.
     chosen = _choose(filters, skip_filters)
     if duplicates_of not in ("row", "prompt"):
         raise FastMTPError(f"--duplicates_of {duplicates_of}: must be `row` or `prompt`")
@@ -100,6 +101,7 @@ def clean(  # noqa: PLR0913
     tokens = TokenCounter(model)
     judges, values = _row_filters(chosen, tokens, model, parameters)
     compared = [task for judge in judges if isinstance(judge, Decontaminate) for task in judge.compared]
+    # What the output was made from and how: by it a run that was killed between two files is known again.
     hashes = [file_hash(path) for path in inputs]
     settings = {
         "filters": [name for name in FILTERS if name in chosen],
@@ -115,6 +117,7 @@ def clean(  # noqa: PLR0913
     if removed and not again:
         try_output(removed)
 
+    # First pass: a verdict for each row, in order. Near duplicates need all rows seen; rows are too many to hold.
     bad = BadRows(on_bad_row)
     exact = ExactDuplicates(duplicates_of) if "exact_duplicates" in chosen else None
     try:
@@ -128,6 +131,7 @@ def clean(  # noqa: PLR0913
         raise FastMTPError(f"{', '.join(inputs)}: holds no rows")
     token_sources = dict(tokens.how.most_common())
 
+    # Second pass: write. The rows are read again instead of kept.
     counts = {name: Removed() for name in FILTERS if name in chosen}
     with ExitStack() as files:
         # Closed last, the output appears last.

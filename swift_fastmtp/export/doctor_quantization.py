@@ -74,6 +74,7 @@ def check_quantization(
         why = "engines read it to build the model"
         yield Finding("error", str(error), why, "export again, from the base model's own config.json")
         return
+    # In which form each part is stored.
     dtypes = checkpoint.dtypes()
     is_quantized = {p: [m for m in p.modules if _is_quantized(stored[m], dtypes)] for p in readings}
     plain = [p for p in readings if not is_quantized[p]]
@@ -87,7 +88,9 @@ def check_quantization(
                 "look at the accept length that the server logs",
             )
         return
+    # Stored plain, built quantized.
     yield from _built_quantized(quantization, family, readings, plain)
+    # Stored quantized: in part, or built plain.
     for part, modules in is_quantized.items():
         others = [m for m in part.modules if stored[m] and m not in modules]
         if modules and others:

@@ -68,6 +68,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     base, other = logits + row * width, teacher + row * width
     teacher_log_z = tl.load(teacher_log_z_ptr + row)
+    # First pass: log sum exp of the draft's logits (the running form that cannot overflow), and the argmax.
     top, total = float("-inf"), 0.0
     best = 0
     for start in range(0, width, BLOCK):
@@ -79,6 +80,8 @@ def _soft_loss(  # type: ignore[no-untyped-def]
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
     log_z = top + tl.log(total)
+    # Second pass: sums over the vocabulary of p log q, min(p, q), and q where q < p. KL's gradient, q - p, needs no
+    # sum, and is written at once.
     cross, accept_prob, mass = 0.0, 0.0, 0.0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -96,6 +99,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
         weight = tl.exp(-eta * accept_prob)
     if KIND == 2:
         weight = 0.0
+    # Third pass, for losses with total variation in them: the gradient needs the sums of the second.
     if KIND != 0:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)

@@ -81,6 +81,7 @@ def simulate(  # noqa: PLR0913
 
     Raises `FastMTPError` for bad rows, checkpoints, maps or an existing `output_dir`.
     """
+    # Before the model is loaded: everything that may be wrong with the command or with what is written.
     _check_options(num_steps, temperature, draft_ms, verify_ms)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
@@ -89,6 +90,7 @@ def simulate(  # noqa: PLR0913
     cost = read_cost(model_dir)
     if draft_ms is not None and verify_ms is not None:
         cost = cost.measured(draft_ms, verify_ms, decode_ms)
+    # The backbone once; heads take turns in it.
     model = load_model(model_dir, getattr(torch, dtype), device)
     tokenizer = load_tokenizer(model_dir)
     check_chat_template(tokenizer, model_dir)
@@ -100,11 +102,13 @@ def simulate(  # noqa: PLR0913
     for file in token_maps:
         check_tokenizer(file, model_dir)
         maps[file] = read_token_map(file, model.config.vocab_size)
+    # The texts that drafts are measured on: the model's own, since a head follows what the model would say.
     torch.manual_seed(seed)
     texts = make_texts(model, tokenizer, rows, max_new_tokens, answers, batch_size, temperature, top_k, top_p)
     groups = {ALL: list(range(len(texts)))}
     if by:
         groups |= _groups(texts, rows, tokenizer, by)
+    # Every head, with every map, for greedy and for sampled drafts, in all groups.
     results: list[HeadResult] = []
     for name, head in heads.items():
         load_head(model, head, expected)
@@ -120,6 +124,7 @@ def simulate(  # noqa: PLR0913
                         name, path, size, drafts, group, *_rates([of_map[i] for i in places], drafts, size, cost)
                     )
                     results.append(result)
+    # Tables and advice; the last head is the one that is to be served.
     tokens = {group: sum(texts[i].end - texts[i].start for i in places) for group, places in groups.items()}
     whole = [r for r in results if r.group == ALL and not (by and r.token_map)]
     print(table(whole))

@@ -107,6 +107,7 @@ def vocab(  # noqa: PLR0913
         raise FastMTPError("--sizes and --coverage: give one of them")
     if coverage is not None and not 0 < coverage <= 1:
         raise FastMTPError(f"--coverage {coverage}: must be above 0 and at most 1, as in 0.99")
+    # Counting is what takes long: each file's counts are kept until the maps are there.
     unfinished = parts_folder(Path(output_dir))
     if exists(Path(output_dir)):
         _take_away_counts(unfinished)
@@ -115,6 +116,7 @@ def vocab(  # noqa: PLR0913
     sizes = _check_sizes(sizes, vocabulary) if coverage is None else None
     settings = CountSettings(count, by == "category", held_out, on_bad_row)
     counts, hashes = count_files(inputs, settings, vocabulary, unfinished, jobs)
+    # Which ids: those each part uses most, as many as asked for, or as many as reach the coverage asked for.
     parts = make_parts(counts, by, vocabulary)
     sizes_of = {
         part.name: sizes
@@ -125,6 +127,7 @@ def vocab(  # noqa: PLR0913
     maps = [part.map(size, vocabulary) for part in parts for size in sizes_of[part.name]]
     own = {part.name: list(part.cells) for part in parts}
     report = coverage_report(maps, own, counts)
+    # Coverage is measured on the rows that were held out, for every map and every cell.
     about = {
         "schema": SCHEMA,
         "swift_fastmtp": __version__,

@@ -45,6 +45,7 @@ def coverage_report(maps: Sequence[TokenMap], own: Mapping[str, Sequence[str]], 
     cells = sorted(counts.counted)
     entries = []
     for token_map in maps:
+        # A map is out of its domain where it covers clearly less than where it was made for.
         mine = own[token_map.name]
         coverage = {cell: _share(counts.held_out[cell], token_map.ids) for cell in cells}
         of_own = _share(np.sum([counts.held_out[cell] for cell in mine], axis=0), token_map.ids)
