@@ -73,6 +73,7 @@ def distill(  # noqa: PLR0913
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the folder has no
     chat template, the server's is another, no server answers, or the model computes a NaN or an infinity.
     """
+    # What can be wrong with the command, the files or the folder is found before the first answer.
     take_away_merged(output)
     try_output(output)
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, chat_template_kwargs or {})
@@ -88,6 +89,7 @@ def distill(  # noqa: PLR0913
     tokenizer = load_tokenizer(model_dir)
     check_chat_template(tokenizer, model_dir)
     model = None if base_urls else _load(model_dir, torch_dtype)
+    # What the answers depend on: a job that goes on must have been begun with the same.
     settings: dict[str, Any] = {
         "prompts": [file_hash(f) for f in files],
         **asdict(sampling),
@@ -97,6 +99,7 @@ def distill(  # noqa: PLR0913
     if model is not None:
         settings |= {"batch_size": batch_size, "model": Checkpoint(model_dir).fingerprint, "dtype": str(model.dtype)}
     job = Job(output, settings)
+    # This shard's answers, without those that an earlier run has written.
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
     with job.part(number, of) as part:
         done = job.finished()
@@ -113,6 +116,7 @@ def distill(  # noqa: PLR0913
         # Not a setting of the job: whoever was stopped by a row goes on without it.
         _report(rows, output, {**settings, "on_bad_row": on_bad_row}, source, refused)
 
+    # The last shard to finish puts all of them together.
     refused = job.merge(source.count * num_answers, report)
     if refused is None:
         if job.missing:

@@ -175,6 +175,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
     packed = {m for m, names in stored.items() if is_packed(m, names)}
     present -= {n for m in packed for n in stored[m]}
     expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
+    # What is missing, what is too much, and what lies under another name.
     missing = set(expected) - present
     elsewhere = checkpoint.elsewhere(family) if missing else None
     if elsewhere:
@@ -202,6 +203,7 @@ def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
             f"engines read {family.root}.* and ignore the rest",
             f"rename it to {family.root}.…",
         )
+    # What is there: its values, and the form it is stored in.
     for name in sorted(present & set(expected)):
         yield from _values(name, checkpoint, expected[name], family)
     projection = f"{family.names.prefix}.{family.names.proj}.weight"

@@ -37,6 +37,7 @@ def initial_head(
 
     with torch.device("meta"):
         head = MTPHead(config, family)
+    # Where the last decoder layer is; a vision model's text has its layers behind a longer name.
     number = config.num_hidden_layers - 1
     stems = sorted({n.split(f"layers.{number}.")[0] for n in checkpoint.file_of if f"layers.{number}." in n}, key=len)
     stem = stems[0] if stems else "model."
@@ -45,6 +46,7 @@ def initial_head(
         raise FastMTPError(
             f"{checkpoint.folder}: {norm} is missing; a head is initialized from it and the last decoder layer"
         )
+    # The block is a copy of that layer, the final norm of the backbone's; what fuses is made below.
     sources: dict[str, str] = {}
     for name in expected:
         local = name.removeprefix(family.names.prefix + ".")

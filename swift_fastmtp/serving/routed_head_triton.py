@@ -41,6 +41,7 @@ def _route(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
 ):
     """Program (p, l): blocks p, p + programs, ... of map l for the rows whose language is l; l = maps is all of V."""
+    # One program: a language, and every so many ids of its map (or of the whole vocabulary, the language `maps`).
     language = tl.program_id(1)
     full = language == maps
     first = tl.load(offsets + language)
@@ -48,12 +49,14 @@ def _route(  # type: ignore[no-untyped-def]
     begin = tl.program_id(0) * BLOCK_V
     if begin >= count:
         return
+    # No row of the batch is in this language: nothing to compute.
     used = 0
     for start in range(0, N, SCAN):
         n = start + tl.arange(0, SCAN)
         used += tl.sum((tl.load(language_ptr + n, mask=n < N, other=-1) == language).to(tl.int32), 0)
     if used == 0:
         return
+    # Rows of the output matrix are read once, and multiplied with every hidden state of the language.
     for block in range(begin, count, tl.num_programs(0) * BLOCK_V):
         at = block + tl.arange(0, BLOCK_V)
         inside = at < count
@@ -65,6 +68,7 @@ def _route(  # type: ignore[no-untyped-def]
             mine = tl.load(language_ptr + n, mask=n < N, other=-1) == language
             n = n.to(tl.int64)
             if tl.sum(mine.to(tl.int32), 0) > 0:
+                # A single row is a product of a matrix with a vector, for which `tl.dot` is too small.
                 if BLOCK_N == 1:
                     parts = tl.zeros([BLOCK_V, BLOCK_D], tl.float32)
                     for d in range(0, D, BLOCK_D):
