@@ -8,6 +8,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quantization import read_quantization
@@ -64,7 +65,9 @@ def serve_flags(
     if engine == "vllm":
         if not family.engines.vllm:
             raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
-        return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
+        if token_map:
+            raise FastMTPError("vLLM has no token map for MTP; drop it")
+        return _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
     by_language = CONFIG_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if token_map and config_value(config, "tie_word_embeddings"):
@@ -112,16 +115,15 @@ def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:
     return any(dtype not in plain for name, dtype in checkpoint.dtypes().items() if family.owns(name))
 
 
-def _vllm(remote_code: bool, target: Path, full: bool, steps: int, token_map: str | None) -> list[Flag]:
-    if not full:
-        raise FastMTPError("vLLM reads the MTP layer from the model itself: export a full checkpoint")
-    if token_map:
-        raise FastMTPError("vLLM has no token map for MTP; drop it")
-    speculative = json.dumps({"method": "mtp", "num_speculative_tokens": steps})
+def _vllm(remote_code: bool, target: Path, draft: Path | None, steps: int) -> list[Flag]:
+    speculative: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": steps}
+    if draft:
+        speculative["model"] = str(draft)
+    why = "the model the head was trained for" if draft else "the exported checkpoint"
     return [
-        Flag(("vllm", "serve", str(target)), "the exported checkpoint"),
+        Flag(("vllm", "serve", str(target)), why),
         *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
-        Flag(("--speculative-config", speculative), "K drafts, the one layer applied K times"),
+        Flag(("--speculative-config", json.dumps(speculative)), "K drafts, the one layer applied K times"),
     ]
 
 

@@ -10,10 +10,10 @@ from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 
 
-def write_trained(folder):
-    """A head-only checkpoint, as the tuner writes it, with other values than the base's."""
+def write_trained(folder, added=0.5):
+    """A head-only checkpoint, as the tuner writes it, with other values than the base's: so much is added to each."""
     folder.mkdir()
-    head = {n: t.float() + 0.5 for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
+    head = {n: t.float() + added for n, t in load_file(TINY / "model.safetensors").items() if n.startswith(HEAD)}
     save_file(head, folder / "model.safetensors")
     settings = {"base_model": str(TINY), "base_fingerprint": Checkpoint(TINY).fingerprint}
     (folder / "fastmtp.json").write_text(json.dumps(settings))

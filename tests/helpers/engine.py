@@ -35,11 +35,15 @@ CPU_FLAGS = ["--host", "127.0.0.1", *_PLAN["flags"]]
 ENVIRONMENT = {**_PLAN["environment"], "PYTHONPATH": str(SERVING / "stand_in"), "HF_HUB_OFFLINE": "1"}
 
 
+def engine_folder(script="setup_engine.sh") -> str:
+    """An engine's environment, which is made on first use."""
+    done = subprocess.run(["bash", SERVING / script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{script} failed:\n{done.stderr[-3000:]}"
+    return done.stdout.strip()
+
+
 def engine_python() -> str:
-    """Python of the engine's environment, which is made on first use."""
-    done = subprocess.run(["bash", SERVING / "setup_engine.sh"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"setup_engine.sh failed:\n{done.stderr[-3000:]}"
-    return f"{done.stdout.strip()}/bin/python"
+    return f"{engine_folder()}/bin/python"
 
 
 def engine_version() -> str:
@@ -50,16 +54,22 @@ def engine_version() -> str:
 class Server:
     """`with Server(command) as server:` where `command` is `python -m sglang.launch_server ...`."""
 
+    environment = ENVIRONMENT
+
     def __init__(self, command, log, environment=None):
         self.log = Path(log)
-        self.environment = environment or {}
+        self.added = environment or {}
         self.port = free_port()
-        self.command = [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS, "--port", str(self.port)]
+        self.command = [*self.words(command), "--port", str(self.port)]
+
+    def words(self, command):
+        return [engine_python(), "-W", "ignore", *command[1:], *CPU_FLAGS]
 
     def __enter__(self):
         assert swift_runs.allowed, "a test that starts a server is marked `engine` or `matrix`"
-        paths = [ENVIRONMENT["PYTHONPATH"], *filter(None, [self.environment.get("PYTHONPATH")])]
-        environment = {**os.environ, **self.environment, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
+        paths = [self.environment.get("PYTHONPATH"), self.added.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
+        environment = {**os.environ, **self.added, **self.environment, "PYTHONPATH": path}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 self.command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -99,3 +109,38 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=300) as response:
             return json.load(response)
+
+
+_VLLM_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",  # else its processes talk to each other by the machine's address
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class VLLMServer(Server):
+    """`with VLLMServer(command) as server:` where `command` is `vllm serve ...`. Stock vLLM has a CPU version of every
+    kernel: nothing is stood in for."""
+
+    environment = _VLLM_ENVIRONMENT
+
+    def words(self, command):
+        flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]
+        vllm = f"{engine_folder('setup_vllm.sh')}/bin/{command[0]}"
+        return [vllm, *command[1:], "--host", "127.0.0.1", *flags]
+
+    def complete(self, model, prompt, max_tokens):
+        """The answer to a prompt of token ids, and the drafts accepted in each round; None without speculation."""
+        fields = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            data=json.dumps({**fields, "return_token_ids": True}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            answer = json.load(response)
+        speculative = (answer.get("metrics") or {}).get("speculative_decoding")
+        return answer["choices"][0]["token_ids"], speculative and speculative["per_step_accepted"]

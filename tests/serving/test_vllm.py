@@ -1,0 +1,72 @@
+"""Stock vLLM serves what we export, with its MTP layer drafting, and writes the model's own text.
+
+Its rounds equal the simulator's where the simulator's graph is vLLM's: MiMo's draft gets the backbone's state before
+the final norm there (`vllm/model_executor/models/mimo.py`), in SGLang the one after it.
+"""
+
+import json
+
+import pytest
+import torch
+from helpers.checkpoints import write_trained
+from helpers.engine import VLLMServer
+from helpers.paths import ROOT, TINY
+from transformers import AutoTokenizer
+
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
+from swift_fastmtp.export.folders import export_draft, export_full
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
+
+pytestmark = pytest.mark.matrix
+
+TOKENS, STEPS = 40, 3
+TELLS = ["--per-request-spec-decode-metrics", "detailed"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_model(TINY, torch.float32)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    """Greedy answers by transformers to 18 prompts, six of each kind."""
+    rows = [json.loads(line) for line in (ROOT / "examples/prompts/eval.jsonl").read_text().splitlines()]
+    chosen = [r for c in ("en", "zh", "code") for r in [r for r in rows if r["category"] == c][:6]]
+    return make_texts(model, AutoTokenizer.from_pretrained(TINY), chosen, TOKENS, "generate", 8)
+
+
+def rounds(model, folder, texts, monkeypatch, before_norm):
+    """Accepted drafts of each round, per text; `before_norm`: of a draft that gets the state before the final norm."""
+    load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(TINY))))
+    state = {}
+    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: state.update(h=inputs[0]))
+    draft_states = model.draft_states
+    if before_norm:
+        monkeypatch.setattr(model, "draft_states", lambda _, *rest: draft_states(state["h"], *rest))
+    try:
+        return draft_rounds(model, texts, 0, 8)[STEPS - 1]
+    finally:
+        hook.remove()
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("kind", ["full", "draft"])
+def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path, monkeypatch):
+    trained, folder = write_trained(tmp_path / "trained", added=0.001), tmp_path / kind
+    (export_full if kind == "full" else export_draft)(trained, folder)
+    flags = serve_flags(folder, "vllm", STEPS, model=str(TINY))
+    served = flags[0].words[-1]
+    with VLLMServer([*command(flags), *TELLS], tmp_path / "server.log") as server:
+        answers = [server.complete(served, t.ids[: t.start], TOKENS) for t in texts]
+    assert [ids for ids, _ in answers] == [t.ids[t.start : t.end] for t in texts]
+    counted = [accepted for _, accepted in answers]
+    assert counted == rounds(model, folder, texts, monkeypatch, before_norm=True)
+    assert counted != rounds(model, folder, texts, monkeypatch, before_norm=False)
+    assert sum(map(sum, counted)) > len(texts)  # the equality above is not that of zeros
