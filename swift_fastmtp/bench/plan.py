@@ -105,28 +105,54 @@ def _digests(environment: dict[str, str]) -> dict[str, str]:
     return found
 
 
-# Keys of a plan, and their defaults.
+@dataclass
+class PlanValues:
+    """The keys that a plan and the command line have, and their defaults.
+
+    Args:
+        model: folder of the model, for its chat template; default: the plan's
+        tasks: names, name=FILE or files
+        num_questions: of every task, drawn by the seed; default: the task's
+        max_new_tokens: paper: 1024
+        temperatures: of answers; 0 is greedy
+        top_k: above temperature 0
+        top_p: above temperature 0
+        chat_template_kwargs: JSON, as {"enable_thinking": false}
+        concurrency: conversations at a time
+        num_steps: drafts per step, K, of a plan's servers
+        baseline: name of the server that others are compared with; default: the plan's first
+        warmup: answers before anything is timed
+        seed: of drawn questions and sampled answers
+        served_model_name: the servers' name of the model; default: the only one they have
+        timeout: seconds of silence until a server must show that it lives
+        retry_seconds: a request is repeated so long after its first failure
+    """
+
+    model: str | None = None
+    tasks: str | list[str] = "smoke"
+    num_questions: int | None = None
+    max_new_tokens: int = 1024
+    temperatures: float | list[float] = 0.0
+    top_k: int = 20
+    top_p: float = 0.95
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | list[int] = 1
+    num_steps: int | list[int] = 3
+    baseline: str | None = None
+    warmup: int = 4
+    seed: int = 0
+    served_model_name: str | None = None
+    timeout: float = 600.0
+    retry_seconds: float = 60.0
+
+
+# All keys of a plan, and their defaults.
 _PLAN: dict[str, Any] = {
-    "model": None,
-    "tasks": ["smoke"],
-    "num_questions": None,
-    "max_new_tokens": 1024,
-    "temperatures": [0.0],
-    "top_k": 20,
-    "top_p": 0.95,
-    "chat_template_kwargs": {},
-    "concurrency": [1],
-    "num_steps": [3],
-    "seed": 0,
-    "warmup": 4,
-    "baseline": None,
-    "served_model_name": None,
+    **vars(PlanValues()),
     "engine": "sglang",
     "python": None,
     "flags": [],
     "environment": {},
-    "timeout": 600.0,
-    "retry_seconds": 60.0,
     "start_seconds": 1800.0,
     "servers": {},
 }

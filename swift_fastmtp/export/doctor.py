@@ -91,9 +91,10 @@ def examine(
     """All findings about a full checkpoint, a draft-only folder or a training checkpoint.
 
     Args:
-        model: base model, to compare with; default: what `fastmtp.json` remembers, if it is there.
-        token_map: file meant for `--speculative-token-map`.
-        tp_size: tensor parallelism that is planned.
+        folder: full checkpoint, draft-only folder or training checkpoint
+        model: base model to compare with; default: the one the head was trained for
+        token_map: file meant for SGLang's --speculative-token-map
+        tp_size: planned tensor parallelism
 
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """

@@ -72,12 +72,12 @@ def export_full(
     """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
 
     Args:
-        checkpoint: from `swift sft`, tuner type `fastmtp`, `full` or `lora`.
-        output_dir: must not exist; it appears whole or not at all.
-        base_model: the model the head was trained for; default: what the checkpoint remembers.
-        remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`.
-        token_maps: JSON list of languages and maps, as `fastmtp simulate --by language` writes it; the maps come along,
-            and config.json names them, so that a server with this package uses them.
+        checkpoint: checkpoint of swift sft (tuner type fastmtp, full or lora)
+        output_dir: folder to write; must not exist
+        base_model: base model folder; default: the one the checkpoint was trained for
+        remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`
+        token_maps: JSON list of languages and maps that the server drafts with, as `fastmtp simulate --by language`
+            writes it; the maps come along
 
     Raises `FastMTPError` naming the file or tensor.
     """

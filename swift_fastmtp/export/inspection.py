@@ -80,6 +80,9 @@ class Inspection:
 def inspect_model(folder: str | Path) -> Inspection:
     """Look at a checkpoint folder.
 
+    Args:
+        folder: checkpoint folder; only config.json and headers are read
+
     Raises `FastMTPError` only where there is nothing to look at: no config.json, or no safetensors file.
     """
     checkpoint = Checkpoint(folder)

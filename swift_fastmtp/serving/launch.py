@@ -8,6 +8,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quantization import read_quantization
@@ -29,7 +30,7 @@ class Flag:
 
 def serve_flags(
     folder: str | Path,
-    engine: str = "sglang",
+    engine: Literal["sglang", "vllm"] = "sglang",
     num_steps: int | None = None,
     token_map: str | None = None,
     model: str | None = None,
@@ -37,10 +38,11 @@ def serve_flags(
     """Command line that serves `folder`, in order.
 
     Args:
-        folder: a full checkpoint or a draft-only folder.
-        num_steps: drafts per verification, K; default: what the head was trained for.
-        token_map: SGLang's `--speculative-token-map` file; default: the one the head was trained inside.
-        model: the target of a draft-only folder; default: the base model it was trained for.
+        folder: full checkpoint or draft-only folder
+        engine: that the command starts
+        num_steps: drafts per step, K; default: what the head was trained for
+        token_map: file for SGLang's --speculative-token-map; default: the one the head was trained inside
+        model: target of a draft-only folder; default: the base model it was trained for
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
     """
