@@ -119,3 +119,14 @@ def test_help_imports_no_verb():
     loaded = set(json.loads(done.stdout))
     assert not loaded & {"torch", "transformers", "numpy", "openai", "matplotlib"}
     assert not loaded & {f"swift_fastmtp.{place.partition(':')[0]}" for place in PLACES} - {"swift_fastmtp.cli"}
+
+
+ONLY_FILES = ["data.mix", "data.clean", "export.inspection", "serving.launch", "report.report", "report.compare"]
+
+
+def test_verbs_that_only_read_files_start_without_torch():
+    """It takes seconds; where they need it after all, they import it then."""
+    imports = "\n".join(f"import swift_fastmtp.{module}" for module in [*ONLY_FILES, "report.model_card"])
+    code = f"import json, sys\n{imports}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(json.loads(done.stdout)) & {"torch", "transformers"}

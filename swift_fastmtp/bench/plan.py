@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import read_config
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, read_config
 from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
 from ..files.schema import MAX_INTEGER, check_values, listed, show, show_key
-from ..method.token_map import CONFIG_KEY, check_tokenizer, read_token_map
+from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import command, serve_flags
 from ..serving.sglang_plugin import VARIABLE
@@ -385,7 +385,7 @@ def _launch(
         words = [from_plan.get(word, word) for word in words]
         if asked is None and "--speculative-token-map" in words:  # the one that the head was trained inside
             static = token_map = words[words.index("--speculative-token-map") + 1]
-        if asked is None and static is None and steps and CONFIG_KEY in read_config(Path(folder)):
+        if asked is None and static is None and steps and TOKEN_MAPS_KEY in read_config(Path(folder)):
             token_map = f"{folder}/config.json"
         elif plan["engine"] == "sglang":  # what a server does about maps is said, not found where it happens to run
             environment[VARIABLE] = token_map if token_map and not static else NO_MAP

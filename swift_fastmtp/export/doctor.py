@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import WrongTypeError
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, WrongTypeError
 from ..checkpoint.fingerprint import WHOLE_BELOW
 from ..checkpoint.finite import is_finite
 from ..checkpoint.fp8 import DTYPE as FP8
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER
 from ..checkpoint.mtp_tensors import read_plain
 from ..checkpoint.quantization import (
@@ -37,7 +37,7 @@ from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
-from ..method.token_map import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
+from ..method.token_map import check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
 from .inspection import MTP_WORD
 
@@ -129,7 +129,7 @@ def examine(
     findings += _origin(checkpoint, family, model)
     if token_map:
         findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
-    if CONFIG_KEY in config:
+    if TOKEN_MAPS_KEY in config:
         findings += _map_list(checkpoint.folder, config)
     return findings
 
@@ -533,10 +533,10 @@ def _forms(checkpoint: Checkpoint, base: Checkpoint, names: list[str]) -> Iterat
 
 def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
-        maps = check_map_list(config[CONFIG_KEY], folder / "config.json")
+        maps = check_map_list(config[TOKEN_MAPS_KEY], folder / "config.json")
         check_names(maps)
     except FastMTPError as error:
-        yield Finding("error", str(error), "a server with this package does not start", f'fix "{CONFIG_KEY}"')
+        yield Finding("error", str(error), "a server with this package does not start", f'fix "{TOKEN_MAPS_KEY}"')
         return
     for path in maps.values():
         yield from _map(path, folder, config)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER, Headers
 from ..checkpoint.quantization import left_out_in_words
 from ..checkpoint.refusals import refusals

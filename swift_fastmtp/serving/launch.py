@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config_file import TOKEN_MAPS_KEY
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
-from ..method.token_map import CONFIG_KEY
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
@@ -67,14 +67,16 @@ def serve_flags(
         if not family.engines.vllm:
             raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
         return _vllm(bool(config.get("auto_map")), target, full, steps, token_map)
-    by_language = CONFIG_KEY in config and not token_map
+    by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if token_map and config_value(config, "tie_word_embeddings"):
         raise FastMTPError(
             f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
             "and ids go through the short table); serve without the map"
         )
-    why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
+    why = "stock SGLang"
+    if by_language:
+        why += f"; with this package beside it, {TOKEN_MAPS_KEY} of config.json"
     flags = [
         Flag(("python", "-m", "sglang.launch_server"), why),
         Flag(
