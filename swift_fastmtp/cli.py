@@ -7,12 +7,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from . import __version__
 from .errors import FastMTPError
-from .options import add_options
 from .redaction import hide, redact
 
 
@@ -203,8 +202,7 @@ def _card(**options: Any) -> None:
     print(f"{write_card(**options)}: model card")
 
 
-@dataclass(frozen=True)
-class Verb:
+class Verb(NamedTuple):
     """One command of `fastmtp`; the first line of its function's docstring is its help."""
 
     run: Callable[..., None]
@@ -212,7 +210,7 @@ class Verb:
     """Functions and dataclasses whose parameters are its options (`options.py`)."""
     words: tuple[str, ...] = ()
     """Parameters that are given without the name of an option."""
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = MappingProxyType({})
     """Parameter → option, where they differ; "" for a parameter that is no option."""
 
 
@@ -253,6 +251,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(asked: str | None) -> argparse.ArgumentParser:
     """Of all verbs, with the options of the one that is asked for."""
+    from .options import add_options  # reads Python, for which importing this module need not pay
+
     parser = _Parser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
