@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from swift_fastmtp.data import filters
-from swift_fastmtp.data.clean import FILTERS, clean
+from swift_fastmtp.data.clean import clean
 from swift_fastmtp.data.filters import looping_end
 from swift_fastmtp.data.language import language
 from swift_fastmtp.errors import FastMTPError
@@ -493,15 +493,3 @@ def test_killed_between_the_renames(tmp_path):
     with pytest.raises(FastMTPError, match=r"removed\.jsonl: already exists"):
         clean([str(source)], str(output), **call)
     assert removed.read_bytes() == want[1] + b"{}\n" and not output.exists()
-
-
-def test_the_command_has_every_parameter():
-    import inspect
-
-    from swift_fastmtp.cli import _parser
-    from swift_fastmtp.data.clean import ROW_FILTERS, _parameters
-
-    args = vars(_parser().parse_args(["clean", "--inputs", "a", "--output", "b"]))
-    names = {f.name for kind in ROW_FILTERS for f in _parameters(kind)} | set(inspect.signature(clean).parameters)
-    assert names - {"parameters"} == set(args) - {"run", "verb"}
-    assert len(set(FILTERS)) == len(FILTERS)

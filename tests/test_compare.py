@@ -7,7 +7,7 @@ import pytest
 from helpers.bench_results import table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.report.compare import HEADER, Limits, compare, text
+from swift_fastmtp.report.compare import HEADER, compare, text
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def judge(tmp_path):
     def run(a, b, **limits):
         for name, value in (("a.json", a), ("b.json", b)):
             (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
-        return compare(tmp_path / "a.json", tmp_path / "b.json", Limits(**limits))
+        return compare(tmp_path / "a.json", tmp_path / "b.json", **limits)
 
     return run
 
@@ -46,7 +46,7 @@ def test_a_drop_of_the_limit_is_allowed_and_more_is_not(judge, field, kept, lost
         find(b, "tuned-k3", "mt_bench")[field] *= factor
         assert len(judge(a, b).regressions) == regressions
     assert judge(a, b).regressions == [f"tuned-k3 on mt_bench (temperature 0, concurrency 1): {said}"]
-    assert judge(a, b, tau_drop=0.1, speed_drop=0.1).regressions == []
+    assert judge(a, b, max_tau_drop=0.1, max_speed_drop=0.1).regressions == []
     assert sum(row[-1] == "WORSE" for row in judge(a, b).rows) == 1
     assert "WORSE: tuned-k3 on mt_bench" in text(judge(a, b))
 
@@ -59,7 +59,7 @@ def test_lost_losslessness(judge):
         "tuned-k3 on c_eval (temperature 0, concurrency 1): answers equal to the baseline's fell from 80/80 to 78/80, "
         "first at request q3, turn 0, token 17"
     ]
-    assert judge(a, b, equal_drop=0.025).regressions == []
+    assert judge(a, b, max_equal_drop=0.025).regressions == []
     assert judge(b, a).regressions == []  # fixed
 
 
@@ -105,9 +105,9 @@ def test_bad_input_is_one_line(judge, tmp_path):
         r["temperature"] = 0.6
     with pytest.raises(FastMTPError, match=r"no run .* in common"):
         judge(a, b)
-    for name in ("tau_drop", "speed_drop", "equal_drop"):
+    for name in ("max_tau_drop", "max_speed_drop", "max_equal_drop"):
         for value in (-0.1, 1.0, float("nan")):
-            with pytest.raises(FastMTPError, match=f"--max_{name}"):
+            with pytest.raises(FastMTPError, match=f"--{name}"):
                 judge(a, a, **{name: value})
     with pytest.raises(FastMTPError, match=r"none\.json"):
         compare(tmp_path / "none.json", tmp_path / "a.json")

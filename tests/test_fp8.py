@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.fp8 import DTYPE, SCALE, dequantize, quantize, requantize
-from swift_fastmtp.checkpoint.fp8_config import Blocks, read_blocks
+from swift_fastmtp.checkpoint.fp8 import DTYPE, dequantize, quantize, requantize
+from swift_fastmtp.checkpoint.fp8_config import SCALE, Blocks, read_blocks
 from swift_fastmtp.checkpoint.mtp_tensors import read_head, read_plain
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine

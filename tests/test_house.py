@@ -26,6 +26,7 @@ LAYERS = """
     serving export simulate
     bench swift_plugin
     report
+    options
     cli
 """
 LAYER_OF = {}

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from swift_fastmtp.checkpoint.config_file import TOKEN_MAPS_KEY
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.method.token_map import CONFIG_KEY, read_map_list
+from swift_fastmtp.method.token_map import read_map_list
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
 from swift_fastmtp.serving.router import AGAIN_EVERY, FULL, Router, check_weight
 from swift_fastmtp.serving.sglang_plugin import VARIABLE, maps_of, refuse_unsupported
@@ -158,7 +159,7 @@ def test_maps_come_from_the_model_or_the_environment(tmp_path, monkeypatch):
     model.mkdir()
     (model / "zh.pt").touch()
     (tmp_path / "en.pt").touch()
-    (model / "config.json").write_text(json.dumps({CONFIG_KEY: {"zh": "zh.pt"}}))
+    (model / "config.json").write_text(json.dumps({TOKEN_MAPS_KEY: {"zh": "zh.pt"}}))
     (tmp_path / "maps.json").write_text('{"en": "en.pt"}')
     assert maps_of(str(model), None) == {"zh": model / "zh.pt"}
     assert maps_of(str(tmp_path), str(model)) == {"zh": model / "zh.pt"}  # a draft-only folder's
@@ -168,7 +169,7 @@ def test_maps_come_from_the_model_or_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "none")
     assert maps_of(str(model), None) == {}
     monkeypatch.delenv(VARIABLE)
-    (model / "config.json").write_text(json.dumps({CONFIG_KEY: {"zh": "gone.pt"}}))
+    (model / "config.json").write_text(json.dumps({TOKEN_MAPS_KEY: {"zh": "gone.pt"}}))
     with pytest.raises(FastMTPError, match=r"config.json: zh: .*gone.pt: no such file"):
         maps_of(str(model), None)
 

@@ -54,23 +54,25 @@ def bench(
     output_dir: str,
     *,
     plan: str | Sequence[str] | None = None,
-    base_urls: Sequence[str] = (),
+    base_urls: Sequence[str] | None = None,
     api_key: str | None = None,
     **values: Any,
 ) -> Results:
     """Measure, and write `plan.json`, `requests.jsonl`, `results.json` and the servers' logs to `output_dir`.
 
     Args:
-        plan: YAML file, or several that are put together (`plan.read_plan`, docs/bench.md); or
-        base_urls: running servers, each `URL` or `name=URL`.
-        values: values of a plan that go before the file's.
+        output_dir: folder to write; an unfinished run is continued
+        plan: YAML of servers to start and measure one after another; several are put together (docs/bench.md)
+        base_urls: or running servers (SGLang, OpenAI's API), each URL or NAME=URL
+        api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
+        values: values of a plan (`PlanValues`) that go before the file's
 
     Raises `FastMTPError` if the plan is not good, the folder is another plan's, or a server fails; what is finished is
     kept.
     """
     if bool(plan) == bool(base_urls):
         raise FastMTPError("either --plan or --base_url says which servers to measure")
-    wanted = {**(read_plan(plan) if plan else {"servers": server_urls(base_urls)})}
+    wanted = {**(read_plan(plan) if plan else {"servers": server_urls(base_urls or ())})}
     wanted |= {k: v for k, v in values.items() if v is not None}
     made = make_plan(wanted)
     tokenizer = load_tokenizer(made.model)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import read_config
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, read_config
 from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
 from ..files.schema import MAX_INTEGER, check_values, listed, show, show_key
-from ..method.token_map import CONFIG_KEY, check_tokenizer, read_token_map
+from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import command, serve_flags
 from ..serving.sglang_plugin import VARIABLE
@@ -105,28 +105,54 @@ def _digests(environment: dict[str, str]) -> dict[str, str]:
     return found
 
 
-# Keys of a plan, and their defaults.
+@dataclass
+class PlanValues:
+    """The keys that a plan and the command line have, and their defaults.
+
+    Args:
+        model: folder of the model, for its chat template; default: the plan's
+        tasks: names, name=FILE or files
+        num_questions: of every task, drawn by the seed; default: the task's
+        max_new_tokens: paper: 1024
+        temperatures: of answers; 0 is greedy
+        top_k: above temperature 0
+        top_p: above temperature 0
+        chat_template_kwargs: JSON, as {"enable_thinking": false}
+        concurrency: conversations at a time
+        num_steps: drafts per step, K, of a plan's servers
+        baseline: name of the server that others are compared with; default: the plan's first
+        warmup: answers before anything is timed
+        seed: of drawn questions and sampled answers
+        served_model_name: the servers' name of the model; default: the only one they have
+        timeout: seconds of silence until a server must show that it lives
+        retry_seconds: a request is repeated so long after its first failure
+    """
+
+    model: str | None = None
+    tasks: str | list[str] = "smoke"
+    num_questions: int | None = None
+    max_new_tokens: int = 1024
+    temperatures: float | list[float] = 0.0
+    top_k: int = 20
+    top_p: float = 0.95
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    concurrency: int | list[int] = 1
+    num_steps: int | list[int] = 3
+    baseline: str | None = None
+    warmup: int = 4
+    seed: int = 0
+    served_model_name: str | None = None
+    timeout: float = 600.0
+    retry_seconds: float = 60.0
+
+
+# All keys of a plan, and their defaults.
 _PLAN: dict[str, Any] = {
-    "model": None,
-    "tasks": ["smoke"],
-    "num_questions": None,
-    "max_new_tokens": 1024,
-    "temperatures": [0.0],
-    "top_k": 20,
-    "top_p": 0.95,
-    "chat_template_kwargs": {},
-    "concurrency": [1],
-    "num_steps": [3],
-    "seed": 0,
-    "warmup": 4,
-    "baseline": None,
-    "served_model_name": None,
+    **vars(PlanValues()),
     "engine": "sglang",
     "python": None,
     "flags": [],
     "environment": {},
-    "timeout": 600.0,
-    "retry_seconds": 60.0,
     "start_seconds": 1800.0,
     "servers": {},
 }
@@ -359,7 +385,7 @@ def _launch(
         words = [from_plan.get(word, word) for word in words]
         if asked is None and "--speculative-token-map" in words:  # the one that the head was trained inside
             static = token_map = words[words.index("--speculative-token-map") + 1]
-        if asked is None and static is None and steps and CONFIG_KEY in read_config(Path(folder)):
+        if asked is None and static is None and steps and TOKEN_MAPS_KEY in read_config(Path(folder)):
             token_map = f"{folder}/config.json"
         elif plan["engine"] == "sglang":  # what a server does about maps is said, not found where it happens to run
             environment[VARIABLE] = token_map if token_map and not static else NO_MAP

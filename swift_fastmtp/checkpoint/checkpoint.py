@@ -6,9 +6,7 @@ of the backbone. Nothing here builds or runs a model, nothing unpickles, and a t
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
@@ -20,6 +18,9 @@ from .fp8_config import Blocks, read_blocks
 from .headers import Elsewhere, Entry, Headers, find_elsewhere, open_safetensors, read_headers, vocab_size_fault
 from .refusals import find_family
 from .weight_files import WeightFiles
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, and only `read` needs it
 
 SETTINGS_FILE = "fastmtp.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -175,7 +176,7 @@ class Checkpoint:
         beginnings = tuple(f"{path}." for path in paths)
         return sorted(name for name in self.entries if name.startswith(beginnings))
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """A tensor as it is stored."""
         tensor: torch.Tensor = open_safetensors(self.entries[name].file).get_tensor(name)
         return tensor

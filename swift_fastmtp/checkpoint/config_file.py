@@ -33,6 +33,8 @@ def read_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
+TOKEN_MAPS_KEY = "fastmtp_token_maps"
+"""Of an exported model: language -> file of its map, below the folder."""
 _COUNT = Kind("a whole number that is not negative, and at most 2**24", lambda v: is_int(v) and 0 <= v <= 2**24)
 
 

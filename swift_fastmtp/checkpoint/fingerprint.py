@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import FastMTPError
 from ..families.family import Family, is_embedding
@@ -113,6 +112,8 @@ def _factors() -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 def first_rows(entries: Mapping[str, Entry], family: Family) -> str:
     """The fingerprint before `v2:`: of every matrix only the first row counted."""
+    import torch  # takes seconds, and of most folders no fingerprint is asked
+
     digest = hashlib.sha256()
     opened: dict[Path, Any] = {}  # opening parses the header: once per file, not once per tensor
     for name in sorted(n for n in entries if not family.owns(n)):

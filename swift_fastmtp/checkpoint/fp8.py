@@ -12,9 +12,6 @@ from torch.nn.functional import pad
 from ..errors import FastMTPError
 from .fp8_config import Blocks
 
-SCALE = "_scale_inv"
-
-
 DTYPE = torch.float8_e4m3fn
 
 

@@ -5,6 +5,9 @@ from typing import Any
 
 from ..errors import FastMTPError
 
+SCALE = "_scale_inv"
+"""What the name of a matrix's scales ends with."""
+
 
 @dataclass(frozen=True)
 class Blocks:

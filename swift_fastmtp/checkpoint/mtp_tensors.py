@@ -13,6 +13,7 @@ from ..files.staging import staged
 from . import fp8
 from .checkpoint import Checkpoint
 from .finite import is_finite
+from .fp8_config import SCALE
 
 
 def read_head(checkpoint: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -71,7 +72,7 @@ def head_reader(
         raise FastMTPError(f"{folder}: MTP tensor {name} is missing{listed}; download or export the checkpoint again")
     # There is more than the layer has.
     for name in names:
-        if name.removesuffix(fp8.SCALE) not in expected:
+        if name.removesuffix(SCALE) not in expected:
             why = "engines would load it over another one"
             if family.is_other_layer(name):
                 why = "it is of a second MTP layer, and FastMTP shares one between all steps: keep one"
@@ -95,16 +96,16 @@ def read_plain(checkpoint: Checkpoint, name: str) -> torch.Tensor:
 
     Raises `FastMTPError` for other quantized forms.
     """
-    tensor, scaled = checkpoint.read(name), name + fp8.SCALE in checkpoint.file_of
+    tensor, scaled = checkpoint.read(name), name + SCALE in checkpoint.file_of
     if tensor.dtype == fp8.DTYPE and scaled:
         if checkpoint.blocks is None:
             raise FastMTPError(f"{checkpoint.folder}: {name} is FP8 in blocks, of which config.json says nothing")
         try:
-            return fp8.dequantize(tensor, checkpoint.read(name + fp8.SCALE), checkpoint.blocks)
+            return fp8.dequantize(tensor, checkpoint.read(name + SCALE), checkpoint.blocks)
         except FastMTPError as error:
             raise FastMTPError(f"{checkpoint.folder}: {name}: {error}") from None
     if not tensor.is_floating_point() or tensor.element_size() < 2 or scaled:
-        what = f"{tensor.dtype} {'beside' if scaled else 'without'} {name + fp8.SCALE}"
+        what = f"{tensor.dtype} {'beside' if scaled else 'without'} {name + SCALE}"
         raise FastMTPError(
             f"{checkpoint.folder}: {name} is stored as {what}; a quantized MTP layer cannot be trained, unless it is "
             "FP8 in blocks: start from the unquantized checkpoint"

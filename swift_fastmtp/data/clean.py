@@ -11,9 +11,9 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
@@ -70,18 +70,26 @@ def clean(  # noqa: PLR0913
     filters: Sequence[str] | None = None,
     skip_filters: Sequence[str] = (),
     model: str | None = None,
-    duplicates_of: str = "row",
+    duplicates_of: Literal["row", "prompt"] = "row",
     similarity: float = 0.6,
     ngram: int = 3,
-    on_bad_row: str = "stop",
+    on_bad_row: Literal["stop", "skip"] = "stop",
     **parameters: Any,
 ) -> None:
     """Write `output` (JSONL): the rows of `inputs` that pass, and `<output>.report.json`: what did not, and why.
 
-    `removed`: a JSONL for the rows that were removed, with `removed_by` and `why`. `filters`: these only;
-    `skip_filters`: the default ones without these. `model`: a folder whose tokenizer counts tokens where a message has
-    no `token_ids`. `duplicates_of` ("row" or "prompt"), `similarity` and `ngram`: see `NearDuplicates`. `parameters`:
-    the fields of `ROW_FILTERS`, by name.
+    Args:
+        inputs: JSONL (.gz, .xz) or Parquet
+        output: JSONL to write, with a report beside it
+        removed: JSONL to write of the rows that were removed, with `removed_by` and `why`
+        filters: only these; default: all but refusals
+        skip_filters: all but these
+        model: folder of the tokenizer that counts where there are no token_ids; default: estimate
+        duplicates_of: what has to be alike
+        similarity: Jaccard similarity of near-duplicates
+        ngram: words (Chinese: characters) that are compared together
+        on_bad_row: skipped rows are in the report
+        parameters: the fields of `ROW_FILTERS`, by name
 
     Raises `FastMTPError` if an output exists, an input cannot be read or changes meanwhile, a row is bad (unless
     `on_bad_row` is "skip"), a filter or parameter is not known, or no row is left.
@@ -229,7 +237,8 @@ def _row_filters(
 
 
 def _parameters(kind: Any) -> list[Any]:
-    return [f for f in fields(kind) if "help" in f.metadata]
+    """The fields that users may set: those with a default."""
+    return [f for f in fields(kind) if f.default is not MISSING or f.default_factory is not MISSING]
 
 
 def _rows(inputs: list[str], bad: BadRows) -> Iterator[tuple[str, Row]]:

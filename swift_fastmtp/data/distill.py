@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -54,19 +54,35 @@ def distill(  # noqa: PLR0913
     num_answers: int = 1,
     seed: int = 0,
     shard: str = "0/1",
-    on_bad_row: str = "stop",
-    torch_dtype: str | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     prompt_names: dict[str, str] | None = None,
 ) -> bool:
     """Write `output` (JSONL): prompts with the model's answers in `messages`, each with what it was asked with
     (`prompt_token_ids`, see `prompt_ids.py`), what it answered (`token_ids`) and `finish_reason`.
 
     Args:
-        base_urls: servers of the model; without, it runs in this process, in batches of `batch_size`.
-        chat_template_kwargs: for the chat template; a row's own go before them.
-        shard: "i/n", this worker's share of one job.
-        prompt_names: what a file's rows are of, if it is a copy.
-        torch_dtype: in process; default: float32 on a CPU, the checkpoint's own on a GPU.
+        model_dir: checkpoint folder; with servers only its tokenizer is read
+        prompts: JSONL (.gz, .xz) or Parquet; on the command line also hf:NAME and swift:NAME
+        output: JSONL to write; an unfinished one is continued
+        base_urls: servers of the model (SGLang, vLLM, swift deploy); default: in process
+        served_model_name: the servers' name of the model; default: the only one they have
+        api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
+        concurrency: conversations at a time, on servers
+        timeout: seconds of silence until a server must show that it lives
+        retry_seconds: a request is repeated so long after its first failure
+        batch_size: conversations at a time, in process
+        max_new_tokens: paper: 4096
+        temperature: paper: 0.6; 0 is greedy
+        top_k: paper: 20
+        top_p: paper: 0.95
+        chat_template_kwargs: JSON, as {"enable_thinking": false}; a row's own go before them
+        num_answers: answers to every prompt, each with its own seed
+        seed: from which each answer has its own
+        shard: i/n, this worker's share of one job
+        on_bad_row: skipped rows are in the report
+        torch_dtype: in process; default: float32, on a GPU the model's
+        prompt_names: what a file's rows are of, if it is a copy
 
     Returns whether the output is complete; it is not while other shards are missing.
 

@@ -111,12 +111,18 @@ class Length:
 
     Defaults: an answer shorter than K + 1 = 4 tokens has no position with all K targets; the paper generates at most
     4096 tokens; MiMo's context has 32768.
+
+    Args:
+        count: tokens of each message of a row
+        min_answer_tokens: of the last answer
+        max_answer_tokens: of any answer; paper: 4096
+        max_row_tokens: of all messages together
     """
 
     count: CountTokens
-    min_answer_tokens: int = field(default=4, metadata={"help": "of the last answer"})
-    max_answer_tokens: int = field(default=4096, metadata={"help": "of any answer; paper: 4096"})
-    max_row_tokens: int = field(default=32768, metadata={"help": "of all messages together"})
+    min_answer_tokens: int = 4
+    max_answer_tokens: int = 4096
+    max_row_tokens: int = 32768
     name: ClassVar[str] = "length"
 
     def __call__(self, row: Row) -> str | None:
@@ -135,11 +141,16 @@ class Repetition:
 
     Lines and 10-grams are Gopher's measures, with wider limits. The loop, a unit of any length that the answer ends
     with at least `_LOOPS` times, is what small models fall into.
+
+    Args:
+        max_duplicate_lines: share of an answer's lines; Gopher: 0.3
+        max_duplicate_ngrams: share of an answer's words in them; Gopher: 0.1
+        min_loop_characters: an end that loops for less is no loop
     """
 
-    max_duplicate_lines: float = field(default=0.5, metadata={"help": "share of its lines; Gopher: 0.3"})
-    max_duplicate_ngrams: float = field(default=0.5, metadata={"help": "share of its words in them; Gopher: 0.1"})
-    min_loop_characters: int = field(default=60, metadata={"help": "an end that loops for less is no loop"})
+    max_duplicate_lines: float = 0.5
+    max_duplicate_ngrams: float = 0.5
+    min_loop_characters: int = 60
     name: ClassVar[str] = "repetition"
     _NGRAM: ClassVar[int] = 10
     _MIN_LINES: ClassVar[int] = 6
@@ -258,9 +269,12 @@ class Decontaminate:
 
     By default the bundled tasks only, never those that happen to be in this machine's cache: the same command keeps the
     same rows everywhere. `compared` says what was compared, for the report.
+
+    Args:
+        decontaminate: tasks, by name, as name=FILE or as files; default: smoke
     """
 
-    decontaminate: list[str] = field(default_factory=lambda: list(bundled_tasks()), metadata={"help": "task files"})
+    decontaminate: list[str] = field(default_factory=lambda: list(bundled_tasks()))
     name: ClassVar[str] = "decontaminate"
     _NGRAM: ClassVar[int] = 13
     _TEMPLATE: ClassVar[int] = 10
@@ -344,7 +358,7 @@ class Asked:
     """Rows that the chat template of --model renders otherwise than they were asked, or cannot render, and rows with
     ids that it does not have. Only with --model."""
 
-    model: str | None = None
+    model: str | None
     name: ClassVar[str] = "asked"
 
     def __post_init__(self) -> None:

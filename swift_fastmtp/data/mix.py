@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ from .scripts import normalized
 
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+TokenCount = int
+"""As a word of the command line: see `parse_tokens`."""
 
 
 def mix(  # noqa: PLR0913
@@ -40,25 +43,28 @@ def mix(  # noqa: PLR0913
     *,
     shares: Sequence[str] | None = None,
     config: str | None = None,
-    tokens: int | None = None,
-    count: str = "answers",
+    tokens: TokenCount | None = None,
+    count: Literal["answers", "all"] = "answers",
     max_repeat: int = 1,
     val_ratio: float = 0.005,
     seed: int = 0,
     model: str | None = None,
-    on_bad_row: str = "stop",
+    on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> None:
     """Write train.jsonl, val.jsonl, report.md, report.json, lengths.png and manifest.json to a new folder.
 
     Args:
-        inputs: JSONL (.gz, .xz) or Parquet files; `group=file` assigns all its rows to a group.
-        shares: `group=fraction` of the training tokens; default: those of `config`, else the paper's.
-        config: YAML with shares and the rules that tell a row's group (`Groups`).
-        tokens: training tokens in all; default: as many as the shares and `max_repeat` allow.
-        count: `answers` (tokens of the assistant's messages, what the loss is on) or `all`.
-        max_repeat: how often a row may stand in train.jsonl.
-        val_ratio: fraction of the prompts that is held out; 0 for no val.jsonl.
-        model: folder whose tokenizer counts where a message has no `token_ids`; default: an estimate.
+        inputs: JSONL (.gz, .xz) or Parquet; group=FILE assigns all its rows to a group
+        output_dir: folder to write; must not exist
+        shares: GROUP=SHARE of the training tokens; default: those of the config, else the paper's
+        config: YAML with shares and the rules of the groups, as recipes/data/paper_mix.yaml
+        tokens: training tokens, on the command line also as 200M; default: as many as the shares allow
+        count: which tokens; those of answers are what the loss is on
+        max_repeat: how often a row may be in train.jsonl
+        val_ratio: fraction of the prompts that is held out; 0 for no val.jsonl
+        seed: of the choice of rows and of their order
+        model: folder of the tokenizer that counts where there are no token_ids; default: estimate
+        on_bad_row: skipped rows are in the report
 
     Raises `FastMTPError` if the folder exists, an input cannot be read or changes meanwhile, a row is bad (unless
     `on_bad_row` is "skip"), an option is impossible, or a group cannot fill its share.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import WrongTypeError
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, WrongTypeError
 from ..checkpoint.fingerprint import WHOLE_BELOW
 from ..checkpoint.finite import is_finite
 from ..checkpoint.fp8 import DTYPE as FP8
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER
 from ..checkpoint.mtp_tensors import read_plain
 from ..checkpoint.quantization import parts_of, read_quantization
@@ -26,7 +26,7 @@ from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
-from ..method.token_map import CONFIG_KEY, check_map_list, check_tokenizer, read_token_map
+from ..method.token_map import check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
 from .doctor_origin import check_origin
 from .doctor_quantization import check_dtypes, check_quantization, is_packed, stored_tensors
@@ -48,9 +48,10 @@ def examine(
     """All findings about a full checkpoint, a draft-only folder or a training checkpoint.
 
     Args:
-        model: base model, to compare with; default: what `fastmtp.json` remembers, if it is there.
-        token_map: file meant for `--speculative-token-map`.
-        tp_size: tensor parallelism that is planned.
+        folder: full checkpoint, draft-only folder or training checkpoint
+        model: base model to compare with; default: the one the head was trained for
+        token_map: file meant for SGLang's --speculative-token-map
+        tp_size: planned tensor parallelism
 
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """
@@ -85,7 +86,7 @@ def examine(
     findings += check_origin(checkpoint, family, model)
     if token_map:
         findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
-    if CONFIG_KEY in config:
+    if TOKEN_MAPS_KEY in config:
         findings += _map_list(checkpoint.folder, config)
     return findings
 
@@ -260,10 +261,10 @@ def _backbone(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
 
 def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
-        maps = check_map_list(config[CONFIG_KEY], folder / "config.json")
+        maps = check_map_list(config[TOKEN_MAPS_KEY], folder / "config.json")
         check_names(maps)
     except FastMTPError as error:
-        yield Finding("error", str(error), "a server with this package does not start", f'fix "{CONFIG_KEY}"')
+        yield Finding("error", str(error), "a server with this package does not start", f'fix "{TOKEN_MAPS_KEY}"')
         return
     for path in maps.values():
         yield from _map(path, folder, config)

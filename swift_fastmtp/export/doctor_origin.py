@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..families.family import Family, config_value
 from .finding import Finding
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.quantization import Quantization, fix, left_out, listed, read_quantization
 from ..checkpoint.quantization_methods import SGLANG, VLLM, Part
 from ..errors import FastMTPError

@@ -22,7 +22,9 @@ import torch
 
 from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
-from ..checkpoint.fp8 import SCALE, requantize
+from ..checkpoint.config_file import TOKEN_MAPS_KEY
+from ..checkpoint.fp8 import requantize
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import Headers, entries_of
 from ..checkpoint.mtp_tensors import head_reader
 from ..checkpoint.shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
@@ -34,7 +36,7 @@ from ..files.known_files import read_object
 from ..files.paths import files_of
 from ..files.staging import new_folder, try_output, write_json
 from ..method.config import FastMTPConfig
-from ..method.token_map import CONFIG_KEY, check_tokenizer, copy_maps, read_map_list, read_token_map
+from ..method.token_map import check_tokenizer, copy_maps, read_map_list, read_token_map
 from ..vocab.languages import check_names
 
 # Written by trainers next to a model; they describe a run, not a model.
@@ -72,12 +74,12 @@ def export_full(
     """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
 
     Args:
-        checkpoint: from `swift sft`, tuner type `fastmtp`, `full` or `lora`.
-        output_dir: must not exist; it appears whole or not at all.
-        base_model: the model the head was trained for; default: what the checkpoint remembers.
-        remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`.
-        token_maps: JSON list of languages and maps, as `fastmtp simulate --by language` writes it; the maps come along,
-            and config.json names them, so that a server with this package uses them.
+        checkpoint: checkpoint of swift sft (tuner type fastmtp, full or lora)
+        output_dir: folder to write; must not exist
+        base_model: base model folder; default: the one the checkpoint was trained for
+        remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`
+        token_maps: JSON list of languages and maps that the server drafts with, as `fastmtp simulate --by language`
+            writes it; the maps come along
 
     Raises `FastMTPError` naming the file or tensor.
     """
@@ -167,7 +169,7 @@ def _add_maps(folder: Path, token_maps: str | Path) -> None:
     for path in maps.values():
         check_tokenizer(path, folder)
         read_token_map(path, checkpoint.value("vocab_size"))
-    write_json({**checkpoint.config, CONFIG_KEY: copy_maps(maps, folder)}, checkpoint.config_file)
+    write_json({**checkpoint.config, TOKEN_MAPS_KEY: copy_maps(maps, folder)}, checkpoint.config_file)
 
 
 class _Trained:

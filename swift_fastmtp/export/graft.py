@@ -56,11 +56,11 @@ def graft(
     """Write `model` with an MTP layer to `output_dir`.
 
     Args:
-        model: folder of the tuned checkpoint, full weights in safetensors files.
-        output_dir: must not exist; it appears whole or not at all.
-        donor: folder of a model of the same sizes that has the layer.
-        init_from_last_layer: without a donor, make a layer from the backbone's last one (`init_head.py`).
-        overwrite: replace an MTP layer that `model` has.
+        model: folder of the fine-tuned, merged or RL-trained model, full weights in safetensors files
+        output_dir: folder to write; must not exist
+        donor: folder of a model of the same sizes that has the layer: the base model
+        init_from_last_layer: where there is no donor, make a layer from the backbone's last one (`init_head.py`)
+        overwrite: replace an MTP layer that the model has
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """

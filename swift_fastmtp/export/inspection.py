@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER, Headers
 from ..checkpoint.quantization import left_out_in_words
 from ..checkpoint.refusals import refusals
@@ -79,6 +79,9 @@ class Inspection:
 
 def inspect_model(folder: str | Path) -> Inspection:
     """Look at a checkpoint folder.
+
+    Args:
+        folder: checkpoint folder; only config.json and headers are read
 
     Raises `FastMTPError` only where there is nothing to look at: no config.json, or no safetensors file.
     """

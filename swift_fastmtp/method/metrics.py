@@ -12,12 +12,16 @@ Micro averages are over all steps, macro averages over answers. The first token 
 is in none of them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, and what reads results has no tensors
 
 
 @dataclass
@@ -59,6 +63,8 @@ def count_acceptance(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: 
         valid_KBT: depth k's target exists and is supervised (`rollout.step_targets`).
         base_BT: rows where a server starts a draft: the row's next token belongs to the answer.
     """
+    import torch
+
     eligible = (valid_KBT & base_BT).cumprod(dim=0).bool()
     accepted = eligible & match_KBT.cumprod(dim=0).bool()
     previous = torch.cat([torch.ones_like(match_KBT[:1]), match_KBT.cumprod(dim=0).bool()[:-1]])
@@ -74,6 +80,8 @@ def text_counts(accepted: Sequence[torch.Tensor]) -> AcceptanceCounts:
             depth k's draft of answer token t + k is accepted, if those before it were. Drafts past the end do not
             count.
     """
+    import torch
+
     K = len(accepted[0])
     eligible, reached, counted = (torch.zeros(K, dtype=torch.float64) for _ in range(3))
     for accepted_KA in accepted:
@@ -94,6 +102,8 @@ def expected_rounds(accepted_KA: torch.Tensor, depth: int) -> tuple[float, float
         accepted_KA: as in `text_counts`.
         depth: drafts per round, at most K.
     """
+    import torch
+
     A = accepted_KA.shape[1]
     at_least = torch.cat([torch.ones(1, A, dtype=torch.float64), accepted_KA[:depth].double().cumprod(0)]).numpy()
     exactly = at_least - np.concatenate([at_least[1:], np.zeros((1, A))])

@@ -160,10 +160,6 @@ def check_tokenizer(path: str | Path, model_dir: str | Path) -> None:
         raise FastMTPError(f"{path}: made with another tokenizer.json than {model_dir}'s; make it for this model")
 
 
-CONFIG_KEY = "fastmtp_token_maps"
-"""Key of an exported model's config.json: language -> file of its map, below the folder."""
-
-
 class DraftVocabulary:
     """The output matrix restricted to a token map, and the way between full and draft ids.
 

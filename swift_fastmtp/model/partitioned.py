@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compat_deepspeed import check_partitioned, is_partitioned
-from ..checkpoint.fp8 import SCALE
+from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.mtp_tensors import read_plain
 from .compat_transformers import kept_in_float32, making, tied_names
 from .head import as_stored, fill

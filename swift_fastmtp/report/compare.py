@@ -29,22 +29,33 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Limits:
-    """What B may lose without being worse."""
+    """What B may lose without being worse: the arguments of `compare`."""
 
-    tau_drop: float = 0.02
-    """Fraction of A's micro tau."""
-    speed_drop: float = 0.05
-    """Fraction of A's speed of one request, and of A's tokens per second of the run."""
-    equal_drop: float = 0.0
-    """Of the share of answers that equal the baseline's."""
+    tau_drop: float
+    speed_drop: float
+    equal_drop: float
 
 
-def compare(a: str | Path, b: str | Path, limits: Limits | None = None) -> Comparison:
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    max_tau_drop: float = 0.02,
+    max_speed_drop: float = 0.05,
+    max_equal_drop: float = 0.0,
+) -> Comparison:
     """B against A, two results.json of `fastmtp bench`.
+
+    Args:
+        a: results.json of before
+        b: results.json of now
+        max_tau_drop: fraction of A's micro tau
+        max_speed_drop: fraction of A's token/s, of one request and of the run
+        max_equal_drop: of the share of answers equal to the baseline's
 
     Raises `FastMTPError` for invalid files, limits outside [0, 1), or files that have no run in common.
     """
-    limits = limits or Limits()
+    limits = Limits(max_tau_drop, max_speed_drop, max_equal_drop)
     for name, value in vars(limits).items():
         if not 0 <= value < 1:
             raise FastMTPError(f"--max_{name} {value:g}: a fraction, from 0 to below 1")

@@ -50,9 +50,10 @@ def write_card(
     """Write README.md of an exported folder, full or draft-only. Returns its path.
 
     Args:
-        results: results.json of `fastmtp bench`, one or several.
-        base_model: the base's name on the hub, OWNER/NAME; default: what the base folder's path tells, if it does.
-        overwrite: replace a README.md that is neither the base model's nor a card of ours.
+        folder: full checkpoint or draft-only folder of an export
+        results: results.json of `fastmtp bench`, one or several
+        base_model: OWNER/NAME of the base on the hub; default: what its folder's path tells
+        overwrite: replace a README.md that somebody wrote, neither the base model's nor a card of ours
 
     The base's own README.md, which a full export links into the folder, is replaced, never written through. Raises
     `FastMTPError` for a folder without `fastmtp.json`, invalid results, or a README.md that somebody wrote.

@@ -27,19 +27,19 @@ from .tables import (
 TITLE = "Multi-token prediction, measured"
 
 
-def report(paths: Sequence[str | Path], output_dir: str | Path) -> Path:
+def report(results: Sequence[str | Path], output_dir: str | Path) -> Path:
     """Write report.md, report.html and plots/*.png, *.svg to a new folder. Returns it.
 
     Args:
-        paths: results.json of one or more runs of `fastmtp bench`; what they measured must not overlap.
-        output_dir: must not exist; it appears whole or not at all.
+        results: results.json of `fastmtp bench`; several, which must not overlap, are put together
+        output_dir: folder to write; must not exist
 
     Raises `FastMTPError` for invalid or contradicting files.
     """
     try_output(output_dir)
-    results = load_results(paths)
+    merged = load_results(results)
     with new_folder(output_dir) as folder:
-        write_report(results, folder)
+        write_report(merged, folder)
     return Path(output_dir)
 
 

@@ -8,14 +8,14 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config_file import TOKEN_MAPS_KEY
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
-from ..method.token_map import CONFIG_KEY
 
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
@@ -30,7 +30,7 @@ class Flag:
 
 def serve_flags(
     folder: str | Path,
-    engine: str = "sglang",
+    engine: Literal["sglang", "vllm"] = "sglang",
     num_steps: int | None = None,
     token_map: str | None = None,
     model: str | None = None,
@@ -38,44 +38,37 @@ def serve_flags(
     """Command line that serves `folder`, in order.
 
     Args:
-        folder: a full checkpoint or a draft-only folder.
-        num_steps: drafts per verification, K; default: what the head was trained for.
-        token_map: SGLang's `--speculative-token-map` file; default: the one the head was trained inside.
-        model: the target of a draft-only folder; default: the base model it was trained for.
+        folder: full checkpoint or draft-only folder
+        engine: that the command starts
+        num_steps: drafts per step, K; default: what the head was trained for
+        token_map: file for SGLang's --speculative-token-map; default: the one the head was trained inside
+        model: target of a draft-only folder; default: the base model it was trained for
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
     """
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     config, family, settings = checkpoint.config, checkpoint.family, checkpoint.settings
-    _ = checkpoint.entries  # raises where a file is damaged
-    if elsewhere := checkpoint.elsewhere(family):
-        raise FastMTPError(f"{folder}: {elsewhere.text}")
-    if fault := checkpoint.vocab_size_fault:
-        raise FastMTPError(f"{checkpoint.config_file}: {fault}")
-    if not checkpoint.under(*family.roots):
-        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
-    if refusal := checkpoint.chosen.refusals.get(engine):
-        raise FastMTPError(f"{folder}: {engine}: {refusal}")
+    _check_servable(checkpoint, engine)
     full = checkpoint.has_backbone()
     steps = num_steps or settings.get("num_speculative_steps") or 3
     target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
     if engine == "vllm":
-        if not family.engines.vllm:
-            raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
         if token_map:
             raise FastMTPError("vLLM has no token map for MTP; drop it")
         return _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
-    by_language = CONFIG_KEY in config and not token_map
+    by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if token_map and config_value(config, "tie_word_embeddings"):
         raise FastMTPError(
             f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
             "and ids go through the short table); serve without the map"
         )
-    why = f"stock SGLang; with this package beside it, {CONFIG_KEY} of config.json" if by_language else "stock SGLang"
+    why = "stock SGLang"
+    if by_language:
+        why += f"; with this package beside it, {TOKEN_MAPS_KEY} of config.json"
     flags = [
         Flag(("python", "-m", "sglang.launch_server"), why),
         Flag(
@@ -107,6 +100,22 @@ def serve_flags(
             Flag(("--tp-size", "1"), "a static map holds global ids, which a sharded head cannot take"),
         ]
     return flags
+
+
+def _check_servable(checkpoint: Checkpoint, engine: str) -> None:
+    """Raises `FastMTPError` for a folder that the engine would not start with, or would draft nonsense with."""
+    folder, family = checkpoint.folder, checkpoint.family
+    _ = checkpoint.entries  # raises where a file is damaged
+    if elsewhere := checkpoint.elsewhere(family):
+        raise FastMTPError(f"{folder}: {elsewhere.text}")
+    if fault := checkpoint.vocab_size_fault:
+        raise FastMTPError(f"{checkpoint.config_file}: {fault}")
+    if not checkpoint.under(*family.roots):
+        raise FastMTPError(f"{folder}: holds no tensor under {family.root}; nothing to draft with")
+    if refusal := checkpoint.chosen.refusals.get(engine):
+        raise FastMTPError(f"{folder}: {engine}: {refusal}")
+    if engine == "vllm" and not family.engines.vllm:
+        raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
 
 
 def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:

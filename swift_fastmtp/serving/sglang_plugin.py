@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.config_file import TOKEN_MAPS_KEY
 from ..errors import FastMTPError
 from ..files.known_files import read_object
-from ..method.token_map import CONFIG_KEY, check_map_list, read_map_list
+from ..method.token_map import check_map_list, read_map_list
 from .compat_sglang import (
     check,
     check_arguments,
@@ -64,10 +65,10 @@ def maps_of(model_path: str, draft_path: str | None) -> dict[str, Path]:
         return read_map_list(_variable()) if _variable() else {}
     for name in (draft_path, model_path):
         config = _file(name, "config.json") if name else None
-        if name and config and CONFIG_KEY in (values := read_object(config)):
-            for file in values[CONFIG_KEY].values() if isinstance(values[CONFIG_KEY], dict) else ():
+        if name and config and TOKEN_MAPS_KEY in (values := read_object(config)):
+            for file in values[TOKEN_MAPS_KEY].values() if isinstance(values[TOKEN_MAPS_KEY], dict) else ():
                 _file(name, str(file))
-            return check_map_list(values[CONFIG_KEY], config)
+            return check_map_list(values[TOKEN_MAPS_KEY], config)
     return {}
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -70,23 +70,25 @@ def vocab(  # noqa: PLR0913
     *,
     sizes: Sequence[int] | None = None,
     coverage: float | None = None,
-    by: str = "language",
-    count: str = "answers",
+    by: Literal["language", "group", "category"] = "language",
+    count: Literal["answers", "all"] = "answers",
     held_out: float = 0.05,
     jobs: int = 1,
-    on_bad_row: str = "stop",
+    on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> None:
     """Write token maps with their sidecars, counts.safetensors and coverage.{json,md,png} to a new folder.
 
     Args:
-        inputs: JSONL (.gz, .xz) or Parquet files of rows with answers.
-        model: folder with config.json and the tokenizer.
-        sizes: ids in each map; default: those of `SIZES` that fit the vocabulary.
-        coverage: instead of sizes, the share of the held-out tokens that each map is to hold.
-        by: what maps are made for: `language` (code is one), `group` (of `fastmtp mix`) or `category`.
-        count: tokens of the assistant's messages (`answers`) or of `all`.
-        held_out: fraction of the prompts whose rows are not counted; coverage is measured on them.
-        jobs: processes that count.
+        inputs: JSONL (.gz, .xz) or Parquet of rows with answers
+        model: folder with config.json and the tokenizer
+        output_dir: folder to write; must not exist
+        sizes: ids in each map; default: those of 8192 16384 32768 65536 that fit the vocabulary
+        coverage: instead of sizes: share of held-out tokens that each map is to hold, as 0.99
+        by: what has maps; code is a language, and groups are those of `fastmtp mix`
+        count: which tokens
+        held_out: fraction of prompts that are not counted; coverage is measured on them
+        jobs: processes that count
+        on_bad_row: skipped rows are in the report
 
     Raises `FastMTPError` if the folder exists, an input or the tokenizer cannot be read, a row is bad (unless
     `on_bad_row` is "skip"), or an option is impossible.

@@ -90,7 +90,7 @@ def _use_results(path):
     for table in tables(merged):
         markdown(table)
     notes(merged)
-    text(compare_results(merged, merged, Limits()))
+    text(compare_results(merged, merged, Limits(0.02, 0.05, 0.0)))
 
 
 RUN = ("a", "smoke", 0.0, 1)

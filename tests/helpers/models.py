@@ -27,8 +27,8 @@ from transformers.models.qwen3_5_moe.configuration_qwen3_5_moe import Qwen3_5Moe
 
 from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.fp8 import SCALE, quantize
-from swift_fastmtp.checkpoint.fp8_config import Blocks
+from swift_fastmtp.checkpoint.fp8 import quantize
+from swift_fastmtp.checkpoint.fp8_config import SCALE, Blocks
 from swift_fastmtp.families.bailing import BailingMoeV2Config
 from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES

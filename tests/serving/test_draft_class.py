@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from swift_fastmtp.bench.servers import free_port
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.checkpoint.fp8 import SCALE, dequantize
-from swift_fastmtp.checkpoint.fp8_config import Blocks
+from swift_fastmtp.checkpoint.fp8 import dequantize
+from swift_fastmtp.checkpoint.fp8_config import SCALE, Blocks
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.families.table import match_family

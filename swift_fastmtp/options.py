@@ -1,0 +1,124 @@
+"""Options of a command line from what is written once, at the function that does the work: names, types and defaults
+are its signature's, help is its docstring's.
+
+The function is read and not imported: its module may load torch, which takes seconds, and neither `--help` nor the line
+about a misspelt option should.
+"""
+
+import argparse
+import ast
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .files.inputs import loads
+
+_PACKAGE = Path(__file__).parent
+
+
+def add_options(
+    parser: argparse.ArgumentParser, place: str, words: tuple[str, ...] = (), names: Mapping[str, str] | None = None
+) -> None:
+    """Give a parser an option for each parameter of a function, or for each field with a default of a dataclass. One
+    that the user leaves out gets no value, so that the function's default applies.
+
+    Args:
+        parser: of one verb
+        place: module and name in this package, such as "data.mix:mix"
+        words: the parameters that are given without the name of an option
+        names: parameter → option, where they differ; "" for a parameter that is no option
+    """
+    node = _definition(place)
+    helps = _helps(ast.get_docstring(node) or "")
+    for name, kind, default in _fields(node) if isinstance(node, ast.ClassDef) else _parameters(node.args):
+        option = (names or {}).get(name, name)
+        if not option:
+            continue
+        settings = _settings(ast.unparse(kind), default, helps.get(name, ""))
+        if name in words:
+            parser.add_argument(name, metavar=option, **settings)
+            continue
+        if "type" in settings:
+            settings["metavar"] = option.upper()
+        parser.add_argument(f"--{option}", dest=name, required=not default, default=argparse.SUPPRESS, **settings)
+
+
+def _definition(place: str) -> ast.FunctionDef | ast.ClassDef:
+    module, _, name = place.partition(":")
+    source = (_PACKAGE / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node
+    raise LookupError(place)
+
+
+_Signature = list[tuple[str, Any, ast.expr | None]]
+"""Name, annotation and default of each parameter; no default if it has to be given."""
+
+
+def _parameters(node: ast.arguments) -> _Signature:
+    required = len(node.args) - len(node.defaults)
+    defaults = [*[None] * required, *node.defaults, *node.kw_defaults]
+    arguments = [*node.args, *node.kwonlyargs]
+    return [(each.arg, each.annotation, default) for each, default in zip(arguments, defaults, strict=True)]
+
+
+def _fields(node: ast.ClassDef) -> _Signature:
+    lines = [line for line in node.body if isinstance(line, ast.AnnAssign) and line.value]
+    fields = [line for line in lines if "ClassVar" not in ast.unparse(line.annotation)]
+    return [(ast.unparse(line.target), line.annotation, line.value) for line in fields]
+
+
+def _helps(docstring: str) -> dict[str, str]:
+    """Name → text of the lines below `Args:`, each of which may go on in deeper ones."""
+    section = docstring.partition("Args:\n")[2].split("\n\n")[0]
+    entries = re.findall(r"^    (\w+): (.*(?:\n     .*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def _settings(annotation: str, default: ast.expr | None, text: str) -> dict[str, Any]:
+    """What argparse is to know of a parameter."""
+    try:
+        value = None if default is None else ast.literal_eval(default)
+    except ValueError:  # one that is computed
+        value = None
+    if value not in (None, ()) and not isinstance(value, bool):
+        text += f"; default: {value:g}" if isinstance(value, float) else f"; default: {value}"
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    kinds = re.findall(r"\w+", annotation)
+    if "bool" in kinds:
+        return {**settings, "action": "store_true"}
+    if literal := re.search(r"Literal(\[.*?\])", annotation):
+        settings["choices"] = ast.literal_eval(literal[1])
+    else:
+        settings["type"] = next((_TYPES[kind] for kind in kinds if kind in _TYPES), str)
+    if {"list", "Sequence"} & set(kinds):
+        settings["nargs"] = "*" if value == () else "+"  # where none is the default, none may be named
+    return settings
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def number(text: str) -> float:
+    """No NaN, which is below and above no limit, and no infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def tokens(text: str) -> int:
+    from .data.mix import parse_tokens
+
+    return parse_tokens(text)
+
+
+_TYPES = {"int": int, "float": number, "dict": _json_object, "TokenCount": tokens}
+"""Name in an annotation → what reads a word of the command line. argparse's errors name the latter."""
