@@ -62,6 +62,7 @@ setup(
         "safetensors>=0.5",
         "numpy>=2.0",
         "tqdm",
+        "tabulate[widechars]>=0.9",
         "matplotlib",
         "openai>=2",
         "httpx",

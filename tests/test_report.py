@@ -333,6 +333,6 @@ def test_report_refuses_to_overwrite_and_leaves_nothing(tmp_path):
 
 def test_escape_and_layout_of_a_table():
     table = tables.Table("x", "T", "C", [("", "a"), ("G", "b")], [["1|2", "<b>"]])
-    assert markdown(table) == "## T\n\n| a | G b |\n|---|---:|\n| 1\\|2 | &lt;b> |\n\nC\n"
+    assert markdown(table) == "## T\n\n| a    |    G b |\n|:-----|-------:|\n| 1\\|2 | &lt;b> |\n\nC\n"
     assert escape("a\nb ![x](y)") == "a b !\\[x]\\(y)"
     assert asdict(table)["rows"] == [["1|2", "<b>"]]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.table import markdown_table, terminal_table
 from .mix_index import Index
 
 Ints = NDArray[np.int64]
@@ -105,42 +106,31 @@ def _lines(report: dict[str, Any], key: str) -> list[tuple[str, ...]]:
 
 def table(report: dict[str, Any], key: str) -> str:
     """For the terminal."""
-    lines = [HEADER, *_lines(report, key)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return terminal_table(HEADER, _lines(report, key))
 
 
 def markdown(report: dict[str, Any]) -> str:
     """report.md."""
     what = "answers" if report["count"] == "answers" else "all messages"
     how = ", ".join(f"{how} ({n} messages)" for how, n in report["messages_whose_tokens_come_from"].items())
-    everything = report["all"]
+    sets = []
+    for name in ("input", "train", "val"):
+        entry = report["all"][name]
+        sets.append((name, f"{entry['rows']}", f"{entry['answer_tokens']}", f"{entry['all_tokens']}"))
     text = [
         "# Mix\n",
         f"Shares are of the tokens of {what}; tokens by {how}. Aimed at {report['tokens_aimed_at']} training tokens.\n",
-        "| set | rows | answer tokens | all tokens |\n|---|---:|---:|---:|",
-        *(
-            f"| {name} | {n['rows']} | {n['answer_tokens']} | {n['all_tokens']} |"
-            for name, n in ((name, everything[name]) for name in ("input", "train", "val"))
-        ),
+        markdown_table(("set", "rows", "answer tokens", "all tokens"), sets),
         f"\n{report['held_out_rows']} rows were held out of training by their prompt. "
         f"{report['identical_rows']} rows of the input are copies of others; each copy counts as a row.\n",
     ]
     for key in ("groups", "sources", "languages"):
-        text += [f"## By {key[:-1]}\n", f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
-        text += [
-            f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |"
-            for line in _lines(report, key)
-        ]
-        text.append("")
-    bins = range(len(next(iter(report["lengths"].values()))))
-    text += ["## Training rows by length\n", f"| tokens | {' | '.join(report['lengths'])} |"]
-    text.append("|---|" + "---:|" * len(report["lengths"]))
-    for b in bins:
-        text.append(f"| {2**b} to {2 ** (b + 1) - 1} | {' | '.join(str(n[b]) for n in report['lengths'].values())} |")
+        text += [f"## By {key[:-1]}\n", markdown_table(HEADER, _lines(report, key)), ""]
+    lengths = [
+        (f"{2**b} to {2 ** (b + 1) - 1}", *(f"{n}" for n in of_groups))
+        for b, of_groups in enumerate(zip(*report["lengths"].values(), strict=True))
+    ]
+    text += ["## Training rows by length\n", markdown_table(("tokens", *report["lengths"]), lengths)]
     text.append("\n## Bad rows, left out\n")
     text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in report["bad_rows"].items()] or ["None."]
     return "\n".join(text) + "\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..bench.results import Lossless, Run, RunKey
 from ..errors import FastMTPError
-from ..files.table import NOTHING, number
+from ..files.table import NOTHING, number, terminal_table
 from .entries import speed, tau
 from .merge import Merged, describe, differences, key, load_results
 from .tables import divergence
@@ -110,15 +110,7 @@ def _share(check: Lossless | None) -> float | None:
 
 def text(found: Comparison) -> str:
     """For the terminal: the table, what only one file has, the regressions, and a last line that sums up."""
-    lines = [list(HEADER), *found.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    shown = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    shown = [line.rstrip() for line in shown]
+    shown = [terminal_table(HEADER, found.rows, num_text=2)]
     shown += [f"note: {remark}" for remark in found.remarks]
     shown += [f"WORSE: {regression}" for regression in found.regressions]
     shown.append(f"{len(found.rows)} runs compared, {len(found.regressions)} regressions")

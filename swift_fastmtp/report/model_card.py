@@ -19,7 +19,7 @@ from ..errors import FastMTPError
 from ..files import inputs
 from ..files.known_files import read_object
 from ..files.staging import staged
-from ..files.table import Table, escape, markdown
+from ..files.table import Table, escape, markdown, markdown_table
 from ..method.config import FastMTPConfig
 from ..serving.launch import Flag, explain, serve_flags
 from .entries import slices
@@ -137,9 +137,9 @@ def make_card(
     parts = [
         _front_matter(folder, base_path, hub_name, full),
         f"# {escape(folder.name)}\n\n{what}\n",
-        _rows(facts),
+        _facts(facts),
         f"## Training\n\n{_data(info)}\n",
-        _rows(knobs),
+        _facts(knobs),
         *_measurements(measured),
         _serving(folder, base, full, family.engines.vllm),
         _limits(linked, steps, measured),
@@ -166,8 +166,8 @@ def _knob(value: Any) -> str:
     return f"`{value}`" if value != "" else "–"
 
 
-def _rows(pairs: list[tuple[str, str]]) -> str:
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in pairs)
+def _facts(pairs: list[tuple[str, str]]) -> str:
+    return markdown_table(("", ""), pairs, num_text=2, raw=True) + "\n"
 
 
 def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.table import markdown_table, terminal_table
 from .counts import Counts
 
 Ints = NDArray[np.int64]
@@ -120,12 +121,8 @@ def _percent(share: float | None) -> str:
 
 def coverage_table(report: dict[str, Any]) -> str:
     """For the terminal."""
-    lines = _lines(report)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    header, *lines = _lines(report)
+    return terminal_table(header, lines)
 
 
 def outside_lines(report: dict[str, Any]) -> list[str]:
@@ -154,24 +151,20 @@ def markdown(report: dict[str, Any], about: dict[str, Any]) -> str:
         f"Share of the tokens of {what} that each map holds, on held-out prompts ({100 * about['held_out']:g} %), "
         f"which were not counted. Tokens by {how}. Every map holds {about['must_keep']} special and basic tokens. "
         "Filled up: ids that never occurred in what the map is for.\n",
-        f"| {' | '.join(header)} |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *(f"| {' | '.join(line)} |" for line in lines),
+        markdown_table(header, lines),
         "",
     ]
     if len(report["cells"]) > len(header) - 4:
         text.append("Cells with the most held-out tokens; all are in coverage.json.\n")
     text += [f"* {line}" for line in outside_lines(report)]
     text += ["\n![coverage against size](coverage.png)\n", "## What was counted\n"]
-    text += ["| cell | tokens | distinct ids | held-out tokens |", "|---|---:|---:|---:|"]
-    text += [
-        f"| {cell} | {n['counted_tokens']} | {n['distinct_ids']} | {n['held_out_tokens']} |"
+    counted = [
+        (cell, f"{n['counted_tokens']}", f"{n['distinct_ids']}", f"{n['held_out_tokens']}")
         for cell, n in report["cells"].items()
     ]
-    text += ["\n## Maps\n", "| map | made from |", "|---|---|"]
-    text += [
-        f"| {name} | {', '.join(cells)} |" for name, cells in {m["name"]: m["cells"] for m in report["maps"]}.items()
-    ]
+    text.append(markdown_table(("cell", "tokens", "distinct ids", "held-out tokens"), counted))
+    made_from = {m["name"]: ", ".join(m["cells"]) for m in report["maps"]}
+    text += ["\n## Maps\n", markdown_table(("map", "made from"), list(made_from.items()), num_text=2)]
     text += [
         f"\nThe maps of {union['size']} ids ({', '.join(union['names'])}) hold {union['ids']} different ids together."
         for union in report["unions"]
