@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.table import markdown_table, terminal_table
+from ..files.templates import render
 from .mix_index import Index
 
 Ints = NDArray[np.int64]
@@ -110,30 +111,24 @@ def table(report: dict[str, Any], key: str) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """report.md."""
-    what = "answers" if report["count"] == "answers" else "all messages"
-    how = ", ".join(f"{how} ({n} messages)" for how, n in report["messages_whose_tokens_come_from"].items())
+    """report.md, `templates/mix.md.j2`."""
     sets = []
     for name in ("input", "train", "val"):
         entry = report["all"][name]
         sets.append((name, f"{entry['rows']}", f"{entry['answer_tokens']}", f"{entry['all_tokens']}"))
-    text = [
-        "# Mix\n",
-        f"Shares are of the tokens of {what}; tokens by {how}. Aimed at {report['tokens_aimed_at']} training tokens.\n",
-        markdown_table(("set", "rows", "answer tokens", "all tokens"), sets),
-        f"\n{report['held_out_rows']} rows were held out of training by their prompt. "
-        f"{report['identical_rows']} rows of the input are copies of others; each copy counts as a row.\n",
-    ]
-    for key in ("groups", "sources", "languages"):
-        text += [f"## By {key[:-1]}\n", markdown_table(HEADER, _lines(report, key)), ""]
-    lengths = [
-        (f"{2**b} to {2 ** (b + 1) - 1}", *(f"{n}" for n in of_groups))
-        for b, of_groups in enumerate(zip(*report["lengths"].values(), strict=True))
-    ]
-    text += ["## Training rows by length\n", markdown_table(("tokens", *report["lengths"]), lengths)]
-    text.append("\n## Bad rows, left out\n")
-    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in report["bad_rows"].items()] or ["None."]
-    return "\n".join(text) + "\n"
+    by_length = []
+    for b, of_groups in enumerate(zip(*report["lengths"].values(), strict=True)):
+        by_length.append((f"{2**b} to {2 ** (b + 1) - 1}", *(f"{rows}" for rows in of_groups)))
+    counted_how = report["messages_whose_tokens_come_from"]
+    return render(
+        __file__,
+        "mix.md",
+        **report,
+        sources_of_counts=", ".join(f"{how} ({n} messages)" for how, n in counted_how.items()),
+        sets=markdown_table(("set", "rows", "answer tokens", "all tokens"), sets),
+        parts={key[:-1]: markdown_table(HEADER, _lines(report, key)) for key in ("groups", "sources", "languages")},
+        by_length=markdown_table(("tokens", *report["lengths"]), by_length),
+    )
 
 
 def plot_lengths(report: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files.table import markdown_table, terminal_table
+from ..files.templates import render
 from .counts import Counts
 
 Ints = NDArray[np.int64]
@@ -142,36 +143,29 @@ def outside_lines(report: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], about: dict[str, Any]) -> str:
-    """coverage.md."""
-    what = "answers" if about["count"] == "answers" else "all messages"
-    how = ", ".join(f"{how} ({n} messages)" for how, n in about["messages_whose_tokens_come_from"].items())
+    """coverage.md, `templates/coverage.md.j2`."""
     header, *lines = _lines(report)
-    text = [
-        "# Coverage\n",
-        f"Share of the tokens of {what} that each map holds, on held-out prompts ({100 * about['held_out']:g} %), "
-        f"which were not counted. Tokens by {how}. Every map holds {about['must_keep']} special and basic tokens. "
-        "Filled up: ids that never occurred in what the map is for.\n",
-        markdown_table(header, lines),
-        "",
-    ]
-    if len(report["cells"]) > len(header) - 4:
-        text.append("Cells with the most held-out tokens; all are in coverage.json.\n")
-    text += [f"* {line}" for line in outside_lines(report)]
-    text += ["\n![coverage against size](coverage.png)\n", "## What was counted\n"]
+    counted_how = about["messages_whose_tokens_come_from"]
     counted = [
         (cell, f"{n['counted_tokens']}", f"{n['distinct_ids']}", f"{n['held_out_tokens']}")
         for cell, n in report["cells"].items()
     ]
-    text.append(markdown_table(("cell", "tokens", "distinct ids", "held-out tokens"), counted))
-    made_from = {m["name"]: ", ".join(m["cells"]) for m in report["maps"]}
-    text += ["\n## Maps\n", markdown_table(("map", "made from"), list(made_from.items()), num_text=2)]
-    text += [
-        f"\nThe maps of {union['size']} ids ({', '.join(union['names'])}) hold {union['ids']} different ids together."
-        for union in report["unions"]
-    ]
-    text.append("\n## Bad rows, left out\n")
-    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in about["bad_rows"].items()] or ["None."]
-    return "\n".join(text) + "\n"
+    made_from = {entry["name"]: ", ".join(entry["cells"]) for entry in report["maps"]}
+    return render(
+        __file__,
+        "coverage.md",
+        count=about["count"],
+        held_out_percent=f"{100 * about['held_out']:g}",
+        sources_of_counts=", ".join(f"{how} ({n} messages)" for how, n in counted_how.items()),
+        must_keep=about["must_keep"],
+        coverage=markdown_table(header, lines),
+        cells_left_out=len(report["cells"]) > len(_columns(report)),
+        warnings=outside_lines(report),
+        counted=markdown_table(("cell", "tokens", "distinct ids", "held-out tokens"), counted),
+        made_from=markdown_table(("map", "made from"), list(made_from.items()), num_text=2),
+        unions=report["unions"],
+        bad_rows=about["bad_rows"],
+    )
 
 
 def plot_coverage(
