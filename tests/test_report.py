@@ -11,10 +11,11 @@ import pytest
 from helpers.bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.plot_style import PALETTE
 from swift_fastmtp.files.table import escape, markdown
 from swift_fastmtp.report import tables
 from swift_fastmtp.report.entries import entries, fastest_maps, mean_speedup
-from swift_fastmtp.report.figure import PALETTE, inline_svg
+from swift_fastmtp.report.figure import inline_svg
 from swift_fastmtp.report.merge import load_results, notes
 from swift_fastmtp.report.plots import plots
 from swift_fastmtp.report.report import report

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.plot_style import new_figure, plot_style
 from ..files.table import markdown_table, terminal_table
 from ..files.templates import render
 from .mix_index import Index
@@ -13,7 +14,6 @@ from .mix_index import Index
 Ints = NDArray[np.int64]
 MAX_SOURCES = 100
 """In the report; the others are one line."""
-_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
 
 
 def make_report(
@@ -131,28 +131,20 @@ def markdown(report: dict[str, Any]) -> str:
     )
 
 
+@plot_style()
 def plot_lengths(report: dict[str, Any], path: Path) -> None:
     """Training rows by length, one line per group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.8), constrained_layout=True, facecolor="white")
+    figure, ((axes,),) = new_figure(7, 3.8)
     filled = [b for rows in report["lengths"].values() for b, n in enumerate(rows) if n]
     bins = range(min(filled), max(filled) + 1)
     shown = [(name, rows) for name, rows in report["lengths"].items() if sum(rows)]
     for i, (name, rows) in enumerate(shown):
         percent = [100 * rows[b] / sum(rows) for b in bins]
         label = f"{name} ({sum(rows):,} rows)"
-        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=_COLORS[i % 6], label=label, linewidth=2)
+        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=f"C{i}", label=label, linewidth=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     what = "answer tokens" if report["count"] == "answers" else "tokens"
     axes.set(xlabel=f"{what} of a row", ylabel="rows of the group (%)", title="Lengths of the training rows")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
+    axes.legend()
+    figure.savefig(path)

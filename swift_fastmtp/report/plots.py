@@ -10,8 +10,9 @@ from math import pi
 from typing import Any
 
 from ..bench.results import Interval
+from ..files.plot_style import GRID, INK, MARKERS, PAGE, PALETTE, plot_style
 from .entries import Entry, entries, fastest_maps, mean, mean_speedup, of_all, slices, speed, tasks_of, tau, times
-from .figure import GRID, INK, MARKERS, PAGE, PALETTE, Plot, finish, legend, new_figure, paints, short, styled, tidy
+from .figure import Plot, column_figure, finish, legend, paints, short
 from .merge import Merged
 from .tables import map_blocks, server_of, where
 
@@ -79,7 +80,7 @@ def _error(s: Interval) -> list[list[float]]:
     return [[max(0.0, s.value - s.low)], [max(0.0, s.high - s.value)]]
 
 
-@styled
+@plot_style()
 def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Speedup per task, the paper's Figure 2. A radar needs three axes; `_by_task` has the same data otherwise."""
     level, found = _first_slice(results, temperature)
@@ -88,7 +89,7 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     tasks = tasks_of(results, found)
     if len(tasks) < 3:
         return None
-    drawing, (axes,) = new_figure(5.4, subplot_kw={"projection": "polar"})
+    drawing, (axes,) = column_figure(5.4, subplot_kw={"projection": "polar"})
     angles = [2 * pi * i / len(tasks) for i in range(len(tasks))]
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
@@ -115,7 +116,7 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     for tick in axes.get_yticklabels():
         tick.set_bbox({"facecolor": PAGE, "edgecolor": "none", "pad": 1})
     axes.set_rlabel_position(180 / len(tasks))
-    axes.grid(color=GRID, linewidth=0.8)
+    axes.grid(True)
     axes.spines["polar"].set_color(GRID)
     legend(drawing, axes)
     return finish(
@@ -140,7 +141,7 @@ def _whole() -> Any:
     return MaxNLocator(integer=True)
 
 
-@styled
+@plot_style()
 def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Speedup per task with its interval."""
     level, found = _first_slice(results, temperature)
@@ -150,7 +151,7 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
     if not found:
         return None
     rows = [*tasks, None] if len(tasks) > 1 else [*tasks]
-    drawing, (axes,) = new_figure(1.6 + len(rows) * (0.16 + 0.17 * len(found)))
+    drawing, (axes,) = column_figure(1.6 + len(rows) * (0.16 + 0.17 * len(found)))
     looks = paints(results, found)
     facts = []
     for i, entry in enumerate(found):
@@ -177,7 +178,8 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}×")
     axes.set_xlabel("speedup")
-    tidy(axes, "x")
+    axes.grid(False, axis="y")
+    axes.grid(True, axis="x")
     legend(drawing, axes)
     return finish(
         drawing,
@@ -189,7 +191,7 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
     )
 
 
-@styled
+@plot_style()
 def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Tau and speed against K, means over tasks, the paper's Figure 3."""
     level, found = _first_slice(results, temperature)
@@ -201,7 +203,7 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     if not any(len(line) > 1 for line in lines.values()):
         return None
     looks = paints(results, found)
-    drawing, (upper, lower) = new_figure(5.6, 2, sharex=True)
+    drawing, (upper, lower) = column_figure(5.6, 2, sharex=True)
     facts = []
     for name, line in lines.items():
         color, marker = looks[name]
@@ -224,8 +226,6 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     lower.set(ylabel="token/s", xlabel="drafts per step, K")
     lower.set_ylim(bottom=0)
     lower.xaxis.set_major_locator(_whole())
-    for axes in (upper, lower):
-        tidy(axes)
     legend(drawing, lower)
     return finish(
         drawing,
@@ -238,7 +238,7 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     )
 
 
-@styled
+@plot_style()
 def _by_depth(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Marginal acceptance by depth, the paper's Figure 4a."""
     level, found = _first_slice(results, temperature)
@@ -247,7 +247,7 @@ def _by_depth(results: Merged, temperature: float, suffix: str) -> Plot | None:
     if not found:
         return None
     depths = range(1, found[0].num_steps + 1)
-    drawing, (axes,) = new_figure(3.9)
+    drawing, (axes,) = column_figure(3.9)
     looks = paints(results, found)
     width = 0.8 / len(found)
     facts = []
@@ -269,7 +269,6 @@ def _by_depth(results: Merged, temperature: float, suffix: str) -> Plot | None:
         facts.append(f"{entry.name}: " + ", ".join(f"depth {k} {m:.0f} %" for k, m in zip(depths, means, strict=True)))
     axes.set(xlabel="draft depth", ylabel="accepted (%), marginal", xticks=list(depths), ylim=(0, 109))
     axes.set_yticks(range(0, 101, 20))
-    tidy(axes)
     legend(drawing, axes)
     return finish(
         drawing,
@@ -282,7 +281,7 @@ def _by_depth(results: Merged, temperature: float, suffix: str) -> Plot | None:
     )
 
 
-@styled
+@plot_style()
 def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Tau and speedup against the size of the token map, a line per task."""
     lowest = min(c for t, c in slices(results) if t == temperature)
@@ -291,7 +290,7 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
         return None
     steps = max(num_steps for num_steps, _, _ in blocks)
     facts = []
-    drawing, (upper, lower) = new_figure(5.6, 2, sharex=True)
+    drawing, (upper, lower) = column_figure(5.6, 2, sharex=True)
     sizes: set[int] = set()
     lines = []
     for num_steps, task, found in blocks:
@@ -336,7 +335,6 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     lower.yaxis.set_major_formatter(lambda y, _: f"{y:g}×")
     for axes in (upper, lower):
         axes.margins(y=0.12)
-        tidy(axes)
     legend(drawing, upper)
     return finish(
         drawing,
@@ -352,7 +350,7 @@ def _thousands(size: int) -> str:
     return f"{size // 1024}k" if size % 1024 == 0 else f"{size:,}"
 
 
-@styled
+@plot_style()
 def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Speedup of one request and speed of all, against requests at a time; means over tasks."""
     levels = [c for t, c in slices(results) if t == temperature]
@@ -365,7 +363,7 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
     by_level = {level: _alike([e for e in by_level[level] if e in offered]) for level in levels}
     found = [e for of_level in by_level.values() for e in of_level]
     looks = paints(results, found)
-    drawing, (upper, lower) = new_figure(5.6, 2, sharex=True)
+    drawing, (upper, lower) = column_figure(5.6, 2, sharex=True)
     facts = []
     for name, num_steps in dict.fromkeys((e.name, e.num_steps) for e in found):
         color, marker = looks[name]
@@ -401,8 +399,6 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
     lower.set_xscale("log", base=2)
     lower.set_xticks(levels, [str(level) for level in levels])
     lower.minorticks_off()
-    for axes in (upper, lower):
-        tidy(axes)
     legend(drawing, lower)
     steps = max((k for _, k in chosen), default=0)
     return finish(
@@ -416,7 +412,7 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
     )
 
 
-@styled
+@plot_style()
 def _histogram(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """How many drafts a verification step accepts, all tasks together."""
     level, found = _first_slice(results, temperature)
@@ -424,7 +420,7 @@ def _histogram(results: Merged, temperature: float, suffix: str) -> Plot | None:
     found = _alike(offered)
     if not found:
         return None
-    drawing, (axes,) = new_figure(3.7)
+    drawing, (axes,) = column_figure(3.7)
     looks = paints(results, found)
     width = 0.8 / len(found)
     facts = []
@@ -442,7 +438,6 @@ def _histogram(results: Merged, temperature: float, suffix: str) -> Plot | None:
     axes.set(xlabel="drafts accepted in a step", ylabel="verification steps (%)")
     axes.set_xticks(range(found[0].num_steps + 1))
     axes.margins(y=0.1)
-    tidy(axes)
     legend(drawing, axes)
     return finish(
         drawing,
@@ -454,14 +449,14 @@ def _histogram(results: Merged, temperature: float, suffix: str) -> Plot | None:
     )
 
 
-@styled
+@plot_style()
 def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Tau by position in the answer, all tasks together, weighted by their steps."""
     level, found = _first_slice(results, temperature)
     offered = [e for e in _of_one_k(found, fastest=False) if any(run.tau_by_position for run in e.runs.values())]
     found = _alike(offered)
     looks = paints(results, found)
-    drawing, (axes,) = new_figure(3.7)
+    drawing, (axes,) = column_figure(3.7)
     facts = []
     ends: list[float] = []
     for entry in found:
@@ -486,7 +481,6 @@ def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | Non
     axes.set(xlabel="position in the answer (tokens)", ylabel="tokens per step (τ)", xlim=(0, max(ends)))
     highest = max(axes.dataLim.y1, 1.1)
     axes.set_ylim(1.0, highest + 0.08 * (highest - 1.0))
-    tidy(axes)
     legend(drawing, axes)
     return finish(
         drawing,

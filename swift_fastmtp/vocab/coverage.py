@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.plot_style import PALETTE, new_figure, plot_style
 from ..files.table import markdown_table, terminal_table
 from ..files.templates import render
 from .counts import Counts
@@ -21,7 +22,6 @@ Ints = NDArray[np.int64]
 OUT_OF_DOMAIN = 0.02
 """A map that covers a cell worse than its own ones by more than this is reported."""
 MAX_COLUMNS = 8
-_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def markdown(report: dict[str, Any], about: dict[str, Any]) -> str:
     )
 
 
+@plot_style()
 def plot_coverage(
     parts: Sequence[tuple[str, Sequence[str], Ints]], counts: Counts, sizes: Mapping[str, Sequence[int]], path: Path
 ) -> None:
@@ -177,20 +178,16 @@ def plot_coverage(
         parts: (name, its cells, its ranking of ids).
         sizes: those that were written, per name; marked.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     mixed = next((order for name, _, order in parts if name == "mixed"), None)
-    figure, panels = plt.subplots(
-        1, 1 if mixed is None else 2, figsize=(5 if mixed is None else 9, 3.8), sharey=True, squeeze=False,
-        constrained_layout=True, facecolor="white",
-    )  # fmt: skip
+    if mixed is None:
+        figure, panels = new_figure(5, 3.8)
+    else:
+        figure, panels = new_figure(9, 3.8, columns=2, sharey=True)
     lowest, drawn = 1.0, False
     for panel, axes in enumerate(panels[0]):
-        own = [part for part in parts if part[0] != "mixed"][: len(_COLORS)]
-        for color, (name, cells, ranking) in zip(_COLORS, own, strict=False):
+        own = [part for part in parts if part[0] != "mixed"][: len(PALETTE)]
+        for i, (name, cells, ranking) in enumerate(own):
+            color = f"C{i}"
             held_V = np.sum([counts.held_out[cell] for cell in cells], axis=0)
             if not held_V.any():
                 continue
@@ -205,12 +202,9 @@ def plot_coverage(
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set(xlabel="ids in the map", title="Each with its own map" if panel == 0 else "All with `mixed`")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
+        axes.grid(True)
     panels[0][0].set_ylabel("held-out tokens covered (%)")
     panels[0][0].set_ylim(100 * lowest - 1, 100.5)
     if drawn:
-        panels[0][0].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
+        panels[0][0].legend(loc="lower right")
+    figure.savefig(path)
