@@ -12,7 +12,7 @@ from helpers.bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, 
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.plot_style import PALETTE
-from swift_fastmtp.files.table import escape, markdown
+from swift_fastmtp.files.table import escape, markdown, terminal_table
 from swift_fastmtp.report import tables
 from swift_fastmtp.report.entries import entries, fastest_maps, mean_speedup
 from swift_fastmtp.report.figure import inline_svg
@@ -330,6 +330,16 @@ def test_report_refuses_to_overwrite_and_leaves_nothing(tmp_path):
     with pytest.raises(FastMTPError, match=r"bench/0.*bench/1"):
         report([path], tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "results.json"]
+
+
+def test_a_terminal_table_is_aligned_by_what_is_seen():
+    text = terminal_table(("server", "τ", ""), [("中文", "2.50", "WORSE"), ("tuned-k3", "10.00"), ("a|b", "1e5", "")])
+    assert text.splitlines() == [
+        "server        τ",
+        "中文       2.50  WORSE",
+        "tuned-k3  10.00",
+        "a|b         1e5",
+    ]
 
 
 def test_escape_and_layout_of_a_table():

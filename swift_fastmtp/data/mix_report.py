@@ -44,20 +44,20 @@ def make_report(
         used = sums(np.minimum(repeats_N, 1))
         most = np.zeros(len(names), dtype=np.int64)
         np.maximum.at(most, part_N, repeats_N)
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for part, i in sorted(names.items()):
-            found[part] = {
+            entries[part] = {
                 name: {"rows": rows[i], "answer_tokens": answer[i], "all_tokens": every[i],
                        "share": counted[i] / max(sum_of[name], 1)}
                 for name, (rows, answer, every, counted) in columns.items()
             }  # fmt: skip
-            rows = found[part]["train"]["rows"]
-            found[part]["train"] |= {
+            rows = entries[part]["train"]["rows"]
+            entries[part]["train"] |= {
                 "different_rows": used[i],
                 "mean_repeats": rows / max(used[i], 1),
                 "max_repeats": int(most[i]),
             }
-        return found
+        return entries
 
     report: dict[str, Any] = {
         "count": count,

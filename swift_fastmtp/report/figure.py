@@ -23,7 +23,7 @@ _OF_METHOD = {"baseline": 0, "vanilla": 1, "tuned": 2, "tuned+map": 3}
 
 @dataclass
 class Plot:
-    """A finished figure. `svg` is a whole document; `alt` says in words what the picture shows."""
+    """A finished figure. `svg` is a whole document; `alt` is the picture's content as text."""
 
     name: str
     title: str
@@ -67,14 +67,14 @@ def _places(results: Merged) -> dict[str, int]:
 
 def paints(results: Merged, shown: list[Entry]) -> dict[str, tuple[str, str]]:
     """Entry name to color and marker; variants of one label share the color and differ in the marker."""
-    places, seen, found = _places(results), dict[str, int](), dict[str, tuple[str, str]]()
+    places, seen, looks = _places(results), dict[str, int](), dict[str, tuple[str, str]]()
     for entry in shown:
-        if entry.name not in found:
+        if entry.name not in looks:
             again = seen.get(entry.label, 0)
             seen[entry.label] = again + 1
             place = places[entry.label]
-            found[entry.name] = (PALETTE[place][0], MARKERS[(place + 4 * again) % len(MARKERS)])
-    return found
+            looks[entry.name] = (PALETTE[place][0], MARKERS[(place + 4 * again) % len(MARKERS)])
+    return looks
 
 
 def column_figure(height: float, rows: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
@@ -122,5 +122,5 @@ def _named(svg: str, name: str, title: str, alt: str) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
-    head = f'<title id="{name}-title">{escape(title)}</title>\n<desc id="{name}-desc">{escape(alt)}</desc>'
-    return re.sub(r"(<svg [^>]*>)", lambda m: f"{m[1]}\n{head}", svg, count=1)
+    names = f'<title id="{name}-title">{escape(title)}</title>\n<desc id="{name}-desc">{escape(alt)}</desc>'
+    return re.sub(r"(<svg [^>]*>)", lambda m: f"{m[1]}\n{names}", svg, count=1)

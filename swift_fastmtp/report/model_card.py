@@ -1,6 +1,6 @@
-"""The README.md of an exported folder: what the head is, what it was measured to do, how to serve it.
+"""The README.md of an exported folder: what the MTP layer is, what it was measured to do, how to serve it.
 
-Everything in it is read from the folder and from a results file of `fastmtp bench`; what is not known is said to be
+Everything in it is read from the folder and from a results file of `fastmtp bench`; what is not known is called
 unknown. Paths of the machine that trained do not get into it. What the base model's card says stays there: the card
 links to it. Its text is `templates/card.md.j2`.
 """
@@ -54,7 +54,7 @@ def write_card(
 
     Args:
         results: results.json of `fastmtp bench`, one or several.
-        base_model: the base's name on the hub, OWNER/NAME; default: what the base folder's path tells, if it does.
+        base_model: the base's name on the hub, OWNER/NAME; default: from the base folder's path, if it has one.
         overwrite: replace a README.md that is neither the base model's nor a card of ours.
 
     The base's own README.md, which a full export links into the folder, is replaced, never written through. Raises
@@ -91,7 +91,7 @@ def _is_the_base_models(path: Path, info: dict[str, Any]) -> bool:
 
 
 def _base_path(info: dict[str, Any]) -> str:
-    """Where the base model was, as far as an export tells."""
+    """Where the base model was, as far as the export recorded it."""
     path = info.get("base_model")
     return path if isinstance(path, str) and "\0" not in path else ""
 
@@ -161,7 +161,7 @@ def make_card(
 
 
 def hub_name_of(path: str) -> str | None:
-    """OWNER/NAME that a model's path or name tells: a name itself, or a folder of a hub's download cache."""
+    """OWNER/NAME from a model's path or name: a name itself, or a folder of a hub's download cache."""
     parts = Path(path).parts
     for part in parts:
         if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):

@@ -1,7 +1,7 @@
 """The report as one HTML page that needs nothing else: no script, no font, no picture from anywhere.
 
-It follows the reader's light or dark scheme, fits a phone (wide tables scroll by themselves), and says every picture in
-words for those who do not see it. The page itself is `templates/report.html.j2`.
+It follows the reader's light or dark scheme, fits a phone (wide tables scroll by themselves), and has every picture as
+text for those who do not see it. The page itself is `templates/report.html.j2`.
 """
 
 from collections.abc import Sequence
