@@ -5,6 +5,7 @@ words, for readers who do not see it, what it shows (`facts`).
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from math import pi
 from typing import Any
@@ -80,9 +81,20 @@ def _error(s: Interval) -> list[list[float]]:
     return [[max(0.0, s.value - s.low)], [max(0.0, s.high - s.value)]]
 
 
+def _line(axes: Any, points: Sequence[tuple[float, float | Interval]], color: str, marker: str, label: str) -> None:
+    """A line through (x, value); a value with an interval has a bar."""
+    values = [value.value if isinstance(value, Interval) else value for _, value in points]
+    axes.plot([x for x, _ in points], values, color=color, marker=marker, label=label)
+    for x, value in points:
+        if isinstance(value, Interval):
+            axes.errorbar(x, value.value, yerr=_error(value), color=color, capsize=3, elinewidth=1.6, fmt="none")
+
+
 @plot_style()
 def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Speedup per task, the paper's Figure 2. A radar needs three axes; `_by_task` has the same data otherwise."""
+    from matplotlib.ticker import MaxNLocator
+
     level, shown = _first_slice(results, temperature)
     shown = _of_one_k(shown, fastest=True)
     shown = [e for e in shown if any(run.speedup for run in e.runs.values())]
@@ -107,7 +119,7 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
         color, marker = looks[entry.name]
         points = [(angle, values[task]) for angle, task in zip(angles, tasks, strict=True) if task in values]
         closed = [*points, points[0]] if len(points) == len(tasks) else points
-        axes.plot(*zip(*closed, strict=True), color=color, marker=marker, label=entry.name)
+        _line(axes, closed, color, marker, entry.name)
         top = max(top, *values.values())
         facts.append(
             f"{entry.name}: " + ", ".join(f"{results.tasks[t].title} {values[t]:.2f}×" for t in tasks if t in values)
@@ -118,7 +130,7 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
     axes.set_xticks(angles, [short(results.tasks[task].title, 16) for task in tasks])
     axes.tick_params(axis="x", pad=8)
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}×")
-    axes.yaxis.set_major_locator(_few(4))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     for tick in axes.get_yticklabels():
         tick.set_bbox({"facecolor": PAGE, "edgecolor": "none", "pad": 1})
     axes.set_rlabel_position(180 / len(tasks))
@@ -133,18 +145,6 @@ def _radar(results: Merged, temperature: float, suffix: str) -> Plot | None:
         f"The paper's Figure 2. The dashed circle is the baseline.{_maps_note(shown)}",
         facts,
     )
-
-
-def _few(steps: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(steps, steps=[1, 2, 2.5, 5, 10])
-
-
-def _whole() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(integer=True)
 
 
 @plot_style()
@@ -225,7 +225,7 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
         speeds = [mean([speed(run) for run in e.runs.values()]) for e in points]
         known = [(k, t) for k, t in zip(steps, taus, strict=True) if t is not None]
         if known:
-            upper.plot(*zip(*known, strict=True), color=color, marker=marker, label=name)
+            _line(upper, known, color, marker, name)
         lower.plot(steps, [float("nan") if s is None else s for s in speeds], color=color, marker=marker, label=name)
         texts = []
         for k, t, s in zip(steps, taus, speeds, strict=True):
@@ -241,7 +241,7 @@ def _by_steps(results: Merged, temperature: float, suffix: str) -> Plot | None:
     upper.set_ylim(bottom=0.9)
     lower.set(ylabel="token/s", xlabel="drafts per step, K")
     lower.set_ylim(bottom=0)
-    lower.xaxis.set_major_locator(_whole())
+    lower.locator_params(axis="x", integer=True)
     legend(drawing, lower)
     return finish(
         drawing,
@@ -344,11 +344,7 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
             known.sort(key=lambda point: point[0])
             if not known:
                 continue
-            values = [v.value if isinstance(v, Interval) else v for _, v in known]
-            axes.plot([x for x, _ in known], values, color=color, marker=marker, label=name)
-            for x, v in known:
-                if isinstance(v, Interval):
-                    axes.errorbar(x, v.value, yerr=_error(v), color=color, capsize=3, elinewidth=1.6, fmt="none")
+            _line(axes, known, color, marker, name)
         for size, length, ratio in points:
             length_text = "" if length is None else f" τ {length:.2f}"
             texts.append(f"{f'{size:,}' if size else 'whole'}{length_text}{f' {times(ratio)}' if ratio else ''}")
@@ -407,13 +403,9 @@ def _concurrency(results: Merged, temperature: float, suffix: str) -> Plot | Non
                     if ratio:
                         ratios.append((level, ratio))
         if num_steps and ratios:
-            upper.plot([x for x, _ in ratios], [r.value for _, r in ratios], color=color, marker=marker, label=name)
-            for level, ratio in ratios:
-                upper.errorbar(
-                    level, ratio.value, yerr=_error(ratio), color=color, capsize=3, elinewidth=1.6, fmt="none"
-                )
+            _line(upper, ratios, color, marker, name)
         if totals:
-            lower.plot(*zip(*totals, strict=True), color=color, marker=marker, label=name)
+            _line(lower, totals, color, marker, name)
             speedups = dict(ratios)
             facts.append(f"{name}: " + ", ".join(
                 f"{x} at a time {total:.0f} token/s{f' {times(speedups[x])}' if x in speedups else ''}"
@@ -509,7 +501,7 @@ def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | Non
             continue
         points = [((start + end) / 2, total / steps) for (start, end), (total, steps) in sorted(sums.items())]
         color, marker = looks[entry.name]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=entry.name)
+        _line(axes, points, color, marker, entry.name)
         ends += [end for _, end in sums]
         facts.append(f"{entry.name}: " + ", ".join(
             f"{start} to {end} {total / steps:.2f}" for (start, end), (total, steps) in sorted(sums.items())
