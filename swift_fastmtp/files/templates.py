@@ -1,7 +1,7 @@
 """Documents are Jinja templates, each in the folder `templates` beside the module that fills it in.
 
-In a page (`*.html.j2`) every value is escaped unless the module says that it is HTML already (`Markup`). In Markdown a
-value that users chose goes through the filter `md`.
+In a page (`*.html.j2`) every value is escaped, but for the pictures, which are marked `safe`. In Markdown a value that
+users chose goes through the filter `md`.
 """
 
 from pathlib import Path

@@ -26,15 +26,12 @@ class HeaderCell:
 
 def page(title: str, notes: Sequence[str], plots: Sequence[Plot], tables: Sequence[Table], footer: str) -> str:
     """The whole document."""
-    from markupsafe import Markup
-
     return render(
         __file__,
         "report.html",
         title=title,
         notes=notes,
-        # matplotlib escaped the labels in its pictures, and `figure` the rest.
-        figures=[(Markup(inline_svg(plot)), plot.caption) for plot in plots],
+        figures=[(inline_svg(plot), plot.caption) for plot in plots],
         tables=tables,
         grouped=grouped,
         footer=footer,
