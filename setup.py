@@ -55,13 +55,15 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
     # Folders without __init__.py: a plugin file's, and data.
-    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "data/tasks/*"]},
+    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "data/tasks/*", "*/templates/*.j2"]},
     install_requires=[
         "torch>=2.7,<2.14",
         "transformers>=5.0,<5.20",
         "safetensors>=0.5",
         "numpy>=2.0",
         "tqdm",
+        "tabulate[widechars]>=0.9",
+        "jinja2>=3.1",
         "matplotlib",
         "openai>=2",
         "httpx",

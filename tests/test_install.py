@@ -7,6 +7,8 @@ import subprocess
 import sys
 import zipfile
 
+from helpers.paths import ROOT
+
 from swift_fastmtp.swift_plugin import autoload
 
 PROBE = (
@@ -28,6 +30,8 @@ def test_wheel_carries_the_autoload_file_and_nothing_foreign(installed):
     names = zipfile.ZipFile(installed[0]).namelist()
     assert {"swift_fastmtp_autoload.pth", "swift_fastmtp_autoload.start"} <= set(names)
     assert "swift_fastmtp/swift_plugin/plugin/fastmtp_plugin.py" in names
+    templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "swift_fastmtp").rglob("*.j2")}
+    assert len(templates) > 4 and templates <= set(names)
     assert not [n for n in names if n.startswith(("tests", "examples"))]
 
 

@@ -11,10 +11,11 @@ import pytest
 from helpers.bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
 
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.files.table import escape, markdown
+from swift_fastmtp.files.plot_style import PALETTE
+from swift_fastmtp.files.table import escape, markdown, terminal_table
 from swift_fastmtp.report import tables
 from swift_fastmtp.report.entries import entries, fastest_maps, mean_speedup
-from swift_fastmtp.report.figure import PALETTE, inline_svg
+from swift_fastmtp.report.figure import inline_svg
 from swift_fastmtp.report.merge import load_results, notes
 from swift_fastmtp.report.plots import plots
 from swift_fastmtp.report.report import report
@@ -331,8 +332,18 @@ def test_report_refuses_to_overwrite_and_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "results.json"]
 
 
+def test_a_terminal_table_is_aligned_by_what_is_seen():
+    text = terminal_table(("server", "τ", ""), [("中文", "2.50", "WORSE"), ("tuned-k3", "10.00"), ("a|b", "1e5", "")])
+    assert text.splitlines() == [
+        "server        τ",
+        "中文       2.50  WORSE",
+        "tuned-k3  10.00",
+        "a|b         1e5",
+    ]
+
+
 def test_escape_and_layout_of_a_table():
     table = tables.Table("x", "T", "C", [("", "a"), ("G", "b")], [["1|2", "<b>"]])
-    assert markdown(table) == "## T\n\n| a | G b |\n|---|---:|\n| 1\\|2 | &lt;b> |\n\nC\n"
+    assert markdown(table) == "## T\n\n| a    |    G b |\n|:-----|-------:|\n| 1\\|2 | &lt;b> |\n\nC\n"
     assert escape("a\nb ![x](y)") == "a b !\\[x]\\(y)"
     assert asdict(table)["rows"] == [["1|2", "<b>"]]

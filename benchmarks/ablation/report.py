@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from swift_fastmtp.files.plot_style import new_figure, plot_style
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.staging import write_json
 
@@ -122,17 +123,13 @@ def table(rows):
     return "\n".join(lines) + "\n"
 
 
+@plot_style()
 def plot(rows, path):
     """A panel per kind of tau, a dot with its interval per loss, a color per rollout; empty: original answers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = {"paper": "#9aa5b1", "exact": "#e4572e", "on-policy": "#1f77b4"}
+    colors = {"paper": "C0", "exact": "C1", "on-policy": "C2"}
     losses = ["ce", "kl", "topk_kl", "lk", "tv", "e2e"]
     columns = ["greedy", "T=1.0 argmax", "T=1.0 sampled"]
-    figure, panels = plt.subplots(1, len(columns), figsize=(12, 4), constrained_layout=True)
+    figure, (panels,) = new_figure(12, 4, columns=len(columns))
     for axes, name in zip(panels, columns, strict=True):
         for row in rows:
             if row["rollout"] not in colors:
@@ -148,10 +145,8 @@ def plot(rows, path):
             )  # fmt: skip
         axes.set_xticks(range(len(losses)), losses)
         axes.set_title(f"τ, {name}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 
 from swift_fastmtp.data.near_duplicates import NearDuplicates, prompt_and_answer
 from swift_fastmtp.data.shingles import _UNIT, runs, units
+from swift_fastmtp.files.plot_style import new_figure, plot_style
 from swift_fastmtp.files.rows import dump_row, iter_rows
 from swift_fastmtp.files.staging import write_json
 
@@ -31,7 +32,7 @@ SIZES = (10_000, 20_000, 50_000, 100_000, 400_000)
 SLOW_SIZES = 50_000
 NGRAM, SIMILARITY, PERMUTATIONS = 3, 0.6, 128
 ORIGINALS, COPIES = 6_000, 500
-COLORS = {"ours": "#e4572e", "clean": "#d4a017", "rensa": "#1f77b4", "datasketch": "#9aa5b1", "datatrove": "#2a9d8f"}
+COLORS = {"ours": "C1", "clean": "C4", "rensa": "C2", "datasketch": "C0", "datatrove": "C3"}
 NAMES = {"ours": "ours", "clean": "`fastmtp clean`, all filters", "rensa": "rensa", "datasketch": "datasketch",
          "datatrove": "datatrove"}  # fmt: skip
 
@@ -248,16 +249,17 @@ def peak_mb():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 
+@plot_style()
 def plot(report, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True, facecolor="white")
+    figure, (axes,) = new_figure(13, 3.8, columns=3)
     shares = [100 * s for s in SHARES]
     axes[0].plot(
-        shares, [100 * x for x in report["quality"]["similar"].values()], "k--", lw=1, label="similar, exactly"
+        shares,
+        [100 * x for x in report["quality"]["similar"].values()],
+        "k--",
+        lw=1,
+        zorder=3,
+        label="similar, exactly",
     )
     for name, values in report["quality"]["methods"].items():
         if name in OTHER_SETTINGS:
@@ -278,12 +280,13 @@ def plot(report, path):
     axes[1].set(xlabel="rows of 1 KB", ylabel="CPU seconds", title="Time", xscale="log", yscale="log")
     axes[2].set(xlabel="rows of 1 KB", ylabel="peak MB", title="Memory", xscale="log", yscale="log")
     for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=8)
-    axes[1].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        axis.grid(True)
+    for axis in axes[1:]:
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
+    figure.savefig(path)
 
 
 def markdown(report, name):

@@ -29,6 +29,7 @@ from ..files.jobs import Part, cut_torn_line
 from ..files.provenance import provenance
 from ..files.schema import Amount, Count, Positive, build, check_values, read_text
 from ..files.staging import claim, write_json
+from ..files.table import terminal_table
 from ..redaction import without_login
 from .engines import Answer, Engine, Identity
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
@@ -521,7 +522,7 @@ def _seed(plan: Plan, question: str, turn: int) -> int:
 def table(results: Results) -> str:
     """The terminal's table, one line per run."""
     head = ("server", "task", "T", "at once", "tau", "tok/s each", "tok/s", "speedup", "lossless")
-    lines = [head]
+    lines = []
     for run in results.runs:
         ratio, lossless = run.speedup, run.lossless
         lines.append(
@@ -537,8 +538,7 @@ def table(results: Results) -> str:
                 f"{lossless.equal}/{lossless.compared}" if lossless else "",
             )
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return terminal_table(head, lines, num_text=2)
 
 
 def warnings(results: Results) -> list[str]:

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.plot_style import new_figure, plot_style
+from ..files.table import markdown_table, terminal_table
+from ..files.templates import render
 from .mix_index import Index
 
 Ints = NDArray[np.int64]
 MAX_SOURCES = 100
 """In the report; the others are one line."""
-_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1")
 
 
 def make_report(
@@ -42,20 +44,20 @@ def make_report(
         used = sums(np.minimum(repeats_N, 1))
         most = np.zeros(len(names), dtype=np.int64)
         np.maximum.at(most, part_N, repeats_N)
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for part, i in sorted(names.items()):
-            found[part] = {
+            entries[part] = {
                 name: {"rows": rows[i], "answer_tokens": answer[i], "all_tokens": every[i],
                        "share": counted[i] / max(sum_of[name], 1)}
                 for name, (rows, answer, every, counted) in columns.items()
             }  # fmt: skip
-            rows = found[part]["train"]["rows"]
-            found[part]["train"] |= {
+            rows = entries[part]["train"]["rows"]
+            entries[part]["train"] |= {
                 "different_rows": used[i],
                 "mean_repeats": rows / max(used[i], 1),
                 "max_repeats": int(most[i]),
             }
-        return found
+        return entries
 
     report: dict[str, Any] = {
         "count": count,
@@ -105,69 +107,44 @@ def _lines(report: dict[str, Any], key: str) -> list[tuple[str, ...]]:
 
 def table(report: dict[str, Any], key: str) -> str:
     """For the terminal."""
-    lines = [HEADER, *_lines(report, key)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    return terminal_table(HEADER, _lines(report, key))
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """report.md."""
-    what = "answers" if report["count"] == "answers" else "all messages"
-    how = ", ".join(f"{how} ({n} messages)" for how, n in report["messages_whose_tokens_come_from"].items())
-    everything = report["all"]
-    text = [
-        "# Mix\n",
-        f"Shares are of the tokens of {what}; tokens by {how}. Aimed at {report['tokens_aimed_at']} training tokens.\n",
-        "| set | rows | answer tokens | all tokens |\n|---|---:|---:|---:|",
-        *(
-            f"| {name} | {n['rows']} | {n['answer_tokens']} | {n['all_tokens']} |"
-            for name, n in ((name, everything[name]) for name in ("input", "train", "val"))
-        ),
-        f"\n{report['held_out_rows']} rows were held out of training by their prompt. "
-        f"{report['identical_rows']} rows of the input are copies of others; each copy counts as a row.\n",
-    ]
-    for key in ("groups", "sources", "languages"):
-        text += [f"## By {key[:-1]}\n", f"| {' | '.join(HEADER)} |", "|---|" + "---:|" * (len(HEADER) - 1)]
-        text += [
-            f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in line)} |"
-            for line in _lines(report, key)
-        ]
-        text.append("")
-    bins = range(len(next(iter(report["lengths"].values()))))
-    text += ["## Training rows by length\n", f"| tokens | {' | '.join(report['lengths'])} |"]
-    text.append("|---|" + "---:|" * len(report["lengths"]))
-    for b in bins:
-        text.append(f"| {2**b} to {2 ** (b + 1) - 1} | {' | '.join(str(n[b]) for n in report['lengths'].values())} |")
-    text.append("\n## Bad rows, left out\n")
-    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in report["bad_rows"].items()] or ["None."]
-    return "\n".join(text) + "\n"
+    """report.md, `templates/mix.md.j2`."""
+    sets = []
+    for name in ("input", "train", "val"):
+        entry = report["all"][name]
+        sets.append((name, f"{entry['rows']}", f"{entry['answer_tokens']}", f"{entry['all_tokens']}"))
+    by_length = []
+    for b, of_groups in enumerate(zip(*report["lengths"].values(), strict=True)):
+        by_length.append((f"{2**b} to {2 ** (b + 1) - 1}", *(f"{rows}" for rows in of_groups)))
+    counted_how = report["messages_whose_tokens_come_from"]
+    return render(
+        __file__,
+        "mix.md",
+        **report,
+        sources_of_counts=", ".join(f"{how} ({n} messages)" for how, n in counted_how.items()),
+        sets=markdown_table(("set", "rows", "answer tokens", "all tokens"), sets),
+        parts={key[:-1]: markdown_table(HEADER, _lines(report, key)) for key in ("groups", "sources", "languages")},
+        by_length=markdown_table(("tokens", *report["lengths"]), by_length),
+    )
 
 
+@plot_style()
 def plot_lengths(report: dict[str, Any], path: Path) -> None:
     """Training rows by length, one line per group."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.8), constrained_layout=True, facecolor="white")
+    figure, ((axes,),) = new_figure(7, 3.8)
     filled = [b for rows in report["lengths"].values() for b, n in enumerate(rows) if n]
     bins = range(min(filled), max(filled) + 1)
     shown = [(name, rows) for name, rows in report["lengths"].items() if sum(rows)]
     for i, (name, rows) in enumerate(shown):
         percent = [100 * rows[b] / sum(rows) for b in bins]
         label = f"{name} ({sum(rows):,} rows)"
-        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=_COLORS[i % 6], label=label, linewidth=2)
+        axes.stairs(percent, [2**b for b in (*bins, bins[-1] + 1)], color=f"C{i}", label=label, linewidth=2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     what = "answer tokens" if report["count"] == "answers" else "tokens"
     axes.set(xlabel=f"{what} of a row", ylabel="rows of the group (%)", title="Lengths of the training rows")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
+    axes.legend()
+    figure.savefig(path)

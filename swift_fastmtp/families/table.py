@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
+from ..files.table import markdown_table
 from .family import Block, Engines, Family, Fusion, Names, config_value
 from .refused import LAYOUTS, known_layout
 
@@ -316,7 +317,7 @@ def _row(architectures: list[str]) -> Family | None:
 
 def layout_table() -> str:
     """The first table of docs/families.md, made from the rows above."""
-    lines = ["| | layout | SGLang's class |", "|---|---|---|"]
+    rows = []
     for f in FAMILIES:
         notes = [f"`{path}.*`" for path in f.roots]
         notes.append("[hidden, embed]" if f.fusion.hidden_first else "[embed, hidden]")
@@ -329,15 +330,15 @@ def layout_table() -> str:
         if f.engines.tied_embeddings:
             notes.append("output matrix may be tied")
         architectures = ", ".join(f"`{a}`" for a in f.architectures)
-        lines.append(f"| {architectures} | {', '.join(notes)} | `{f.engines.served_as}` |")
-    return "\n".join(lines)
+        rows.append((architectures, ", ".join(notes), f"`{f.engines.served_as}`"))
+    return markdown_table(("", "layout", "SGLang's class"), rows, num_text=3, raw=True)
 
 
 def refused_table() -> str:
     """The last table of docs/families.md: what is recognized in order to be refused."""
-    lines = ["| | MTP tensors | why |", "|---|---|---|"]
+    rows = []
     for row in LAYOUTS:
         names = ", ".join(f"`{name}`" for name in row.architectures)
         paths = ", ".join(f"`{prefix}`" for prefix in row.prefixes)
-        lines.append(f"| {names} | {paths} | {row.reason} |")
-    return "\n".join(lines)
+        rows.append((names, paths, row.reason))
+    return markdown_table(("", "MTP tensors", "why"), rows, num_text=3, raw=True)

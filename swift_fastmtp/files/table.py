@@ -1,5 +1,6 @@
-"""A table of text cells, and how it becomes Markdown. `page.py` makes HTML of the same."""
+"""Tables of text cells, in a terminal and in Markdown. `report/page.py` makes HTML of the same."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOTHING = "–"
@@ -29,14 +30,35 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
 def markdown(table: Table, level: int = 2) -> str:
     """Title, table and caption."""
     header = [" ".join(part for part in column if part) for column in table.columns]
-    align = ["---" if i < table.num_keys or table.is_text else "---:" for i in range(len(header))]
-    lines = [f"{'#' * level} {escape(table.title)}\n", _line(header), f"|{'|'.join(align)}|"]
-    lines += [_line(row) for row in table.rows]
-    return "\n".join(lines) + f"\n\n{escape(table.caption)}\n"
+    num_text = len(header) if table.is_text else table.num_keys
+    parts = [
+        f"{'#' * level} {escape(table.title)}",
+        markdown_table(header, table.rows, num_text),
+        escape(table.caption),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(escape(cell) for cell in cells)} |"
+def terminal_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1) -> str:
+    """Columns two spaces apart; the first `num_text` hold text, the others numbers. A short row ends in empty cells."""
+    # The header goes in as a row: around one of its own tabulate leaves four spaces.
+    return _tabulate([header, *rows], (), "plain", num_text, len(header))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text: int = 1, raw: bool = False) -> str:
+    """As `terminal_table`, in Markdown. Cells are text and escaped here; with `raw` they are Markdown already."""
+    if not raw:
+        header = [escape(cell) for cell in header]
+        rows = [[escape(cell) for cell in row] for row in rows]
+    return _tabulate(rows, header, "pipe", num_text, len(header))
+
+
+def _tabulate(rows: Sequence[Sequence[str]], header: Sequence[str], style: str, num_text: int, width: int) -> str:
+    from tabulate import tabulate
+
+    sides = ["left" if i < num_text else "right" for i in range(width)]
+    # Cells are as their functions rounded them: tabulate would read them as numbers and round again.
+    return tabulate(rows, header, tablefmt=style, colalign=sides, disable_numparse=True)
 
 
 def escape(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..bench.results import Lossless, Run, RunKey
 from ..errors import FastMTPError
-from ..files.table import NOTHING, number
+from ..files.table import NOTHING, number, terminal_table
 from .entries import speed, tau
 from .merge import Merged, describe, differences, key, load_results
 from .tables import divergence
@@ -20,7 +20,7 @@ HEADER = ("server", "task", "temp.", "conc.", "τ A", "τ B", "change", "token/s
 
 @dataclass
 class Comparison:
-    """What `compare` found; without `regressions` B is as good as A within the limits."""
+    """B against A; without `regressions` B is as good as A within the limits."""
 
     rows: list[list[str]] = field(default_factory=list)
     regressions: list[str] = field(default_factory=list)
@@ -68,24 +68,31 @@ def compare_results(a: Merged, b: Merged, limits: Limits) -> Comparison:
     common = [place for place in runs_a if place in runs_b]
     if not common:
         raise FastMTPError("the files have no run (server, task, temperature, concurrency) in common")
-    found = Comparison()
+    comparison = Comparison()
+
+    # What makes the numbers of A and B hard to compare.
     for what in differences([a.files[0][1], b.files[0][1]]):
-        found.remarks.append(f"A and B differ in {what}")
+        comparison.remarks.append(f"A and B differ in {what}")
     for task in a.tasks:
         if task in b.tasks and a.tasks[task].sha256 != b.tasks[task].sha256:
-            found.remarks.append(f"A and B differ in the prompts of {task}")
+            comparison.remarks.append(f"A and B differ in the prompts of {task}")
     for name, these, others in (("A", runs_a, runs_b), ("B", runs_b, runs_a)):
-        found.remarks += [f"only in {name}: {describe(place)}" for place in these if place not in others]
+        comparison.remarks += [f"only in {name}: {describe(place)}" for place in these if place not in others]
+
     for place in common:
         steps = a.servers[place[0]].num_steps, b.servers[place[0]].num_steps
-        worse = _judge(found, place, runs_a[place], runs_b[place], steps, limits)
-        found.regressions += [f"{describe(place)}: {text}" for text in worse]
-    return found
+        worse = _judge(comparison, place, runs_a[place], runs_b[place], steps, limits)
+        comparison.regressions += [f"{describe(place)}: {text}" for text in worse]
+    return comparison
 
 
-def _judge(found: Comparison, place: RunKey, a: Run, b: Run, num_steps: tuple[int, int], limits: Limits) -> list[str]:
-    """Adds a row, and the measures that one side lacks, to `found`. Returns the regressions."""
+def _judge(
+    comparison: Comparison, place: RunKey, a: Run, b: Run, num_steps: tuple[int, int], limits: Limits
+) -> list[str]:
+    """Adds a row, and the measures that one side lacks, to `comparison`. Returns the regressions."""
     server, task, temperature, concurrency = place
+
+    # Measures of one number: the change, and whether B lost more than it may.
     row, worse = [server, task, f"{temperature:g}", f"{concurrency}"], []
     for what, old, new, digits, limit in (
         ("τ", tau(a, num_steps[0]), tau(b, num_steps[1]), 3, limits.tau_drop),
@@ -95,19 +102,23 @@ def _judge(found: Comparison, place: RunKey, a: Run, b: Run, num_steps: tuple[in
         row += [number(old, digits), number(new, digits)]
         row.append(NOTHING if not old or new is None else f"{100 * (new - old) / old:+.1f}%")
         if (old is None) != (new is None):
-            found.remarks.append(f"only in {'B' if old is None else 'A'}: {what} of {describe(place)}")
+            comparison.remarks.append(f"only in {'B' if old is None else 'A'}: {what} of {describe(place)}")
         # A drop of exactly the limit is allowed, whatever its last bit.
         elif old and new is not None and (old - new) / old > limit + 1e-9:
             worse.append(f"{what} fell by {100 * (old - new) / old:.1f}%, from {old:.{digits}f} to {new:.{digits}f}")
+
+    # Answers equal to the baseline's, shown as a count.
     equal = [_share(run.lossless) for run in (a, b)]
     row += [f"{run.lossless.equal}/{run.lossless.compared}" if run.lossless else NOTHING for run in (a, b)]
     if (equal[0] is None) != (equal[1] is None):
-        found.remarks.append(f"only in {'B' if equal[0] is None else 'A'}: losslessness of {describe(place)}")
+        comparison.remarks.append(f"only in {'B' if equal[0] is None else 'A'}: losslessness of {describe(place)}")
     elif equal[0] is not None and equal[1] is not None and equal[0] - equal[1] > limits.equal_drop + 1e-9:
         worse.append(f"answers equal to the baseline's fell from {row[-2]} to {row[-1]}, first at {divergence(b)}")
+
+    # Failures: more of them are worse, whatever the numbers of the answers that came.
     if b.num_failed > a.num_failed:
         worse.append(f"failed requests rose from {a.num_failed} to {b.num_failed}")
-    found.rows.append([*row, "WORSE" if worse else ""])
+    comparison.rows.append([*row, "WORSE" if worse else ""])
     return worse
 
 
@@ -119,18 +130,10 @@ def _share(check: Lossless | None) -> float | None:
     return check.equal / check.compared if check and check.compared else None
 
 
-def text(found: Comparison) -> str:
+def text(comparison: Comparison) -> str:
     """For the terminal: the table, what only one file has, the regressions, and a last line that sums up."""
-    lines = [list(HEADER), *found.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    shown = [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    shown = [line.rstrip() for line in shown]
-    shown += [f"note: {remark}" for remark in found.remarks]
-    shown += [f"WORSE: {regression}" for regression in found.regressions]
-    shown.append(f"{len(found.rows)} runs compared, {len(found.regressions)} regressions")
-    return "\n".join(shown)
+    lines = [terminal_table(HEADER, comparison.rows, num_text=2)]
+    lines += [f"note: {remark}" for remark in comparison.remarks]
+    lines += [f"WORSE: {regression}" for regression in comparison.regressions]
+    lines.append(f"{len(comparison.rows)} runs compared, {len(comparison.regressions)} regressions")
+    return "\n".join(lines)

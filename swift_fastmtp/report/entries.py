@@ -2,7 +2,7 @@
 
 A results file knows servers; a reader thinks in methods. Servers of one label and one K are one method where they ran
 different tasks (the paper's FR row: a Chinese map on the Chinese task, an English one on the others); where they ran
-the same task they are variants, told apart by their map.
+the same task they are variants, distinguished by their map.
 """
 
 from dataclasses import dataclass, replace
@@ -35,6 +35,7 @@ def slices(results: Merged) -> list[tuple[float, int]]:
 
 def entries(results: Merged, temperature: float, concurrency: int) -> list[Entry]:
     """By K, then in the order of the file's servers; servers without a run in this slice are not there."""
+    # Servers of one K and one label together.
     groups: dict[tuple[int, str], dict[str, dict[str, Run]]] = {}
     for name, server in results.servers.items():
         runs = {
@@ -44,29 +45,34 @@ def entries(results: Merged, temperature: float, concurrency: int) -> list[Entry
         }
         if runs:
             groups.setdefault((server.num_steps, server.label), {})[name] = runs
-    found = []
+
+    listed = []
     for (num_steps, label), members in sorted(groups.items(), key=lambda item: item[0][0]):
         servers = [results.servers[name] for name in members]
         method = servers[0].method
         maps = tuple(server.token_map for server in servers if server.token_map)
         mapped = len(maps) == len(servers)
         tasks = [task for runs in members.values() for task in runs]
+
+        # One method: a single server, or one map for each task.
         if len(members) == 1 or (mapped and len(tasks) == len(set(tasks))):
             together = {task: run for runs in members.values() for task, run in runs.items()}
-            found.append(Entry(label, label, method, num_steps, maps, together))
+            listed.append(Entry(label, label, method, num_steps, maps, together))
             continue
+
+        # Variants of it: named by their maps if these differ, else by their servers.
         by_map = mapped and len(set(maps)) == len(maps)
         for (name, runs), server in zip(members.items(), servers, strict=True):
             unique = f"{label} ({server.token_map if by_map else name})"
             one = (server.token_map,) if server.token_map else ()
-            found.append(Entry(unique, label, server.method, num_steps, one, runs))
-    return found
+            listed.append(Entry(unique, label, server.method, num_steps, one, runs))
+    return listed
 
 
-def fastest_maps(found: list[Entry]) -> list[Entry]:
+def fastest_maps(methods: list[Entry]) -> list[Entry]:
     """For plots: one entry for all maps of a label and K, each task with its fastest map."""
     merged: dict[tuple[int, str], Entry] = {}
-    for entry in found:
+    for entry in methods:
         place = (entry.num_steps, entry.label if entry.maps else entry.name)
         if place not in merged:
             merged[place] = replace(entry, name=entry.label) if entry.maps else entry
@@ -80,9 +86,9 @@ def fastest_maps(found: list[Entry]) -> list[Entry]:
     return list(merged.values())
 
 
-def tasks_of(results: Merged, found: list[Entry]) -> list[str]:
+def tasks_of(results: Merged, methods: list[Entry]) -> list[str]:
     """The tasks that these entries ran, in the files' order."""
-    return [task for task in results.tasks if any(task in entry.runs for entry in found)]
+    return [task for task in results.tasks if any(task in entry.runs for entry in methods)]
 
 
 def of_all(entry: Entry, tasks: list[str]) -> list[Run]:
@@ -96,7 +102,7 @@ def speed(run: Run) -> float | None:
 
 
 def tau(run: Run, num_steps: int) -> float | None:
-    """Micro tau; 1 by definition without drafts; None where the server told none."""
+    """Micro tau; 1 by definition without drafts; None where the server reported none."""
     return 1.0 if run.tau_micro is None and num_steps == 0 else run.tau_micro
 
 

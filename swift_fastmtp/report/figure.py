@@ -5,39 +5,25 @@ takes the same SVG with its colors turned into CSS variables, so it follows the 
 has one color and one marker in all of them.
 """
 
-import functools
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..files.plot_style import GRID, INK, MARKERS, PAGE, PALETTE, new_figure
 from .entries import Entry
 from .merge import Merged
 
-INK, GRID, PAGE = "#1f2328", "#d0d7de", "#ffffff"
-# (on white, on #0d1117): Okabe and Ito's hues made darker or lighter. Every pair is at least 11 apart (CIE76) for full
-# color sight and for its three kinds of blindness (Machado 2009), and has a contrast of 3 with its background.
-PALETTE = (
-    ("#6e7781", "#a0a8b2"),
-    ("#d55e00", "#f0884a"),
-    ("#0072b2", "#58b1ec"),
-    ("#00855f", "#34c795"),
-    ("#5e0fc9", "#7b2de7"),
-    ("#803413", "#985132"),
-    ("#410404", "#f8f82a"),
-    ("#0a0934", "#026996"),
-)
 _OF_METHOD = {"baseline": 0, "vanilla": 1, "tuned": 2, "tuned+map": 3}
-MARKERS = "osD^vPX*"
 
 
 @dataclass
 class Plot:
-    """A finished figure. `svg` is a whole document; `alt` says in words what the picture shows."""
+    """A finished figure. `svg` is a whole document; `alt` is the picture's content as text."""
 
     name: str
     title: str
@@ -81,23 +67,20 @@ def _places(results: Merged) -> dict[str, int]:
 
 def paints(results: Merged, shown: list[Entry]) -> dict[str, tuple[str, str]]:
     """Entry name to color and marker; variants of one label share the color and differ in the marker."""
-    places, seen, found = _places(results), dict[str, int](), dict[str, tuple[str, str]]()
+    places, seen, looks = _places(results), dict[str, int](), dict[str, tuple[str, str]]()
     for entry in shown:
-        if entry.name not in found:
+        if entry.name not in looks:
             again = seen.get(entry.label, 0)
             seen[entry.label] = again + 1
             place = places[entry.label]
-            found[entry.name] = (PALETTE[place][0], MARKERS[(place + 4 * again) % len(MARKERS)])
-    return found
+            looks[entry.name] = (PALETTE[place][0], MARKERS[(place + 4 * again) % len(MARKERS)])
+    return looks
 
 
-def new_figure(height: float, rows: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
+def column_figure(height: float, rows: int = 1, **kwargs: Any) -> tuple[Any, list[Any]]:
     """A figure of `height` inches and its axes, one above the other."""
-    from matplotlib.figure import Figure
-
-    figure: Any = Figure(figsize=(5.4, height), layout="constrained", facecolor=PAGE)
-    axes = figure.subplots(rows, 1, squeeze=False, **kwargs)[:, 0]
-    return figure, list(axes)
+    figure, axes = new_figure(5.4, height, rows, **kwargs)
+    return figure, list(axes[:, 0])
 
 
 def short(text: str, length: int) -> str:
@@ -106,60 +89,13 @@ def short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def tidy(axes: Any, grid: str = "y") -> None:
-    """No frame but the two axes, and a faint grid behind the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
 def legend(figure: Any, axes: Any) -> None:
     """Below the figure, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         labels = [short(label, 55) for label in labels]
         wide = max(map(len, labels)) > 26
-        figure.legend(handles, labels, loc="outside lower center", ncols=1 if wide else 2, frameon=False)
-
-
-def styled(draw: Callable[[Merged, float, str], Plot | None]) -> Callable[[Merged, float, str], Plot | None]:
-    """Runs a plot function under our style, whatever the user's matplotlibrc says."""
-
-    @functools.wraps(draw)
-    def run(results: Merged, temperature: float, suffix: str) -> Plot | None:
-        import matplotlib
-
-        with matplotlib.rc_context():
-            matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_rc())
-            return draw(results, temperature, suffix)
-
-    return run
-
-
-def _rc() -> dict[str, Any]:
-    from matplotlib import font_manager
-
-    # Labels are the user's; DejaVu has no Chinese. A family that is not installed would be a warning per label.
-    installed = set(font_manager.get_font_names())
-    wide = ("Noto Sans CJK SC", "Noto Sans SC", "WenQuanYi Zen Hei", "Source Han Sans SC", "PingFang SC", "SimHei")
-    return {
-        "font.family": ["DejaVu Sans", *(name for name in wide if name in installed)],
-        "font.size": 10.5,
-        "axes.titlesize": 11,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": INK,
-        "axes.facecolor": "none",
-        "text.color": INK,
-        "text.parse_math": False,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "legend.fontsize": 9.5,
-        "lines.linewidth": 2,
-        "lines.markersize": 6,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "fastmtp",
-    }
+        figure.legend(handles, labels, loc="outside lower center", ncols=1 if wide else 2)
 
 
 def finish(figure: Any, name: str, title: str, how: str, caption: str, facts: Iterable[str]) -> Plot:
@@ -172,8 +108,8 @@ def finish(figure: Any, name: str, title: str, how: str, caption: str, facts: It
     with warnings.catch_warnings():
         # Without a Chinese font a PNG has boxes for Chinese labels; SVG and page have the text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(png, format="png", dpi=150, facecolor=PAGE)
-        figure.savefig(svg, format="svg", facecolor=PAGE, metadata=nothing)
+        figure.savefig(png, format="png")
+        figure.savefig(svg, format="svg", metadata=nothing)
     alt = f"{title}. {'; '.join(facts)}."
     return Plot(name, title, caption, alt, _named(svg.getvalue(), name, title, alt), png.getvalue())
 
@@ -186,5 +122,5 @@ def _named(svg: str, name: str, title: str, alt: str) -> str:
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     svg = svg.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title {name}-desc" ', 1)
-    head = f'<title id="{name}-title">{escape(title)}</title>\n<desc id="{name}-desc">{escape(alt)}</desc>'
-    return re.sub(r"(<svg [^>]*>)", lambda m: f"{m[1]}\n{head}", svg, count=1)
+    names = f'<title id="{name}-title">{escape(title)}</title>\n<desc id="{name}-desc">{escape(alt)}</desc>'
+    return re.sub(r"(<svg [^>]*>)", lambda m: f"{m[1]}\n{names}", svg, count=1)

@@ -53,22 +53,22 @@ def merge(files: Sequence[tuple[str, Results]]) -> Merged:
     if not files:
         raise FastMTPError("no results file; name at least one results.json of fastmtp bench")
     merged = Merged(list(files), {}, {}, None, [])
-    found_in: dict[Any, str] = {}
+    path_of: dict[Any, str] = {}
     for path, results in files:
         for run in results.runs:
-            if before := found_in.get(key(run)):
+            if before := path_of.get(key(run)):
                 where = "twice in it" if before == path else f"also in {before}"
                 raise FastMTPError(f"{path}: {describe(key(run))} is {where}; leave one of them out")
-            found_in[key(run)] = path
-        _add(merged.servers, results.servers, "server", path, found_in)
-        _add(merged.tasks, results.settings.tasks, "task", path, found_in)
+            path_of[key(run)] = path
+        _add(merged.servers, results.servers, "server", path, path_of)
+        _add(merged.tasks, results.settings.tasks, "task", path, path_of)
         if results.baseline is not None:
             if merged.baseline not in (None, results.baseline):
                 raise FastMTPError(
-                    f"{path}: its speedups are against {results.baseline!r}, in {found_in['baseline']} against "
+                    f"{path}: its speedups are against {results.baseline!r}, in {path_of['baseline']} against "
                     f"{merged.baseline!r}; report them apart"
                 )
-            found_in.setdefault("baseline", path)
+            path_of.setdefault("baseline", path)
             merged.baseline = results.baseline
         merged.runs += results.runs
     if not merged.runs:
@@ -76,37 +76,37 @@ def merge(files: Sequence[tuple[str, Results]]) -> Merged:
     return merged
 
 
-def _add(merged: dict[str, Any], these: dict[str, Any], kind: str, path: str, found_in: dict[Any, str]) -> None:
+def _add(merged: dict[str, Any], these: dict[str, Any], kind: str, path: str, path_of: dict[Any, str]) -> None:
     for name, value in these.items():
-        before = found_in.setdefault((kind, name), path)
+        before = path_of.setdefault((kind, name), path)
         if merged.setdefault(name, value) != value:
             raise FastMTPError(f"{path}: {kind} {name!r} is another one than in {before}; rename one of them")
 
 
 def notes(results: Merged) -> list[str]:
     """What a reader must know before believing the tables, a sentence each; empty if there is nothing."""
-    found = []
+    lines = []
     if different := differences([content for _, content in results.files]):
-        found.append(f"The files differ in {'; '.join(different)}. Compare across them with care.")
+        lines.append(f"The files differ in {'; '.join(different)}. Compare across them with care.")
     if results.baseline is None:
-        found.append("There is no baseline in these results, so no speedup and no check that answers stayed the same.")
+        lines.append("There is no baseline in these results, so no speedup and no check that answers stayed the same.")
     for run in results.runs:
         if run.num_failed:
-            found.append(
+            lines.append(
                 f"{run.num_failed} of {run.num_requests} requests failed: {describe(key(run))}. "
                 "Its numbers are of the others."
             )
         if run.tau_micro is None and results.servers[run.server].num_steps:
-            found.append(f"The server did not tell how many drafts it accepted: {describe(key(run))}.")
+            lines.append(f"The server did not tell how many drafts it accepted: {describe(key(run))}.")
     unequal = sum(run.lossless is not None and run.lossless.equal < run.lossless.compared for run in results.runs)
     if unequal:
-        found.append(f"Some answers differ from the baseline's in {unequal} of {len(results.runs)} runs; see below.")
-    return found
+        lines.append(f"Some answers differ from the baseline's in {unequal} of {len(results.runs)} runs; see below.")
+    return lines
 
 
 def differences(files: Sequence[Results]) -> list[str]:
     """Hardware, engine and settings in which results were made differently, each with the values."""
-    found = []
+    differing = []
     values: dict[str, list[str]] = {}
     for results in files:
         settings = {k: v for k, v in asdict(results.settings).items() if k != "tasks"}
@@ -115,8 +115,8 @@ def differences(files: Sequence[Results]) -> list[str]:
             values.setdefault(name, []).append("unknown" if value in (None, "") else str(value))
     for name, of_files in values.items():
         if len(set(of_files)) > 1:
-            found.append(f"{name} ({', '.join(dict.fromkeys(of_files))})")
-    return found
+            differing.append(f"{name} ({', '.join(dict.fromkeys(of_files))})")
+    return differing
 
 
 def engine(provenance: dict[str, Any]) -> str:

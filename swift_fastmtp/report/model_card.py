@@ -1,8 +1,8 @@
-"""The README.md of an exported folder: what the head is, what it was measured to do, how to serve it.
+"""The README.md of an exported folder: what the MTP layer is, what it was measured to do, how to serve it.
 
-Everything in it is read from the folder and from a results file of `fastmtp bench`; what is not known is said to be
+Everything in it is read from the folder and from a results file of `fastmtp bench`; what is not known is called
 unknown. Paths of the machine that trained do not get into it. What the base model's card says stays there: the card
-links to it.
+links to it. Its text is `templates/card.md.j2`.
 """
 
 import hashlib
@@ -13,13 +13,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
 from ..errors import FastMTPError
 from ..files import inputs
 from ..files.known_files import read_object
 from ..files.staging import staged
-from ..files.table import Table, escape, markdown
+from ..files.table import markdown_table
+from ..files.templates import render
 from ..method.config import FastMTPConfig
 from ..serving.launch import Flag, explain, serve_flags
 from .entries import slices
@@ -89,7 +92,7 @@ def _is_the_base_models(path: Path, info: dict[str, Any]) -> bool:
 
 
 def _base_path(info: dict[str, Any]) -> str:
-    """Where the base model was, as far as an export tells."""
+    """Where the base model was, as far as the export recorded it."""
     path = info.get("base_model")
     return path if isinstance(path, str) and "\0" not in path else ""
 
@@ -110,46 +113,56 @@ def make_card(
     measured = load_results(paths) if paths else None
     family = checkpoint.family
     full = checkpoint.has_backbone()
+
+    # Which model this is: by its name on the hub if that is known, else by its folder's name, never by a path.
     base_path = _base_path(info)
     hub_name = base_model or hub_name_of(base_path)
     base = hub_name or Path(base_path).name or "its base model"
     linked = f"[{base}](https://huggingface.co/{base})" if hub_name else f"`{base}`"
-    head = sum(math.prod(checkpoint.shape(n)) for n in checkpoint.under(*family.roots) if not family.is_copy(n))
+    metadata = _metadata(folder, base_path, hub_name, full)
+
+    # What it holds, and how it was trained.
     steps = info.get("num_speculative_steps") or 3
-    what = (
-        f"{linked} with its multi-token-prediction (MTP) layer fine-tuned by FastMTP ([paper]"
-        f"(https://arxiv.org/abs/2509.18362)) to draft {steps} tokens in a row. All other weights are the base's, bit "
-        "for bit, and every drafted token is verified by them: what the model says does not change, only how fast."
-        if full
-        else f"The multi-token-prediction (MTP) layer of {linked}, fine-tuned by FastMTP ([paper]"
-        f"(https://arxiv.org/abs/2509.18362)) to draft {steps} tokens in a row. It holds nothing else: an engine loads "
-        "it beside the base model, which verifies every drafted token, so what the model says does not change."
-    )
+    own_tensors = [name for name in checkpoint.under(*family.roots) if not family.is_copy(name)]
+    parameters = sum(math.prod(checkpoint.shape(name)) for name in own_tensors)
     facts = [
         ("base model", linked),
         ("holds", "the whole model" if full else "config, tokenizer and the MTP layer"),
         ("architecture", f"`{(config.get('architectures') or ['unknown'])[0]}`, one MTP layer applied {steps} times"),
-        ("parameters of the MTP layer", f"{head:,}"),
+        ("parameters of the MTP layer", f"{parameters:,}"),
         ("fingerprint of the base's weights", f"`{str(info.get('base_fingerprint') or 'unknown')[:16]}`"),
         ("trained with", f"swift_fastmtp {info.get('swift_fastmtp', 'unknown')}"),
     ]
-    knobs = [(f"`{f.name}`", _knob(info[f.name])) for f in fields(FastMTPConfig) if f.name in info]
-    knobs = [knob for knob in knobs if knob[0].strip("`") not in _OF_THE_MACHINE]
-    parts = [
-        _front_matter(folder, base_path, hub_name, full),
-        f"# {escape(folder.name)}\n\n{what}\n",
-        _rows(facts),
-        f"## Training\n\n{_data(info)}\n",
-        _rows(knobs),
-        *_measurements(measured),
-        _serving(folder, base, full, family.engines.vllm),
-        _limits(linked, steps, measured),
-    ]
-    return "\n".join(parts)
+    names = [f.name for f in fields(FastMTPConfig) if f.name in info and f.name not in _OF_THE_MACHINE]
+    knobs = [(f"`{name}`", _knob(info[name])) for name in names]
+
+    # How it is served. The target of a draft-only folder is only a name here.
+    sglang = serve_flags(folder, model=None if full else base)
+    vllm = serve_flags(folder, "vllm") if full and family.engines.vllm else None
+
+    return render(
+        __file__,
+        "card.md",
+        front_matter=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(),
+        has_license="license" in metadata,
+        hub_name=hub_name,
+        folder=folder,
+        base=base,
+        linked=linked,
+        full=full,
+        steps=steps,
+        facts=markdown_table(("", ""), facts, num_text=2, raw=True),
+        datasets=_datasets(info),
+        knobs=markdown_table(("", ""), knobs, num_text=2, raw=True),
+        sglang=_without_paths(sglang, folder, base),
+        vllm=vllm and _without_paths(vllm, folder, base),
+        version=__version__,
+        **_measurements(measured),
+    )
 
 
 def hub_name_of(path: str) -> str | None:
-    """OWNER/NAME that a model's path or name tells: a name itself, or a folder of a hub's download cache."""
+    """OWNER/NAME from a model's path or name: a name itself, or a folder of a hub's download cache."""
     parts = Path(path).parts
     for part in parts:
         if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
@@ -167,13 +180,8 @@ def _knob(value: Any) -> str:
     return f"`{value}`" if value != "" else "–"
 
 
-def _rows(pairs: list[tuple[str, str]]) -> str:
-    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in pairs)
-
-
-def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool) -> str:
-    import yaml
-
+def _metadata(folder: Path, base_path: str, hub_name: str | None, full: bool) -> dict[str, Any]:
+    """The card's metadata: what holds for the base model holds for this one."""
     theirs: dict[str, Any] = {}
     for card in (Path(base_path) / CARD if base_path else folder / CARD, folder / CARD):
         theirs = theirs or front_matter(card)
@@ -181,16 +189,10 @@ def _front_matter(folder: Path, base_path: str, hub_name: str | None, full: bool
     if hub_name:
         matter |= {"base_model": hub_name, "base_model_relation": "finetune"}
     matter["library_name"] = "transformers" if full else "sglang"
-    matter["pipeline_tag"] = (
-        theirs["pipeline_tag"] if isinstance(theirs.get("pipeline_tag"), str) else "text-generation"
-    )
+    task = theirs.get("pipeline_tag")
+    matter["pipeline_tag"] = task if isinstance(task, str) else "text-generation"
     matter["tags"] = ["fastmtp", "mtp", "multi-token-prediction", "speculative-decoding", "sglang"]
-    text: str = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
-    missing = (
-        "" if "license" in matter else "# license: not found in the base model's card; add it before you publish\n"
-    )
-    missing += "" if hub_name else "# base_model: OWNER/NAME, not known here; or fastmtp card --base_model OWNER/NAME\n"
-    return f"---\n{text}{missing}---\n"
+    return matter
 
 
 def _is_text(value: Any) -> bool:
@@ -207,69 +209,49 @@ def front_matter(card: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _data(info: dict[str, Any]) -> str:
+def _datasets(info: dict[str, Any]) -> list[str]:
     names = info.get("dataset")
     if isinstance(names, str):
         names = [names]
-    if isinstance(names, list) and names:
-        return "Data: " + ", ".join(f"`{Path(str(name)).name}`" for name in names) + "."
-    return "The folder does not tell which data the head was trained on."
+    return [Path(str(name)).name for name in names] if isinstance(names, list) else []
 
 
-def _measurements(results: Merged | None) -> list[str]:
+def _measurements(results: Merged | None) -> dict[str, Any]:
+    """What the template's section `Measured` is filled with."""
     if results is None:
-        return ["## Measured\n\nNothing yet: the card was made without a results file of `fastmtp bench`.\n"]
-    first = slices(results)[0]
-    tables: list[Table | None] = [
-        main_table(results, *first),
-        speedup_table(results, *first),
-        map_table(results, *first),
-        acceptance_table(results, first[0]),
-        concurrency_table(results, first[0]),
-        lossless_table(results),
+        return {"measured": False, "lossless_measured": False}
+    temperature, concurrency = slices(results)[0]
+    lossless = lossless_table(results)
+    tables = [
+        main_table(results, temperature, concurrency),
+        speedup_table(results, temperature, concurrency),
+        map_table(results, temperature, concurrency),
+        acceptance_table(results, temperature),
+        concurrency_table(results, temperature),
+        lossless,
         task_table(results),
     ]
-    lines = []
+    sources = []
     for _, content in results.files:
         known = content.provenance
         facts = (known.get("hardware"), engine(known), f"up to {content.settings.max_new_tokens} tokens an answer")
-        lines.append(f"* {escape(', '.join(str(fact) for fact in facts if fact))}")
-    models = {s.label: Path(s.draft_model or s.model).name for s in results.servers.values() if s.num_steps}
-    lines += [f"* {escape(label)}: `{name}`" for label, name in models.items()]
-    lines += [f"* **{escape(note)}**" for note in notes(results)]
-    return ["## Measured\n\n" + "\n".join(lines) + "\n", *(markdown(table, 3) for table in tables if table)]
+        sources.append(", ".join(str(fact) for fact in facts if fact))
+    return {
+        "measured": True,
+        "lossless_measured": lossless is not None,
+        "sources": sources,
+        "models": {s.label: Path(s.draft_model or s.model).name for s in results.servers.values() if s.num_steps},
+        "notes": notes(results),
+        "tables": [table for table in tables if table],
+    }
 
 
-def _serving(folder: Path, base: str, full: bool, vllm: bool) -> str:
-    """Launch commands of `serve_args`, with names where it has this machine's paths."""
+def _without_paths(flags: list[Flag], folder: Path, base: str) -> str:
+    """A launch command of `serve_args`, with names where it has this machine's paths."""
 
-    def shown(flags: list[Flag]) -> str:
-        return explain(
-            [replace(flag, words=tuple(_without_path(w, folder, base) for w in flag.words)) for flag in flags]
-        )
+    def without_path(word: str) -> str:
+        if word == str(folder):
+            return folder.name
+        return Path(word).name if word.startswith(("/", "~", ".")) and word != base else word
 
-    text = "## Serve\n\n" + ("" if full else f"`{base}` is the base model's folder, `{folder.name}` this one.\n\n")
-    # The target of a draft-only folder is only a name here.
-    text += f"Stock SGLang:\n\n```sh\n{shown(serve_flags(folder, model=None if full else base))}\n```\n"
-    if full and vllm:
-        text += f"\nvLLM (not run by this project so far):\n\n```sh\n{shown(serve_flags(folder, 'vllm'))}\n```\n"
-    return text
-
-
-def _without_path(word: str, folder: Path, base: str) -> str:
-    if word == str(folder):
-        return folder.name
-    return Path(word).name if word.startswith(("/", "~", ".")) and word != base else word
-
-
-def _limits(linked: str, steps: int, results: Merged | None) -> str:
-    lines = [
-        f"* The text is the base model's: its abilities, biases and risks are described in the card of {linked}.",
-        "* The speedup depends on hardware, engine, batch size, language and task. It shrinks with many requests at a "
-        "time; measure yours with `fastmtp bench`.",
-        f"* The layer was trained for {steps} drafts a step; more of them are accepted less and less often.",
-        "* It drafts for this base model only. After fine-tuning the base, train the layer again.",
-    ]
-    if results is None or lossless_table(results) is None:
-        lines.append("* Whether answers stay token by token the same on your engine was not measured here.")
-    return "## Limits\n\n" + "\n".join(lines) + f"\n\nCard written by swift_fastmtp {__version__}.\n"
+    return explain([replace(flag, words=tuple(without_path(word) for word in flag.words)) for flag in flags])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from .. import __version__
 from ..files.staging import new_folder, try_output
-from ..files.table import Table, escape, markdown
+from ..files.table import Table
+from ..files.templates import render
 from .entries import slices
-from .figure import Plot, write_plot
+from .figure import write_plot
 from .merge import Merged, load_results, notes
 from .page import page
 from .plots import plots
@@ -45,33 +46,23 @@ def report(results: Sequence[str | Path], output_dir: str | Path) -> Path:
 
 def write_report(results: Merged, folder: Path) -> None:
     """The files of `report` for results that are merged already (`merge.merge`)."""
-    drawn, found, warnings = plots(results), tables(results), notes(results)
+    drawn, shown, warnings = plots(results), tables(results), notes(results)
     (folder / "plots").mkdir()
     for plot in drawn:
         write_plot(plot, folder / "plots")
-    text = [f"# {TITLE}\n"]
-    if warnings:
-        text += ["**Read first**\n", *(f"* {escape(note)}" for note in warnings), ""]
-    text += [markdown(table) for table in found]
-    if drawn:
-        text += ["## Plots\n", *(_picture(plot) for plot in drawn)]
-    (folder / "report.md").write_text("\n".join(text), encoding="utf-8")
+    text = render(__file__, "report.md", title=TITLE, notes=warnings, tables=shown, plots=drawn)
+    (folder / "report.md").write_text(text, encoding="utf-8")
     made = f"Made by fastmtp report, swift_fastmtp {__version__}."
-    (folder / "report.html").write_text(page(TITLE, warnings, drawn, found, made), encoding="utf-8")
+    (folder / "report.html").write_text(page(TITLE, warnings, drawn, shown, made), encoding="utf-8")
 
 
 def tables(results: Merged) -> list[Table]:
     """Every table that the data has something for, in the order of the report."""
-    found: list[Table | None] = []
+    possible: list[Table | None] = []
     every = slices(results)
-    found += [make(results, t, c) for t, c in every for make in (main_table, speedup_table, map_table)]
+    possible += [make(results, t, c) for t, c in every for make in (main_table, speedup_table, map_table)]
     temperatures = sorted({t for t, _ in every})
-    found += [make(results, t) for t in temperatures for make in (acceptance_table, concurrency_table)]
-    found += [latency_table(results), lossless_table(results)]
-    found += [task_table(results), server_table(results), file_table(results)]
-    return [table for table in found if table]
-
-
-def _picture(plot: Plot) -> str:
-    alt = escape(plot.alt.replace("[", "(").replace("]", ")"))
-    return f"![{alt}](plots/{plot.name}.png)\n\n{escape(plot.caption)}\n"
+    possible += [make(results, t) for t in temperatures for make in (acceptance_table, concurrency_table)]
+    possible += [latency_table(results), lossless_table(results)]
+    possible += [task_table(results), server_table(results), file_table(results)]
+    return [table for table in possible if table]

@@ -20,13 +20,13 @@ def where(temperature: float, concurrency: int | None) -> str:
 
 def main_table(results: Merged, temperature: float, concurrency: int) -> Table:
     """The paper's Table 1: K blocks x methods, per task tau and token/s, mean with speedup."""
-    found = entries(results, temperature, concurrency)
-    tasks = tasks_of(results, found)
+    methods = entries(results, temperature, concurrency)
+    tasks = tasks_of(results, methods)
     columns = [("", "K"), ("", "method")]
     columns += [(results.tasks[task].title, name) for task in tasks for name in ("τ", "token/s")]
     columns += [("Mean", "τ"), ("Mean", "token/s"), ("Mean", "speedup")]
     rows = []
-    for entry in found:
+    for entry in methods:
         runs = [entry.runs.get(task) for task in tasks]
         taus = [tau(run, entry.num_steps) if run else None for run in runs]
         speeds = [speed(run) if run else None for run in runs]
@@ -52,10 +52,10 @@ def _is_baseline(results: Merged, entry: Entry) -> bool:
 
 def speedup_table(results: Merged, temperature: float, concurrency: int) -> Table | None:
     """Speedup per task with its interval."""
-    found = [e for e in entries(results, temperature, concurrency) if any(run.speedup for run in e.runs.values())]
-    tasks = tasks_of(results, found)
+    methods = [e for e in entries(results, temperature, concurrency) if any(run.speedup for run in e.runs.values())]
+    tasks = tasks_of(results, methods)
     rows = []
-    for entry in found:
+    for entry in methods:
         runs = [entry.runs.get(task) for task in tasks]
         ratios = [*(run.speedup if run else None for run in runs), mean_speedup(of_all(entry, tasks))]
         rows.append([f"{entry.num_steps}", entry.name, *(times(r) if r else NOTHING for r in ratios)])
@@ -72,17 +72,17 @@ def speedup_table(results: Merged, temperature: float, concurrency: int) -> Tabl
 
 def map_blocks(results: Merged, temperature: float, concurrency: int) -> list[tuple[int, str, list[Entry]]]:
     """(K, task, entries) per task with a map of known size: baseline, whole vocabulary, then maps by size."""
-    found = entries(results, temperature, concurrency)
+    methods = entries(results, temperature, concurrency)
     blocks = []
-    for num_steps in sorted({e.num_steps for e in found if e.maps}):
-        of_k = [e for e in found if e.num_steps == num_steps]
+    for num_steps in sorted({e.num_steps for e in methods if e.maps}):
+        of_k = [e for e in methods if e.num_steps == num_steps]
         for task in tasks_of(results, [e for e in of_k if e.maps]):
             maps = [e for e in of_k if e.maps and task in e.runs]
             maps.sort(key=lambda e: server_of(results, e, task).token_map_size or float("inf"))
-            heads = {_head(server_of(results, e, task)) for e in maps}
-            others = [e for e in found if task in e.runs and not e.maps]
+            weights = {_weights(server_of(results, e, task)) for e in maps}
+            others = [e for e in methods if task in e.runs and not e.maps]
             base = [e for e in others if e.runs[task].server == results.baseline]
-            whole = [e for e in others if e in of_k and _head(server_of(results, e, task)) in heads]
+            whole = [e for e in others if e in of_k and _weights(server_of(results, e, task)) in weights]
             if any(server_of(results, e, task).token_map_size for e in maps):
                 blocks.append((num_steps, task, [*base, *whole, *maps]))
     return blocks
@@ -92,7 +92,7 @@ def server_of(results: Merged, entry: Entry, task: str) -> Server:
     return results.servers[entry.runs[task].server]
 
 
-def _head(server: Server) -> tuple[str, str | None]:
+def _weights(server: Server) -> tuple[str, str | None]:
     return server.model, server.draft_model
 
 
@@ -104,9 +104,9 @@ def _map_of(server: Server) -> str:
 def map_table(results: Merged, temperature: float, concurrency: int) -> Table | None:
     """The paper's Table 2: per task baseline, whole vocabulary and maps."""
     rows = []
-    for num_steps, task, found in map_blocks(results, temperature, concurrency):
-        several = sum(not e.maps and e.num_steps > 0 for e in found) > 1
-        for entry in found:
+    for num_steps, task, methods in map_blocks(results, temperature, concurrency):
+        several = sum(not e.maps and e.num_steps > 0 for e in methods) > 1
+        for entry in methods:
             run = entry.runs[task]
             if entry.maps:
                 name = _map_of(server_of(results, entry, task))
@@ -133,10 +133,10 @@ def map_table(results: Merged, temperature: float, concurrency: int) -> Table | 
 def acceptance_table(results: Merged, temperature: float) -> Table | None:
     """Marginal and conditional rate per depth and both taus, per task; at the lowest concurrency."""
     lowest = min(c for t, c in slices(results) if t == temperature)
-    found = entries(results, temperature, lowest)
-    depth = max(len(run.marginal) for entry in found for run in entry.runs.values())
+    methods = entries(results, temperature, lowest)
+    depth = max(len(run.marginal) for entry in methods for run in entry.runs.values())
     rows = []
-    for entry in found:
+    for entry in methods:
         for task in tasks_of(results, [entry]):
             run = entry.runs[task]
             if run.marginal:
@@ -166,9 +166,9 @@ def concurrency_table(results: Merged, temperature: float) -> Table | None:
     levels = [c for t, c in slices(results) if t == temperature]
     rows = []
     for level in levels if len(levels) > 1 else []:
-        found = entries(results, temperature, level)
-        tasks = tasks_of(results, found)
-        for entry in found:
+        methods = entries(results, temperature, level)
+        tasks = tasks_of(results, methods)
+        for entry in methods:
             runs = of_all(entry, tasks)
             ratio = mean_speedup(runs)
             cells = [number(mean([run.tokens_per_second for run in runs])), number(mean([speed(run) for run in runs]))]
@@ -271,7 +271,7 @@ def file_table(results: Merged) -> Table:
         settings = {name: value for name, value in asdict(content.settings).items() if name != "tasks"}
         facts.append({**content.provenance, "engine": engine(content.provenance), **settings})
     names = list(dict.fromkeys(name for of_file in facts for name in of_file))
-    rows = [[name, *(_words(of_file.get(name)) for of_file in facts)] for name in names]
+    rows = [[name, *(_setting_text(of_file.get(name)) for of_file in facts)] for name in names]
     return Table(
         "provenance",
         "Where the numbers come from",
@@ -282,7 +282,7 @@ def file_table(results: Merged) -> Table:
     )
 
 
-def _words(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if isinstance(value, list):
         return shlex.join(map(str, value))
     return NOTHING if value in (None, "", {}) else str(value)

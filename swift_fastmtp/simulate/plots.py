@@ -3,24 +3,19 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files.plot_style import new_figure, plot_style
 from .recommend import map_kind
 from .result import HeadResult
 
-_COLORS = ("#9aa5b1", "#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017")
 
-
+@plot_style()
 def plot_acceptance(results: Sequence[HeadResult], path: Path) -> None:
     """Marginal acceptance per depth and tau per K, one color per head."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     depths = list(range(1, len(results[0].marginal) + 1))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure, ((left, right),) = new_figure(9, 3.6, columns=2)
     bar = 0.8 / len(results)
     for i, result in enumerate(results):
-        color = _COLORS[i % len(_COLORS)]
+        color = f"C{i}"
         label = Path(result.name).name
         places = [d + (i - (len(results) - 1) / 2) * bar for d in depths]
         bars = left.bar(places, [100 * m for m in result.marginal], bar * 0.95, color=color, label=label)
@@ -31,55 +26,36 @@ def plot_acceptance(results: Sequence[HeadResult], path: Path) -> None:
     left.set(xlabel="draft depth", ylabel="accepted (%)", xticks=depths, ylim=(0, 105), title="Acceptance by depth")
     right.set(xlabel="drafts per step, K", ylabel="tokens per step (τ)", xticks=depths, title="Acceptance length")
     right.set_xlim(depths[0] - 0.2, depths[-1] + 0.45)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    left.legend(frameon=False)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, dpi=150, format=path.suffix[1:])
-    plt.close(figure)
-    staged.replace(path)
+    left.legend()
+    figure.savefig(path)
 
 
+@plot_style()
 def plot_maps(results: Sequence[HeadResult], num_steps: int, path: Path) -> None:
     """Tau and predicted speedup against the size of the token map, one column per group, one line per kind of map."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     groups = list(dict.fromkeys(r.group for r in results))
     kinds = list(dict.fromkeys(map_kind(r.token_map) for r in results if r.token_map))
-    figure, grid = plt.subplots(
-        2, len(groups), figsize=(1.2 + 2.9 * len(groups), 5.2), constrained_layout=True, sharex=True, sharey="row",
-        squeeze=False,
-    )  # fmt: skip
+    figure, grid = new_figure(1.2 + 2.9 * len(groups), 5.2, 2, len(groups), sharex=True, sharey="row")
     for column, group in enumerate(groups):
         own = [r for r in results if r.group == group]
         (full,) = [r for r in own if r.token_map is None]
         for axes, of in zip(grid[:, column], (_tau, _speedup), strict=True):
-            axes.axhline(of(full, num_steps), color="#555555", linestyle="--", linewidth=1, label="whole vocabulary")
+            axes.axhline(of(full, num_steps), color="C0", linestyle="--", linewidth=1, label="whole vocabulary")
             for i, kind in enumerate(kinds):
                 line = sorted(
                     (r.num_ids, of(r, num_steps)) for r in own if r.token_map and map_kind(r.token_map) == kind
                 )
-                axes.plot(*zip(*line, strict=True), "o-", color=_COLORS[1 + i % 5], markersize=4, label=kind)
+                axes.plot(*zip(*line, strict=True), "o-", color=f"C{1 + i}", markersize=4, label=kind)
             axes.set_xscale("log", base=2)
             sizes = sorted({r.num_ids for r in own if r.token_map})
             axes.set_xticks(sizes, [f"{n / 1024:g}k" for n in sizes], fontsize=8)
             axes.minorticks_off()
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="y", alpha=0.3)
         grid[0, column].set_title(f"{group} answers")
         grid[1, column].set_xlabel("ids in the token map")
     grid[0, 0].set_ylabel(f"tokens per step (τ), K={num_steps}")
     grid[1, 0].set_ylabel("predicted speedup")
-    grid[0, -1].legend(frameon=False, title="map", fontsize=8)
-    staged = path.with_name(f".{path.name}")
-    figure.savefig(staged, dpi=150, format=path.suffix[1:])
-    plt.close(figure)
-    staged.replace(path)
+    grid[0, -1].legend(title="map", fontsize=8)
+    figure.savefig(path)
 
 
 def _tau(result: HeadResult, num_steps: int) -> float:

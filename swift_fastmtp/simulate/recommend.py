@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.table import terminal_table
 from .result import HeadResult
 
 FEW_TOKENS = 1000
@@ -80,12 +81,11 @@ def map_table(results: Sequence[HeadResult], advice: Recommendation) -> str:
     steps = range(1, len(results[0].tau_micro) + 1)
     results = sorted(results, key=lambda r: (r.token_map is not None, map_kind(r.token_map), r.num_ids))
     names = [Path(r.token_map).stem if r.token_map else "whole vocabulary" for r in results]
-    width = max(map(len, names))
-    header = [" " * width, "    ids", *(f"tau K={k}" for k in steps), *(f"speedup K={k}" for k in steps)]
-    lines = ["  ".join(header)]
+    header = ["", "ids", *(f"tau K={k}" for k in steps), *(f"speedup K={k}" for k in steps), ""]
+    lines = []
     for name, r in zip(names, results, strict=True):
-        cells = [name.ljust(width), f"{r.num_ids:7,}", *(f"{x:7.2f}" for x in r.tau_micro)]
-        cells += [f"{x:10.2f}x" for x in r.speedup]
+        taus = [f"{x:.2f}" for x in r.tau_micro]
+        speedup = [f"{x:.2f}x" for x in r.speedup]
         best = advice.token_maps.get(r.group) == r.token_map
-        lines.append("  ".join(cells) + ("  recommended" if best else ""))
-    return "\n".join(lines)
+        lines.append([name, f"{r.num_ids:,}", *taus, *speedup, "recommended" if best else ""])
+    return terminal_table(header, lines)

@@ -26,6 +26,7 @@ from ..families.family import Family
 from ..files.provenance import provenance
 from ..files.rows import read_rows
 from ..files.staging import new_files, try_output, write_json
+from ..files.table import terminal_table
 from ..method.config import FastMTPConfig
 from ..method.metrics import expected_rounds, text_counts, verify_rounds
 from ..method.token_map import check_tokenizer, copy_maps, read_token_map
@@ -247,15 +248,14 @@ def table(results: list[HeadResult]) -> str:
     """The terminal's table: marginal and conditional rate per depth, micro tau and speedup per K."""
     depths = range(1, len(results[0].marginal) + 1)
     names = [r.name if len(r.name) <= 40 else "…" + r.name[-39:] for r in results]
-    width = max(4, *map(len, names))
-    header = ["head".ljust(width), "rate".ljust(11), *(f"depth {k}" for k in depths), *(f"tau K={k}" for k in depths)]
+    header = ["head", "rate", *(f"depth {k}" for k in depths), *(f"tau K={k}" for k in depths)]
     header += [f"speedup K={k}" for k in depths]
-    lines = ["  ".join(header)]
+    lines = []
     for name, result in zip(names, results, strict=True):
-        marginal = [f"{100 * x:6.1f}%" for x in result.marginal]
-        conditional = [f"{100 * x:6.1f}%" for x in result.conditional]
-        taus = [f"{x:7.2f}" for x in result.tau_micro]
-        speedup = [f"{x:10.2f}x" for x in result.speedup]
-        lines.append("  ".join([name.ljust(width), "marginal   ", *marginal, *taus, *speedup]))
-        lines.append("  ".join([" " * width, "conditional", *conditional]))
-    return "\n".join(lines)
+        marginal = [f"{100 * x:.1f}%" for x in result.marginal]
+        conditional = [f"{100 * x:.1f}%" for x in result.conditional]
+        taus = [f"{x:.2f}" for x in result.tau_micro]
+        speedup = [f"{x:.2f}x" for x in result.speedup]
+        lines.append([name, "marginal", *marginal, *taus, *speedup])
+        lines.append(["", "conditional", *conditional])
+    return terminal_table(header, lines, num_text=2)

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..files.plot_style import PALETTE, new_figure, plot_style
+from ..files.table import markdown_table, terminal_table
+from ..files.templates import render
 from .counts import Counts
 
 Ints = NDArray[np.int64]
@@ -19,7 +22,6 @@ Ints = NDArray[np.int64]
 OUT_OF_DOMAIN = 0.02
 """A map that covers a cell worse than its own ones by more than this is reported."""
 MAX_COLUMNS = 8
-_COLORS = ("#1f77b4", "#e4572e", "#2a9d8f", "#8e6bbf", "#d4a017", "#9aa5b1", "#7f5539", "#d16ba5")
 
 
 @dataclass(frozen=True)
@@ -121,12 +123,8 @@ def _percent(share: float | None) -> str:
 
 def coverage_table(report: dict[str, Any]) -> str:
     """For the terminal."""
-    lines = _lines(report)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )
+    header, *lines = _lines(report)
+    return terminal_table(header, lines)
 
 
 def outside_lines(report: dict[str, Any]) -> list[str]:
@@ -146,42 +144,32 @@ def outside_lines(report: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], about: dict[str, Any]) -> str:
-    """coverage.md."""
-    what = "answers" if about["count"] == "answers" else "all messages"
-    how = ", ".join(f"{how} ({n} messages)" for how, n in about["messages_whose_tokens_come_from"].items())
+    """coverage.md, `templates/coverage.md.j2`."""
     header, *lines = _lines(report)
-    text = [
-        "# Coverage\n",
-        f"Share of the tokens of {what} that each map holds, on held-out prompts ({100 * about['held_out']:g} %), "
-        f"which were not counted. Tokens by {how}. Every map holds {about['must_keep']} special and basic tokens. "
-        "Filled up: ids that never occurred in what the map is for.\n",
-        f"| {' | '.join(header)} |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *(f"| {' | '.join(line)} |" for line in lines),
-        "",
-    ]
-    if len(report["cells"]) > len(header) - 4:
-        text.append("Cells with the most held-out tokens; all are in coverage.json.\n")
-    text += [f"* {line}" for line in outside_lines(report)]
-    text += ["\n![coverage against size](coverage.png)\n", "## What was counted\n"]
-    text += ["| cell | tokens | distinct ids | held-out tokens |", "|---|---:|---:|---:|"]
-    text += [
-        f"| {cell} | {n['counted_tokens']} | {n['distinct_ids']} | {n['held_out_tokens']} |"
+    counted_how = about["messages_whose_tokens_come_from"]
+    counted = [
+        (cell, f"{n['counted_tokens']}", f"{n['distinct_ids']}", f"{n['held_out_tokens']}")
         for cell, n in report["cells"].items()
     ]
-    text += ["\n## Maps\n", "| map | made from |", "|---|---|"]
-    text += [
-        f"| {name} | {', '.join(cells)} |" for name, cells in {m["name"]: m["cells"] for m in report["maps"]}.items()
-    ]
-    text += [
-        f"\nThe maps of {union['size']} ids ({', '.join(union['names'])}) hold {union['ids']} different ids together."
-        for union in report["unions"]
-    ]
-    text.append("\n## Bad rows, left out\n")
-    text += [f"* {what}: {n['count']} ({'; '.join(n['rows'])})" for what, n in about["bad_rows"].items()] or ["None."]
-    return "\n".join(text) + "\n"
+    made_from = {entry["name"]: ", ".join(entry["cells"]) for entry in report["maps"]}
+    return render(
+        __file__,
+        "coverage.md",
+        count=about["count"],
+        held_out_percent=f"{100 * about['held_out']:g}",
+        sources_of_counts=", ".join(f"{how} ({n} messages)" for how, n in counted_how.items()),
+        must_keep=about["must_keep"],
+        coverage=markdown_table(header, lines),
+        cells_left_out=len(report["cells"]) > len(_columns(report)),
+        warnings=outside_lines(report),
+        counted=markdown_table(("cell", "tokens", "distinct ids", "held-out tokens"), counted),
+        made_from=markdown_table(("map", "made from"), list(made_from.items()), num_text=2),
+        unions=report["unions"],
+        bad_rows=about["bad_rows"],
+    )
 
 
+@plot_style()
 def plot_coverage(
     parts: Sequence[tuple[str, Sequence[str], Ints]], counts: Counts, sizes: Mapping[str, Sequence[int]], path: Path
 ) -> None:
@@ -191,20 +179,16 @@ def plot_coverage(
         parts: (name, its cells, its ranking of ids).
         sizes: those that were written, per name; marked.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     mixed = next((order for name, _, order in parts if name == "mixed"), None)
-    figure, panels = plt.subplots(
-        1, 1 if mixed is None else 2, figsize=(5 if mixed is None else 9, 3.8), sharey=True, squeeze=False,
-        constrained_layout=True, facecolor="white",
-    )  # fmt: skip
+    if mixed is None:
+        figure, panels = new_figure(5, 3.8)
+    else:
+        figure, panels = new_figure(9, 3.8, columns=2, sharey=True)
     lowest, drawn = 1.0, False
     for panel, axes in enumerate(panels[0]):
-        own = [part for part in parts if part[0] != "mixed"][: len(_COLORS)]
-        for color, (name, cells, ranking) in zip(_COLORS, own, strict=False):
+        own = [part for part in parts if part[0] != "mixed"][: len(PALETTE)]
+        for i, (name, cells, ranking) in enumerate(own):
+            color = f"C{i}"
             held_V = np.sum([counts.held_out[cell] for cell in cells], axis=0)
             if not held_V.any():
                 continue
@@ -219,12 +203,9 @@ def plot_coverage(
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
         axes.set(xlabel="ids in the map", title="Each with its own map" if panel == 0 else "All with `mixed`")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
+        axes.grid(True)
     panels[0][0].set_ylabel("held-out tokens covered (%)")
     panels[0][0].set_ylim(100 * lowest - 1, 100.5)
     if drawn:
-        panels[0][0].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)
+        panels[0][0].legend(loc="lower right")
+    figure.savefig(path)

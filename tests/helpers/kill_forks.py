@@ -119,7 +119,8 @@ def _serve():
     for name in (
         *("swift.pipelines.train.sft", "swift.callbacks", "swift.loss_scale", "swift.optimizers"),
         *("swift_fastmtp.swift_plugin.register", "swift_fastmtp.export.graft", "swift_fastmtp.export.folders"),
-        *("swift_fastmtp.data.clean", "swift_fastmtp.data.mix", "swift_fastmtp.data.distill", "matplotlib.pyplot"),
+        *("swift_fastmtp.data.clean", "swift_fastmtp.data.mix", "swift_fastmtp.data.distill"),
+        *("matplotlib.style", "matplotlib.backends.backend_agg", "jinja2", "tabulate"),
         *("swift_fastmtp.vocab.build", "swift_fastmtp.simulate.simulate", "swift_fastmtp.simulate.plots"),
     ):
         with contextlib.suppress(ImportError):

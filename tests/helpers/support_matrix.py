@@ -14,6 +14,7 @@ import torch
 from helpers.engine import engine_version
 from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.files.table import markdown_table
 
 RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
@@ -137,9 +138,11 @@ def table():
     record = read()
     ran, on = dict(record["run with"]), record["run with"]["device"]
     del ran["device"]
-    lines = [f"| | {' | '.join(CLAIMS)} |", "|---" * (len(CLAIMS) + 1) + "|"]
-    for row, claims in record["shown"].items():
-        lines.append(f"| `{row}` | {' | '.join('yes' if c in claims else '–' for c in CLAIMS)} |")
+    rows = [
+        (f"`{row}`", *("yes" if claim in claims else "–" for claim in CLAIMS))
+        for row, claims in record["shown"].items()
+    ]
+    lines = [markdown_table(("", *CLAIMS), rows, num_text=len(CLAIMS) + 1)]
     lines += ["", f"Run on a {on} with {', '.join(' '.join(package) for package in ran.items())}:", ""]
     for claim, meaning in CLAIMS.items():
         tests = {test for claims in record["shown"].values() for test in claims.get(claim, ())}
