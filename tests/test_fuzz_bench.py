@@ -111,7 +111,7 @@ BAD_PLANS = {
     "a key that is no text": ("servers: {1: {}}", "servers: its key 1 must be a text"),
     "servers as a list": ("servers: [a]", "servers: a plan needs at least one"),
     "a server as a text": ("servers: {a: b}", "servers.a: must be a mapping, not str"),
-    "flags as a mapping": ("flags: {a: b}", "flags: must be a text, not a dict"),
+    "flags as a mapping": ("flags: {a: b}", "flags: must be a text, not {'a': 'b'}"),
     "environment as a list": ("environment: [a]", "environment: must be a mapping of variables, not list"),
     "a name of no variable": ("environment: {'A=B': c}", "environment: 'A=B' is no name of a variable"),
     "chat_template_kwargs": ("chat_template_kwargs: 3", "chat_template_kwargs: must be a mapping, not int"),
@@ -156,21 +156,21 @@ def _written(folder, name, server):
 
 
 BAD_RESULTS = {
-    "runs.1.marginal.0": (1.5, "runs[1].marginal[0]: 1.5 is not possible, it must be from 0 to 1"),
-    "runs.1.conditional.0": (-0.1, "runs[1].conditional[0]: -0.1 is not possible, it must be from 0 to 1"),
-    "runs.1.tau_micro": (0.5, "runs[1].tau_micro: 0.5 is not possible, it must be at least 1"),
-    "runs.1.histogram.0": (-1, "runs[1].histogram[0]: -1 is not possible"),
+    "runs.1.marginal.0": (1.5, "runs[1].marginal[0]: must be less than or equal to 1, not 1.5"),
+    "runs.1.conditional.0": (-0.1, "runs[1].conditional[0]: must be greater than or equal to 0, not -0.1"),
+    "runs.1.tau_micro": (0.5, "runs[1].tau_micro: must be greater than or equal to 1, not 0.5"),
+    "runs.1.histogram.0": (-1, "runs[1].histogram[0]: must be greater than or equal to 0, not -1"),
     "runs.1.num_failed": (10**6, "runs[1].num_failed: 1000000 of 80 requests is not possible"),
     "runs.1.tokens_per_second": (float("nan"), "runs[1].tokens_per_second: nan is not a finite number"),
     "runs.1.tokens_per_second_per_request": (fuzz.Raw("1e999"), "runs[1].tokens_per_second_per_request: inf is not a"),
-    "runs.1.ttft.p50": (-1, "runs[1].ttft.p50: -1 is not possible"),
+    "runs.1.ttft.p50": (-1, "runs[1].ttft.p50: must be greater than or equal to 0, not -1"),
     "runs.1.completion_tokens": (2**70, "runs[1].completion_tokens: an integer of 71 bits is too large"),
     "runs.1.lossless": ({"compared": 1, "equal": 2, "first_divergence": None}, "2 equal of 1 compared"),
-    "servers.tuned-k3.num_steps": (-1, "servers.tuned-k3.num_steps: -1 is not possible"),
+    "servers.tuned-k3.num_steps": (-1, "servers.tuned-k3.num_steps: must be greater than or equal to 0, not -1"),
     "servers.tuned-k3.label": (fuzz.Raw('"\\ud800"'), "not JSON ('utf-8' codec can't encode"),
-    "provenance.engine": ("sglang", "provenance.engine: must be a dict, not str"),
+    "provenance.engine": ("sglang", "provenance.engine: must be a valid dictionary, not 'sglang'"),
     "provenance.x": (fuzz.Raw("[" * 100 + "]" * 100), "nested deeper than 100 levels"),
-    "settings": (None, "settings: must be an object, not NoneType"),
+    "settings": (None, "settings: must be an object, not None"),
 }
 
 

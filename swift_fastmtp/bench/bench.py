@@ -27,7 +27,7 @@ from ..errors import FastMTPError, cannot_write, detail
 from ..files.inputs import loads
 from ..files.jobs import Part, cut_torn_line
 from ..files.provenance import provenance
-from ..files.schema import Amount, Count, Positive, build, check_values, read_text
+from ..files.schema import Amount, Count, ListOf, Positive, build, check_values, read_text
 from ..files.staging import claim, write_json
 from ..redaction import without_login
 from .engines import Answer, Engine, Identity
@@ -170,7 +170,7 @@ class _Request:
 
     id: str
     turn: Count
-    engine: list[str]
+    engine: ListOf[str]
 
 
 def _check_record(record: Any, runs: Container[RunKey]) -> None:
@@ -178,7 +178,7 @@ def _check_record(record: Any, runs: Container[RunKey]) -> None:
     build(_Place, record)
     if run_key(record) not in runs:
         raise FastMTPError("of a run that plan.json does not have")
-    for kind, type_ in (("void", str), ("counters", list[Count])):
+    for kind, type_ in (("void", str), ("counters", ListOf[Count])):
         if kind in record:
             build(type_, record[kind], kind)
             return

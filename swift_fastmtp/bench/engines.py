@@ -19,7 +19,8 @@ from ..data.chat_template import RenderError, check_chat_template, encode_prompt
 from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, for_server, longest_silence, repeat
 from ..data.conversation import Message, is_complete
 from ..errors import FastMTPError
-from ..files.schema import Amount, Count, Positive, build, show
+from ..files.schema import Amount, Count, ListOf, Positive, build
+from ..files.show import show
 from ..redaction import redact_words, without_login
 from .results import MAX_STEPS
 
@@ -69,7 +70,7 @@ class Answer:
 
     text: str
     """The message's content: all of the text if the server does not take the reasoning out of it."""
-    output_ids: list[Count] | None
+    output_ids: ListOf[Count] | None
     completion_tokens: Positive
     prompt_tokens: Count | None
     finish_reason: str
@@ -80,12 +81,12 @@ class Answer:
     """Seconds to the first chunk and to the end."""
     model: str
     """Under what the server answered."""
-    chunk_tokens: list[Positive] = field(default_factory=list)
-    chunk_seconds: list[Amount] = field(default_factory=list)
+    chunk_tokens: ListOf[Positive] = field(default_factory=list)
+    chunk_seconds: ListOf[Amount] = field(default_factory=list)
     """New tokens of each chunk, and the seconds since the one before (or the request)."""
     steps: Count | None = None
     accepted: Count | None = None
-    histogram: list[Count] | None = None
+    histogram: ListOf[Count] | None = None
     """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
     reasoning_content: str | None = None
     """The reasoning, from a server that has a parser for it."""

@@ -18,7 +18,8 @@ from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
-from ..files.schema import MAX_INTEGER, check_values, listed, show, show_key
+from ..files.schema import check_values
+from ..files.show import MAX_INTEGER, listed, show, show_key
 from ..method.token_map import CONFIG_KEY, check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import command, serve_flags

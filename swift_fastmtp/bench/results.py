@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import Field
+
 from ..errors import FastMTPError, detail
 from ..files.inputs import loads
-from ..files.schema import Amount, Count, Positive, Range, Rate, Tau, build, check_values, read_text, show
+from ..files.schema import Amount, Count, ListOf, Positive, Rate, Tau, Whole, build, check_values, read_text
+from ..files.show import show
 from ..method.metrics import (
     busy_seconds,
     conditional_rates,
@@ -99,12 +102,12 @@ class Run:
     completion_tokens: Count
     tau_micro: Tau | None
     tau_macro: Tau | None
-    marginal: list[Rate]
+    marginal: ListOf[Rate]
     """Per depth, [num_steps]; empty for a baseline, and where the server does not tell."""
-    conditional: list[Rate]
-    histogram: list[Count]
+    conditional: ListOf[Rate]
+    histogram: ListOf[Count]
     """Verification steps that accepted 0..num_steps drafts, [num_steps + 1]; empty like `marginal`."""
-    tau_by_position: list[Part]
+    tau_by_position: ListOf[Part]
     """Only of answers that arrived step by step."""
     tokens_per_second: Amount
     """Completion tokens over the seconds in which at least one request was on its way."""
@@ -124,13 +127,13 @@ class Server:
     label: str
     method: str
     """`baseline`, `vanilla`, `tuned` or `tuned+map`."""
-    num_steps: Annotated[int, Range(0, MAX_STEPS)]
+    num_steps: Annotated[Count, Field(le=MAX_STEPS)]
     """K; 0 for a baseline."""
     token_map: str | None
     token_map_size: Positive | None
     model: str
     draft_model: str | None
-    command: list[str] | None
+    command: ListOf[str] | None
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Settings:
     seed: Count
     warmup: Count
     tasks: dict[str, TaskInfo]
-    top_k: int = 20
+    top_k: Whole = 20
     top_p: Rate = 0.95
     """`top_k` and `top_p` count where the temperature is above 0."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -168,7 +171,7 @@ class Results:
     settings: Settings
     servers: dict[str, Server]
     baseline: str | None
-    runs: list[Run]
+    runs: ListOf[Run]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -390,7 +393,7 @@ def check_run(run: Run, where: str) -> None:
 
 def _check_provenance(provenance: dict[str, Any]) -> None:
     """The facts that tables and cards use; the others are only shown."""
-    build(list[str] | None, provenance.get("command"), "provenance.command")  # type: ignore[arg-type]
+    build(ListOf[str] | None, provenance.get("command"), "provenance.command")  # type: ignore[arg-type]
     build(dict[str, str] | None, provenance.get("engine"), "provenance.engine")  # type: ignore[arg-type]
 
 

@@ -22,7 +22,7 @@ from ..errors import FastMTPError, detail
 from ..files.inputs import check_file
 from ..files.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..files.rows import BadRows, Row, iter_values
-from ..files.schema import MAX_INTEGER, show
+from ..files.show import MAX_INTEGER, show
 from ..files.staging import staged
 
 FOLDER = Path(__file__).with_suffix("")
