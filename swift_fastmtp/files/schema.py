@@ -108,7 +108,8 @@ def _first_problem(error: ValidationError, where: str) -> str:
     place = _place(where, keys)
     if kind == "value_error":  # of a function of ours, which has written a whole message
         return f"{place}: {first['ctx']['error']}"
-    what = "must be an object" if kind == "dataclass_type" else first["msg"].replace("Input should be", "must be")
+    is_object = kind in ("dataclass_type", "model_type")
+    what = "must be an object" if is_object else first["msg"].replace("Input should be", "must be")
     return f"{place}: {what}, not {show(first['input'])}"
 
 
