@@ -18,9 +18,10 @@ import yaml
 from helpers.fake_engine import FakeEngine, answer, chunks
 from helpers.paths import ROOT, TINY
 
-from swift_fastmtp.bench.bench import bench, warnings
+from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.bench.summary import warnings
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 

@@ -75,10 +75,11 @@ class Answer:
     prompt_tokens: Count | None
     finish_reason: str
     start: Amount
-    """Unix time."""
+    """Unix time of the request."""
     latency: Amount
+    """Seconds from the request to the last chunk with a token; to the last of the stream if sizes are not known."""
     ttft: Amount | None
-    """Seconds to the first chunk and to the end."""
+    """Seconds from the request to the first chunk; at `/v1/chat/completions` to the first with a token or text."""
     model: str
     """Under what the server answered."""
     chunk_tokens: ListOf[Positive] = field(default_factory=list)
@@ -233,9 +234,9 @@ class Engine:
         async def ask(hear: Hear) -> Answer:
             try:
                 if self.native:
-                    found = await self._generate(ids, temperature, seed, limit, hear)
+                    response = await self._generate(ids, temperature, seed, limit, hear)
                 else:
-                    found = await self._chat(messages, temperature, seed, limit, hear)
+                    response = await self._chat(messages, temperature, seed, limit, hear)
             except (openai.APIStatusError, openai.APIConnectionError, FastMTPError):
                 raise
             except openai.APIError as error:  # an error inside of a stream
@@ -246,19 +247,19 @@ class Engine:
                 raise MalformedError(f"the connection broke ({type(error).__name__})") from None
             except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
                 raise MalformedError(f"an answer without {error}") from None
-            if not 0 < found.completion_tokens <= limit:
-                raise MalformedError(f"an answer of {found.completion_tokens} tokens")
-            if found.finish_reason != "length" and not is_complete(found.finish_reason):
-                raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
+            if not 0 < response.completion_tokens <= limit:
+                raise MalformedError(f"an answer of {response.completion_tokens} tokens")
+            if response.finish_reason != "length" and not is_complete(response.finish_reason):
+                raise MalformedError(f"an answer that ended with {response.finish_reason!r}")
             try:
-                return build(Answer, asdict(found))
+                return build(Answer, asdict(response))
             except FastMTPError as error:
                 raise MalformedError(f"an answer with a wrong {error}") from None
 
         longest = longest_silence(self._timeout, limit, self._concurrency)
-        found = await self._repeat(partial(self._server.in_time, ask, longest))
-        assert isinstance(found, Answer)
-        return found
+        answer = await self._repeat(partial(self._server.in_time, ask, longest))
+        assert isinstance(answer, Answer)
+        return answer
 
     def _encode(self, messages: list[Message]) -> list[int]:
         """Raises `RefusedError` where the template does not render such a conversation: other servers, which render it

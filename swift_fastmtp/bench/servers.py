@@ -51,7 +51,7 @@ class Started:
             text = file.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         telling = [line for line in lines if "Error" in line or "error:" in line]
-        return redact((telling or lines or ["it said nothing"])[-1])[:300]
+        return redact((telling or lines or ["it printed nothing"])[-1])[:300]
 
 
 def free_port() -> int:

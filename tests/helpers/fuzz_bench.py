@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from helpers import bench_results
 from helpers.paths import TINY
-from swift_fastmtp.bench import bench
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.bench.plan_keys import PlanKeys, ServerKeys
+from swift_fastmtp.bench.records import read_records
 from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.errors import FastMTPError
@@ -102,7 +102,7 @@ def check_records(content):
 
     def read(path):
         with open(path, "rb") as file:
-            bench._read_records(file, Path("requests.jsonl"), {RUN})
+            read_records(file, Path("requests.jsonl"), {RUN})
 
     return judge(read, content)
 
