@@ -45,6 +45,7 @@ def bench(
     """
     if bool(plan) == bool(base_urls):
         raise FastMTPError("either --plan or --base_url says which servers to measure")
+    # What is to be done, and everything that can be refused before a server is started.
     wanted = {**(read_plan(plan) if plan else {"servers": server_urls(base_urls)})}
     wanted |= {k: v for k, v in values.items() if v is not None}
     made = make_plan(wanted)
@@ -53,6 +54,8 @@ def bench(
         check_chat_template(tokenizer, made.model)  # before a server is started, which takes minutes
     folder = Path(output_dir)
     _meet(made, folder, tokenizer, api_key)
+
+    # One server after another; what is finished is kept.
     with open_records(folder, made) as (records, part, record):
         left = missing_turns(made, record, records)
         for name, launch in made.launches.items():
@@ -63,6 +66,7 @@ def bench(
         results = summarize(records, record)
         check_results(results)
         write_json(results.as_json(), folder / "results.json")
+
     print(table(results))
     print(f"{folder / 'results.json'}: {len(results.runs)} runs, {sum(r.num_requests for r in results.runs)} requests")
     for line in warnings(results):

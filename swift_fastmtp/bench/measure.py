@@ -66,6 +66,7 @@ class Measurement:
             if key[0] != self.name:
                 continue
             _, name, temperature, concurrency = key
+            # A server that is still the same, warm, and knows none of the prompts.
             await self._same_server()
             task = self.plan.tasks[name]
             if concurrency not in warm:
@@ -73,9 +74,12 @@ class Measurement:
                 warm.add(concurrency)
             await self.engine.flush()
             before = await self.engine.counters() if self.spec.num_steps else None
+
             title = f"{self.name} {name}" + (f" T={temperature:g}" if temperature else "") + f" c={concurrency}"
             with tqdm(total=turns, unit="answer", desc=title, smoothing=0.05) as bar:
                 await self._run(key, task, bar)
+
+            # Answers count if it was the same server to the end, and answered something.
             if before is not None:
                 self._count(key, before, await self.engine.counters())
             await self._same_server(key)
