@@ -71,6 +71,7 @@ setup(
         "tenacity>=9",
         "pyarrow",
         "py3langid>=0.4",
+        "pydantic>=2.10,<3",
         "pyyaml",
         "regex",
     ],

@@ -232,7 +232,7 @@ VERBS = {
     "serve-args": Verb(_serve_args, ("serving.launch:serve_flags",), ("folder",)),
     "doctor": Verb(_doctor, ("export.doctor:examine", "cli:_doctor"), ("folder",)),
     "simulate": Verb(_simulate, ("simulate.simulate:simulate", "cli:_simulate"), names=_SIMULATE),
-    "bench": Verb(_bench, ("bench.bench:bench", "bench.plan:PlanValues"), names=_BENCH),
+    "bench": Verb(_bench, ("bench.bench:bench", "bench.plan_keys:PlanValues"), names=_BENCH),
     "report": Verb(_report, ("report.report:report",), ("results",)),
     "compare": Verb(_compare, ("report.compare:compare",), ("a", "b"), {"a": "A", "b": "B"}),
     "card": Verb(_card, ("report.model_card:write_card",), ("folder",)),

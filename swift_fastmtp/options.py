@@ -9,7 +9,7 @@ import argparse
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,9 @@ def _settings(annotation: str, default: ast.expr | None, text: str) -> dict[str,
         value = None if default is None else ast.literal_eval(default)
     except ValueError:  # one that is computed
         value = None
-    if value not in (None, ()) and not isinstance(value, bool):
-        text += f"; default: {value:g}" if isinstance(value, float) else f"; default: {value}"
+    if value not in (None, (), {}) and not isinstance(value, bool):
+        shown = [f"{each:g}" if isinstance(each, float) else str(each) for each in _several(value)]
+        text += f"; default: {' '.join(shown)}"
     settings: dict[str, Any] = {"help": text.replace("%", "%%")}
     kinds = re.findall(r"\w+", annotation)
     if "bool" in kinds:
@@ -94,9 +95,13 @@ def _settings(annotation: str, default: ast.expr | None, text: str) -> dict[str,
         settings["choices"] = ast.literal_eval(literal[1])
     else:
         settings["type"] = next((_TYPES[kind] for kind in kinds if kind in _TYPES), str)
-    if {"list", "Sequence"} & set(kinds):
+    if {"list", "Sequence", "Several"} & set(kinds):
         settings["nargs"] = "*" if value == () else "+"  # where none is the default, none may be named
     return settings
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -120,5 +125,13 @@ def tokens(text: str) -> int:
     return parse_tokens(text)
 
 
-_TYPES = {"int": int, "float": number, "dict": _json_object, "TokenCount": tokens}
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": number,
+    "dict": _json_object,
+    "TokenCount": tokens,
+    # Of a plan's keys (`bench/plan_keys.py`).
+    **dict.fromkeys(("Number", "Concurrency", "DraftSteps", "Count", "Whole"), int),
+    **dict.fromkeys(("Temperature", "Rate", "Seconds"), number),
+}
 """Name in an annotation → what reads a word of the command line. argparse's errors name the latter."""

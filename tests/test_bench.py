@@ -18,9 +18,10 @@ import yaml
 from helpers.fake_engine import FakeEngine, answer, chunks
 from helpers.paths import ROOT, TINY
 
-from swift_fastmtp.bench.bench import bench, warnings
+from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.bench.summary import warnings
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 
@@ -133,7 +134,10 @@ LIES = {
         {"spec_correct_drafts_histogram": [-1, 8, -2]},
         "its histogram [-1, 8, -2] is not that of",
     ),
-    "a length that is no number": ({"prompt_tokens": float("inf")}, "a wrong prompt_tokens: must be int, not inf"),
+    "a length that is no number": (
+        {"prompt_tokens": float("inf")},
+        "a wrong prompt_tokens: must be a valid integer, not inf",
+    ),
 }
 
 
@@ -479,16 +483,19 @@ def whole_lines(out):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"serves": {}}, "a plan has no 'serves'; it has model, tasks"),
+        ({"serves": {}}, "has no 'serves'; it has model, tasks"),
         ({"servers": {}}, "servers: a plan needs at least one"),
-        ({"servers": {"a": {"foldr": "x"}}}, "servers.a has no 'foldr'; it has label, method"),
-        ({"servers": {"a": {"folder": "x", "method": "best"}}}, "servers.a.method: 'best' is none of baseline"),
-        ({"servers": {"a": {"folder": str(TINY), "num_steps": 0}}}, "servers.a.num_steps: 0 must be a whole number"),
+        ({"servers": {"a": {"foldr": "x"}}}, "servers.a: has no 'foldr'; it has label, method"),
+        (
+            {"servers": {"a": {"folder": "x", "method": "best"}}},
+            "servers.a.method: must be 'baseline', 'vanilla', 'tuned' or 'tuned+map', not 'best'",
+        ),
+        ({"servers": {"a": {"folder": str(TINY), "num_steps": 0}}}, "servers.a.num_steps: must be at least 1, not 0"),
         ({"servers": {"a": {"folder": "nowhere"}}}, "nowhere"),
-        ({"temperatures": [-1]}, "temperatures: -1 must be a number, at least 0"),
-        ({"concurrency": [0]}, "concurrency: 0 must be a whole number, at least 1"),
+        ({"temperatures": [-1]}, "temperatures[0]: must be greater than or equal to 0, not -1"),
+        ({"concurrency": [0]}, "concurrency[0]: must be greater than or equal to 1, not 0"),
         ({"concurrency": [2, 2]}, "concurrency: needs at least one value, and none twice"),
-        ({"max_new_tokens": 1.5}, "max_new_tokens: 1.5 must be a whole number"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens: must be a valid integer, not 1.5"),
         ({"model": None}, "model: a plan needs the folder of the model"),
         ({"tasks": ["smoke", "smoke"]}, "tasks: needs at least one value, and none twice"),
         ({"tasks": ["mt-bench"]}, "no task is called 'mt-bench'; there are c_eval"),
@@ -581,6 +588,20 @@ def test_plans_are_put_together(tmp_path, monkeypatch):
         read_plan(str(tmp_path / "nowhere.yaml"))
 
 
+def test_a_variable_may_hold_a_number(tmp_path, monkeypatch):
+    for name, value in {"STEPS": "1,2", "HEAT": "0.5", "SEED": "7", "PYTHON": "3"}.items():
+        monkeypatch.setenv(name, value)
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(
+        f"model: {TINY}\ntemperatures: ${{HEAT}}\nseed: ${{SEED}}\npython: ${{PYTHON}}\n"
+        f"servers: {{v: {{folder: {TINY}, num_steps: ['${{STEPS}}']}}}}\n"
+    )
+    made = make_plan(read_plan(str(plan)))
+    assert list(made.launches) == ["v-k1", "v-k2"] and made.launches["v-k2"].server.num_steps == 2
+    assert made.temperatures == [0.5] and made.seed == 7
+    assert made.launches["v-k1"].command[0] == "3"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -590,8 +611,8 @@ def test_plans_are_put_together(tmp_path, monkeypatch):
         ),
         (lambda r: r["runs"][1].pop("tau_micro"), "runs[1] lacks tau_micro"),
         (lambda r: r.pop("servers"), "the file lacks servers"),
-        (lambda r: r["runs"][0].update(histogram=3), "runs[0].histogram: must be a list, not int"),
-        (lambda r: r["runs"][0].update(concurrency="1"), "runs[0].concurrency: must be int, not '1'"),
+        (lambda r: r["runs"][0].update(histogram=3), "runs[0].histogram: must be a valid list, not 3"),
+        (lambda r: r["runs"][0].update(concurrency="1"), "runs[0].concurrency: must be a valid integer, not '1'"),
         (lambda r: r["runs"][0].update(server="x"), "runs[0]: of a server or task that is not listed"),
         (lambda r: r.update(baseline="x"), "baseline: 'x' is not among the servers"),
         (lambda r: r["settings"]["tasks"]["smoke"].pop("title"), "settings.tasks.smoke lacks title"),

@@ -31,7 +31,7 @@ BROKEN = {
     "backbone": ({LAYER: float("nan")}, {}, rf"model\.layers\.1 is the first that is not; {LAYER} holds NaN"),
     "norm": ({"model.norm.weight": float("inf")}, {}, r"model\.norm is the first that is not; model\.norm\.weight"),
     "output matrix": ({"lm_head.weight": float("nan")}, {}, r"lm_head\.weight holds NaN"),
-    "config": ({}, {"rms_norm_eps": float("nan")}, r"config\.json: rms_norm_eps is NaN, it must be a number"),
+    "config": ({}, {"rms_norm_eps": float("nan")}, r"config\.json: rms_norm_eps is nan, it must be a number"),
 }
 
 

@@ -109,15 +109,15 @@ BAD_PLANS = {
     "a quoted line": ("model: {" + "x" * 5000, "not YAML"),
     "a surrogate": ('model: "\\ud800"', "not YAML"),
     "a key that is no text": ("servers: {1: {}}", "servers: its key 1 must be a text"),
-    "servers as a list": ("servers: [a]", "servers: a plan needs at least one"),
-    "a server as a text": ("servers: {a: b}", "servers.a: must be a mapping, not str"),
-    "flags as a mapping": ("flags: {a: b}", "flags: must be a text, not a dict"),
-    "environment as a list": ("environment: [a]", "environment: must be a mapping of variables, not list"),
+    "servers as a list": ("servers: [a]", "servers: must be a valid dictionary, not ['a']"),
+    "a server as a text": ("servers: {a: b}", "servers.a: must be an object, not 'b'"),
+    "flags as a mapping": ("flags: {a: b}", "flags[0]: must be a text, not {'a': 'b'}"),
+    "environment as a list": ("environment: [a]", "environment: must be a valid dictionary, not ['a']"),
     "a name of no variable": ("environment: {'A=B': c}", "environment: 'A=B' is no name of a variable"),
-    "chat_template_kwargs": ("chat_template_kwargs: 3", "chat_template_kwargs: must be a mapping, not int"),
-    "an engine": ("engine: llama", "engine: 'llama' is none of sglang, vllm"),
+    "chat_template_kwargs": ("chat_template_kwargs: 3", "chat_template_kwargs: must be a valid dictionary, not 3"),
+    "an engine": ("engine: llama", "engine: must be 'sglang' or 'vllm', not 'llama'"),
     "an address": ("servers: {a: {base_url: 3}}", "servers.a.base_url: '3' is no address"),
-    "too many servers": (f"num_steps: {list(range(1, 2000))}", "num_steps: 1001 is too much; at most 1000"),
+    "too many servers": (f"num_steps: {list(range(1, 2000))}", "must be less than or equal to 1000, not 1001"),
     "too many runs": (f"concurrency: {list(range(1, 4000))}\ntemperatures: {list(range(90))}", "a plan of 359910 runs"),
 }  # fmt: skip
 
@@ -156,21 +156,21 @@ def _written(folder, name, server):
 
 
 BAD_RESULTS = {
-    "runs.1.marginal.0": (1.5, "runs[1].marginal[0]: 1.5 is not possible, it must be from 0 to 1"),
-    "runs.1.conditional.0": (-0.1, "runs[1].conditional[0]: -0.1 is not possible, it must be from 0 to 1"),
-    "runs.1.tau_micro": (0.5, "runs[1].tau_micro: 0.5 is not possible, it must be at least 1"),
-    "runs.1.histogram.0": (-1, "runs[1].histogram[0]: -1 is not possible"),
+    "runs.1.marginal.0": (1.5, "runs[1].marginal[0]: must be less than or equal to 1, not 1.5"),
+    "runs.1.conditional.0": (-0.1, "runs[1].conditional[0]: must be greater than or equal to 0, not -0.1"),
+    "runs.1.tau_micro": (0.5, "runs[1].tau_micro: must be greater than or equal to 1, not 0.5"),
+    "runs.1.histogram.0": (-1, "runs[1].histogram[0]: must be greater than or equal to 0, not -1"),
     "runs.1.num_failed": (10**6, "runs[1].num_failed: 1000000 of 80 requests is not possible"),
     "runs.1.tokens_per_second": (float("nan"), "runs[1].tokens_per_second: nan is not a finite number"),
     "runs.1.tokens_per_second_per_request": (fuzz.Raw("1e999"), "runs[1].tokens_per_second_per_request: inf is not a"),
-    "runs.1.ttft.p50": (-1, "runs[1].ttft.p50: -1 is not possible"),
+    "runs.1.ttft.p50": (-1, "runs[1].ttft.p50: must be greater than or equal to 0, not -1"),
     "runs.1.completion_tokens": (2**70, "runs[1].completion_tokens: an integer of 71 bits is too large"),
     "runs.1.lossless": ({"compared": 1, "equal": 2, "first_divergence": None}, "2 equal of 1 compared"),
-    "servers.tuned-k3.num_steps": (-1, "servers.tuned-k3.num_steps: -1 is not possible"),
+    "servers.tuned-k3.num_steps": (-1, "servers.tuned-k3.num_steps: must be greater than or equal to 0, not -1"),
     "servers.tuned-k3.label": (fuzz.Raw('"\\ud800"'), "not JSON ('utf-8' codec can't encode"),
-    "provenance.engine": ("sglang", "provenance.engine: must be a dict, not str"),
+    "provenance.engine": ("sglang", "provenance.engine: must be a valid dictionary, not 'sglang'"),
     "provenance.x": (fuzz.Raw("[" * 100 + "]" * 100), "nested deeper than 100 levels"),
-    "settings": (None, "settings: must be an object, not NoneType"),
+    "settings": (None, "settings: must be an object, not None"),
 }
 
 

@@ -401,7 +401,7 @@ CONFIGS = {
     "no end token": ({"eos_token_id": None}, None),
     "no scaling": ({"rope_scaling": None}, None),
     "tied: null": ({"tie_word_embeddings": None}, "tie_word_embeddings"),
-    "tied: text": ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false", it must be true or false'),
+    "tied: text": ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', it must be true or false"),
     "layers: null": ({"num_hidden_layers": None}, "num_hidden_layers"),
     "layers: text": ({"num_hidden_layers": "2"}, "it must be a whole number"),
     "architectures: null": ({"architectures": None}, "architecture"),

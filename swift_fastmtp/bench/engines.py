@@ -19,7 +19,8 @@ from ..data.chat_template import RenderError, check_chat_template, encode_prompt
 from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, for_server, longest_silence, repeat
 from ..data.conversation import Message, is_complete
 from ..errors import FastMTPError
-from ..files.schema import Amount, Count, Positive, build, show
+from ..files.schema import Amount, Count, ListOf, Positive, build
+from ..files.show import show
 from ..redaction import redact_words, without_login
 from .results import MAX_STEPS
 
@@ -69,23 +70,24 @@ class Answer:
 
     text: str
     """The message's content: all of the text if the server does not take the reasoning out of it."""
-    output_ids: list[Count] | None
+    output_ids: ListOf[Count] | None
     completion_tokens: Positive
     prompt_tokens: Count | None
     finish_reason: str
     start: Amount
-    """Unix time."""
+    """Unix time of the request."""
     latency: Amount
+    """Seconds from the request to the last chunk with a token; to the last of the stream if sizes are not known."""
     ttft: Amount | None
-    """Seconds to the first chunk and to the end."""
+    """Seconds from the request to the first chunk; at `/v1/chat/completions` to the first with a token or text."""
     model: str
     """Under what the server answered."""
-    chunk_tokens: list[Positive] = field(default_factory=list)
-    chunk_seconds: list[Amount] = field(default_factory=list)
+    chunk_tokens: ListOf[Positive] = field(default_factory=list)
+    chunk_seconds: ListOf[Amount] = field(default_factory=list)
     """New tokens of each chunk, and the seconds since the one before (or the request)."""
     steps: Count | None = None
     accepted: Count | None = None
-    histogram: list[Count] | None = None
+    histogram: ListOf[Count] | None = None
     """Verification steps, drafts they accepted, and how many steps accepted 0, 1, .. of them."""
     reasoning_content: str | None = None
     """The reasoning, from a server that has a parser for it."""
@@ -232,9 +234,9 @@ class Engine:
         async def ask(hear: Hear) -> Answer:
             try:
                 if self.native:
-                    found = await self._generate(ids, temperature, seed, limit, hear)
+                    response = await self._generate(ids, temperature, seed, limit, hear)
                 else:
-                    found = await self._chat(messages, temperature, seed, limit, hear)
+                    response = await self._chat(messages, temperature, seed, limit, hear)
             except (openai.APIStatusError, openai.APIConnectionError, FastMTPError):
                 raise
             except openai.APIError as error:  # an error inside of a stream
@@ -245,19 +247,19 @@ class Engine:
                 raise MalformedError(f"the connection broke ({type(error).__name__})") from None
             except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as error:
                 raise MalformedError(f"an answer without {error}") from None
-            if not 0 < found.completion_tokens <= limit:
-                raise MalformedError(f"an answer of {found.completion_tokens} tokens")
-            if found.finish_reason != "length" and not is_complete(found.finish_reason):
-                raise MalformedError(f"an answer that ended with {found.finish_reason!r}")
+            if not 0 < response.completion_tokens <= limit:
+                raise MalformedError(f"an answer of {response.completion_tokens} tokens")
+            if response.finish_reason != "length" and not is_complete(response.finish_reason):
+                raise MalformedError(f"an answer that ended with {response.finish_reason!r}")
             try:
-                return build(Answer, asdict(found))
+                return build(Answer, asdict(response))
             except FastMTPError as error:
                 raise MalformedError(f"an answer with a wrong {error}") from None
 
         longest = longest_silence(self._timeout, limit, self._concurrency)
-        found = await self._repeat(partial(self._server.in_time, ask, longest))
-        assert isinstance(found, Answer)
-        return found
+        answer = await self._repeat(partial(self._server.in_time, ask, longest))
+        assert isinstance(answer, Answer)
+        return answer
 
     def _encode(self, messages: list[Message]) -> list[int]:
         """Raises `RefusedError` where the template does not render such a conversation: other servers, which render it

@@ -18,26 +18,22 @@ from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
-from ..files.schema import MAX_INTEGER, check_values, listed, show, show_key
+from ..files.schema import build, check_values
+from ..files.show import listed, show
 from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import command, serve_flags
 from ..serving.sglang_plugin import VARIABLE
-from .plan_file import Filled, as_written, read_file, several, typed, variables_in
-from .results import MAX_STEPS, Server
+from .plan_file import Filled, as_written, read_file, variables_in
+from .plan_keys import METHODS, PlanKeys, ServerKeys
+from .results import Server
 
-METHODS = ("baseline", "vanilla", "tuned", "tuned+map")
 NO_MAP = "none"
 """As `token_map`: the whole vocabulary, even of a head that has maps of its own."""
-ENGINES = ("sglang", "vllm")
 MAX_SERVERS = 1000
 MAX_RUNS = 100_000
 MAX_NAME_BYTES = 200
 """Of a server's name, from which its log has its own."""
-MAX_TEXT = 1000
-"""Characters of a name or a path."""
-MAX_WORD = 100_000
-"""Of a word of a command, which may be a script; Linux takes no longer ones."""
 
 
 @dataclass
@@ -94,71 +90,15 @@ class Plan:
 
 def _digests(environment: dict[str, str]) -> dict[str, str]:
     """Enough to see that a value changed. Of a key not even that: another one measures the same."""
-    found = {}
+    digests = {}
     for name, value in environment.items():
         if isinstance(value, Filled):
-            found[name] = value.shown
+            digests[name] = value.shown
         elif is_secret_name(name):
-            found[name] = HIDDEN
+            digests[name] = HIDDEN
         else:
-            found[name] = hashlib.sha256(value.encode()).hexdigest()[:12]
-    return found
-
-
-@dataclass
-class PlanValues:
-    """The keys that a plan and the command line have, and their defaults.
-
-    Args:
-        model: folder of the model, for its chat template; default: the plan's
-        tasks: names, name=FILE or files
-        num_questions: of every task, drawn by the seed; default: the task's
-        max_new_tokens: paper: 1024
-        temperatures: of answers; 0 is greedy
-        top_k: above temperature 0
-        top_p: above temperature 0
-        chat_template_kwargs: JSON, as {"enable_thinking": false}
-        concurrency: conversations at a time
-        num_steps: drafts per step, K, of a plan's servers
-        baseline: name of the server that others are compared with; default: the plan's first
-        warmup: answers before anything is timed
-        seed: of drawn questions and sampled answers
-        served_model_name: the servers' name of the model; default: the only one they have
-        timeout: seconds of silence until a server must show that it lives
-        retry_seconds: a request is repeated so long after its first failure
-    """
-
-    model: str | None = None
-    tasks: str | list[str] = "smoke"
-    num_questions: int | None = None
-    max_new_tokens: int = 1024
-    temperatures: float | list[float] = 0.0
-    top_k: int = 20
-    top_p: float = 0.95
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    concurrency: int | list[int] = 1
-    num_steps: int | list[int] = 3
-    baseline: str | None = None
-    warmup: int = 4
-    seed: int = 0
-    served_model_name: str | None = None
-    timeout: float = 600.0
-    retry_seconds: float = 60.0
-
-
-# All keys of a plan, and their defaults.
-_PLAN: dict[str, Any] = {
-    **vars(PlanValues()),
-    "engine": "sglang",
-    "python": None,
-    "flags": [],
-    "environment": {},
-    "start_seconds": 1800.0,
-    "servers": {},
-}
-_SERVER = (
-    *("label", "method", "folder", "num_steps", "token_map", "base_url", "command", "python", "flags", "environment"),
-)
+            digests[name] = hashlib.sha256(value.encode()).hexdigest()[:12]
+    return digests
 
 
 def read_plan(paths: str | Sequence[str]) -> dict[str, Any]:
@@ -180,102 +120,64 @@ def read_plan(paths: str | Sequence[str]) -> dict[str, Any]:
 
 
 def make_plan(values: dict[str, Any]) -> Plan:
-    """The whole plan of the values that a user gave (`_PLAN` has their names and defaults).
+    """The whole plan of the values that a user gave (`PlanKeys` has their names and defaults).
 
     Raises `FastMTPError` naming the key that is unknown, of another kind, or cannot be done.
     """
-    given = _checked({**_PLAN, **_known_keys(values)})
+    keys = build(PlanKeys, values)
+    if not keys.model:
+        raise FastMTPError("model: a plan needs the folder of the model, for its chat template and the baseline")
+    if not keys.servers:
+        raise FastMTPError("servers: a plan needs at least one")
+    check_values(keys.chat_template_kwargs, "chat_template_kwargs")
+
+    # Every server, under a name of its own; and no more runs than anybody waits for.
     launches: dict[str, Launch] = {}
-    for name, server in given["servers"].items():
-        for full, launch in _expand(str(name), {} if server is None else server, given).items():
-            if full in launches:
-                raise FastMTPError(f"servers.{name}: two servers would be called {full}; rename one")
-            launches[full] = launch
+    for name, server in keys.servers.items():
+        for full_name, launch in _expand(name, server or ServerKeys(), keys).items():
+            if full_name in launches:
+                raise FastMTPError(f"servers.{name}: two servers would be called {full_name}; rename one")
+            launches[full_name] = launch
         if len(launches) > MAX_SERVERS:
             raise FastMTPError(f"servers: they stand for more than {MAX_SERVERS}; measure them in several folders")
-    runs = len(launches) * len(given["temperatures"]) * len(given["concurrency"]) * len(given["tasks"])
+    runs = len(launches) * len(keys.temperatures) * len(keys.concurrency) * len(keys.tasks)
     if runs > MAX_RUNS:
         raise FastMTPError(f"a plan of {runs} runs; at most {MAX_RUNS}: measure them in several folders")
-    tasks = {}
-    for spec in given["tasks"]:
-        task = load_task(spec, given["num_questions"], given["seed"])
+
+    # The questions.
+    tasks: dict[str, Task] = {}
+    for spec in keys.tasks:
+        task = load_task(spec, keys.num_questions, keys.seed)
         if task.name in tasks:
             raise FastMTPError(f"tasks: two are called {task.name}; name one as name=FILE")
         tasks[task.name] = task
-    baseline = given["baseline"] or next((n for n, x in launches.items() if x.server.method == "baseline"), None)
+
+    # The baseline goes first, so that every other run is compared as soon as it ends.
+    baseline = keys.baseline or next((n for n, x in launches.items() if x.server.method == "baseline"), None)
     if baseline is not None and baseline not in launches:
         raise FastMTPError(f"baseline: {show(baseline)} is not among the servers {listed(list(launches), 20)}")
-    if baseline is not None:  # first, so that every other run is compared as soon as it ends
+    if baseline is not None:
         launches = {baseline: launches.pop(baseline), **launches}
     return Plan(
-        model=given["model"],
+        model=keys.model,
         tasks=tasks,
         launches=launches,
         sampling=Sampling(
-            max_new_tokens=given["max_new_tokens"],
-            top_k=given["top_k"],
-            top_p=given["top_p"],
-            chat_template_kwargs=given["chat_template_kwargs"],
+            max_new_tokens=keys.max_new_tokens,
+            top_k=keys.top_k,
+            top_p=keys.top_p,
+            chat_template_kwargs=keys.chat_template_kwargs,
         ),
-        temperatures=[float(t) for t in given["temperatures"]],
-        concurrency=given["concurrency"],
+        temperatures=keys.temperatures,
+        concurrency=keys.concurrency,
+        seed=keys.seed,
+        warmup=keys.warmup,
         baseline=baseline,
-        **{k: given[k] for k in ("seed", "warmup", "served_model_name", "timeout", "retry_seconds", "start_seconds")},
+        served_model_name=keys.served_model_name,
+        timeout=keys.timeout,
+        retry_seconds=keys.retry_seconds,
+        start_seconds=keys.start_seconds,
     )
-
-
-def _known_keys(values: dict[str, Any]) -> dict[str, Any]:
-    _check_keys(values, _PLAN, "a plan")
-    return {k: v for k, v in values.items() if v is not None}
-
-
-# Largest values; what is beyond is a slip, and some of it would not end.
-_NUMBERS: dict[str, tuple[float, float, bool]] = {
-    "timeout": (1e-9, 1e9, False),
-    "retry_seconds": (1e-9, 1e9, False),
-    "start_seconds": (1e-9, 1e9, False),
-    "temperatures": (0, 1000, False),
-    "top_p": (0, 1, False),
-    "top_k": (-1, 1e9, True),
-    "max_new_tokens": (1, 1e9, True),
-    "concurrency": (1, 1e5, True),
-    "num_steps": (1, MAX_STEPS, True),
-    "seed": (0, MAX_INTEGER, True),
-    "warmup": (0, 1e6, True),
-    "num_questions": (1, 1e9, True),
-}
-"""Key of a plan -> least, most, and whether it is whole."""
-_SEVERAL = ("tasks", "temperatures", "concurrency", "num_steps")
-"""Keys of a plan that may hold a list."""
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """The values of a plan, each of its kind. Raises `FastMTPError` naming the first key that is not."""
-    if not given["model"]:
-        raise FastMTPError("model: a plan needs the folder of the model, for its chat template and the baseline")
-    for name in _SEVERAL:
-        given[name] = _list(given[name], name)
-    for name, (least, most, whole) in _NUMBERS.items():
-        if given[name] is None:
-            continue
-        given[name] = typed(given[name])
-        for value in given[name] if name in _SEVERAL else [given[name]]:
-            _number(value, name, least, whole, most)
-    for name in ("model", "engine", "python", "served_model_name", "baseline"):
-        if given[name] is not None:
-            given[name] = _text(given[name], name)
-    if given["engine"] not in ENGINES:
-        raise FastMTPError(f"engine: {show(given['engine'])} is none of {', '.join(ENGINES)}")
-    given["tasks"] = [_text(spec, "tasks") for spec in given["tasks"]]
-    given["flags"] = _words(given["flags"], "flags")
-    given["environment"] = _environment(given["environment"], "environment")
-    kwargs = given["chat_template_kwargs"] = typed(given["chat_template_kwargs"])
-    if not isinstance(kwargs, dict):
-        raise FastMTPError(f"chat_template_kwargs: must be a mapping, not {type(kwargs).__name__}")
-    check_values(kwargs, "chat_template_kwargs")
-    if not isinstance(given["servers"], dict) or not given["servers"]:
-        raise FastMTPError("servers: a plan needs at least one")
-    return given
 
 
 def server_urls(words: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -283,7 +185,7 @@ def server_urls(words: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     Raises `FastMTPError` for a name that is there twice, or an address that is none.
     """
-    found: dict[str, dict[str, Any]] = {}
+    servers: dict[str, dict[str, Any]] = {}
     for word in words:
         name, mark, url = word.partition("=")
         if not mark or "/" in name:
@@ -292,54 +194,41 @@ def server_urls(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         if not name:
             host = without_login(url).split("//")[-1].rstrip("/").removesuffix("/v1")
             name = "server" if len(words) == 1 else host.replace("/", "-")
-        if name in found:
+        if name in servers:
             raise FastMTPError(f"--base_url {without_login(url)}: the name {name} is there twice")
         method = next((m for m in reversed(METHODS) if name.lower().startswith(m)), None)
-        found[name] = {"base_url": url, "label": name, **({"method": method} if method else {})}
-    return found
+        servers[name] = {"base_url": url, "label": name, **({"method": method} if method else {})}
+    return servers
 
 
-def _expand(name: str, server: Any, plan: dict[str, Any]) -> dict[str, Launch]:
+def _expand(name: str, server: ServerKeys, plan: PlanKeys) -> dict[str, Launch]:
     """One entry of `servers` as one server per number of drafts and token map."""
     _check_name(name)
     where = f"servers.{name}"
-    if not isinstance(server, dict):
-        raise FastMTPError(f"{where}: must be a mapping, not {type(server).__name__}")
-    _check_keys(server, _SERVER, where)
-    server = {key: value for key, value in server.items() if value is not None}
-    for key in ("label", "method", "folder", "base_url", "python"):
-        if key in server:
-            server[key] = _text(server[key], f"{where}.{key}")
-    method = server.get("method")
-    if method is not None and method not in METHODS:
-        raise FastMTPError(f"{where}.method: {show(method)} is none of {', '.join(METHODS)}")
-    if server.get("base_url"):
-        return {name: _running(server, plan, name, method)}
-    for key in ("command", "flags"):
-        if key in server:
-            server[key] = _words(server[key], f"{where}.{key}")
-    server["environment"] = _environment(server.get("environment", {}), f"{where}.environment")
-    folder = server.get("folder")
-    if folder is None and not server.get("command"):
-        method = method or "baseline"
-    if method == "baseline":
-        return {name: _launch(server, plan, name, method, 0, None)}
-    if folder is None and server.get("command") is None:
+    if server.base_url:
+        return {name: _running(name, server, plan)}
+    is_baseline = server.method == "baseline" or (server.method is None and not server.folder and not server.command)
+    if is_baseline:
+        return {name: _launch(server, plan, name, "baseline", 0, None)}
+    if not server.folder and not server.command:
         raise FastMTPError(f"{where}: needs `folder` (what to serve), `command` or `base_url`")
-    maps: list[str | None] = [None]
-    if server.get("token_map"):
-        maps = [_text(path, f"{where}.token_map") for path in _list(server["token_map"], "token_map")]
-    found = {}
-    all_steps = typed(_list(server.get("num_steps", plan["num_steps"]), "num_steps"))
+
+    # One for each number of drafts and each map. The name says which, where there are several.
+    maps: Sequence[str | None] = server.token_map or [None]
+    all_steps = server.num_steps or plan.num_steps
+    if 0 in all_steps:
+        raise FastMTPError(
+            f"{where}.num_steps: must be at least 1, not 0; a server without drafts has method: baseline"
+        )
     if len(all_steps) * len(maps) > MAX_SERVERS:
         raise FastMTPError(f"{where}: stands for more than {MAX_SERVERS} servers; measure them in several folders")
+    launches = {}
     for steps in all_steps:
-        _number(steps, f"{where}.num_steps", 1, True, MAX_STEPS)
         for path in maps:
-            full = f"{name}-k{steps}" + (f"-{Path(path).stem}" if path and len(maps) > 1 else "")
-            _check_name(full)
-            found[full] = _launch(server, plan, name, method, int(steps), path)
-    return found
+            full_name = f"{name}-k{steps}" + (f"-{Path(path).stem}" if path and len(maps) > 1 else "")
+            _check_name(full_name)
+            launches[full_name] = _launch(server, plan, name, server.method, steps, path)
+    return launches
 
 
 def _check_name(name: str) -> None:
@@ -352,118 +241,72 @@ def _check_name(name: str) -> None:
         )
 
 
-def _running(server: dict[str, Any], plan: dict[str, Any], name: str, method: str | None) -> Launch:
+def _running(name: str, server: ServerKeys, plan: PlanKeys) -> Launch:
     """A server that is there already; what it is, it is asked later."""
     where = f"servers.{name}"
-    check_address(server["base_url"], f"{where}.base_url")
-    steps = typed(server.get("num_steps", -1))
-    if "num_steps" in server:
-        _number(steps, f"{where}.num_steps", 0, True, MAX_STEPS)
-    token_map = server.get("token_map")
-    if token_map is not None:
-        token_map = _text(token_map, f"{where}.token_map")
-    label, model = server.get("label", name), plan["model"]
-    spec = Server(label, method or "", steps, token_map, None, model, None, None)
-    return Launch(spec, base_url=server["base_url"])
+    assert server.base_url and plan.model
+    check_address(server.base_url, f"{where}.base_url")
+    steps, token_maps = server.num_steps or [-1], server.token_map
+    for key, values in (("num_steps", steps), ("token_map", token_maps or [])):
+        if len(values) > 1:
+            raise FastMTPError(f"{where}.{key}: {len(values)} of them; a server that runs has one")
+    token_map = token_maps[0] if token_maps else None
+    spec = Server(server.label or name, server.method or "", steps[0], token_map, None, plan.model, None, None)
+    return Launch(spec, base_url=server.base_url)
 
 
-def _launch(
-    server: dict[str, Any], plan: dict[str, Any], name: str, method: str | None, steps: int, asked: str | None
-) -> Launch:
-    folder = server.get("folder") or plan["model"]
-    environment = {**plan["environment"], **server["environment"]}
+def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, steps: int, asked: str | None) -> Launch:
+    """A server that is started.
+
+    Args:
+        steps: drafts per step; 0 for a baseline.
+        asked: the token map that the plan names for it, or `NO_MAP`; None leaves it to the folder.
+    """
+    assert plan.model
+    folder = server.folder or plan.model
+    environment = {**plan.environment, **server.environment}
+    # SGLang's own option takes one static map; a .json lists maps per language, which the plugin reads.
     static = asked if asked and asked != NO_MAP and Path(asked).suffix != ".json" else None
     token_map = asked if asked != NO_MAP else None
-    if server.get("command"):
-        words = [word.replace("{num_steps}", str(steps)) for word in server["command"]]
+    if server.command:
+        words = [word.replace("{num_steps}", str(steps)) for word in server.command]
     else:
-        flags = serve_flags(folder, plan["engine"], steps or None, static, plan["model"])
+        # The command that `fastmtp serve-args` shows, without what this server shall not have.
+        flags = serve_flags(folder, plan.engine, steps or None, static, plan.model)
         dropped = "--speculative" if not steps else "--speculative-token-map" if asked and not static else None
         words = command([f for f in flags if not (dropped and f.words[0].startswith(dropped))])
         # The paths among them are those of the plan, with the variables that it names.
-        from_plan = {str(Path(path)): path for path in (folder, plan["model"], static) if isinstance(path, Filled)}
+        from_plan = {str(Path(path)): path for path in (folder, plan.model, static) if isinstance(path, Filled)}
         words = [from_plan.get(word, word) for word in words]
         if asked is None and "--speculative-token-map" in words:  # the one that the head was trained inside
             static = token_map = words[words.index("--speculative-token-map") + 1]
         if asked is None and static is None and steps and TOKEN_MAPS_KEY in read_config(Path(folder)):
             token_map = f"{folder}/config.json"
-        elif plan["engine"] == "sglang":  # what a server does about maps is said, not found where it happens to run
+        elif plan.engine == "sglang":  # the plan decides about maps, not the environment that it happens to run in
             environment[VARIABLE] = token_map if token_map and not static else NO_MAP
-        python = server.get("python") or plan["python"]
+        python = server.python or plan.python
         if python and words[0] == "python":
             words[0] = python
-    words += [*plan["flags"], *server.get("flags", [])]
+    words += [*plan.flags, *server.flags]
+
+    # A map of another model is refused before anything is started, which takes minutes.
     size = None
     if static is not None:
         check_file(static)
-        size = len(read_token_map(static, Checkpoint(plan["model"]).vocab_size))
-        check_tokenizer(static, plan["model"])
-    vanilla = os.path.realpath(folder) == os.path.realpath(plan["model"])
+        size = len(read_token_map(static, Checkpoint(plan.model).vocab_size))
+        check_tokenizer(static, plan.model)
+
+    # What the results say of it.
+    vanilla = os.path.realpath(folder) == os.path.realpath(plan.model)
     program, *arguments = redact_words(as_written(words))
     spec = Server(
-        label=server.get("label", name),
-        method=method or ("tuned+map" if token_map else "vanilla" if vanilla and server.get("folder") else "tuned"),
+        label=server.label or name,
+        method=method or ("tuned+map" if token_map else "vanilla" if vanilla and server.folder else "tuned"),
         num_steps=steps,
         token_map=Path(token_map).stem if token_map else None,
         token_map_size=size,
-        model=plan["model"],
+        model=plan.model,
         draft_model=folder if steps else None,
         command=[Path(program).name, *arguments],  # where Python lies is nobody else's business
     )
     return Launch(spec, command=words, environment=environment)
-
-
-def _check_keys(values: dict[str, Any], known: Any, where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise FastMTPError(f"{where} has no {show(key)}; it has {', '.join(known)}")
-
-
-def _list(value: Any, name: str) -> list[Any]:
-    """A plan may name one where several are possible."""
-    found = []
-    for element in value if isinstance(value, list) else [value]:
-        found += several(element)
-    different = {x if isinstance(x, str | int | float) else show(x) for x in found}
-    if not found or len(different) < len(found):
-        raise FastMTPError(f"{name}: needs at least one value, and none twice")
-    return found
-
-
-def _words(value: Any, where: str) -> list[str]:
-    """Words of a command line; YAML reads some of them as numbers."""
-    found = []
-    for element in value if isinstance(value, list) else [value]:
-        found += [_text(word, where, MAX_WORD) for word in several(element)]
-    return found
-
-
-def _environment(value: Any, where: str) -> dict[str, str]:
-    if not isinstance(value, dict):
-        raise FastMTPError(f"{where}: must be a mapping of variables, not {type(value).__name__}")
-    found = {}
-    for name, text in value.items():
-        key = _text(name, where)
-        if not key or "=" in key:
-            raise FastMTPError(f"{where}: {show(key)} is no name of a variable")
-        found[key] = _text(text, f"{where}.{show_key(key)}", MAX_WORD)
-    return found
-
-
-def _text(value: Any, where: str, most: int = MAX_TEXT) -> str:
-    """A text; numbers and paths become one."""
-    if not isinstance(value, str | int | float | Path) or "\0" in str(value):
-        raise FastMTPError(f"{where}: must be a text, not {show(value)}")
-    if len(str(value)) > most:
-        raise FastMTPError(f"{where}: {show(value)} is longer than {most} characters")
-    return value if isinstance(value, str) else str(value)
-
-
-def _number(value: Any, name: str, least: float, whole: bool, most: float) -> None:
-    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not is_number or not value >= least:  # NaN is not
-        kind = "whole number" if whole else "number"
-        bound = "above 0" if 0 < least < 1 else f"at least {least:g}"
-        raise FastMTPError(f"{name}: {show(value)} must be a {kind}, {bound}")
-    if value > most:
-        raise FastMTPError(f"{name}: {show(value)} is too much; at most {most:g}")

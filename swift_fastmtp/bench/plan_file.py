@@ -59,7 +59,7 @@ def typed(value: Any) -> Any:
     if not isinstance(value, Filled):
         return value
     try:
-        read = yaml_value(value)
+        read = yaml_value(str(value))  # libyaml takes no class of ours
     except ValueError:
         return value
     return read if read is None or isinstance(read, bool | int | float) else value

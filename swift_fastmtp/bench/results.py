@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from pydantic import Field
+
 from ..errors import FastMTPError, detail
 from ..files.inputs import loads
-from ..files.schema import Amount, Count, Positive, Range, Rate, Tau, build, check_values, read_text, show
+from ..files.schema import Amount, Count, ListOf, Positive, Rate, Tau, Whole, build, check_values, read_text
+from ..files.show import show
 from ..method.metrics import (
     busy_seconds,
     conditional_rates,
@@ -41,7 +44,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Percentiles:
-    """Seconds."""
+    """Seconds: the median, and what 90 and 99 of 100 do not exceed, linearly interpolated."""
 
     p50: Amount
     p90: Amount
@@ -50,7 +53,7 @@ class Percentiles:
 
 @dataclass
 class Interval:
-    """A ratio and its 95 % interval."""
+    """A ratio, and the ends of its 95 % percentile interval by bootstrap over prompts."""
 
     value: Amount
     low: Amount
@@ -59,7 +62,11 @@ class Interval:
 
 @dataclass
 class Part:
-    """tau of the verification steps that start in one part of the answer, in tokens from its beginning."""
+    """tau of the verification steps that start in one part of the answers.
+
+    `start` (included) and `end` (excluded) count tokens from an answer's beginning, the prefill's token too; `tau` is
+    1 + accepted drafts / `steps`.
+    """
 
     start: Count
     end: Count
@@ -69,7 +76,8 @@ class Part:
 
 @dataclass
 class Divergence:
-    """Where an answer first differs from the baseline's. `token` counts characters if the server tells no ids."""
+    """Where an answer first differs from the baseline's: question, turn, and how many tokens before it are equal; or
+    how many characters, its reasoning first, if one of the two servers tells no token ids."""
 
     id: str
     turn: Count
@@ -78,7 +86,8 @@ class Divergence:
 
 @dataclass
 class Lossless:
-    """Greedy answers against the baseline's. Turns behind an answer that already differed are not compared."""
+    """Greedy answers against the baseline's to the same turns: how many both gave, and how many of these are equal in
+    every token id (or character). Turns after an answer that differed are not compared: they were asked otherwise."""
 
     compared: Count
     equal: Count
@@ -94,27 +103,37 @@ class Run:
     temperature: Amount
     concurrency: Positive
     num_requests: Count
+    """Turns that were asked, answered or refused."""
     num_failed: Count
     """Requests that the server refused; they are in `num_requests` and in nothing else."""
     completion_tokens: Count
+    """Of all answers, each with the prefill's token."""
     tau_micro: Tau | None
+    """1 + accepted drafts / verification steps, both summed over all answers; None if the server tells no steps."""
     tau_macro: Tau | None
-    marginal: list[Rate]
-    """Per depth, [num_steps]; empty for a baseline, and where the server does not tell."""
-    conditional: list[Rate]
-    histogram: list[Count]
-    """Verification steps that accepted 0..num_steps drafts, [num_steps + 1]; empty like `marginal`."""
-    tau_by_position: list[Part]
-    """Only of answers that arrived step by step."""
+    """Mean over answers with a step of 1 + accepted drafts / steps; None too if the server only tells its sums."""
+    marginal: ListOf[Rate]
+    """[num_steps], for k = 1, 2, ..: share of verification steps that accepted k drafts or more; empty for a baseline,
+    and where the server does not tell."""
+    conditional: ListOf[Rate]
+    """[num_steps]: of the steps that accepted k - 1 drafts or more, the share that accepted the k-th too; 0 of none."""
+    histogram: ListOf[Count]
+    """[num_steps + 1]: verification steps that accepted exactly 0, 1, .. drafts; empty like `marginal`."""
+    tau_by_position: ListOf[Part]
+    """Only of answers of which each chunk was the prefill's token or one verification step."""
     tokens_per_second: Amount
-    """Completion tokens over the seconds in which at least one request was on its way."""
+    """`completion_tokens` over the seconds in which at least one request was on its way that was answered."""
     tokens_per_second_per_request: Amount
-    """Median over requests of completion tokens / latency."""
+    """Median over answers of completion tokens / latency, the prompt's time included; 0 without an answer."""
     ttft: Percentiles | None
+    """Over answers: from the request to the first chunk."""
     itl: Percentiles | None
+    """Over tokens after an answer's first chunk: tokens that arrive together share the time since the chunk before."""
     speedup: Interval | None
-    """Decode speed, sum of (tokens - 1) / sum of seconds after the first, over the baseline's on the same prompts."""
+    """Sum of completion tokens / sum of latencies, prompts included, over the baseline's; of both only the turns that
+    both answered."""
     lossless: Lossless | None
+    """At temperature 0, and not of the baseline itself."""
 
 
 @dataclass
@@ -124,13 +143,14 @@ class Server:
     label: str
     method: str
     """`baseline`, `vanilla`, `tuned` or `tuned+map`."""
-    num_steps: Annotated[int, Range(0, MAX_STEPS)]
-    """K; 0 for a baseline."""
+    num_steps: Annotated[Count, Field(le=MAX_STEPS)]
+    """K; 0 for a baseline, and for a running server that does not tell."""
     token_map: str | None
     token_map_size: Positive | None
+    """Token ids in the map; None without one, for maps per language, and for a server that ran already."""
     model: str
     draft_model: str | None
-    command: list[str] | None
+    command: ListOf[str] | None
 
 
 @dataclass
@@ -153,7 +173,7 @@ class Settings:
     seed: Count
     warmup: Count
     tasks: dict[str, TaskInfo]
-    top_k: int = 20
+    top_k: Whole = 20
     top_p: Rate = 0.95
     """`top_k` and `top_p` count where the temperature is above 0."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -168,10 +188,18 @@ class Results:
     settings: Settings
     servers: dict[str, Server]
     baseline: str | None
-    runs: list[Run]
+    runs: ListOf[Run]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class _UsedProvenance:
+    """The facts that tables and cards use; the others are only shown."""
+
+    command: ListOf[str] | None = None
+    engine: dict[str, str] | None = None
 
 
 RunKey = tuple[str, str, float, int]
@@ -182,11 +210,22 @@ def run_key(record: Record) -> RunKey:
     return record["server"], record["task"], float(record["temperature"]), int(record["concurrency"])
 
 
+def run_fields(key: RunKey) -> Record:
+    """The run in a record: what `run_key` reads."""
+    return dict(zip(("server", "task", "temperature", "concurrency"), key, strict=True))
+
+
+def run_title(key: RunKey) -> str:
+    """A run in a message."""
+    server, task, temperature, concurrency = key
+    return f"{server} on {task}, T={temperature:g}, {concurrency} at once"
+
+
 def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
     """Results of a run.
 
     Args:
-        records: lines of `requests.jsonl` (`bench.measure`): answers, failures (`error`), and a server's counters.
+        records: lines of `requests.jsonl` (`bench/records.py`): answers, failures (`error`), and a server's counters.
         plan: `plan.json`.
     """
     runs: dict[RunKey, list[Record]] = {}
@@ -200,19 +239,19 @@ def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
     settings = build(Settings, plan["settings"], "settings")
     baseline = plan["baseline"]
     order = {key: i for i, key in enumerate(plan_runs(plan))}
-    made = []
+    summaries = []
     for key in sorted(runs, key=lambda k: order.get(k, len(order))):
         reference = None
         if baseline is not None and key[0] != baseline:
             reference = runs.get((baseline, *key[1:]))
-        made.append(_run(key, runs[key], reference, counters.get(key), servers[key[0]], settings))
+        summaries.append(_run(key, runs[key], reference, counters.get(key), servers[key[0]], settings))
     engines = [r["engine"] for answers in runs.values() for r in answers if r.get("engine")]
     provenance = {
         **plan["provenance"],
         "seconds": round(sum(_seconds(answers) for answers in runs.values()), 1),
         "engine": dict(zip(("name", "version"), engines[0], strict=True)) if engines else None,
     }
-    return Results(SCHEMA, provenance, settings, servers, baseline, made)
+    return Results(SCHEMA, provenance, settings, servers, baseline, summaries)
 
 
 def plan_runs(plan: dict[str, Any]) -> list[RunKey]:
@@ -234,16 +273,19 @@ def _run(
     server: Server,
     settings: Settings,
 ) -> Run:
+    # Acceptance: of every answer; of all together where a server only tells its sums.
     answers = [r for r in records if "error" not in r]
     tokens = sum(r["completion_tokens"] for r in answers)
     counts = [(r["accepted"], r["steps"]) for r in answers if r["steps"] is not None]
     histogram = _sum([r["histogram"] for r in answers if r["histogram"]], server.num_steps)
-    if counters and not counts:  # a server that only tells its sums
+    if counters and not counts:
         histogram = _sum(counters, server.num_steps)
         counts = [(sum(j * n for j, n in enumerate(histogram)), sum(histogram))]
+    # Acceptance along the answer, in parts of a quarter of the longest possible one, within limits.
     width = max(16, min(256, settings.max_new_tokens // 4))
     streamed = [r for r in answers if r["chunk_tokens"]]
     known = [steps_by_chunk(r["chunk_tokens"], r["accepted"], r["steps"]) for r in streamed if r["steps"]]
+    # Times.
     speeds = [t / s for t, s in map(_speed_of, answers) if s > 0]
     gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
     ttft = percentiles([r["ttft"] for r in answers if r["ttft"] is not None])
@@ -278,12 +320,13 @@ def _sum(histograms: Sequence[Sequence[int]], num_steps: int) -> list[int]:
 
 
 def _seconds(records: list[Record]) -> float:
+    """In which at least one request was on its way that was answered."""
     return busy_seconds([(r["start"], r["start"] + r["latency"]) for r in records if "error" not in r])
 
 
 def _speed_of(record: Record) -> tuple[float, float]:
     """Tokens of an answer, and the seconds that it took, its prompt included. Not from the first token on: a client
-    that reads late finds all of a short answer at once, which would take no time at all."""
+    that reads late gets all of a short answer at once, which would take no time at all."""
     return record["completion_tokens"], record["latency"]
 
 
@@ -292,7 +335,8 @@ def _by_turn(records: list[Record]) -> dict[tuple[str, int], Record]:
 
 
 def _speedup(reference: list[Record], answers: list[Record]) -> tuple[float, float, float] | None:
-    """Paired by prompt: all turns of a conversation together."""
+    """Tokens / seconds over the baseline's, and the interval's ends. Of the turns that both answered; those of one
+    conversation are one prompt, which the bootstrap draws or leaves out."""
     both = _by_turn(reference), _by_turn(answers)
     sums: dict[str, list[list[float]]] = {}
     for name, turn in sorted(both[0].keys() & both[1].keys()):
@@ -343,17 +387,17 @@ def read_results(path: str | Path) -> Results:
         raise
     except ValueError as error:
         raise FastMTPError(f"{name}: not JSON ({detail(error)}); make it again with fastmtp bench") from None
-    found = value.get("schema") if isinstance(value, dict) else None
-    if found != SCHEMA:
+    schema = value.get("schema") if isinstance(value, dict) else None
+    if schema != SCHEMA:
         raise FastMTPError(
-            f"{name}: its schema is {show(found)}, this version reads {SCHEMA!r}; make it again with this version's "
+            f"{name}: its schema is {show(schema)}, this version reads {SCHEMA!r}; make it again with this version's "
             "fastmtp bench (in the same folder: finished requests are not repeated), or read it with the version that "
             "wrote it"
         )
     try:
         check_values(value)
         results = build(Results, value)
-        _check_provenance(results.provenance)
+        build(_UsedProvenance, results.provenance, "provenance")
         for i, run in enumerate(results.runs):
             if run.server not in results.servers or run.task not in results.settings.tasks:
                 raise FastMTPError(f"runs[{i}]: of a server or task that is not listed")
@@ -368,7 +412,7 @@ def read_results(path: str | Path) -> Results:
 def check_results(results: Results) -> None:
     """Raises `FastMTPError`, naming the run, if a number cannot be: nobody shall read it, and nobody could."""
     for run in results.runs:
-        where = f"{run.server} on {run.task}, T={run.temperature:g}, {run.concurrency} at once"
+        where = run_title((run.server, run.task, run.temperature, run.concurrency))
         try:
             build(Run, asdict(run))
             check_run(run, "the run")
@@ -386,12 +430,6 @@ def check_run(run: Run, where: str) -> None:
         )
     if run.speedup and not run.speedup.low <= run.speedup.high:
         raise FastMTPError(f"{where}.speedup: its low end is above its high end")
-
-
-def _check_provenance(provenance: dict[str, Any]) -> None:
-    """The facts that tables and cards use; the others are only shown."""
-    build(list[str] | None, provenance.get("command"), "provenance.command")  # type: ignore[arg-type]
-    build(dict[str, str] | None, provenance.get("engine"), "provenance.engine")  # type: ignore[arg-type]
 
 
 def _without_secrets(results: Results) -> Results:

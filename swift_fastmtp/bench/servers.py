@@ -27,7 +27,7 @@ from .plan import Launch
 
 STOP_SECONDS = 30
 _LAST_BYTES = 2**16
-"""Of a log, in which its last words are looked for."""
+"""Of a log, in which its last line is looked for."""
 
 
 class Started:
@@ -37,21 +37,21 @@ class Started:
         self.name, self.url, self.process, self.log = name, url, process, log
 
     def check(self) -> None:
-        """Raises `FastMTPError` with the server's last words if it has ended."""
+        """Raises `FastMTPError` with the last line of the server's log if it has ended."""
         if (status := self.process.poll()) is not None:
             raise FastMTPError(
-                f"{self.name}: the server ended with status {status} ({self.last_words()}); its log: {self.log}; what "
+                f"{self.name}: the server ended with status {status} ({self.last_line()}); its log: {self.log}; what "
                 "is finished is kept, start again to go on"
             )
 
-    def last_words(self) -> str:
+    def last_line(self) -> str:
         """The last line of the log that says something, an exception's rather than a shell's."""
         with open(self.log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
             text = file.read().decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         telling = [line for line in lines if "Error" in line or "error:" in line]
-        return redact((telling or lines or ["it said nothing"])[-1])[:300]
+        return redact((telling or lines or ["it printed nothing"])[-1])[:300]
 
 
 def free_port() -> int:
@@ -73,6 +73,7 @@ def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Itera
 
     Raises `FastMTPError` if it cannot be started, ends, or is not ready after `start_seconds`.
     """
+    # The command, and as people may see it: without keys, in the log and in errors.
     port = str(free_port())
     words = [word.replace("{port}", port) for word in launch.command]
     shown = [word.replace("{port}", port) for word in launch.shown_command]
@@ -83,12 +84,15 @@ def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Itera
     for variable, value in launch.environment.items():
         if is_secret_name(variable):
             hide(value)
+
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab") as file:
             file.write(f"$ {shlex.join(shown)}\n".encode(errors="replace"))
     except OSError as error:
         raise cannot_write(log, error) from None
+
+    # The watchdog starts the server and ends it when this process ends, however it does.
     order = {
         "command": words,
         "environment": {**os.environ, **launch.environment},
@@ -128,7 +132,7 @@ def _wait(server: Started, start_seconds: float) -> None:
             server.check()
             if time.monotonic() > deadline:
                 raise FastMTPError(
-                    f"{server.name}: not ready after {start_seconds:.0f} s ({server.last_words()}); its log: "
+                    f"{server.name}: not ready after {start_seconds:.0f} s ({server.last_line()}); its log: "
                     f"{server.log}; wait longer with start_seconds"
                 ) from None
             time.sleep(0.2)

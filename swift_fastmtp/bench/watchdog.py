@@ -169,13 +169,13 @@ def _descendants() -> list[int]:
         except OSError:  # it has ended meanwhile
             continue
         children.setdefault(parent, []).append(int(name))
-    found: list[int] = []
+    descendants: list[int] = []
     waiting = [os.getpid()]
     while waiting:
         below = children.get(waiting.pop(), [])
-        found += below
+        descendants += below
         waiting += below
-    return found
+    return descendants
 
 
 if __name__ == "__main__":

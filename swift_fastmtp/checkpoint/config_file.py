@@ -7,7 +7,8 @@ from ..errors import FastMTPError
 from ..families.family import config_value
 from ..families.table import _row
 from ..files import inputs
-from ..files.kinds import FLAG, NAME, NAMES, NUMBER, OBJECT, TOKEN_IDS, Kind, is_int, not_finite, shown, wrong_types
+from ..files.kinds import FLAG, NAME, NAMES, NUMBER, OBJECT, TOKEN_IDS, Kind, is_int, not_finite, wrong_types
+from ..files.show import show
 
 
 class WrongTypeError(FastMTPError):
@@ -97,7 +98,7 @@ def _check_parts(parts: tuple[tuple[str, dict[str, Any]], ...], kinds: dict[str,
     for where, part in parts:
         for key, what in wrong_types(part, kinds):
             raise WrongTypeError(
-                f"{path}: {where}{key} is {shown(part[key])}, it must be {what}; take it from the base model's "
+                f"{path}: {where}{key} is {show(part[key])}, it must be {what}; take it from the base model's "
                 "config.json"
             )
 

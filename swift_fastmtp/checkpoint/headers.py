@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
 from ..files import inputs
-from ..files.kinds import is_int, shown
+from ..files.kinds import is_int
+from ..files.show import show
 from .weight_files import INDEX_FILE, WeightFiles, resolve
 
 TOWER = re.compile(r"vision|visual|audio|encoder", re.I)
@@ -109,19 +110,19 @@ def _check_entries(header: dict[str, Any]) -> None:
         if len(name) > _MAX_NAME:
             raise ValueError(f"a name of {len(name)} characters")
         if not isinstance(entry, dict):
-            raise ValueError(f"{name}: {shown(entry)} is no entry of a tensor")
+            raise ValueError(f"{name}: {show(entry)} is no entry of a tensor")
         dtype = entry.get("dtype")
         shape: Any = entry.get("shape")
         offsets: Any = entry.get("data_offsets")
         if not isinstance(dtype, str):
-            raise ValueError(f"{name}: dtype {shown(dtype)}")
+            raise ValueError(f"{name}: dtype {show(dtype)}")
         if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS:
-            raise ValueError(f"{name}: shape {shown(shape)}")
+            raise ValueError(f"{name}: shape {show(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise ValueError(f"{name}: data_offsets {shown(offsets)}")
+            raise ValueError(f"{name}: data_offsets {show(offsets)}")
         size, bits = offsets[1] - offsets[0], _BITS.get(dtype)
         if bits is not None and bits * math.prod(shape) != 8 * size:
-            raise ValueError(f"{name}: {dtype} of shape {shown(shape)} in {size} bytes")
+            raise ValueError(f"{name}: {dtype} of shape {show(shape)} in {size} bytes")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["data_offsets"][0] != end:

@@ -22,7 +22,7 @@ from ..errors import FastMTPError, detail
 from ..files.inputs import check_file
 from ..files.row_forms import NO_MESSAGES, UnreadableRowError, normalize
 from ..files.rows import BadRows, Row, iter_values
-from ..files.schema import MAX_INTEGER, show
+from ..files.show import MAX_INTEGER, show
 from ..files.staging import staged
 
 FOLDER = Path(__file__).with_suffix("")
@@ -130,11 +130,12 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     known = not file or name in task_names()
     described = read_descriptor(name) if known else Descriptor("", "", "not stated")
     paths = [Path(file)] if file else _fetch(name, described, offline)
+    # Drawn of every file first, where the task says so, then of all.
     rng = random.Random(f"{seed} {name}")
     questions: list[Question] = []
     for path in paths:
-        found = _read(path, described, f"{path.parent.name}/" if len(paths) > 1 else "")
-        questions += _draw(found, described.per_file if num_questions is None and len(paths) > 1 else None, rng)
+        of_file = _read(path, described, f"{path.parent.name}/" if len(paths) > 1 else "")
+        questions += _draw(of_file, described.per_file if num_questions is None and len(paths) > 1 else None, rng)
     if not questions:
         raise FastMTPError(f"task {name}: {paths[0]}: holds no questions")
     seen: set[str] = set()
@@ -156,15 +157,15 @@ def _draw(questions: list[Question], number: int | None, rng: random.Random) -> 
 
 
 def _read(path: Path, described: Descriptor, prefix: str) -> list[Question]:
-    found: list[Question] = []
+    questions: list[Question] = []
     for where, row in iter_values(path, BadRows(how_to_skip=None)):
         if not isinstance(row, dict):
             raise FastMTPError(f"{where}: a row must be a JSON object; fix the row")
         if all(row.get(k) == v for k, v in described.where.items() if k in row):
             name = row.get(described.id or "id")
             _check_id(name, where)
-            found.append(_question(row, described, f"{prefix}{len(found) if name is None else name}", where))
-    return found
+            questions.append(_question(row, described, f"{prefix}{len(questions) if name is None else name}", where))
+    return questions
 
 
 def _check_id(name: Any, where: str) -> None:
@@ -223,10 +224,10 @@ def _fetch(name: str, described: Descriptor, offline: bool) -> list[Path]:
         raise FastMTPError(
             f"task {name}: {described.source} cannot be read from the hub ({detail(error, 160)}); go online, or {fix}"
         ) from None
-    found = sorted({path for pattern in described.files for path in Path(folder).glob(pattern)})
-    if not found:
+    files = sorted({path for pattern in described.files for path in Path(folder).glob(pattern)})
+    if not files:
         raise FastMTPError(f"task {name}: {described.source} is not in the cache; go online, or {fix}")
-    return found
+    return files
 
 
 def _download(name: str, url: str, offline: bool, fix: str) -> Path:

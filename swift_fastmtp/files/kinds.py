@@ -1,8 +1,6 @@
 """Kinds of values: what a key of somebody's file must hold, in words and as a test."""
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -84,11 +82,3 @@ def wrong_types(value: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Iterator
     for key, kind in kinds.items():
         if value.get(key) is not None and not kind.fits(value[key]):
             yield key, kind.what
-
-
-def shown(value: Any) -> str:
-    """A value for a message, as the file has it, at most 80 characters of it."""
-    if isinstance(value, dict | list) and len(value) > 80:
-        return f"{type(value).__name__} of {len(value)} entries"
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return re.sub(r"(?s)(.{77}).{4,}", r"\1...", text)

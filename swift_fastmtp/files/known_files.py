@@ -6,7 +6,8 @@ from typing import Any
 
 from ..errors import FastMTPError
 from .inputs import read_json
-from .kinds import NAME, NAME_OR_NAMES, NUMBER, OBJECT, PATH, TOKEN_IDS, Kind, is_int, shown, whole, wrong_types
+from .kinds import NAME, NAME_OR_NAMES, NUMBER, OBJECT, PATH, TOKEN_IDS, Kind, is_int, whole, wrong_types
+from .show import show
 
 _WHOLE = Kind("a whole number", is_int)
 
@@ -58,5 +59,5 @@ def read_object(path: str | Path) -> dict[str, Any]:
     name = Path(path).name
     kinds = _MAP_FACTS if name.endswith(".meta.json") else _FILES.get(name, {})
     for key, what in wrong_types(value, kinds):
-        raise FastMTPError(f"{path}: {key} is {shown(value[key])}, it must be {what}; copy the file from where it came")
+        raise FastMTPError(f"{path}: {key} is {show(value[key])}, it must be {what}; copy the file from where it came")
     return value

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from helpers import bench_results
 from helpers.paths import TINY
-from swift_fastmtp.bench import bench
-from swift_fastmtp.bench.plan import _PLAN, _SERVER, make_plan, read_plan
+from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.bench.plan_keys import PlanKeys, ServerKeys
+from swift_fastmtp.bench.records import read_records
 from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.data.tasks import load_task
 from swift_fastmtp.errors import FastMTPError
@@ -101,7 +102,7 @@ def check_records(content):
 
     def read(path):
         with open(path, "rb") as file:
-            bench._read_records(file, Path("requests.jsonl"), {RUN})
+            read_records(file, Path("requests.jsonl"), {RUN})
 
     return judge(read, content)
 
@@ -158,13 +159,13 @@ def plans(draw):
     server = {
         "folder": str(TINY),
         "num_steps": draw(st.sampled_from([1, [1, 2], "${STEPS}"])),
-        **draw(st.dictionaries(st.sampled_from(_SERVER), yaml_value(), max_size=2)),
+        **draw(st.dictionaries(st.sampled_from(list(ServerKeys.model_fields)), yaml_value(), max_size=2)),
     }
     plan = {
         "model": str(TINY),
         "tasks": ["smoke"],
         "servers": {"base": {}, draw(st.just("v") | _NAMES): server},
-        **draw(st.dictionaries(st.sampled_from(sorted(_PLAN)), yaml_value(), max_size=2)),
+        **draw(st.dictionaries(st.sampled_from(sorted(PlanKeys.model_fields)), yaml_value(), max_size=2)),
     }
     document = emit(plan)
     return document if draw(st.booleans()) else draw(spliced(document, _YAML))
