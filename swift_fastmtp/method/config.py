@@ -38,7 +38,7 @@ class FastMTPConfig:
     rollout: str = field(
         default="exact",
         metadata={
-            "help": "Graph of the recursion: `exact` is what SGLang and vLLM run when they serve one MTP layer, "
+            "help": "Graph of the recursion: `exact` is what SGLang runs when it serves one MTP layer, "
             "`paper` is what the paper's code trains."
         },
     )
