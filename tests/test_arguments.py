@@ -104,7 +104,7 @@ output_dir: {out}
 """
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_a_recipe_that_names_lora(rows, tmp_path):
     """The real command: ms-swift makes flags of it, in a second process."""
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"

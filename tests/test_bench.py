@@ -449,6 +449,7 @@ def start(plan, out):
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+@pytest.mark.matrix
 def test_killed_and_started_again(tmp_path):
     plan = managed(tmp_path, "--pause", "0.1")
     out = tmp_path / "out"

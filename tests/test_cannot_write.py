@@ -146,6 +146,7 @@ def test_without_git_there_is_no_revision(monkeypatch, tmp_path):
     assert provenance()["git_revision"] is None
 
 
+@pytest.mark.matrix
 def test_simulate_without_git(tmp_path):
     """It used to stop after all its work."""
     rows = tmp_path / "rows.jsonl"

@@ -238,7 +238,7 @@ def test_other_file_formats_hold_the_same_rows(prompts, tmp_path):
         read_rows(tmp_path / "cut.jsonl.gz")
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_swift_deploy_gives_the_same_rows(prompts, tmp_path):
     """ms-swift's own server, waited for while it starts: text, token ids and finish reasons as in this process."""
     port = free_port()
@@ -258,6 +258,7 @@ def test_swift_deploy_gives_the_same_rows(prompts, tmp_path):
     assert (tmp_path / "there.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
 
 
+@pytest.mark.matrix
 def test_datasets_of_hubs_are_prompts(prompts, tmp_path):
     """A folder in the hub's layout, and ms-swift's own syntax with a sample of a file; through the command."""
     (tmp_path / "hub").mkdir()

@@ -56,7 +56,7 @@ def quickstart(clone):
     return bash(QUICKSTART, clone)
 
 
-@pytest.mark.engine
+@pytest.mark.matrix
 def test_quickstart_makes_the_head_better(clone, quickstart):
     assert "== 6/6" in quickstart and "tau K=3" in quickstart
     before, after = json.loads((clone / "output/quickstart/simulate/simulate.json").read_text())["heads"]

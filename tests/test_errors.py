@@ -158,10 +158,26 @@ def fastmtp(*args):
     [
         (["export", "--adapters", "missing", "--output_dir", "{tmp}/out"], "missing: no such checkpoint folder"),
         (["export", "--adapters", TINY, "--output_dir", "{tmp}/out", "--model", TINY], "nothing was trained"),
-        (["simulate", "--model", "nowhere", "--dataset", "{rows}"], "nowhere/config.json: not found"),
-        (["simulate", "--model", TINY, "--dataset", "{tmp}/bad.jsonl"], "bad.jsonl:2: not JSON"),
-        (["distill", "--model", TINY, "--prompts", "{tmp}/bad.jsonl", "--output", "{tmp}/o"], "bad.jsonl:2: not JSON"),
-        (["distill", "--model", TINY, "--prompts", "{rows}", "--output", "{rows}"], "already exists"),
+        pytest.param(
+            ["simulate", "--model", "nowhere", "--dataset", "{rows}"],
+            "nowhere/config.json: not found",
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            ["simulate", "--model", TINY, "--dataset", "{tmp}/bad.jsonl"],
+            "bad.jsonl:2: not JSON",
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            ["distill", "--model", TINY, "--prompts", "{tmp}/bad.jsonl", "--output", "{tmp}/o"],
+            "bad.jsonl:2: not JSON",
+            marks=pytest.mark.matrix,
+        ),
+        pytest.param(
+            ["distill", "--model", TINY, "--prompts", "{rows}", "--output", "{rows}"],
+            "already exists",
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_fastmtp_errors(args, message, rows, tmp_path):

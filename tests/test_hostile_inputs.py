@@ -152,6 +152,7 @@ SETTINGS_CASES = [
 ]
 
 
+@pytest.mark.matrix
 def test_settings_of_every_type(place):
     check(SETTINGS_CASES, place, ["serve-args", "card", "doctor"])
 
@@ -250,7 +251,7 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("case", SAMPLE)
+@pytest.mark.parametrize("case", some_now(SAMPLE, ["an index is a list"]))
 def test_through_the_real_command(case, place):
     file, form = SAMPLE[case]
     folder = model_folder(place / f"real {case}")

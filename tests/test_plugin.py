@@ -167,6 +167,7 @@ def test_what_is_missing_of_a_checkpoint(file, keep, why, run, tmp_path):
     assert why in what_is_missing(folder)
 
 
+@pytest.mark.matrix
 def test_explicit_plugin_without_autoload(run, rows, tmp_path):
     args = sft_args(TINY, rows, tmp_path / "run", max_steps=2, loss_type="fastmtp", tuner_type="fastmtp")
     off = {"SWIFT_FASTMTP_AUTOLOAD": "0"}
@@ -352,6 +353,7 @@ def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
     assert serve[serve.index("--speculative-token-map") + 1] == knobs["token_map"]  # served as it was trained
 
 
+@pytest.mark.matrix
 def test_hidden_cache_gives_the_same_run_without_the_backbone(rows, tmp_path):
     """Two epochs with and without it: the same losses; started again, not one hidden state is computed or written."""
     changes = {"max_steps": 24, "save_steps": 24, "val_dataset": f"{rows}#8", "eval_steps": 12}

@@ -306,6 +306,7 @@ print("compiled")
 """
 
 
+@pytest.mark.matrix
 def test_the_kernel_compiles_for_gpus(tmp_path):
     """The interpreter forgives what the compiler does not."""
     pytest.importorskip("triton", reason="pip install swift_fastmtp[dev]")

@@ -454,6 +454,7 @@ def test_distill_asks_all_of_it(tmp_path):
     assert not {"system", "history", "query", "response"} & answered.keys()
 
 
+@pytest.mark.matrix
 def test_rows_of_a_dataset_are_named_by_it(tmp_path):
     """Not by the file that they are saved in, through the command."""
     agent = [ASKED, {"role": "tool_call", "content": '{"name": "tide", "arguments": {}}'},

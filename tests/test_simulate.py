@@ -114,6 +114,7 @@ def test_maps_in_one_pass_equal_each_alone(tiny, few):
                     assert bool(accepted_KA[k, t]) == (place < len(text.ids) and text.ids[place] == token)
 
 
+@pytest.mark.matrix
 def test_sampled_drafts_are_accepted_with_the_probability_of_speculative_sampling(tiny, few):
     """The mean of min(1, q/p) over tokens drawn from p is sum min(p, q), inside a map as well."""
     model, tokenizer = tiny

@@ -91,9 +91,9 @@ def test_sglang_and_transformers_write_the_same_text(plain, texts):
 
 # The base's own head is served in test_bench_engine.py.
 CASES = [
-    ("full", 2, True),
-    pytest.param("checkpoint", 3, False, marks=pytest.mark.matrix),
     ("draft", 3, True),
+    pytest.param("checkpoint", 3, False, marks=pytest.mark.matrix),
+    pytest.param("full", 2, True, marks=pytest.mark.matrix),
     pytest.param("no_remote_code", 5, False, marks=pytest.mark.matrix),
 ]
 

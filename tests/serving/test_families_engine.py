@@ -8,7 +8,6 @@ import torch
 from helpers.engine import Server
 from helpers.models import CHECKPOINTS, SERVED
 from helpers.paths import TINY
-from helpers.tiers import some_now
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -49,7 +48,8 @@ def log_probabilities(model, text, record):
     return ours, torch.tensor([value for value, *_ in record["meta_info"]["output_token_logprobs"]])
 
 
-@pytest.mark.parametrize("name", some_now(SERVED, ["deepseek_v3"]))
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", SERVED)
 def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
     base = CHECKPOINTS[name](tmp_path / "base")
     model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)

@@ -74,6 +74,7 @@ def test_server_and_process_give_the_same_rows(server, prompts, work):
     assert {len(t) for t in turns} == {1, 2} and all("…" not in m["content"] for t in turns for m in t)
 
 
+@pytest.mark.matrix
 def test_sampled_answers_differ_and_are_counted(server, prompts, work):
     out = from_server(prompts, work / "sampled.jsonl", server.port, temperature=1.0, num_answers=3)
     rows = read_rows(out)
