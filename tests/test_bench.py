@@ -266,6 +266,23 @@ def test_openai_servers(tmp_path):
     assert results.runs[0].tau_micro is None and "tau is not known" in warnings(results)[0]
 
 
+def test_vllm_tells_of_each_request(tmp_path):
+    """With `--per-request-spec-decode-metrics`: then the mean over answers is known too, whoever else is served."""
+    plan = tmp_path / "plan.yaml"
+    with FakeEngine(num_steps=2, kind="vllm") as server:
+        server.tells = True
+        plan.write_text(yaml.safe_dump({**ASKED, "servers": {"v": {"base_url": server.url}}}))
+        (run,) = bench(str(tmp_path / "out"), plan=str(plan)).runs
+        own = [r for r in lines(tmp_path / "out") if "counters" not in r]
+        steps = [[a for _, a in chunks(r["completion_tokens"], 2)] for r in own]
+        assert [(r["steps"], r["accepted"]) for r in own] == [(len(s), sum(s)) for s in steps]
+        assert run.tau_macro == pytest.approx(sum(1 + sum(s) / len(s) for s in steps) / len(steps))
+        assert sum(run.histogram) == sum(map(len, steps))
+        server.lies = {"num_accepted_draft_tokens": 99}
+        with pytest.raises(FastMTPError, match="99 drafts accepted in .* is not possible"):
+            bench(str(tmp_path / "lies"), plan=str(plan))
+
+
 THINKING = (
     "{%- for m in messages %}"
     "{%- set text = m.content %}"

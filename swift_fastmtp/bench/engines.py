@@ -320,13 +320,16 @@ class Engine:
                 f"{self.url}: drafts, but its answers do not tell {', '.join(missing)}, as SGLang {version} should "
                 f"(they have {like}); use another version, or add its names to SGLANG_FIELDS in bench/engines.py"
             )
-        steps, accepted = meta[names.steps], meta[names.accepted]
-        if steps < 0 or not 0 <= accepted <= steps * self.identity.num_steps:
+        return self._counts(meta[names.steps], meta[names.accepted], meta.get(names.histogram))
+
+    def _counts(self, steps: int, accepted: int, histogram: Any) -> tuple[int, int, list[int] | None]:
+        """What a server says of one answer. Raises `FastMTPError` if it cannot be."""
+        most = self.identity.num_steps or MAX_STEPS
+        if steps < 0 or not 0 <= accepted <= steps * most:
             raise FastMTPError(
-                f"{self.url}: {show(accepted)} drafts accepted in {show(steps)} steps of {self.identity.num_steps} "
-                "drafts is not possible; its acceptance cannot be trusted"
+                f"{self.url}: {show(accepted)} drafts accepted in {show(steps)} steps of {most} drafts is not possible; "
+                "its acceptance cannot be trusted"
             )
-        histogram = meta.get(names.histogram)
         if histogram is not None and not _is_histogram(histogram, accepted, steps):
             raise FastMTPError(
                 f"{self.url}: its histogram {str(histogram)[:100]} is not that of {accepted} drafts accepted in "
@@ -354,10 +357,12 @@ class Engine:
             extra_body=extra,
         )
         text, reasoning, output, usage, reason, model = "", "", list[int](), None, None, ""
+        metrics: dict[str, Any] = {}
         async for chunk in stream:
             watch.tick()
             hear()
             usage, model = chunk.usage or usage, chunk.model or model
+            metrics = getattr(chunk, "metrics", None) or metrics
             for choice in chunk.choices or ():
                 text += choice.delta.content or ""
                 # SGLang's name, and vLLM's; versions of vLLM that have both say the same under both.
@@ -378,6 +383,12 @@ class Engine:
             answer.chunk_tokens, answer.chunk_seconds = [], []  # chunks of unknown size tell nothing about tokens
         answer.prompt_tokens = usage.prompt_tokens
         answer.reasoning_content = reasoning or None
+        # vLLM with --per-request-spec-decode-metrics (`entrypoints/generate/base/protocol.py`).
+        if told := metrics.get("speculative_decoding"):
+            steps, accepted = told["num_spec_steps"], told["num_accepted_draft_tokens"]
+            answer.steps, answer.accepted, answer.histogram = self._counts(
+                steps, accepted, told["acceptance_histogram"]
+            )
         return answer
 
 

@@ -38,6 +38,17 @@ def chunks(length, num_steps):
     return found
 
 
+def told(output, num_steps):
+    """What vLLM says of one answer."""
+    accepted = [drafts for _, drafts in chunks(len(output), num_steps)]
+    histogram = [accepted.count(n) for n in range(num_steps + 1)]
+    return {
+        "num_spec_steps": len(accepted),
+        "num_accepted_draft_tokens": sum(accepted),
+        "acceptance_histogram": histogram,
+    }
+
+
 class FakeEngine:
     """`with FakeEngine(num_steps=2) as server:` answers at `server.url`."""
 
@@ -52,6 +63,7 @@ class FakeEngine:
         self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
         self.dead, self.probed = False, 0  # what /health says, and how often it was asked
         self.drafts, self.accepted = 0, [0] * num_steps
+        self.tells = False  # as vLLM with --per-request-spec-decode-metrics
         self.lies = {}
         self.echo, self.launch_command, self.authorizations = 0, None, set()
         self.lock = threading.Lock()
@@ -215,7 +227,10 @@ class Handler(BaseHTTPRequestHandler):
         end = "length" if sent == body["max_tokens"] else engine.reason
         self.event({**common, "choices": [{"index": 0, "delta": {}, "finish_reason": end}]})
         usage = {"prompt_tokens": len(prompt), "completion_tokens": sent, "total_tokens": sent + len(prompt)}
-        self.event({**common, "choices": [], "usage": usage})
+        last = {**common, "choices": [], "usage": usage}
+        if engine.tells:
+            last["metrics"] = {"speculative_decoding": told(output, engine.num_steps) | engine.lies}
+        self.event(last)
         self.wfile.write(b"data: [DONE]\n\n")
 
     def begin(self):

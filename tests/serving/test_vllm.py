@@ -13,6 +13,7 @@ from helpers.engine import VLLMServer
 from helpers.paths import ROOT, TINY
 from transformers import AutoTokenizer
 
+from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
@@ -65,8 +66,16 @@ def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path, monkeypatch
     served = flags[0].words[-1]
     with VLLMServer([*command(flags), *TELLS], tmp_path / "server.log") as server:
         answers = [server.complete(served, t.ids[: t.start], TOKENS) for t in texts]
+        address = f"tuned=http://127.0.0.1:{server.port}"
+        (run,) = bench(
+            str(tmp_path / "bench"), base_urls=[address], model=str(TINY), num_questions=4, max_new_tokens=16
+        ).runs
     assert [ids for ids, _ in answers] == [t.ids[t.start : t.end] for t in texts]
     counted = [accepted for _, accepted in answers]
     assert counted == rounds(model, folder, texts, monkeypatch, before_norm=True)
     assert counted != rounds(model, folder, texts, monkeypatch, before_norm=False)
     assert sum(map(sum, counted)) > len(texts)  # the equality above is not that of zeros
+    # The benchmark reads the same counts.
+    records = map(json.loads, (tmp_path / "bench/requests.jsonl").read_text().splitlines())
+    told = [r["histogram"] for r in records if "counters" not in r and r["completion_tokens"] > 1]
+    assert run.tau_macro is not None and run.histogram == [sum(column) for column in zip(*told, strict=True)]
