@@ -279,7 +279,7 @@ def test_vllm_tells_of_each_request(tmp_path):
         assert run.tau_macro == pytest.approx(sum(1 + sum(s) / len(s) for s in steps) / len(steps))
         assert sum(run.histogram) == sum(map(len, steps))
         server.lies = {"num_accepted_draft_tokens": 99}
-        with pytest.raises(FastMTPError, match="99 drafts accepted in .* is not possible"):
+        with pytest.raises(FastMTPError, match=r"99 drafts accepted in .* is not possible"):
             bench(str(tmp_path / "lies"), plan=str(plan))
 
 

@@ -327,8 +327,8 @@ class Engine:
         most = self.identity.num_steps or MAX_STEPS
         if steps < 0 or not 0 <= accepted <= steps * most:
             raise FastMTPError(
-                f"{self.url}: {show(accepted)} drafts accepted in {show(steps)} steps of {most} drafts is not possible; "
-                "its acceptance cannot be trusted"
+                f"{self.url}: {show(accepted)} drafts accepted in {show(steps)} steps of {most} drafts is not "
+                "possible; its acceptance cannot be trusted"
             )
         if histogram is not None and not _is_histogram(histogram, accepted, steps):
             raise FastMTPError(
@@ -384,10 +384,10 @@ class Engine:
         answer.prompt_tokens = usage.prompt_tokens
         answer.reasoning_content = reasoning or None
         # vLLM with --per-request-spec-decode-metrics (`entrypoints/generate/base/protocol.py`).
-        if told := metrics.get("speculative_decoding"):
-            steps, accepted = told["num_spec_steps"], told["num_accepted_draft_tokens"]
+        if spec := metrics.get("speculative_decoding"):
+            steps, accepted = spec["num_spec_steps"], spec["num_accepted_draft_tokens"]
             answer.steps, answer.accepted, answer.histogram = self._counts(
-                steps, accepted, told["acceptance_histogram"]
+                steps, accepted, spec["acceptance_histogram"]
             )
         return answer
 

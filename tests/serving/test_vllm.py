@@ -67,9 +67,8 @@ def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path, monkeypatch
     with VLLMServer([*command(flags), *TELLS], tmp_path / "server.log") as server:
         answers = [server.complete(served, t.ids[: t.start], TOKENS) for t in texts]
         address = f"tuned=http://127.0.0.1:{server.port}"
-        (run,) = bench(
-            str(tmp_path / "bench"), base_urls=[address], model=str(TINY), num_questions=4, max_new_tokens=16
-        ).runs
+        few = {"model": str(TINY), "num_questions": 4, "max_new_tokens": 16}
+        (run,) = bench(str(tmp_path / "bench"), base_urls=[address], **few).runs
     assert [ids for ids, _ in answers] == [t.ids[t.start : t.end] for t in texts]
     counted = [accepted for _, accepted in answers]
     assert counted == rounds(model, folder, texts, monkeypatch, before_norm=True)
