@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..data.client import RefusedError
+from ..data.client import RefusedError, all_or_first_failure
 from ..data.conversation import Message
 from ..data.tasks import Question, Task
 from ..errors import FastMTPError
@@ -155,14 +155,7 @@ class Measurement:
                     tokens += answer.completion_tokens
                     bar.set_postfix_str(f"{tokens / max(time.monotonic() - begin, 1e-9):.1f} tok/s", refresh=False)
 
-        workers = [asyncio.create_task(worker()) for _ in range(min(key[3], len(task.questions)))]
-        try:
-            for done in asyncio.as_completed(workers):
-                await done
-        finally:
-            for one in workers:
-                one.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await all_or_first_failure(worker() for _ in range(min(key[3], len(task.questions))))
 
     async def _ask(self, key: RunKey, question: Question, history: list[Message], turn: int) -> Answer | None:
         named = {**run_fields(key), "id": question.id, "turn": turn, "engine": self.engine.identity.engine}
@@ -220,7 +213,7 @@ def _message(record: Record) -> Message:
 
 
 def _messages(question: Question, history: list[Message]) -> list[Message]:
-    """The conversation up to the next answer, with the model's own answers so far."""
+    """The conversation up to the next answer, with the model's answers so far."""
     messages = [{"role": "system", "content": question.system}] if question.system else []
     for turn, answer in zip(question.turns, [*history, None], strict=False):
         messages.append({"role": "user", "content": turn})

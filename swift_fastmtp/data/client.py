@@ -15,7 +15,7 @@ import json
 import socket
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -297,6 +297,18 @@ def _keep_alive() -> list[tuple[int, int, int]]:
         if hasattr(socket, name):  # not on every system
             options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
     return options
+
+
+async def all_or_first_failure(works: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run them side by side until all have ended. The first failure cancels the others and is raised."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        for done in asyncio.as_completed(tasks):
+            await done
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def repeat(ask: Callable[[], Awaitable[T]], urls: list[str], retry_seconds: float) -> T:

@@ -28,7 +28,7 @@ from ..files.rows import BadRows, Row, iter_rows
 from ..files.staging import try_output, write_json
 from ..model.loading import load_model
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
-from .client import RefusedError, Sampling, Servers
+from .client import RefusedError, Sampling, Servers, all_or_first_failure
 from .conversation import Conversation, Reply
 from .examples import difference
 from .generate import end_token_ids, generate
@@ -283,16 +283,7 @@ class Worker:
         stream = self.conversations(keys)
         try:
             await servers.find_model()
-            workers = {
-                asyncio.create_task(self._answer_all(servers, stream)) for _ in range(min(concurrency, len(keys)))
-            }
-            try:
-                for task in asyncio.as_completed(workers):
-                    await task
-            finally:
-                for task in workers:
-                    task.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
+            await all_or_first_failure(self._answer_all(servers, stream) for _ in range(min(concurrency, len(keys))))
         finally:
             await servers.close()
 

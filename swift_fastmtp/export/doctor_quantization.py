@@ -1,6 +1,7 @@
 """Whether engines build the MTP layer in the form in which it is stored: plain, or quantized as config.json says."""
 
 from collections.abc import Iterator
+from itertools import chain
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8_config import SCALE
@@ -39,17 +40,18 @@ def check_dtypes(checkpoint: Checkpoint, names: list[str], packed: set[str]) -> 
 
 def stored_tensors(checkpoint: Checkpoint, family: Family, parts: list[Part]) -> dict[str, list[str]]:
     """Module of the MTP layer that engines may quantize → its tensors: the matrix, its scales, its packed form."""
-    modules = {m for part in parts for m in part.modules}
-    stored: dict[str, list[str]] = {m: [] for m in modules}
+    stored: dict[str, list[str]] = {}
+    for part in parts:
+        stored.update((module, []) for module in part.modules)
     for name in checkpoint.file_of:
         if not family.owns(name):
             continue
         # Scales stand under the module (`fc.weight_scale`), bitsandbytes' under the matrix (`fc.weight.absmax`), those
         # of joined experts beside it (`experts.gate_up_proj_scale_inv`).
         path = name
-        while path and path not in modules:
+        while path and path not in stored:
             path = path.rpartition(".")[0]
-        path = path or next((m for m in modules if name.startswith(f"{m}_")), "")
+        path = path or next((m for m in stored if name.startswith(f"{m}_")), "")
         if path and not name.endswith(".bias"):
             stored[path].append(name)
     return stored
@@ -134,7 +136,7 @@ def _built_quantized(
         elif building:
             by_all.extend(part.modules)
     method = f"quantization_config ({quantization.method})"
-    how = fix(quantization, family, by_all or [m for modules in by_one.values() for m in modules])
+    how = fix(quantization, family, by_all or list(chain.from_iterable(by_one.values())))
     if by_all:
         what = f"{method} does not leave out the MTP layer, whose tensors are not quantized: {listed(by_all)}"
         if any(any((readings[part] or {}).values()) for part in plain):

@@ -138,5 +138,6 @@ def _experts_joined(checkpoint: Checkpoint, family: Family) -> bool:
     if any(checkpoint.folder.glob("*.safetensors")):
         headers = checkpoint.headers
         every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
-    names = [name for name in every if name.startswith(tuple(f"{root}." for root in family.roots))] or every
+    below = tuple(f"{root}." for root in family.roots)
+    names = [name for name in every if name.startswith(below)] or every
     return any(name.endswith(".experts.gate_up_proj") for name in names)

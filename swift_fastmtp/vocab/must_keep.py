@@ -96,4 +96,8 @@ def tokenizer_hash(model_dir: str | Path) -> str:
 
 def _end_ids(folder: Path, config: dict[str, Any]) -> set[int]:
     values = [read_object(folder / "generation_config.json").get("eos_token_id"), config_value(config, "eos_token_id")]
-    return {i for ids in values for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int)}
+    stop_ids: set[int] = set()
+    for value in values:
+        ids = value if isinstance(value, list) else [value]
+        stop_ids.update(i for i in ids if isinstance(i, int))
+    return stop_ids

@@ -113,7 +113,7 @@ class Server:
 
 _VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_HOST_IP": "127.0.0.1",  # else its processes talk to each other by the machine's address
+    "VLLM_HOST_IP": "127.0.0.1",  # else its processes listen at the machine's address
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "OMP_NUM_THREADS": "1",
