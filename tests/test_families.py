@@ -3,6 +3,7 @@ ingredients, `paper`, gradients, padding."""
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,12 +25,13 @@ from helpers.reference import (
     draft_with_cache,
     paper_rollout,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.longcat_flash import modeling_longcat_flash
 
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.families.family import ENGINES, Graph
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.method import flash, indexer
 from swift_fastmtp.method.config import FastMTPConfig
@@ -109,13 +111,13 @@ def case(kind, lengths, seed, heads=(4, 2)):
 
 
 def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches):
+    graph = switches.pop("graph", model.head.graph)
     head, worst, start = KINDS[kind][1](model.head, model.config), 0.0, 0
     for n in lengths:
         h, e = hidden[0, start : start + n], embeds[0, start : start + n]
         for base in range(n - 1):
             depth = min(steps, n - 1 - base)
-            switches = {"mask_position_zero": model.family.fusion.mask_position_zero, **switches}
-            want = draft_with_cache(head, h, e, base, depth, **switches)
+            want = draft_with_cache(head, h, e, base, depth, graph, **switches)
             got = torch.stack([outputs[k, start + base] for k in range(depth)])
             worst = max(worst, float((got - want).detach().abs().max()))
         start += n
@@ -129,9 +131,13 @@ def worst_error(kind, model, hidden, embeds, lengths, steps, outputs, **switches
     heads=st.sampled_from([(4, 2), (2, 2), (4, 1)]),
     steps=st.integers(1, 5),
     seed=st.integers(0, 99),
+    engine=st.sampled_from(ENGINES),
 )
-def test_exact_equals_a_draft_with_a_kv_cache(in_float64, shown, kind, lengths, heads, steps, seed):
+def test_exact_equals_a_draft_with_a_kv_cache(in_float64, shown, kind, lengths, heads, steps, seed, engine):
+    """In the graph of either engine."""
     model, hidden, embeds = case(kind, lengths, seed, heads)
+    assume(engine == "sglang" or model.family.engines.vllm)
+    model.fastmtp = FastMTPConfig(engine=engine)
     outputs = run(model, hidden, embeds, lengths, steps, "exact")
     assert worst_error(kind, model, hidden, embeds, lengths, steps, outputs) <= 1e-9
     shown("exact", model.config.architectures)
@@ -146,9 +152,7 @@ def test_gradients_are_those_of_the_draft(in_float64, kind):
     share = torch.randn_like(outputs)
     for base in range(6):
         depth = min(3, 6 - base)
-        chain = draft_with_cache(
-            head, hidden[0], embeds[0], base, depth, mask_position_zero=model.family.fusion.mask_position_zero
-        )
+        chain = draft_with_cache(head, hidden[0], embeds[0], base, depth, model.head.graph)
         ours = ours + (outputs[:depth, base] * share[:depth, base]).sum()
         want = want + (chain * share[:depth, base]).sum()
     pairs = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(want, inputs), strict=True)
@@ -173,7 +177,7 @@ def test_exact_in_fp32_with_transformers_own_norms_and_routing(kind):
             embeds.double(),
             base,
             min(4, 13 - base),
-            mask_position_zero=model.family.fusion.mask_position_zero,
+            model.head.graph,
         )
         torch.testing.assert_close(outputs[: len(want), base], want, atol=1e-4, rtol=1e-4)
 
@@ -189,7 +193,15 @@ def error_without(kind, change, other, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change", [{"shift_positions": False}, {"own_chain": False}, {"mask_position_zero": True}, "order", "norms", "gate"]
+    "change",
+    [
+        {"shift_positions": False},
+        {"own_chain": False},
+        {"graph": Graph(mask_position_zero=True)},
+        "order",
+        "norms",
+        "gate",
+    ],
 )
 def test_each_ingredient_of_qwen_is_needed(in_float64, change, monkeypatch):
     """Taking one away must be far outside the tolerance, or the tests above prove nothing."""
@@ -202,7 +214,7 @@ def test_each_ingredient_of_qwen_is_needed(in_float64, change, monkeypatch):
     assert error_without("qwen3_next", change, other, monkeypatch) > 1e-2
 
 
-@pytest.mark.parametrize("change", [{"mask_position_zero": False}, "order", "norm", "rope", "bias"])
+@pytest.mark.parametrize("change", [{"graph": Graph()}, "order", "norm", "rope", "bias"])
 def test_each_ingredient_of_ernie_is_needed(in_float64, change, monkeypatch):
     fuse, linear = ErnieHead.fuse, ErnieHead.linear
     other = {
@@ -212,6 +224,24 @@ def test_each_ingredient_of_ernie_is_needed(in_float64, change, monkeypatch):
         "bias": ("linear", lambda self, x, n: linear(self, x, n) - self.w[f"{n}.bias"] * (n == "mtp_linear_proj.0")),
     }
     assert error_without("ernie4_5_moe", change, other, monkeypatch) > 1e-2
+
+
+# What vLLM's graphs set, by family; the hidden state that step 1 gets is the caller's (test_engine_graph.py).
+SET_IN_VLLM = [
+    (family.name, name)
+    for family in FAMILIES
+    for name in ("feedback_before_norm", "mask_position_zero", "rotary_halves")
+    if family.name in KINDS and family.engines.vllm and getattr(family.engines.vllm, name)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), SET_IN_VLLM)
+def test_each_field_of_vllms_graph_is_needed(in_float64, kind, name):
+    model, hidden, embeds = case(kind, [9, 7], 0)
+    model.fastmtp = FastMTPConfig(engine="vllm")
+    outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
+    other = replace(model.head.graph, **{name: False})
+    assert worst_error(kind, model, hidden, embeds, [9, 7], 4, outputs, graph=other) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3", "bailing_moe_v2"])

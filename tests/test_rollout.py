@@ -7,6 +7,7 @@ from helpers.reference import Head, draft_with_cache, paper_rollout
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from swift_fastmtp.families.family import Graph
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import rollout, segment_ids, step_targets
 
@@ -42,12 +43,13 @@ def case(lengths, heads, seed):
 
 def worst_error(model, hidden, embeds, lengths, steps, outputs, **switches):
     """Largest difference to the KV-cached draft over every base slot that still has a token to read."""
+    graph = switches.pop("graph", model.head.graph)
     head, worst, start = Head(model.head, model.config), 0.0, 0
     for n in lengths:
         h, e = hidden[0, start : start + n], embeds[0, start : start + n]
         for base in range(n - 1):
             depth = min(steps, n - 1 - base)
-            want = draft_with_cache(head, h, e, base, depth, **switches)
+            want = draft_with_cache(head, h, e, base, depth, graph, **switches)
             got = torch.stack([outputs[k, start + base] for k in range(depth)])
             worst = max(worst, float((got - want).detach().abs().max()))
         start += n
@@ -63,13 +65,17 @@ def test_exact_equals_a_draft_with_a_kv_cache(exact_norms, shown, lengths, heads
     shown("exact", model.config.architectures)
 
 
-@pytest.mark.parametrize("missing", ["shift_positions", "own_chain", "mask_position_zero"])
+@pytest.mark.parametrize(
+    "missing",
+    [{"shift_positions": False}, {"own_chain": False}, {"graph": Graph()}],
+    ids=lambda missing: next(iter(missing)),
+)
 def test_each_ingredient_of_exact_is_needed(exact_norms, missing):
     """Taking one ingredient away must be far outside the tolerance, or the test above proves nothing."""
     model, hidden, embeds = case([9, 7], (4, 2), 0)
     outputs = run(model, hidden, embeds, [9, 7], 4, "exact")
     assert worst_error(model, hidden, embeds, [9, 7], 4, outputs) <= 1e-9
-    assert worst_error(model, hidden, embeds, [9, 7], 4, outputs, **{missing: False}) > 1e-2
+    assert worst_error(model, hidden, embeds, [9, 7], 4, outputs, **missing) > 1e-2
 
 
 @few
@@ -225,7 +231,7 @@ def test_on_policy_inputs_are_the_drafts_of_a_server(exact_norms, seed):
     for base in range(6):
         embeds = embed(ids).clone()
         for k in range(1, 5):
-            g = draft_with_cache(head, hidden[0], embeds, base, k)[-1]
+            g = draft_with_cache(head, hidden[0], embeds, base, k, model.head.graph)[-1]
             assert float((outputs[k - 1, base] - g).detach().abs().max()) <= 1e-9
             draft = (g @ model.lm_head.weight.T).argmax()
             differs += int(draft != ids[base + k + 1]) if base + k + 1 < 11 else 0

@@ -1,13 +1,15 @@
 """What a row of the table says of a model family, and the few names that all families share.
 
 A row has a few fields of its own and four groups: `Names` (where the tensors lie), `Fusion` (how hidden state and
-token embedding become one input), `Block` (the decoder layer) and `Engines` (what SGLang and vLLM ask for).
-README.md says where each is looked up.
+token embedding become one input), `Block` (the decoder layer) and `Engines` (what SGLang and vLLM ask for, and the
+`Graph` that each computes with the layer). README.md says where each is looked up.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
+
+from ..errors import FastMTPError
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,6 @@ class Fusion:
     """Order of the fused input: [hidden, embed] if true, else [embed, hidden]."""
     zero_centered_norms: bool = False
     """Norms multiply by 1 + weight (Gemma's), so weights of all zeros are a sound norm."""
-    mask_position_zero: bool = False
-    """Engines zero the token embedding where the position is 0 (SGLang and vLLM `mimo_mtp.py`)."""
     proj_bias: str | None = None
     """config.json key that gives the projection a bias."""
 
@@ -61,16 +61,54 @@ class Block:
     """Settings of config.json of which this class and the backbone's know one value; a missing one is taken for it."""
 
 
+ENGINES = ("sglang", "vllm")
+"""The servers that a row knows, as users write them."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What one engine computes with the MTP layer, where engines differ although the weights are the same.
+
+    Two graphs are equal where they compute the same, wherever that was read.
+    """
+
+    hidden_before_norm: bool = False
+    """Step 1 gets the backbone's hidden state before its final norm; else the one after it."""
+    feedback_before_norm: bool = False
+    """Steps 2..K get the block's output before the layer's final norm; else the one after it."""
+    mask_position_zero: bool = False
+    """The token embedding is zeroed where the position is 0."""
+    rotary_halves: bool = False
+    """RoPE turns element i of the MTP layer's queries and keys with i + half, where the weights were trained with
+    neighbors (2i, 2i + 1)."""
+    source: str = field(default="", compare=False)
+    """Where that was read: the engine's files and lines, in the version of `READ_IN`."""
+
+
+_DIFFERENCES = {
+    "hidden_before_norm": "vLLM drafts from the hidden state before the backbone's final norm, SGLang after it",
+    "feedback_before_norm": "vLLM feeds back the state before the MTP layer's final norm, SGLang after it",
+    "mask_position_zero": "vLLM zeroes the token embedding at position 0, SGLang does not",
+    "rotary_halves": "vLLM rotates halves in the MTP layer's attention, SGLang neighbors",
+}
+"""What differs where vLLM's graph has such a field set and SGLang's has not: the only direction there is."""
+
+READ_IN = {"sglang": "SGLang 0.5.23", "vllm": "vLLM 0.32.0"}
+"""The version of each engine that the lines in `Graph.source` are of."""
+
+
 @dataclass(frozen=True)
 class Engines:
     """What engines do with such a checkpoint, and what they ask of it."""
 
     served_as: str
     """SGLang's draft class, as 'file: class'."""
+    sglang: Graph
+    """What SGLang computes."""
+    vllm: Graph | None
+    """What vLLM computes; None: it does not draft with it (`config/speculative.py`, `MTPModelTypes`)."""
     sglang_gap: str | None = None
     """What keeps stock SGLang, in the version that the tests run, from drafting with it."""
-    vllm: bool = True
-    """vLLM drafts with it (`config/speculative.py` `MTPModelTypes`; read, not run)."""
     num_layers_key: str = "num_nextn_predict_layers"
     """config.json key that holds the number of MTP layers."""
     num_layers_needed: bool = True
@@ -120,6 +158,32 @@ class Family:
     def plain_model_type(self) -> str | None:
         """A `model_type` of transformers itself under which engines load config.json without remote code."""
         return self.engines.stand_in if self.engines.remote_code else self.model_type
+
+    def graph(self, engine: str) -> Graph:
+        """What an engine of `ENGINES` computes with the MTP layer; `both`: what both compute.
+
+        Raises `FastMTPError` where vLLM does not draft with such a checkpoint, and for `both` where they differ.
+        """
+        sglang, vllm = self.engines.sglang, self.engines.vllm
+        if engine == "sglang":
+            return sglang
+        if vllm is None:
+            raise FastMTPError(f"vLLM has no MTP for {self.architectures[0]}; fastmtp_engine must be sglang")
+        if engine == "both" and vllm != sglang:
+            raise FastMTPError(
+                f"SGLang and vLLM do not compute the same with the MTP layer of {self.architectures[0]}: "
+                f"{'; '.join(self.differences)}; set fastmtp_engine to sglang or vllm, which will serve it"
+            )
+        return vllm
+
+    @property
+    def differences(self) -> list[str]:
+        """What vLLM computes otherwise than SGLang, a line each."""
+        sglang, vllm = self.engines.sglang, self.engines.vllm
+        if vllm is None:
+            return []
+        names = [f.name for f in fields(Graph) if f.compare]
+        return [_DIFFERENCES[n] for n in names if getattr(vllm, n) != getattr(sglang, n)]
 
     def at(self, num_hidden_layers: int) -> "Family":
         """The row for a model of that many decoder layers, after which some families number their MTP layer."""

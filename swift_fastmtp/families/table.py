@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FastMTPError
 from ..files.table import markdown_table
-from .family import Block, Engines, Family, Fusion, Names, config_value
+from .family import Block, Engines, Family, Fusion, Graph, Names, config_value
 from .refused import LAYOUTS, known_layout
 
 # Two layouts that several models share. Every row below says which it has; no row is made from another model's.
@@ -35,6 +35,12 @@ UNDER_MTP = Names(
     block_path="layers.0",
 )
 
+# vLLM zeroes the embedding at position 0 in DeepSeek's layer and in those that were made from it; SGLang does not.
+# It feeds back what the layer's final norm gives for DeepSeek only (`llm_base_proposer.py:1002`), for GLM-4.5 what
+# goes into it.
+VLLM_DEEPSEEK = Graph(mask_position_zero=True, source="deepseek_mtp.py:123, 144")
+VLLM_DEEPSEEK_SPARSE = Graph(mask_position_zero=True, source="models/deepseek_v32/nvidia/mtp.py:117, 168")
+
 # Rounded decay rates of linear attention would let the hidden states of long texts drift from those that a server
 # drafts on.
 _DECAY_RATES = ("linear_attn.A_log",)
@@ -54,9 +60,15 @@ FAMILIES: tuple[Family, ...] = (
             proj="input_proj",
             final_norm="final_layernorm",
         ),
-        fusion=Fusion(hidden_first=True, mask_position_zero=True),
+        fusion=Fusion(hidden_first=True),
         block=Block("transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer"),
-        engines=Engines("mimo_mtp.py: MiMoMTP", remote_code=True, stand_in="qwen2"),
+        engines=Engines(
+            "mimo_mtp.py: MiMoMTP",
+            sglang=Graph(mask_position_zero=True, source="qwen2.py:468, mimo_mtp.py:63, 83"),
+            vllm=Graph(hidden_before_norm=True, mask_position_zero=True, source="mimo.py:87, mimo_mtp.py:76"),
+            remote_code=True,
+            stand_in="qwen2",
+        ),
     ),
     # A stock full-attention layer of the backbone (output gate, QK-norm, partial rotary), whose attention goes through
     # the same function as MiMo's, and a mixture of experts behind it.
@@ -75,6 +87,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         engines=Engines(
             "qwen3_next_mtp.py: Qwen3NextForCausalLMMTP",
+            sglang=Graph(source="qwen3_next.py:998"),
+            vllm=Graph(source="qwen3_next.py:739, qwen3_next_mtp.py:158"),
             num_layers_needed=False,
             needed_keys=("full_attention_interval",),  # SGLang does not read layer_types, made of it by transformers
             kept_in_float32=_DECAY_RATES,
@@ -93,6 +107,8 @@ FAMILIES: tuple[Family, ...] = (
         block=Block("transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer"),
         engines=Engines(
             "qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
+            sglang=Graph(source="qwen3_5.py:1972"),
+            vllm=Graph(source="qwen3_5_mtp.py:187"),
             num_layers_key="mtp_num_hidden_layers",
             num_layers_needed=False,
             needed_keys=("full_attention_interval",),
@@ -113,6 +129,8 @@ FAMILIES: tuple[Family, ...] = (
         block=Block("transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer"),
         engines=Engines(
             "qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
+            sglang=Graph(source="qwen3_5.py:1972"),
+            vllm=Graph(source="qwen3_5_mtp.py:187"),
             num_layers_key="mtp_num_hidden_layers",
             num_layers_needed=False,
             needed_keys=("full_attention_interval",),
@@ -134,7 +152,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         engines=Engines(
             "qwen3_moe_mtp.py: Qwen3MoeForCausalLMMTP",
-            vllm=False,
+            sglang=Graph(source="qwen2_moe.py:1208"),
+            vllm=None,
             num_layers_needed=False,
         ),
     ),
@@ -152,13 +171,19 @@ FAMILIES: tuple[Family, ...] = (
             final_norm=None,
             block_path="mtp_block.0",
         ),
-        fusion=Fusion(mask_position_zero=True, proj_bias="use_bias"),
+        fusion=Fusion(proj_bias="use_bias"),
         block=Block(
             "transformers.models.ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeDecoderLayer",
             # Dense in the engines (`ernie4.py`, `is_mtp`), wherever the backbone's experts start.
             overrides=(("moe_layer_start_index", 1),),
         ),
-        engines=Engines("ernie4_eagle.py: Ernie4_5_MoeForCausalLMMTP", tied_embeddings=True),
+        engines=Engines(
+            "ernie4_eagle.py: Ernie4_5_MoeForCausalLMMTP",
+            sglang=Graph(mask_position_zero=True, source="ernie4_eagle.py:79"),
+            # A Llama layer, whose RoPE is not ERNIE's.
+            vllm=Graph(mask_position_zero=True, rotary_halves=True, source="ernie_mtp.py:57, 69, llama.py:241"),
+            tied_embeddings=True,
+        ),
     ),
     # Grouped heads, and experts whatever the first layers have; below, models of the layout with latent attention.
     Family(
@@ -171,7 +196,12 @@ FAMILIES: tuple[Family, ...] = (
             "transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
             overrides=(("first_k_dense_replace", 0),),
         ),
-        engines=Engines("glm4_moe_nextn.py: Glm4MoeForCausalLMNextN", unlisted_file=True),
+        engines=Engines(
+            "glm4_moe_nextn.py: Glm4MoeForCausalLMNextN",
+            sglang=Graph(source="glm4_moe_nextn.py:113"),
+            vllm=Graph(feedback_before_norm=True, mask_position_zero=True, source="glm4_moe_mtp.py:116, 127"),
+            unlisted_file=True,
+        ),
     ),
     Family(
         name="deepseek_v3",
@@ -183,7 +213,11 @@ FAMILIES: tuple[Family, ...] = (
             "transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
             overrides=(("first_k_dense_replace", 0),),
         ),
-        engines=Engines("deepseek_nextn.py: DeepseekV3ForCausalLMNextN"),
+        engines=Engines(
+            "deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+            sglang=Graph(source="deepseek_nextn.py:236"),
+            vllm=VLLM_DEEPSEEK,
+        ),
     ),
     Family(
         name="glm4_moe_lite",
@@ -195,7 +229,12 @@ FAMILIES: tuple[Family, ...] = (
             "transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
             overrides=(("mlp_layer_types", ("sparse",)),),
         ),
-        engines=Engines("glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN", unlisted_file=True),
+        engines=Engines(
+            "glm4_moe_lite_nextn.py: Glm4MoeLiteForCausalLMNextN",
+            sglang=Graph(source="glm4_moe_lite_nextn.py:129"),
+            vllm=Graph(feedback_before_norm=True, mask_position_zero=True, source="glm4_moe_lite_mtp.py:145, 156"),
+            unlisted_file=True,
+        ),
     ),
     # DeepSeek-V3 with sparse attention, in the MTP layer too.
     Family(
@@ -209,7 +248,11 @@ FAMILIES: tuple[Family, ...] = (
             overrides=(("mlp_layer_types", ("sparse",)),),
             indexer_rope="transformers.models.deepseek_v32.modeling_deepseek_v32:apply_rotary_pos_emb",
         ),
-        engines=Engines("deepseek_nextn.py: DeepseekV3ForCausalLMNextN"),
+        engines=Engines(
+            "deepseek_nextn.py: DeepseekV3ForCausalLMNextN",
+            sglang=Graph(source="deepseek_nextn.py:236"),
+            vllm=VLLM_DEEPSEEK_SPARSE,
+        ),
     ),
     # Layers of the backbone may share an indexer; engines give the MTP layer its own.
     Family(
@@ -223,7 +266,11 @@ FAMILIES: tuple[Family, ...] = (
             overrides=(("mlp_layer_types", ("sparse",)), ("indexer_types", ("full",))),
             indexer_rope="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:apply_rotary_pos_emb_interleave",
         ),
-        engines=Engines("glm4_moe.py: GlmMoeDsaForCausalLMNextN"),
+        engines=Engines(
+            "glm4_moe.py: GlmMoeDsaForCausalLMNextN",
+            sglang=Graph(source="deepseek_nextn.py:236"),
+            vllm=VLLM_DEEPSEEK_SPARSE,
+        ),
     ),
     # Latent attention as DeepSeek's, with scaled latents, and a dense MLP, beside a backbone of another kind.
     Family(
@@ -244,6 +291,8 @@ FAMILIES: tuple[Family, ...] = (
         block=Block("swift_fastmtp.families.longcat:LongcatFlashDenseLayer"),
         engines=Engines(
             "longcat_flash_nextn.py: LongcatFlashForCausalLMNextN",
+            sglang=Graph(source="longcat_flash_nextn.py:276"),
+            vllm=Graph(source="longcat_flash.py:447, longcat_flash_mtp.py:70"),
             sglang_gap="the draft layer of 0.5.23 (longcat_flash_nextn.py) leaves out the projection to latents: its "
             "attention stops at an assertion, or reads what the target's last layer left",
             num_layers_needed=False,
@@ -283,7 +332,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         engines=Engines(
             "bailing_moe_nextn.py: BailingMoeForCausalLMNextN",
-            vllm=False,
+            sglang=Graph(source="bailing_moe_nextn.py:187"),
+            vllm=None,
             remote_code=True,
             quantized_proj=("SGLang",),
         ),
@@ -325,7 +375,7 @@ def layout_table() -> str:
             notes.append("norms 1 + w")
         if f.names.final_norm is None:
             notes.append("no final norm")
-        if f.fusion.mask_position_zero:
+        if f.engines.sglang.mask_position_zero:
             notes.append("embedding zeroed at position 0")
         if f.engines.tied_embeddings:
             notes.append("output matrix may be tied")

@@ -18,6 +18,7 @@ ROLLOUTS = ("exact", "paper")
 # Against the frozen model's own distribution, not the text's token.
 SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
 LOSSES = ("ce", *SOFT_LOSSES)
+ENGINES = ("sglang", "vllm", "both")
 INPUTS = ("text", "draft")
 BAD_ROWS = ("stop", "skip")
 HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
@@ -38,8 +39,15 @@ class FastMTPConfig:
     rollout: str = field(
         default="exact",
         metadata={
-            "help": "Graph of the recursion: `exact` is what SGLang runs when it serves one MTP layer, "
+            "help": "Graph of the recursion: `exact` is what `engine` runs when it serves one MTP layer, "
             "`paper` is what the paper's code trains."
+        },
+    )
+    engine: str = field(
+        default="sglang",
+        metadata={
+            "help": "Whose graph `exact` is: `sglang`, `vllm`, or `both`, which stops where they compute something "
+            "else with the same MTP layer (docs/engines.md)."
         },
     )
     inputs: str = field(
@@ -103,6 +111,9 @@ class FastMTPConfig:
         _check(0.0 < self.beta <= 1.0, "beta", self.beta, "in (0, 1]")
         _check(self.rollout in ROLLOUTS, "rollout", self.rollout, f"one of {', '.join(ROLLOUTS)}")
         _check(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
+        _check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        engines = "sglang where fastmtp_rollout is paper, which no engine runs"
+        _check(self.rollout == "exact" or self.engine == "sglang", "engine", self.engine, engines)
         _check(self.inputs in INPUTS, "inputs", self.inputs, f"one of {', '.join(INPUTS)}")
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
         _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")

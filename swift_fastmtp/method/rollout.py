@@ -7,7 +7,8 @@ With x the tokens, h the frozen backbone's last hidden state after its final nor
 
 The two rollouts differ in who sees whom (`attention.py`) and in the RoPE position of step k: `paper` uses the base
 row's position at every step and no position-0 mask; `exact` uses position + (k - 1), which is the KV slot the
-server writes, and masks the embedding at position 0 where the family's engines do.
+server writes, and follows the engine that will serve the layer where engines differ (`families.family.Graph`): which
+h step 1 gets, whether g is fed back before or after the final norm, and the embedding at position 0.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Protocol
 
 import torch
 
+from ..families.family import Graph
 from .attention import RolloutState
 from .flash import Documents
 
@@ -26,8 +28,8 @@ class MTPLayer(Protocol):
     """What the recursion needs of the one MTP layer: u = fuse(g, embed), g = final_norm(block(u)) (`model/head.py`)."""
 
     @property
-    def mask_position_zero(self) -> bool:
-        """Engines zero the token embedding where the position is 0."""
+    def graph(self) -> Graph:
+        """What the engine computes that will serve the layer."""
 
     def __call__(
         self,
@@ -36,8 +38,9 @@ class MTPLayer(Protocol):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         state: RolloutState,
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """g of one draft step, [B, T, D]; of `rows` (flat indices into [B * T]) only: [1, N, D]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """g of one draft step after and before its final norm, [B, T, D]; of `rows` (flat indices into [B * T]) only:
+        [1, N, D]."""
 
 
 def segment_ids(position_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,7 +99,7 @@ def rollout(  # noqa: PLR0913
     """g^1..g^K of the rows asked for, [K, N, D].
 
     Args:
-        hidden_BTD: h, the backbone's hidden state after its final norm.
+        hidden_BTD: h, the backbone's hidden state after its final norm (before it where `mtp.graph` says so).
         embeds_BTD: embed(x), unshifted.
         position_ids_BT: position of every row in its document.
         segment_ids_BT: from `segment_ids`.
@@ -122,10 +125,11 @@ def rollout(  # noqa: PLR0913
             own = own_embeds(outputs[-1])
             inside = exact or rows is None
             embeds = own.view_as(embeds) if inside else _replace(embeds, rows, own)
-        if exact and mtp.mask_position_zero:
+        if exact and mtp.graph.mask_position_zero:
             embeds = embeds.masked_fill((positions == 0)[..., None], 0)
-        hidden = mtp(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
-        chosen = hidden.flatten(0, 1)
+        normed, before_norm = mtp(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
+        hidden = before_norm if exact and mtp.graph.feedback_before_norm else normed
+        chosen = normed.flatten(0, 1)
         outputs.append(chosen if exact or rows is None else chosen[rows])
     return torch.stack(outputs)
 

@@ -12,7 +12,8 @@ checkpoint has.
 
 import copy
 import re
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -117,6 +118,8 @@ class MTPHead(nn.Module):
         norm_type = type(block.input_layernorm)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.family = family
+        self.graph = family.engines.sglang
+        """What the engine computes that will serve the layer."""
         place_module(self, family.names.hidden_norm, norm_type(width, eps=eps))
         place_module(self, family.names.token_norm, norm_type(width, eps=eps))
         bias = bool(family.fusion.proj_bias and getattr(config, family.fusion.proj_bias))
@@ -131,10 +134,6 @@ class MTPHead(nn.Module):
         # So trainers, which read checkpoints with `load_state_dict`, find the experts too: they do not ask for every
         # tensor, and would go on with untrained ones.
         self.register_load_state_dict_pre_hook(_join_experts_on_load)  # type: ignore[no-untyped-call]
-
-    @property
-    def mask_position_zero(self) -> bool:
-        return self.family.fusion.mask_position_zero
 
     def fuse(self, hidden_BTD: torch.Tensor, embeds_BTD: torch.Tensor) -> torch.Tensor:
         """Block input u from the previous hidden state and the embedding of the next token, [B, T, D]."""
@@ -151,26 +150,46 @@ class MTPHead(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         state: "attention.RolloutState",
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One draft step for every row. Returns g [B, T, D], after the final norm where the family has one.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One draft step for every row. Returns g [B, T, D] after the final norm, where the family has one, and before.
 
         `state` carries the keys and values of the steps before and gains this step's. With `rows` (flat indices into
         [B * T]) every row gives keys and values, but only those rows are taken further: g is [1, N, D].
         """
         block = self.get_submodule(self.family.names.block_path)
+        attends = block.get_submodule(self.family.names.attention)
         u = self.fuse(hidden_BTD, embeds_BTD)
-        attended, *_ = block.get_submodule(self.family.names.attention)(
-            hidden_states=block.get_submodule("input_layernorm")(u),
-            position_embeddings=position_embeddings,
-            attention_mask=u.new_empty(1, 1, 1, 1),  # read by nobody; sparse attention takes a part of it
-            rollout=state,
-        )
+        with ExitStack() as changed:
+            if self.graph.rotary_halves and state.rollout == "exact":
+                changed.enter_context(rotary_halves(attends))
+            attended, *_ = attends(
+                hidden_states=block.get_submodule("input_layernorm")(u),
+                position_embeddings=position_embeddings,
+                attention_mask=u.new_empty(1, 1, 1, 1),  # read by nobody; sparse attention takes a part of it
+                rollout=state,
+            )
         u = u + attended
         if rows is not None:
             u = u.flatten(0, 1)[rows][None]
         u = u + block.get_submodule(self.family.names.mlp)(block.get_submodule("post_attention_layernorm")(u))
-        out: torch.Tensor = self.get_submodule(self.family.names.final_norm)(u) if self.family.names.final_norm else u
-        return out
+        normed = self.get_submodule(self.family.names.final_norm)(u) if self.family.names.final_norm else u
+        return normed, u
+
+
+@contextmanager
+def rotary_halves(attends: Any) -> Iterator[None]:
+    """While it lasts, an attention module whose RoPE turns neighbors (2i, 2i + 1) gives what one would whose RoPE turns
+    halves (i, i + half): elements i and i + half of each query and key become neighbors. Products of queries and keys
+    do not depend on the order of their elements."""
+
+    def pair_halves(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        heads = output.unflatten(-1, (-1, 2, attends.head_dim // 2))
+        return heads.transpose(-1, -2).flatten(-3)
+
+    with ExitStack() as hooks:
+        for projection in (attends.q_proj, attends.k_proj):
+            hooks.callback(projection.register_forward_hook(pair_halves).remove)
+        yield
 
 
 def _join_experts_on_load(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:  # noqa: ARG001 (the caller's interface)

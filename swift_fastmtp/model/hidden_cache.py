@@ -90,6 +90,8 @@ def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None,
         "quantization_config": quantization,
         "config": config,
     }
+    if model.head.graph.hidden_before_norm:
+        key["states"] = "before the final norm"
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
     return plain
 

@@ -9,7 +9,8 @@ and returns per-row losses and matches instead of logits.
 import copy
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, cast
@@ -82,13 +83,13 @@ class FastMTPMixin:
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.fastmtp = FastMTPConfig()
         self.hidden_cache: HiddenCache | None = None
         self._mapped: DraftVocabulary | None = None
         self.family = self.family.at(config.num_hidden_layers)
         head = MTPHead(config, self.family)
         # In a list, so not as a submodule of its own: every parameter has one name, its native one.
         self._heads = [head]
+        self.fastmtp = FastMTPConfig()
         if self.family.scattered:
             for part, child in head.named_children():
                 cast(nn.Module, self).get_submodule(self.family.names.prefix).add_module(part, child)
@@ -107,6 +108,16 @@ class FastMTPMixin:
     def head(self) -> MTPHead:
         """The MTP layer, whose parts lie at its native path."""
         return self._heads[0]
+
+    @property
+    def fastmtp(self) -> FastMTPConfig:
+        """The settings. Setting them raises `FastMTPError` where the family has no graph for their engine."""
+        return self._fastmtp
+
+    @fastmtp.setter
+    def fastmtp(self, config: FastMTPConfig) -> None:
+        self._fastmtp = config
+        self.head.graph = self.family.graph(config.engine)
 
     @classmethod
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
@@ -261,7 +272,8 @@ class FastMTPMixin:
         segments: torch.Tensor,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """h [B, T, D]: the frozen backbone's hidden state after its final norm, or `hidden_cache`'s copy of it.
+        """h [B, T, D]: the frozen backbone's hidden state that step 1 gets, or `hidden_cache`'s copy of it. It is the
+        one after the final norm, in all engines but one (`families.family.Graph`); `normed` gives that in any case.
 
         `segments` [B, T] are the documents (`rollout.segment_ids`); rows outside any are 0 when
         they come from the cache.
@@ -294,12 +306,24 @@ class FastMTPMixin:
             use_cache=False,
             **packed,
         )
-        hidden = run().last_hidden_state
+        if self.head.graph.hidden_before_norm:
+            with _input_of(self.model.norm) as inputs:
+                run()
+            (hidden,) = inputs
+        else:
+            hidden = run().last_hidden_state
         real = segments >= 0
         check_hidden_states(hidden, real, lambda: self.source_of_bad_states(run, real))
         if cache:
             cache.put(documents, [hidden[b, start:end] for b, start, end in spans])
         return hidden
+
+    @torch.no_grad()
+    def normed(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """What the output matrix takes, of what `backbone_states` gives: states after the final norm."""
+        if self.head.graph.hidden_before_norm:
+            return cast(torch.Tensor, self.model.norm(hidden_BTD))
+        return hidden_BTD
 
     @torch.no_grad()
     def source_of_bad_states(self, run: Callable[[], Any], real_BT: torch.Tensor) -> Source:
@@ -365,7 +389,8 @@ class FastMTPMixin:
         labels = vocabulary.encode(targets_KN)
         # A token outside the map is a sure rejection: nothing to learn there, and a server never drafts further.
         trained = valid_KN & ((labels >= 0) | ~valid_KN).cumprod(0).bool()
-        hidden = hidden_BTD.flatten(0, 1)
+        # The soft losses compare with the frozen model's own distribution.
+        hidden = self.normed(hidden_BTD).flatten(0, 1)
         losses = step_losses(outputs_KND, vocabulary.weight, labels.clamp(min=0), trained, config, hidden, rows)
         results = {"step_loss": losses.loss, "match": losses.match, "trained": trained}
         if losses.accept_prob is not None:
@@ -374,6 +399,17 @@ class FastMTPMixin:
             best = greedy_tokens(outputs_KND.flatten(0, 1), self.lm_head.weight, config)
             results["full_match"] = (best.view_as(targets_KN) == targets_KN) & valid_KN
         return results
+
+
+@contextmanager
+def _input_of(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What a module is called with while it lasts."""
+    inputs: list[torch.Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
 
 
 def _device_map(cls: Any, config: Any, kwargs: dict[str, Any]) -> Any:

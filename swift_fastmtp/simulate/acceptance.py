@@ -216,7 +216,7 @@ def _acceptance(
     chunk = chunk_size(model.lm_head.weight, model.fastmtp)
     per_text: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
     for batch in _batches(model, texts, pad, batch_size, label):
-        hidden = batch.hidden.flatten(0, 1)
+        hidden = model.normed(batch.hidden).flatten(0, 1)
         accepted = torch.zeros((num_maps, *batch.exists.shape), dtype=dtype, device=hidden.device)
         for k, wanted in enumerate(batch.wanted):
             states, teacher = batch.outputs[k][wanted], hidden[batch.rows[wanted] + k + 1]

@@ -5,8 +5,10 @@ other families where they differ, the paper's rollout as a loop over steps, and 
 as a server does it (SGLang `eagle_worker_v2.py`: one extend pass over the committed slots, then single-token decodes).
 """
 
+import copy
 import math
 import re
+from functools import partial
 
 import torch
 
@@ -58,15 +60,18 @@ class Head:
             out[:, h] = scores.softmax(-1) @ v[:, g]
         return out
 
-    def tail(self, u, attended):
+    def block_output(self, u, attended):
         u = u + self.linear(attended.flatten(1), "self_attn.o_proj")
         a = self.rms(u, "post_attention_layernorm")
         gate = torch.nn.functional.silu(self.linear(a, "mlp.gate_proj"))
         u = u + self.linear(gate * self.linear(a, "mlp.up_proj"), "mlp.down_proj")
-        return self.final(u)
+        return u
 
     def final(self, u):
         return self.rms(u, "final_layernorm")
+
+    def tail(self, u, attended):
+        return self.final(self.block_output(u, attended))
 
 
 def mlp(x, gate, up, down):
@@ -118,10 +123,13 @@ class QwenHead(Head):
                 out[i] += y * share[i, e] / share[i, best].sum()
         return out
 
-    def tail(self, u, attended):
+    def block_output(self, u, attended):
         _, gate = self.queries_and_gate(u)
         u = u + self.linear((attended * torch.sigmoid(gate)).flatten(1), "self_attn.o_proj")
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
+        return u
+
+    def final(self, u):
         return self.rms(u, "norm")
 
 
@@ -209,10 +217,10 @@ class GlmHead(Head):
     def heads_out(self, attended):
         return attended.flatten(1)
 
-    def tail(self, u, attended):
+    def block_output(self, u, attended):
         u = u + self.linear(self.heads_out(attended), self.output)
         u = u + self.feed_forward(self.rms(u, "post_attention_layernorm"))
-        return self.final(u)
+        return u
 
     def final(self, u):
         return self.rms(u, self.last_norm)
@@ -401,34 +409,37 @@ def paper_rollout(head: Head, hidden, embeds, steps):
     return outputs
 
 
-def draft_with_cache(
-    head: Head, hidden, embeds, base, steps, *, shift_positions=True, own_chain=True, mask_position_zero=True
-):
+def draft_with_cache(head: Head, hidden, embeds, base, steps, graph, *, shift_positions=True, own_chain=True):
     """The chain a server drafts from slot `base` of one document, fed the true tokens. Returns g^1..g^K at that slot.
 
-    The keyword switches take one ingredient away each, to show that the test would notice.
+    `graph` is what the server computes (`families.family.Graph`). The switches take one ingredient away each, to show
+    that the test would notice.
     """
 
     def zero_at_start(e, positions):
-        return e.masked_fill((positions == 0)[:, None], 0) if mask_position_zero else e
+        return e.masked_fill((positions == 0)[:, None], 0) if graph.mask_position_zero else e
 
+    if graph.rotary_halves:
+        head = copy.copy(head)
+        head.rope = partial(Head.rope, head)
     slots = torch.arange(base + 1)
     u = head.fuse(hidden[: base + 1], zero_at_start(embeds[1 : base + 2], slots))
     q, keys, values = head.qkv(u, slots)
     everything = torch.ones(base + 1, base + 1).tril().bool()
-    current = head.tail(u, head.attend(q, keys, values, everything))[-1:]
-    outputs = [current]
+    before_norm = head.block_output(u, head.attend(q, keys, values, everything))[-1:]
+    outputs = [head.final(before_norm)]
     for step in range(2, steps + 1):
         position = torch.tensor([base + step - 1 if shift_positions else base])
-        u = head.fuse(current, zero_at_start(embeds[base + step : base + step + 1], position))
+        fed_back = before_norm if graph.feedback_before_norm else outputs[-1]
+        u = head.fuse(fed_back, zero_at_start(embeds[base + step : base + step + 1], position))
         q, key, value = head.qkv(u, position)
         if own_chain:
             keys, values = torch.cat([keys, key]), torch.cat([values, value])
             k_seen, v_seen = keys, values
         else:
             k_seen, v_seen = torch.cat([keys, key]), torch.cat([values, value])
-        current = head.tail(u, head.attend(q, k_seen, v_seen, torch.ones(1, len(k_seen)).bool()))
-        outputs.append(current)
+        before_norm = head.block_output(u, head.attend(q, k_seen, v_seen, torch.ones(1, len(k_seen)).bool()))
+        outputs.append(head.final(before_norm))
     return torch.cat(outputs)
 
 
@@ -452,7 +463,7 @@ def speculative_greedy(model, prompt, steps, max_new_tokens, ends, token_map=Non
         base, drafts = len(ids) - 2, []
         for k in range(1, steps + 1):
             embeds = embed(torch.tensor(ids + drafts))
-            g = draft_with_cache(head, hidden, embeds, base, k)[-1]
+            g = draft_with_cache(head, hidden, embeds, base, k, model.head.graph)[-1]
             logits = model.lm_head(g)
             drafts.append(int(logits.argmax() if token_map is None else token_map[logits[token_map].argmax()]))
         _, best = target(ids + drafts)
