@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
+from swift_fastmtp.families.family import ENGINES
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.metrics import micro_tau
@@ -39,10 +40,11 @@ def few(tmp_path):
     return path
 
 
-def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few, engine):
     """Teacher-forced matches walked as rounds = drafting on own tokens and verifying, round by round."""
     model, tokenizer = tiny
-    model.fastmtp = FastMTPConfig(num_speculative_steps=4)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=4, engine=engine)
     ends = end_token_ids(model, tokenizer)
     texts = make_texts(model, tokenizer, read_rows(few), 24, "generate", 4)
     half = torch.arange(0, 6144, 2)

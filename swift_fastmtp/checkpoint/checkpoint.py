@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FastMTPError
-from ..families.family import Family, config_value, is_embedding
+from ..families.family import ENGINE_NAMES, Family, config_value, is_embedding
 from ..families.table import match_family
 from ..files.known_files import read_object
+from ..files.show import show
 from .config_file import read_config, vocabulary_size
 from .fingerprint import fingerprint, first_rows, is_new
 from .fp8_config import Blocks, read_blocks
@@ -81,6 +82,17 @@ class Checkpoint:
     def settings(self) -> dict[str, Any]:
         """`fastmtp.json`: how the MTP layer was trained, and for which backbone; {} where there is none."""
         return read_object(self.folder / SETTINGS_FILE)
+
+    @property
+    def trained_for(self) -> str | None:
+        """Whose graph the MTP layer was trained for (`FastMTPConfig.engine`); None where it was not trained here."""
+        if not self.settings:
+            return None
+        engine = self.settings.get("engine", "sglang")  # before there was the knob, SGLang's was the only one
+        if engine not in ENGINE_NAMES:
+            known = ", ".join(ENGINE_NAMES)
+            raise FastMTPError(f"{self.folder / SETTINGS_FILE}: engine is {show(engine)}, it must be one of {known}")
+        return str(engine)
 
     @cached_property
     def vocab_size(self) -> int:

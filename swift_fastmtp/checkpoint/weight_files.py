@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FastMTPError
-from ..families.family import config_value
+from ..families.family import ENGINES, config_value
 from ..families.table import FAMILIES
 from ..files import inputs
 from ..files.paths import check_link
 from .config_file import read_config
 
 INDEX_FILE = "model.safetensors.index.json"
-ENGINES = ("sglang", "vllm")
 _SINGLE = "model.safetensors"
 _MAX_INDEX = 100_000_000  # bytes, as of a file's header; of the largest models a tenth of it
 _SIDECAR = "mtp.safetensors"

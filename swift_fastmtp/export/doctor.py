@@ -7,7 +7,7 @@ check here is a failure that users of the engines have met.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,7 @@ from ..checkpoint.quantization_methods import SGLANG
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
-from ..families.family import Family, config_value
+from ..families.family import ENGINE_NAMES, Family, config_value
 from ..files.known_files import read_object
 from ..method.token_map import check_map_list, check_tokenizer, read_token_map
 from ..vocab.languages import check_names
@@ -43,7 +43,11 @@ _SMALL = 2**20  # bytes
 
 
 def examine(
-    folder: str | Path, model: str | Path | None = None, token_map: str | Path | None = None, tp_size: int = 1
+    folder: str | Path,
+    model: str | Path | None = None,
+    token_map: str | Path | None = None,
+    tp_size: int = 1,
+    engine: Literal["sglang", "vllm"] = "sglang",
 ) -> list[Finding]:
     """All findings about a full checkpoint, a draft-only folder or a training checkpoint.
 
@@ -52,6 +56,7 @@ def examine(
         model: base model to compare with; default: the one the head was trained for
         token_map: file meant for SGLang's --speculative-token-map
         tp_size: planned tensor parallelism
+        engine: that will serve it, for what engines compute otherwise with the same layer
 
     Raises `FastMTPError` only if `folder` is no checkpoint of a known family at all.
     """
@@ -84,6 +89,10 @@ def examine(
         return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
     findings += _backbone(checkpoint, family)
     findings += check_origin(checkpoint, family, model)
+    trained_for = checkpoint.trained_for
+    if trained_for and (mismatch := family.mismatch(trained_for, engine)):
+        how = f"train it with fastmtp_engine {engine}, or serve it with the engine that it was trained for"
+        findings.append(Finding("warning", f"the head meets another graph in {ENGINE_NAMES[engine]}", mismatch, how))
     if token_map:
         findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
     if TOKEN_MAPS_KEY in config:

@@ -18,7 +18,7 @@ from ..checkpoint.quantization import left_out_in_words
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
-from ..families.family import Family, config_value, is_embedding
+from ..families.family import ENGINE_NAMES, Family, config_value, is_embedding
 from ..families.refused import CHAIN, FROZEN_KV, Layout, known_layout
 from ..families.table import FAMILIES
 
@@ -70,6 +70,10 @@ class Inspection:
     """Tensor names of an unknown layout that look like MTP."""
     notes: list[str] = field(default_factory=list)
     """About the folder's files, each one line: what stands in nobody's way, but not as it should be."""
+    trained_for: str | None = None
+    """Engine for whose graph the layer was trained here; None: it was not."""
+    engine_differences: list[str] = field(default_factory=list)
+    """What vLLM computes otherwise than SGLang with the same layer."""
     mtp_left_out: str | None = None
     """Whether quantization_config leaves out the MTP layer: "left out", "partly left out", "not left out"."""
 
@@ -120,6 +124,8 @@ def inspect_model(folder: str | Path) -> Inspection:
         engines=_engines(headers, family, layout, names, reasons),
         suspicious=[] if family or layout else suspicious,
         notes=_notes(headers),
+        trained_for=checkpoint.trained_for,
+        engine_differences=family.differences if family else [],
         mtp_left_out=left_out_in_words(checkpoint.folder, config, family, lambda: _head_shapes(checkpoint)),
     )
 
@@ -345,6 +351,9 @@ def text(inspection: Inspection) -> str:
     if inspection.lost_on_save:
         rows.append(("on a save", inspection.lost_on_save))
     rows += [(engine, verdict) for engine, verdict in inspection.engines.items()]
+    rows += [("engines differ", difference) for difference in inspection.engine_differences]
+    if inspection.trained_for:
+        rows.append(("trained for", ENGINE_NAMES[inspection.trained_for]))
     if inspection.suspicious:
         rows.append(("look like MTP", f"{len(inspection.suspicious)} tensors"))
         rows += [("", name) for name in inspection.suspicious[:8]]

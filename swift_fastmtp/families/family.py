@@ -63,6 +63,7 @@ class Block:
 
 ENGINES = ("sglang", "vllm")
 """The servers that a row knows, as users write them."""
+ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM", "both": "SGLang and vLLM"}
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,16 @@ class Family:
                 f"{'; '.join(self.differences)}; set fastmtp_engine to sglang or vllm, which will serve it"
             )
         return vllm
+
+    def mismatch(self, trained_for: str, served_by: str) -> str | None:
+        """What is lost when a head that was trained for one engine's graph is served by another, as one sentence; None
+        where nothing is, or where an engine does not draft with such a checkpoint at all."""
+        if self.engines.vllm is None or self.graph(trained_for) == self.graph(served_by):
+            return None
+        return (
+            f"trained for {ENGINE_NAMES[trained_for]}'s graph, and {'; '.join(self.differences)}: text stays the "
+            "same, fewer drafts are accepted than were in training"
+        )
 
     @property
     def differences(self) -> list[str]:

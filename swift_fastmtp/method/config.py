@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import FastMTPError
+from ..families.family import ENGINE_NAMES
 
 ENV_PREFIX = "FASTMTP_"
 ROLLOUTS = ("exact", "paper")
 # Against the frozen model's own distribution, not the text's token.
 SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
 LOSSES = ("ce", *SOFT_LOSSES)
-ENGINES = ("sglang", "vllm", "both")
 INPUTS = ("text", "draft")
 BAD_ROWS = ("stop", "skip")
 HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
@@ -111,7 +111,7 @@ class FastMTPConfig:
         _check(0.0 < self.beta <= 1.0, "beta", self.beta, "in (0, 1]")
         _check(self.rollout in ROLLOUTS, "rollout", self.rollout, f"one of {', '.join(ROLLOUTS)}")
         _check(self.loss in LOSSES, "loss", self.loss, f"one of {', '.join(LOSSES)}")
-        _check(self.engine in ENGINES, "engine", self.engine, f"one of {', '.join(ENGINES)}")
+        _check(self.engine in ENGINE_NAMES, "engine", self.engine, f"one of {', '.join(ENGINE_NAMES)}")
         engines = "sglang where fastmtp_rollout is paper, which no engine runs"
         _check(self.rollout == "exact" or self.engine == "sglang", "engine", self.engine, engines)
         _check(self.inputs in INPUTS, "inputs", self.inputs, f"one of {', '.join(INPUTS)}")

@@ -18,6 +18,7 @@ import yaml
 from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
 from ..errors import FastMTPError
+from ..families.family import ENGINE_NAMES, ENGINES
 from ..files import inputs
 from ..files.known_files import read_object
 from ..files.staging import staged
@@ -138,7 +139,7 @@ def make_card(
 
     # How it is served. The target of a draft-only folder is only a name here.
     sglang = serve_flags(folder, model=None if full else base)
-    vllm = serve_flags(folder, "vllm") if full and family.engines.vllm else None
+    vllm = serve_flags(folder, "vllm", model=None if full else base) if family.engines.vllm else None
 
     return render(
         __file__,
@@ -154,11 +155,22 @@ def make_card(
         facts=markdown_table(("", ""), facts, num_text=2, raw=True),
         datasets=_datasets(info),
         knobs=markdown_table(("", ""), knobs, num_text=2, raw=True),
+        mismatches=_mismatches(checkpoint),
         sglang=_without_paths(sglang, folder, base),
         vllm=vllm and _without_paths(vllm, folder, base),
         version=__version__,
         **_measurements(measured),
     )
+
+
+def _mismatches(checkpoint: Checkpoint) -> list[str]:
+    """A sentence for each engine that computes something else with this layer than what it was trained for."""
+    trained_for = checkpoint.trained_for or "sglang"
+    sentences = []
+    for server in ENGINES:
+        if mismatch := checkpoint.family.mismatch(trained_for, server):
+            sentences.append(f"In {ENGINE_NAMES[server]} it drafts worse: it was {mismatch}.")
+    return sentences
 
 
 def hub_name_of(path: str) -> str | None:

@@ -6,7 +6,7 @@ The flags are what the engines were read and tested to do (SGLang 0.5.19 to 0.5.
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,7 +58,8 @@ def serve_flags(
     if engine == "vllm":
         if token_map:
             raise FastMTPError("vLLM has no token map for MTP; drop it")
-        return _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
+        flags = _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
+        return [*flags[:-1], replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine))]
     by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if token_map and config_value(config, "tie_word_embeddings"):
@@ -88,7 +89,8 @@ def serve_flags(
     flags += [
         Flag(
             ("--speculative-algorithm", "NEXTN"),
-            family.engines.sglang_gap or "the MTP layer drafts; the same code path as EAGLE",
+            family.engines.sglang_gap
+            or "the MTP layer drafts; the same code path as EAGLE" + _lost(checkpoint, engine),
         ),
         Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
         Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
@@ -116,6 +118,13 @@ def _check_servable(checkpoint: Checkpoint, engine: str) -> None:
         raise FastMTPError(f"{folder}: {engine}: {refusal}")
     if engine == "vllm" and not family.engines.vllm:
         raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
+
+
+def _lost(checkpoint: Checkpoint, engine: str) -> str:
+    """What to add to the reason for a flag where the head was trained for another engine's graph."""
+    trained_for = checkpoint.trained_for
+    mismatch = checkpoint.family.mismatch(trained_for, engine) if trained_for else None
+    return f"; {mismatch}" if mismatch else ""
 
 
 def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:

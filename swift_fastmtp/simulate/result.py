@@ -25,6 +25,8 @@ class HeadResult:
     histogram: list[int] | None
     """Rounds of the largest K that accepted 0, 1, .. K drafts (SGLang's `spec_correct_drafts_histogram`); of greedy
     drafts."""
+    engine: str = "sglang"
+    """Whose graph the drafts were computed in (`families.family.Graph`)."""
 
     @property
     def name(self) -> str:
@@ -32,5 +34,6 @@ class HeadResult:
             self.head,
             Path(self.token_map).name if self.token_map else "",
             "" if self.drafts == "greedy" else "sampled",
+            "vLLM's graph" if self.engine == "vllm" else "",
         ]
         return " + ".join(filter(None, parts))

@@ -11,7 +11,7 @@ from transformers.utils import is_torch_mps_available
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import read_headers
 from ..errors import FastMTPError
-from ..families.family import Family
+from ..families.family import ENGINE_NAMES, Family
 from ..families.table import FAMILIES
 from ..files.inputs import check_folder
 from ..method.config import likely_typos
@@ -52,7 +52,7 @@ def prepare_arguments(args: Any) -> None:
     """
     if getattr(args, "model_type", None) != "fastmtp":
         return
-    knobs_of(args)
+    knobs = knobs_of(args)
     for typo, meant in likely_typos(os.environ).items():
         logger.warning(f"environment: {typo} is ignored; did you mean {meant}?")
     if hasattr(args, "loss_type") or getattr(args, "to_cached_dataset", False):
@@ -75,6 +75,7 @@ def prepare_arguments(args: Any) -> None:
     if os.path.isdir(args.model or ""):
         check_folder(args.model)
         _ = Checkpoint(args.model).config  # ms-swift reads it next, and expects no other than a sound one
+        _check_engine(Checkpoint(args.model).family, knobs.engine)
         args.check_model = False  # asks a hub whether a folder is the newest version; a folder is what was asked for
     if get_device_count() == 0 and not is_torch_mps_available():
         # Without it ms-swift refuses bf16 on a machine without a GPU, and several processes train unsynchronised.
@@ -85,6 +86,14 @@ def prepare_arguments(args: Any) -> None:
     # It compresses the labels to the last rows, which breaks their alignment with deeper steps.
     args.use_logits_to_keep = False
     _check(args)
+
+
+def _check_engine(family: Family, engine: str) -> None:
+    """Raises `FastMTPError` where there is no graph of that engine; says so where another engine has another one."""
+    family.graph(engine)
+    other = {"sglang": "vllm", "vllm": "sglang"}.get(engine)
+    if other and (mismatch := family.mismatch(engine, other)):
+        logger.info(f"fastmtp_engine {engine}; served by {ENGINE_NAMES[other]} the head would be one {mismatch}")
 
 
 def _refuse(args: Any, unsupported: tuple[tuple[str, Any, str], ...]) -> None:

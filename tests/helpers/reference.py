@@ -451,8 +451,13 @@ def speculative_greedy(model, prompt, steps, max_new_tokens, ends, token_map=Non
     head, embed = Head(model.head, model.config), model.model.embed_tokens
 
     def target(ids):
+        """What the draft gets of every position, and the model's own next tokens."""
+        before = []
+        hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: before.append(inputs[0][0]))
         hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0]
-        return hidden, model.lm_head(hidden).argmax(-1).tolist()
+        hook.remove()
+        best = model.lm_head(hidden).argmax(-1).tolist()
+        return before[0] if model.head.graph.hidden_before_norm else hidden, best
 
     ids = list(prompt)
     _, best = target(ids)
