@@ -20,7 +20,7 @@ from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.refusals import find_family
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.families.refused import LAYOUTS
-from swift_fastmtp.families.table import FAMILIES, layout_table, match_family, refused_table
+from swift_fastmtp.families.table import FAMILIES, graph_table, layout_table, match_family, refused_table
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.modeling import build_class
 from swift_fastmtp.swift_plugin.arguments import _check_packing
@@ -162,6 +162,7 @@ def test_the_block_is_the_engines_whatever_the_backbones_first_layer_is():
 def test_the_page_is_made_from_the_tables():
     page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
     assert layout_table() in page and support_matrix.table() in page and refused_table() in page
+    assert graph_table() in (ROOT / "docs/engines.md").read_text()
 
 
 def test_every_architecture_is_shown(bases):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FastMTPError
 from ..files.table import markdown_table
-from .family import Block, Engines, Family, Fusion, Graph, Names, config_value
+from .family import READ_IN, Block, Engines, Family, Fusion, Graph, Names, config_value
 from .refused import LAYOUTS, known_layout
 
 # Two layouts that several models share. Every row below says which it has; no row is made from another model's.
@@ -375,13 +375,35 @@ def layout_table() -> str:
             notes.append("norms 1 + w")
         if f.names.final_norm is None:
             notes.append("no final norm")
-        if f.engines.sglang.mask_position_zero:
-            notes.append("embedding zeroed at position 0")
         if f.engines.tied_embeddings:
             notes.append("output matrix may be tied")
         architectures = ", ".join(f"`{a}`" for a in f.architectures)
         rows.append((architectures, ", ".join(notes), f"`{f.engines.served_as}`"))
     return markdown_table(("", "layout", "SGLang's class"), rows, num_text=3, raw=True)
+
+
+def graph_table() -> str:
+    """The table of docs/engines.md, made from the rows above."""
+    rows = []
+    for f in FAMILIES:
+        vllm = f.engines.vllm
+        agree = "yes" if vllm == f.engines.sglang else "no" if vllm else "–"
+        cells = _graph_cell(f.engines.sglang), _graph_cell(vllm) if vllm else "does not draft with it"
+        rows.append((f"`{f.architectures[0]}`", *cells, agree))
+    return markdown_table(("", *READ_IN.values(), "the same"), rows, num_text=4, raw=True)
+
+
+def _graph_cell(graph: Graph) -> str:
+    notes = []
+    if graph.hidden_before_norm:
+        notes.append("h before the final norm")
+    if graph.feedback_before_norm:
+        notes.append("feeds back before the layer's norm")
+    if graph.mask_position_zero:
+        notes.append("embedding zeroed at position 0")
+    if graph.rotary_halves:
+        notes.append("RoPE on halves")
+    return f"{', '.join(notes) or 'as above'} (`{graph.source}`)"
 
 
 def refused_table() -> str:
