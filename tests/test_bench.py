@@ -343,12 +343,12 @@ def test_history_of_raw_text_is_what_the_template_makes_of_it(tmp_path):
         bench(str(tmp_path / "out"), base_urls=[f"baseline={server.url}"], **options)
         first, _ = lines(tmp_path / "out")
         assert first["text"].startswith("the moon\n</think>")
-        said = first["text"].removeprefix(server.text)
+        answer = first["text"].removeprefix(server.text)
         tokenizer = load_tokenizer(str(model))
         text = tokenizer.decode(server.prompts[1])
     assert text == (
         "<|im_start|>user\nWhen is high water?<|im_end|>\n"
-        f"<|im_start|>assistant\n{said}<|im_end|>\n"
+        f"<|im_start|>assistant\n{answer}<|im_end|>\n"
         "<|im_start|>user\nAre you sure?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     )
 

@@ -38,9 +38,12 @@ def test_each_error_has_its_own_way_out(number, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(FastMTPError) as error, new_folder(out) as folder:
         raise OSError(number, os.strerror(number), str(folder / "model.safetensors"))
-    said = str(error.value)
-    assert said.startswith(f"{out}: cannot be written ({os.strerror(number)}: model.safetensors)") and "\n" not in said
-    assert HOW[number] in said and ("free space" in said) == (number in (errno.ENOSPC, errno.EDQUOT))
+    message = str(error.value)
+    assert (
+        message.startswith(f"{out}: cannot be written ({os.strerror(number)}: model.safetensors)")
+        and "\n" not in message
+    )
+    assert HOW[number] in message and ("free space" in message) == (number in (errno.ENOSPC, errno.EDQUOT))
     assert list(tmp_path.iterdir()) == []
 
 

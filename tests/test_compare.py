@@ -32,20 +32,20 @@ def test_nothing_changed(judge):
 
 
 @pytest.mark.parametrize(
-    ("field", "kept", "lost", "said"),
+    ("field", "kept", "lost", "message"),
     [
         ("tau_micro", 0.98, 0.979, "τ fell by 2.1%, from 2.690 to 2.634"),
         ("tokens_per_second_per_request", 0.95, 0.949, "token/s of one request fell by 5.1%, from 56.33 to 53.46"),
         ("tokens_per_second", 0.95, 0.949, "token/s of the run fell by 5.1%, from 54.08 to 51.32"),
     ],
 )
-def test_a_drop_of_the_limit_is_allowed_and_more_is_not(judge, field, kept, lost, said):
+def test_a_drop_of_the_limit_is_allowed_and_more_is_not(judge, field, kept, lost, message):
     a = table_2()
     for factor, regressions in ((1.5, 0), (1.0, 0), (kept, 0), (lost, 1)):
         b = copy.deepcopy(a)
         find(b, "tuned-k3", "mt_bench")[field] *= factor
         assert len(judge(a, b).regressions) == regressions
-    assert judge(a, b).regressions == [f"tuned-k3 on mt_bench (temperature 0, concurrency 1): {said}"]
+    assert judge(a, b).regressions == [f"tuned-k3 on mt_bench (temperature 0, concurrency 1): {message}"]
     assert judge(a, b, max_tau_drop=0.1, max_speed_drop=0.1).regressions == []
     assert sum(row[-1] == "WORSE" for row in judge(a, b).rows) == 1
     assert "WORSE: tuned-k3 on mt_bench" in text(judge(a, b))

@@ -292,8 +292,8 @@ def test_pictures_are_well_formed_and_opaque(folder):
             image = image.convert("RGBA")
             assert image.getextrema()[3] == (255, 255) and image.getpixel((0, 0)) == (255, 255, 255, 255)
     radar = ElementTree.parse(folder / "plots" / "speedup-radar-t0.svg").getroot()
-    said = radar.find("{http://www.w3.org/2000/svg}desc").text
-    assert "Self-data FT + FR: MT. 2.03×, Code 2.10×" in said
+    description = radar.find("{http://www.w3.org/2000/svg}desc").text
+    assert "Self-data FT + FR: MT. 2.03×, Code 2.10×" in description
 
 
 def test_markdown_is_tables_and_pictures(folder):

@@ -184,7 +184,7 @@ def test_the_place_is_tried_before_the_work(verb, tmp_path):
     for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out", tmp_path / ("x" * 300), "/proc/out"):
         with pytest.raises(FastMTPError) as error:
             VERBS[verb](str(out))
-        said = str(error.value)
-        assert said.startswith(str(out)) and "cannot be written" in said and "\n" not in said, said
-        assert "; " in said and ".tmp" not in said, said
+        message = str(error.value)
+        assert message.startswith(str(out)) and "cannot be written" in message and "\n" not in message, message
+        assert "; " in message and ".tmp" not in message, message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

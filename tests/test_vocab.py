@@ -39,10 +39,10 @@ def rows_of(counts, seed=0, ids=VOCABULARY.size, category=None):
     rows = []
     for number, (kind, total) in enumerate(counts.items()):
         for i in range(total):
-            said = [int(ids * (number / 4 + rng.random() ** 4 * 0.25)) for _ in range(rng.randint(4, 60))]
+            token_ids = [int(ids * (number / 4 + rng.random() ** 4 * 0.25)) for _ in range(rng.randint(4, 60))]
             messages = [
                 {"role": "user", "content": f"{kind} {i}", "token_ids": [5]},
-                {"role": "assistant", "content": "x", "token_ids": said},
+                {"role": "assistant", "content": "x", "token_ids": token_ids},
             ]
             told = dict(zip(("category", "language"), KINDS[kind], strict=True))
             rows.append(
@@ -101,11 +101,11 @@ def test_what_holds_for_every_map(cells, by, sizes):
             ids = token_map.ids.tolist()
             assert len(set(ids)) == len(ids) == size and ids == sorted(ids)
             assert set(ids) >= KEPT and ids[0] >= 0 and ids[-1] < VOCABULARY.size
-            said = Counter(i for cell in part.cells for i in cells[cell][0])
-            best = sum(n for _, n in sorted(said.items(), key=lambda x: -x[1])[: size - len(KEPT)])
+            frequency = Counter(i for cell in part.cells for i in cells[cell][0])
+            best = sum(n for _, n in sorted(frequency.items(), key=lambda x: -x[1])[: size - len(KEPT)])
             if part.name != "mixed":  # which goes by the others' shares, not by counts
-                assert sum(said[i] for i in ids) >= best  # no other choice of the free places holds more
-                assert token_map.filled == sum(i not in said and i not in KEPT for i in ids)
+                assert sum(frequency[i] for i in ids) >= best  # no other choice of the free places holds more
+                assert token_map.filled == sum(i not in frequency and i not in KEPT for i in ids)
             for cell, (_, held) in cells.items():
                 assert entry["coverage"][cell] == (sum(i in set(ids) for i in held) / len(held) if held else None)
         for smaller, larger, a, b in zip(found, found[1:], report, report[1:], strict=False):

@@ -304,10 +304,10 @@ def test_a_missing_shard_is_named(tmp_path):
         lambda: load_model(folder, torch.float32),
     ):
         try:
-            said = read()
+            message = read()
         except FastMTPError as error:
-            said = str(error)
-        assert gone in said and "missing" in said, said
+            message = str(error)
+        assert gone in message and "missing" in message, message
     assert serve_flags_refused(folder)
 
 
@@ -438,8 +438,8 @@ def test_null_and_wrong_types_in_config(case, tmp_path, monkeypatch):
     if message is None:
         assert lines == [[], [], []]
         return
-    assert all(any(message in line for line in said) for said in lines), lines
-    assert not any("\n" in line for said in lines for line in said)
+    assert all(any(message in line for line in printed) for printed in lines), lines
+    assert not any("\n" in line for printed in lines for line in printed)
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "3", "null"])
@@ -476,10 +476,10 @@ def test_the_folders_name_tells_nothing(case, tmp_path):
     for name in NAMES:
         folder = folder.rename(tmp_path / name)
         found = inspect_model(folder)
-        said = found.engines["sglang"].replace(str(folder), "FOLDER")
-        verdicts.add((found.trainable, said))
-    ((trainable, said),) = verdicts
-    assert said.startswith(want) and trainable == (case == "sound")
+        verdict = found.engines["sglang"].replace(str(folder), "FOLDER")
+        verdicts.add((found.trainable, verdict))
+    ((trainable, verdict),) = verdicts
+    assert verdict.startswith(want) and trainable == (case == "sound")
 
 
 def test_the_name_of_the_folder_is_no_reason_for_the_engine(tmp_path):

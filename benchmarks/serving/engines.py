@@ -146,8 +146,8 @@ def page(record):
         f"{table}\n\n"
         f"The answers to {record['texts_equal_everywhere']} of {record['prompts']} prompts are the same tokens in all "
         f"{len(record['cells'])} runs. Both models write the same: the second is the first with a final norm whose "
-        "weights are spread (each times 0.5, 1 or 2), and the output matrix divided by the same factors. `python benchmarks/serving/engines.py` "
-        "makes this page.\n"
+        "weights are spread (each times 0.5, 1 or 2), and the output matrix divided by the same factors. "
+        "`python benchmarks/serving/engines.py` makes this page.\n"
     )
 
 

@@ -66,9 +66,9 @@ def main():
             kind, name, text = expected(json.loads(line))
             ids = tokenizer.encode(text, add_special_tokens=False)
             started = time.perf_counter()
-            said = identify(ids)
+            detected = identify(ids)
             seconds[kind] += time.perf_counter() - started
-            found.setdefault(f"{kind}: {name}", Counter())[said or "none"] += 1
+            found.setdefault(f"{kind}: {name}", Counter())[detected or "none"] += 1
     by_text = name_paragraphs(Path(args.udhr), Languages(tokenizer, ["zh", "code", *NEIGHBORS]), tokenizer)
     numbers = {kind: sum(sum(c.values()) for n, c in found.items() if n.startswith(kind)) for kind in seconds}
     record = {

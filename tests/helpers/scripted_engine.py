@@ -76,17 +76,17 @@ class ScriptedEngine:
         return answer if self.tells == "nothing" else {**answer, "usage": usage}
 
     def _text(self, prompt, tools, chance) -> str:
-        said = " ".join(chance.choices(WORDS, k=chance.randint(2, 9)))
+        answer = " ".join(chance.choices(WORDS, k=chance.randint(2, 9)))
         why = " ".join(chance.choices(WORDS, k=chance.randint(0, 5)))
         if tools and "<tool_response>" not in prompt:
-            return f'\n<tool_call>\n{{"name": "look_up", "arguments": {{"word": "{said}"}}}}\n</tool_call>'
+            return f'\n<tool_call>\n{{"name": "look_up", "arguments": {{"word": "{answer}"}}}}\n</tool_call>'
         if prompt.endswith("<think>\n"):
-            return f"{why}\n</think>\n\n{said}"
+            return f"{why}\n</think>\n\n{answer}"
         if prompt.endswith("<think>"):
-            return f"{why}</think>{said}"
+            return f"{why}</think>{answer}"
         if prompt.endswith("<|assistant|>"):
-            return f"\n<think>{why}</think>\n{said}"
-        return said
+            return f"\n<think>{why}</think>\n{answer}"
+        return answer
 
     def _encode(self, text, chance) -> list[int]:
         """As a model may generate it: sometimes word by word, in which other tokens are chosen than for the whole."""
@@ -96,10 +96,10 @@ class ScriptedEngine:
     def _message(self, text) -> dict:
         message = {"role": "assistant", "content": text}
         if "</think>" in text:
-            why, _, said = text.partition("</think>")
+            why, _, answer = text.partition("</think>")
             message = {
                 **message,
-                "content": said.lstrip("\n"),
+                "content": answer.lstrip("\n"),
                 "reasoning_content": why.split("<think>")[-1].strip("\n"),
             }
         if "<tool_call>" in text:
