@@ -3,8 +3,8 @@
     bash examples/quickstart.sh
     python benchmarks/serving/engines.py
 
-Two models, on the quickstart's rows and recipe: the tiny MiMo, whose final norm has nearly equal weights, and the same
-model with a final norm whose weights are spread: each channel's weight times a half, one or two, and its column of the
+Two models, on the quickstart's rows and recipe with half its epochs: the tiny MiMo, whose final norm has nearly equal
+weights, and the same model with a final norm whose weights are spread: each channel's weight times a half, one or two, and its column of the
 output matrix divided by it. Powers of two are exact, so the second model is the first, bit for bit; but its state after
 the final norm is another than the one before it. Its own MTP layer's input norm is divided by the factors too.
 
@@ -39,6 +39,7 @@ from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
 TINY = ROOT / "examples/tiny-mimo"
 PROMPTS = ROOT / "examples/prompts/eval.jsonl"
 STEPS = 3
+EPOCHS = 3
 TOKENS = 96
 FACTORS = (0.5, 1.0, 2.0)
 
@@ -104,7 +105,8 @@ def trained(model, engine, quickstart, folder):
         words = ["swift", "sft", "recipes/quickstart_cpu.yaml", "--model", model]
         words += ["--dataset", f"fastmtp-self-distill:{quickstart}/mixed/train.jsonl"]
         words += ["--val_dataset", f"fastmtp-self-distill:{quickstart}/mixed/val.jsonl"]
-        words += ["--model_kwargs", json.dumps({"fastmtp_engine": engine}), "--output_dir", folder / "train"]
+        words += ["--model_kwargs", json.dumps({"fastmtp_engine": engine}), "--num_train_epochs", EPOCHS]
+        words += ["--output_dir", folder / "train"]
         subprocess.run(list(map(str, words)), check=True)
     if not (folder / "export").exists():
         export_full(folder / "train/best", folder / "export", model)
