@@ -4,9 +4,10 @@
     python benchmarks/serving/engines.py
 
 Two models, on the quickstart's rows and recipe with half its epochs: the tiny MiMo, whose final norm has nearly equal
-weights, and the same model with a final norm whose weights are spread: each channel's weight times a half, one or two, and its column of the
-output matrix divided by it. Powers of two are exact, so the second model is the first, bit for bit; but its state after
-the final norm is another than the one before it. Its own MTP layer's input norm is divided by the factors too.
+weights, and the same model with a final norm whose weights are spread: each channel's weight times a half, one or two,
+and its column of the output matrix divided by it. Powers of two are exact, so the second model is the first, bit for
+bit; but its state after the final norm is another than the one before it. Its own MTP layer's input norm is divided by
+the factors too.
 
 Writes docs/results/engines.{md,json}. Runs that are there are not done again.
 """
