@@ -226,7 +226,7 @@ def test_no_last_layer_to_start_from(lost, tmp_path):
     with pytest.raises(FastMTPError, match=r"model\.layers\.3\.mlp\.up_proj\.weight is missing"):
         graft(copy(lost, tmp_path / "model", rename), tmp_path / "out", init_from_last_layer=True)
     with pytest.raises(FastMTPError, match="has no known MTP layout"):
-        other = copy(lost, tmp_path / "llama", architectures=["LlamaForCausalLM"])
+        other = copy(lost, tmp_path / "other", architectures=["GPT2LMHeadModel"])
         graft(other, tmp_path / "out", init_from_last_layer=True)
 
 

@@ -172,6 +172,11 @@ class Checkpoint:
         """Name of every tensor → its file."""
         return {name: entry.file for name, entry in self.entries.items()}
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self.entries)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 

@@ -27,10 +27,13 @@ from ..families.table import FAMILIES, match_family
 from ..files.copies import file_hash, link_or_copy
 from ..files.paths import check_link, files_of
 from ..files.staging import new_folder, try_output, write_json
+from .dense import Dense, as_qwen2
 from .folders import RUN_FILES, write_index
 from .inspection import size
 
 HEAD_FILE = "model-mtp.safetensors"
+ADDED_FILE = "model-added.safetensors"
+"""What `dense.as_qwen2` adds to the backbone."""
 _SINGLE = "model.safetensors"
 _RENAMED = "model-00001-of-00002.safetensors"
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
@@ -73,12 +76,16 @@ def graft(
         raise FastMTPError(
             f"{model}: holds a LoRA adapter, not a model; merge it first (swift export --merge_lora true)"
         )
-    config, headers = tuned.config, _sound(tuned)
+    headers = _sound(tuned)
     if tuned.blocks:
         raise FastMTPError(f"{model}: is quantized; graft into the unquantized checkpoint and quantize the result")
     theirs = giver.config if giver else None
-    family = giver.trainable_family if giver else _family_of(tuned)
-    new_config, notes = _with_head(config, theirs, family, tuned.folder)
+    # A dense model of a layout that no engine drafts with becomes one of a layout that they do.
+    dense = None if giver else as_qwen2(tuned)
+    config = dense.config if dense else tuned.config
+    family = giver.trainable_family if giver else _family_of(config, tuned.config_file)
+    new_config = _with_head(config, theirs, family, tuned.folder)
+    notes = _changes(tuned.config, new_config) + (dense.notes if dense else [])
     if family.names.prefix != find_family(new_config, tuned.config_file).names.prefix:
         raise FastMTPError(
             f"{tuned.config_file}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
@@ -98,11 +105,16 @@ def graft(
         expected = head_shapes(result, giver or tuned)
         dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
         weight_map = _copy_files(tuned.folder, out, headers, stale, dropped)
-        read = head_reader(giver, family, expected) if giver else _fresh(tuned, result, family, expected)
+        read = head_reader(giver, family, expected) if giver else _fresh(dense, tuned, result, family, expected)
         hashes = write_tensors(out / HEAD_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
+        added = dense.added if dense else {}
+        if dense:
+            dtypes |= dict.fromkeys(added, dtype)
+            write_tensors(out / ADDED_FILE, {n: (dtype, s) for n, s in added.items()}, dense.read)
+            weight_map.update(dict.fromkeys(added, ADDED_FILE))
         write_index(out, weight_map)
-        _verify(out, headers, stale, expected, hashes, dtypes)
+        _verify(out, headers, stale, expected, hashes, dtypes, added)
     nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {donor}" if donor else "made from the last decoder layer"
     first = f"{len(expected)} MTP tensors, {size(nbytes)} of {_name(dtype)}, {come_from}"
@@ -138,14 +150,13 @@ def _index_notes(model: Checkpoint, result: Checkpoint) -> list[str]:
     return [f"{INDEX_FILE}: {len(lost)} tensors that no file holds, as {min(lost)}, are not listed any more"]
 
 
-def _family_of(model: Checkpoint) -> Family:
+def _family_of(config: dict[str, Any], config_file: Path) -> Family:
     """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
-    config = model.config
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
     if len(rows) == 1:
         config = {**config, "architectures": rows[0].architectures}
-    return match_family(config, model.config_file)
+    return match_family(config, config_file)
 
 
 def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str], set[Path]]:
@@ -165,10 +176,8 @@ def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str]
     return {*stale, *misnamed}, {path for path, _ in places if path not in loaded}
 
 
-def _with_head(
-    config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path
-) -> tuple[dict[str, Any], list[str]]:
-    """config.json with what a save through transformers lost, and a note for each key that changed.
+def _with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path) -> dict[str, Any]:
+    """config.json with what a save through transformers lost.
 
     Raises `FastMTPError` if the model's architecture is not the donor's, nor the one that runs its backbone.
     """
@@ -204,8 +213,13 @@ def _with_head(
     else:
         new["text_config"] = {**text, **back}
         new[family.engines.num_layers_key] = 1
+    return new
+
+
+def _changes(config: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A note for each key of config.json that changed."""
     changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
-    return new, [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
+    return [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
 
 
 def _text(config: dict[str, Any]) -> dict[str, Any]:
@@ -325,12 +339,12 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
 
 
 def _fresh(
-    model: Checkpoint, result: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]
+    dense: Dense | None, model: Checkpoint, result: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
     from ..model.config import load_config
     from .init_head import initial_head
 
-    return initial_head(model, load_config(result), family, expected)
+    return initial_head(dense or model, load_config(result), family, expected)
 
 
 def _verify(
@@ -340,11 +354,13 @@ def _verify(
     expected: dict[str, tuple[int, ...]],
     hashes: dict[str, str],
     dtypes: dict[str, torch.dtype],
+    added: dict[str, tuple[int, ...]],
 ) -> None:
-    """Read the result back: the backbone's tensors as they were, and exactly these MTP tensors with these bytes."""
+    """Read the result back: the backbone's tensors as they were, what was added to it, and exactly these MTP tensors
+    with these bytes."""
     after = Checkpoint(out)
     kept = {n: (e.dtype, e.shape) for n, e in before.entries.items() if n not in stale}
-    want = {**kept, **{n: (DTYPES[dtypes[n]], s) for n, s in expected.items()}}
+    want = {**kept, **{n: (DTYPES[dtypes[n]], s) for n, s in {**added, **expected}.items()}}
     got = {n: (e.dtype, e.shape) for n, e in after.entries.items()}
     if got != want:
         odd = sorted(n for n in {**got, **want} if got.get(n) != want.get(n))

@@ -10,23 +10,36 @@ The average, not the hidden state alone, because a block that does not see the n
 again. It is a place to start training from, not a draft.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..families.family import Family
 
 
+class Tensors(Protocol):
+    """The backbone's tensors by name."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 def initial_head(
-    checkpoint: Checkpoint, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
+    backbone: Tensors, config: Any, family: Family, expected: dict[str, tuple[int, ...]]
 ) -> Callable[[str], torch.Tensor]:
-    """A function that gives each tensor of a head by its checkpoint name, as `checkpoint.head_reader` does.
+    """A function that gives each tensor of a head by its checkpoint name, as `mtp_tensors.head_reader` does.
 
     Args:
-        checkpoint: the backbone's.
         config: its transformers config.
         family: the row whose head it gets.
         expected: name → shape (`loading.head_shapes`).
@@ -39,12 +52,12 @@ def initial_head(
         head = MTPHead(config, family)
     # Where the last decoder layer is; a vision model's text has its layers behind a longer name.
     number = config.num_hidden_layers - 1
-    stems = sorted({n.split(f"layers.{number}.")[0] for n in checkpoint.file_of if f"layers.{number}." in n}, key=len)
+    stems = sorted({n.split(f"layers.{number}.")[0] for n in backbone.names if f"layers.{number}." in n}, key=len)
     stem = stems[0] if stems else "model."
     norm = f"{stem}norm.weight"
-    if norm not in checkpoint.file_of:
+    if norm not in backbone.names:
         raise FastMTPError(
-            f"{checkpoint.folder}: {norm} is missing; a head is initialized from it and the last decoder layer"
+            f"{backbone.folder}: {norm} is missing; a head is initialized from it and the last decoder layer"
         )
     # The block is a copy of that layer, the final norm of the backbone's; what fuses is made below.
     sources: dict[str, str] = {}
@@ -55,19 +68,17 @@ def initial_head(
             continue
         own = f"{stem}layers.{number}.{local.removeprefix(f'{family.names.block_path}.')}"
         own = norm if part == family.names.final_norm else own
-        if own not in checkpoint.file_of:
+        if own not in backbone.names:
+            raise FastMTPError(f"{backbone.folder}: {own} is missing; the last decoder layer is no {family.name} block")
+        if backbone.shape(own) != expected[name]:
             raise FastMTPError(
-                f"{checkpoint.folder}: {own} is missing; the last decoder layer is no {family.name} block"
-            )
-        if checkpoint.shape(own) != expected[name]:
-            raise FastMTPError(
-                f"{checkpoint.folder}: {own} has shape {list(checkpoint.shape(own))}, {name} {list(expected[name])}"
+                f"{backbone.folder}: {own} has shape {list(backbone.shape(own))}, {name} {list(expected[name])}"
             )
         sources[name] = own
 
     def read(name: str) -> torch.Tensor:
         if name in sources:
-            return checkpoint.read(sources[name])
+            return backbone.read(sources[name])
         local = name.removeprefix(family.names.prefix + ".")
         if local == f"{family.names.proj}.weight":
             half = torch.eye(expected[name][0]) / 2

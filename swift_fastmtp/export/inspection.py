@@ -21,6 +21,7 @@ from ..errors import FastMTPError
 from ..families.family import ENGINE_NAMES, Family, config_value, is_embedding
 from ..families.refused import CHAIN, FROZEN_KV, Layout, known_layout
 from ..families.table import FAMILIES
+from .dense import AS_QWEN2
 
 MTP_WORD = re.compile(r"(^|[._])(mtp|nextn|eh_proj|enorm|hnorm|pre_fc_norm_\w+|mtp_\w+)([._]|$)", re.I)
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -256,6 +257,11 @@ def _unknown(config: dict[str, Any]) -> str:
     """A save through transformers often renames the architecture to that of the class that ran the backbone."""
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
+    if not rows and set(architectures) & set(AS_QWEN2):
+        return (
+            "holds no MTP layer; `fastmtp graft --init_from_last_layer` gives it one of MiMo's layout, which engines "
+            "serve and which can then be trained"
+        )
     if not rows:
         return "unknown layout: no row in families/table.py names its architectures"
     lost = any(isinstance(config_value(config, f.engines.num_layers_key), int) for f in rows)

@@ -61,7 +61,7 @@ MODELS = {
     "AWQ": ((None, {"quantization_config": {"quant_method": "awq", "bits": 4}}), "quantization_config is 'awq'"),
     "tied": ((None, {"tie_word_embeddings": True}), "tie_word_embeddings is true"),
     "two layers": ((None, {"num_nextn_predict_layers": 2}), "num_nextn_predict_layers is 2"),
-    "unknown family": ((None, {"architectures": ["LlamaForCausalLM"]}), "has no known MTP layout"),
+    "unknown family": ((None, {"architectures": ["OPTForCausalLM"]}), "has no known MTP layout"),
 }
 
 
