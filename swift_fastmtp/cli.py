@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -276,16 +277,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     hide(options.get("api_key"))
     try:
         VERBS[options.pop("verb")].run(**options)
+        sys.stdout.flush()
     except FastMTPError as error:
         sys.exit(f"fastmtp: error: {error}")
     except KeyboardInterrupt:
         print("fastmtp: interrupted; long jobs go on when started again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 (whatever others' code raises)
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, OSError) and error.errno in _REFUSED_NAMES and error.filename:
             # A name or a folder that the system refuses, wherever it was met first: no mistake of the program.
             sys.exit(f"fastmtp: error: {FastMTPError(f'{error.filename}: {error.strerror}')}")
         sys.exit(redact(traceback.format_exc().rstrip()))
+
+
+def _nobody_reads() -> bool:
+    """Whether what reads our output has ended (`fastmtp inspect MODEL | head`); then nothing more is written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be flushed at the end
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Bad input through the real commands: one line that names the thing and the fix, a non-zero exit, nothing left."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,3 +188,12 @@ def test_fastmtp_errors(args, message, rows, tmp_path):
     assert process.stderr.strip().splitlines()[-1].startswith("fastmtp: error: ")
     assert message in process.stderr and "Traceback" not in process.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_nobody_reads_any_more_is_no_error():
+    """As in `fastmtp inspect MODEL | head -1`."""
+    words = [sys.executable, "-m", "swift_fastmtp.cli", "serve-args", str(TINY)]
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run.stdout.close()
+    assert run.stderr.read() == "" and run.wait() == 128 + signal.SIGPIPE
+    run.stderr.close()
