@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import select
 import signal
 import sys
 import traceback
@@ -294,12 +295,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _nobody_reads() -> bool:
     """Whether what reads our output has ended (`fastmtp inspect MODEL | head`); then nothing more is written."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would be flushed at the end
-        return True
-    return False
+    output = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(output, select.POLLOUT)
+    broken = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # what is left would be written at the end
+    return broken
 
 
 if __name__ == "__main__":
