@@ -19,7 +19,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import Headers
 from ..checkpoint.mtp_tensors import head_reader
 from ..checkpoint.refusals import find_family
-from ..checkpoint.shards import DTYPES, TORCH, copy_without, tensor_hashes, write_tensors
+from ..checkpoint.shards import DTYPES, TORCH, copy_without, overwrite_tensors, tensor_hashes, write_tensors
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
@@ -54,6 +54,8 @@ def graft(
     output_dir: str | Path,
     donor: str | Path | None = None,
     init_from_last_layer: bool = False,
+    fit_on: str | None = None,
+    max_rows: int | None = None,
     overwrite: bool = False,
 ) -> Graft:
     """Write `model` with an MTP layer to `output_dir`.
@@ -63,6 +65,9 @@ def graft(
         output_dir: folder to write; must not exist
         donor: folder of a model of the same sizes that has the layer: the base model
         init_from_last_layer: where there is no donor, make a layer from the backbone's last one (`init_head.py`)
+        fit_on: conversations with answers, the model's own at best: with --init_from_last_layer, on which the layer's
+            projection is fitted (`fit_head.py`; the model is loaded in float32)
+        max_rows: of those, from the top; default: all
         overwrite: replace an MTP layer that the model has
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
@@ -70,6 +75,8 @@ def graft(
     try_output(output_dir)
     if (donor is None) != init_from_last_layer:
         raise FastMTPError("graft: pass either --donor BASE or --init_from_last_layer")
+    if fit_on and donor:
+        raise FastMTPError("--fit_on fits a new layer; the donor's is taken as it is, drop one of the two")
     tuned = Checkpoint(model)
     giver = Checkpoint(donor) if donor else None
     if (tuned.folder / "adapter_config.json").exists():
@@ -114,6 +121,14 @@ def graft(
             write_tensors(out / ADDED_FILE, {n: (dtype, s) for n, s in added.items()}, dense.read)
             weight_map.update(dict.fromkeys(added, ADDED_FILE))
         write_index(out, weight_map)
+        if fit_on:
+            from .fit_head import fit_line, fit_projection
+
+            fit = fit_projection(out, fit_on, max_rows)
+            name = f"{family.names.prefix}.{family.names.proj}.weight"
+            weight = fit.weight.to(dtypes[name])
+            hashes |= overwrite_tensors(out / HEAD_FILE, [name], {name: weight}.__getitem__)
+            notes.append(fit_line(fit))
         _verify(out, headers, stale, expected, hashes, dtypes, added)
     nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {donor}" if donor else "made from the last decoder layer"
