@@ -95,6 +95,7 @@ setup(
     entry_points={
         "console_scripts": ["fastmtp=swift_fastmtp.cli:main"],
         "sglang.srt.plugins": ["swift_fastmtp=swift_fastmtp.serving.sglang_plugin:register"],
+        "vllm.general_plugins": ["swift_fastmtp=swift_fastmtp.serving.vllm_plugin:register"],
     },
     cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
 )

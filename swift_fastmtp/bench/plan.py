@@ -23,7 +23,7 @@ from ..files.show import listed, show
 from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import command, serve_flags
-from ..serving.sglang_plugin import VARIABLE
+from ..serving.maps import VARIABLE
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
