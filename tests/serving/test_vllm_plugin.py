@@ -7,20 +7,25 @@ model's own, and its rounds are those of the simulator with the map of the reque
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
 from helpers.engine import VLLMServer
-from helpers.models import RANDOM
+from helpers.learning import learn
+from helpers.models import _EXPERTS, _random, random_ernie, save_checkpoint
 from helpers.paths import ROOT, TINY
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Glm4MoeConfig
 
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
+from swift_fastmtp.export.folders import export_full
+from swift_fastmtp.families.family import Graph
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.token_map import copy_maps, read_map_list, read_token_map
-from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
+from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 from swift_fastmtp.vocab.languages import TokenLanguages
 
 pytestmark = pytest.mark.matrix
@@ -42,12 +47,14 @@ def maps(tmp_path_factory):
 
 
 def greedy_texts(model, tokenizer):
-    """Greedy answers by transformers to 20 prompts: six of each kind, and two in languages that have no map."""
+    """Greedy answers by transformers to 21 prompts: six of each kind, one of code alone, two whose language has no
+    map."""
     rows = [json.loads(line) for line in (ROOT / "examples/prompts/eval.jsonl").read_text().splitlines()]
     chosen = []
     for category in ("en", "zh", "code"):
         chosen += [row for row in rows if row["category"] == category][:6]
-    for text in ("Почему это важно? Расскажи подробно.", "1 2"):
+    code = "def f(x_1):\n    return {'a': [x_1 == 2]}\n"
+    for text in (code, "Почему это важно? Расскажи подробно.", "1 2"):
         chosen.append({"messages": [{"role": "user", "content": text}]})
     return make_texts(model, tokenizer, chosen, TOKENS, "generate", 8)
 
@@ -111,3 +118,97 @@ def test_every_request_drafts_in_its_own_language(installed, mimo, maps, tmp_pat
     # No request would have had the same rounds by chance.
     for other in (*by_map.values(), full):
         assert sum(one != two for one, two in zip(expected, other, strict=True)) > 5
+
+
+def test_one_map_for_all_requests_and_the_graph_that_was_trained(installed, mimo, maps, tmp_path):
+    """A head trained for SGLang's graph, in vLLM; an environment variable names one map, another one."""
+    texts, one = mimo[2], maps.parent / "code.pt"
+    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    with server(installed, folder, tmp_path / "log", SWIFT_FASTMTP_MAPS=str(one)) as running:
+        written, counted = answers_at_once(running, folder, texts)
+    assert written == own_texts(texts)
+    assert counted == rounds(mimo, "sglang", one)
+    assert counted != rounds(mimo, "vllm", one) and counted != rounds(mimo, "sglang")
+
+
+def test_the_environment_leaves_vllm_as_it_is(installed, mimo, maps, tmp_path):
+    texts = mimo[2]
+    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    off = {"SWIFT_FASTMTP_MAPS": "none", "SWIFT_FASTMTP_ENGINE": "none"}
+    with server(installed, folder, tmp_path / "log", **off) as running:
+        written, counted = answers_at_once(running, folder, texts)
+    assert written == own_texts(texts)
+    assert counted == rounds(mimo, "vllm") != rounds(mimo, "sglang")
+
+
+def wide_glm4_moe(seed, *, vocab, std, dtype=torch.float32):
+    """A GLM-4.5 whose attention heads are as wide as vLLM's kernels for a CPU need them."""
+    config = Glm4MoeConfig(
+        **{**_EXPERTS, "moe_intermediate_size": 32},
+        vocab_size=vocab,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        attention_bias=True,
+        use_qk_norm=True,
+        tie_word_embeddings=False,
+        architectures=["Glm4MoeForCausalLM"],
+    )
+    return _random(seed, config, "glm4_moe", std, dtype, norms=(0.3, 2.0))
+
+
+PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?", "写一首诗。", "print(1)"]
+
+
+def test_the_state_that_is_fed_back_is_the_one_that_was_trained(installed, tmp_path):
+    """GLM-4.5: the state after the layer's norm. The mask of position 0 stays vLLM's, and the log says so."""
+    base = save_checkpoint(wide_glm4_moe, tmp_path / "base")
+    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS, loss="ce"), base
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
+    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
+    learn(model, texts, steps=4)
+    FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
+    folder = tmp_path / "full"
+    export_full(tmp_path / "checkpoint", folder)
+    load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(base))))
+    with server(installed, folder, tmp_path / "log", SWIFT_FASTMTP_ENGINE="sglang") as running:
+        written, counted = answers_at_once(running, folder, texts)
+    expected = {}
+    for fed_back in (False, True):
+        model.head.graph = Graph(feedback_before_norm=fed_back, mask_position_zero=True)
+        expected[fed_back] = draft_rounds(model, texts, tokenizer.pad_token_id, 8)[-1]
+    assert written == own_texts(texts)
+    assert counted == expected[False] != expected[True]
+    log = (tmp_path / "log").read_text()
+    assert "feedback_before_norm as SGLang computes it" in log and "mask_position_zero stays as vLLM has it" in log
+
+
+def stops(installed, folder, tmp_path, *flags, **environment):
+    """The one line with which a server stops."""
+    with pytest.raises(AssertionError):
+        server(installed, folder, tmp_path / "log", *flags, **environment).__enter__()
+    lines = (tmp_path / "log").read_text().splitlines()
+    (line,) = [line for line in lines if "fastmtp: error: " in line]
+    return line.partition("fastmtp: error: ")[2]
+
+
+def test_a_list_that_cannot_be_read_stops_the_start(installed, tmp_path):
+    (tmp_path / "maps.json").write_text("{")
+    line = stops(installed, TINY, tmp_path, SWIFT_FASTMTP_MAPS=str(tmp_path / "maps.json"))
+    assert "maps.json: cannot be read as JSON" in line
+
+
+def test_a_map_of_another_model_stops_the_start(installed, maps, tmp_path):
+    folder = copy_of_tiny(tmp_path / "model", maps)
+    (folder / "token_maps/zh.meta.json").write_text('{"tokenizer_sha256": "0"}')
+    assert "zh.pt: made with another tokenizer.json" in stops(installed, folder, tmp_path)
+
+
+def test_a_graph_that_cannot_be_corrected_stops_the_start(installed, tmp_path):
+    folder = save_checkpoint(random_ernie, tmp_path / "ernie")
+    line = stops(installed, folder, tmp_path, SWIFT_FASTMTP_ENGINE="sglang")
+    assert "trained for SGLang" in line and "SWIFT_FASTMTP_ENGINE=none" in line
