@@ -80,6 +80,7 @@ setup(
         "deepspeed": deepspeed,
         "flash": ["flash-attn>=2.8"],
         "serve": ["sglang>=0.5.19,<0.5.24"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "dev": [
             *train,
             *deepspeed,
