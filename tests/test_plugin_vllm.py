@@ -34,7 +34,6 @@ SERVER = ServerParts(
     tokenizer=str(TINY),
     trust_remote_code=False,
     method="mtp",
-    tensor_parallel=1,
     lora=False,
 )
 
@@ -107,7 +106,6 @@ def test_another_word_for_an_engine(monkeypatch):
 REFUSED = {
     "EAGLE-3": ({"method": "eagle3"}, "V1", "`eagle3` is not `mtp`"),
     "V2": ({}, "V2", "VLLM_USE_V2_MODEL_RUNNER=0"),
-    "tensor parallelism": ({"tensor_parallel": 2}, "V1", "--tensor-parallel-size above 1"),
     "LoRA": ({"lora": True}, "V1", "--enable-lora"),
 }
 

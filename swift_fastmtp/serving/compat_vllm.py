@@ -152,7 +152,6 @@ class ServerParts(NamedTuple):
     tokenizer: str
     trust_remote_code: bool
     method: str
-    tensor_parallel: int
     lora: bool
 
 
@@ -166,7 +165,6 @@ def server_parts(drafter: Any) -> ServerParts:
             tokenizer=config.model_config.tokenizer,
             trust_remote_code=config.model_config.trust_remote_code,
             method=config.speculative_config.method,
-            tensor_parallel=config.parallel_config.tensor_parallel_size,
             lora=config.lora_config is not None,
         )
     except AttributeError as error:

@@ -134,7 +134,5 @@ def refuse_unsupported(server: ServerParts, runner: str) -> None:
         raise FastMTPError(f"token maps: the speculative method `{server.method}` is not `mtp`; set {VARIABLE}=none")
     if runner != "V1":
         raise FastMTPError("token maps: vLLM's model runner V2 is not supported; set VLLM_USE_V2_MODEL_RUNNER=0")
-    if server.tensor_parallel > 1:
-        raise FastMTPError("token maps: --tensor-parallel-size above 1 is not supported")
     if server.lora:
         raise FastMTPError("token maps: --enable-lora is not supported")

@@ -23,6 +23,7 @@ class VLLMRouter:
 
     def __init__(self, drafter: Any, server: ServerParts, files: Mapping[str, Path]) -> None:
         parts = draft_parts(drafter.model)
+        # Tensor parallelism: this rank's tokens; vLLM gathers the logits of all ranks, which see the same requests.
         self.head = make_head(files, server.tokenizer, parts.weight, parts.vocab_size, parts.start, parts.end)
         self.identify = None if EVERY in files else _languages(server, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}

@@ -101,23 +101,40 @@ def own_texts(texts):
     return [t.ids[t.start : t.end] for t in texts]
 
 
-def test_every_request_drafts_in_its_own_language(installed, mimo, maps, tmp_path):
+def by_language(mimo, engine, maps):
+    """Rounds of each text with the map of its prompt's language, and those of all texts with each map."""
     _, tokenizer, texts = mimo
+    identify = TokenLanguages(tokenizer)
+    languages = [identify.of_prompt(t.ids[: t.start]) for t in texts]
+    assert set(MAPS) <= set(languages) and set(languages) - set(MAPS)
+    with_map = {name: rounds(mimo, engine, maps.parent / f"{name}.pt") for name in MAPS}
+    full = rounds(mimo, engine)
+    expected = [with_map.get(language, full)[i] for i, language in enumerate(languages)]
+    return expected, [*with_map.values(), full]
+
+
+def test_every_request_drafts_in_its_own_language(installed, mimo, maps, tmp_path):
+    texts = mimo[2]
     folder = copy_of_tiny(tmp_path / "model", maps)
     with server(installed, folder, tmp_path / "log") as running:
         written, counted = answers_at_once(running, folder, texts)
         again = answers_at_once(running, folder, texts)  # their prompts are cached
-    identify = TokenLanguages(tokenizer)
-    languages = [identify.of_prompt(t.ids[: t.start]) for t in texts]
-    assert set(MAPS) <= set(languages) and set(languages) - set(MAPS)
-    by_map = {name: rounds(mimo, "vllm", maps.parent / f"{name}.pt") for name in MAPS}
-    full = rounds(mimo, "vllm")
-    expected = [by_map.get(language, full)[i] for i, language in enumerate(languages)]
+    expected, others = by_language(mimo, "vllm", maps)
     assert written == own_texts(texts) and counted == expected
     assert again == (written, counted)
     # No request would have had the same rounds by chance.
-    for other in (*by_map.values(), full):
+    for other in others:
         assert sum(one != two for one, two in zip(expected, other, strict=True)) > 5
+
+
+def test_two_ranks(installed, mimo, maps, tmp_path):
+    """Tensor parallelism: each rank has its part of each map; the graph is corrected in both."""
+    texts = mimo[2]
+    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # a small machine has no part of its memory for each
+    with server(installed, folder, tmp_path / "log", "--tensor-parallel-size", "2", **ranks) as running:
+        written, counted = answers_at_once(running, folder, texts)
+    assert written == own_texts(texts) and counted == by_language(mimo, "sglang", maps)[0]
 
 
 def test_one_map_for_all_requests_and_the_graph_that_was_trained(installed, mimo, maps, tmp_path):
