@@ -622,6 +622,22 @@ def test_vllm_versions_and_parts(monkeypatch):
         compat_vllm.server_parts(SimpleNamespace(vllm_config=SimpleNamespace()))
 
 
+def test_a_vllm_in_which_the_draft_is_loaded_otherwise(vllm, monkeypatch, caplog):
+    """Nobody may have asked for anything: it serves, and the log says what is not done."""
+    proposer = vllm["llm_base_proposer"].SpecDecodeBaseProposer
+    with monkeypatch.context() as patch:
+        patch.delattr(proposer, "load_model")
+        patch.setattr(sys, "meta_path", list(sys.meta_path))
+        compat_vllm.when_loaded(lambda *_: None)
+    assert "SpecDecodeBaseProposer.load_model of vllm.v1.spec_decode.llm_base_proposer is gone" in caplog.text
+    monkeypatch.setattr(compat_vllm, "installed", lambda library: "0.33.0")
+    caplog.clear()
+    compat_vllm.warn_if_untried()
+    assert "vllm 0.33.0: what config.json asks for may not be done" in caplog.text.replace(
+        "of unknown version", "0.33.0"
+    )
+
+
 def test_vllm_draft_parts(vllm):
     kind = type("Processor", (torch.nn.Module, vllm["logits_processor"].LogitsProcessor), {})
     draft = torch.nn.Module()

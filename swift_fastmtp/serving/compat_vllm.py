@@ -11,13 +11,16 @@ the draft computes, and only the speed would tell.
 
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..errors import FastMTPError
 from ..files.libraries import TRIED, Name, changed, check_names, find, installed, owner_of
-from .maps import or_exit
+
+logger = logging.getLogger("vllm.swift_fastmtp")  # below vLLM's own, which has the handlers
 
 _V1 = Name(
     "vllm",
@@ -70,6 +73,15 @@ def check_version(use: str) -> None:
         raise changed("vllm", f"{use}: it is not among the versions tried")
 
 
+def warn_if_untried() -> None:
+    """A line in the log for a vLLM that was not tried: whatever config.json asks for, it may never come to the place
+    where that is read."""
+    try:
+        check_version("what config.json asks for may not be done")
+    except FastMTPError as error:
+        logger.warning("swift_fastmtp: %s", error)
+
+
 def check_maps() -> None:
     """Raises `FastMTPError` if a name is gone, or is not what vLLM itself uses it for."""
     check_names(MAP_NAMES)
@@ -102,8 +114,12 @@ def when_loaded(after: Callable[[Any, Any, str], None]) -> None:
 
 
 def _after_load(name: Name, runner: str, after: Callable[[Any, Any, str], None]) -> None:
-    stock = or_exit(find, name)
-    owner, _ = owner_of(name)
+    try:
+        owner, _ = owner_of(name)
+        stock = find(name)
+    except FastMTPError as error:  # of a version that was not tried; nobody may have asked for anything
+        logger.warning("swift_fastmtp: %s; nothing is done that config.json asks for", error)
+        return
 
     def load_model(self: Any, target_model: Any) -> None:
         stock(self, target_model)

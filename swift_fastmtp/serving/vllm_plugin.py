@@ -13,7 +13,6 @@ Loaded by vLLM through the entry point `vllm.general_plugins`, in every process.
 nothing until then, and nothing at all where none of this is asked for.
 """
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -25,7 +24,7 @@ from ..families.family import Family, Graph
 from ..families.table import match_family
 from ..files.known_files import read_object
 from . import compat_vllm
-from .compat_vllm import ServerParts, check_version, when_loaded
+from .compat_vllm import ServerParts, check_version, logger, warn_if_untried, when_loaded
 from .maps import VARIABLE, file_of, maps_of, maps_of_variable, or_exit
 
 ENGINE_VARIABLE = "SWIFT_FASTMTP_ENGINE"
@@ -39,8 +38,6 @@ _SMALL = ("mask_position_zero",)
 """Fields that vLLM keeps, with a line in the log: the key of one token of a context differs, and costs a little
 acceptance. Any other field stops the server: with another RoPE nearly every draft would be rejected."""
 
-logger = logging.getLogger("vllm.swift_fastmtp")  # below vLLM's own, which has the handlers
-
 
 def register() -> None:
     """Entry point. Stops the server with one line if it cannot do what the environment variables ask for."""
@@ -52,6 +49,7 @@ def register() -> None:
         or_exit(check_version, f"{ENGINE_VARIABLE}=sglang")
     nothing = os.environ.get(VARIABLE) and not maps and engine in _AS_IT_IS
     if not nothing:
+        warn_if_untried()
         when_loaded(_after_load)
 
 
