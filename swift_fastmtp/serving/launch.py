@@ -141,7 +141,9 @@ def _vllm(remote_code: bool, target: Path, draft: Path | None, steps: int) -> li
 
 def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | None) -> list[Flag]:
     """vLLM's command, with what this package's plugin makes of it where both are installed side by side."""
-    keys = [key for key in (TOKEN_MAPS_KEY, ENGINE_KEY) if key in config]
+    keys = [TOKEN_MAPS_KEY] if TOKEN_MAPS_KEY in config else []
+    if config.get(ENGINE_KEY) == "sglang":
+        keys.append(ENGINE_KEY)
     if keys:
         why = f"{flags[0].why}; with this package beside it, {' and '.join(keys)} of config.json"
         flags = [replace(flags[0], why=why), *flags[1:]]

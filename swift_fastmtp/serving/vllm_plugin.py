@@ -36,7 +36,7 @@ _CORRECTED: dict[str, Callable[[Any, Any], None]] = {
 """Fields of `Graph` -> what makes the loaded models compute SGLang's."""
 _SMALL = ("mask_position_zero",)
 """Fields that vLLM keeps, with a line in the log: the key of one token of a context differs, and costs a little
-acceptance. Any other field stops the server: with another RoPE nearly every draft would be rejected."""
+acceptance. Any other field stops the server: another RoPE changes all that the layer attends to."""
 
 
 def register() -> None:
@@ -106,8 +106,8 @@ def split_differences(family: Family, where: str) -> tuple[list[str], list[str]]
     for name in names:
         if name not in _CORRECTED and name not in _SMALL:
             raise FastMTPError(
-                f"{where}: its MTP layer was trained for SGLang, and vLLM would have nearly every draft rejected "
-                f"({name}); serve it with SGLang, or set {ENGINE_VARIABLE}=none"
+                f"{where}: its MTP layer was trained for SGLang, and vLLM computes another attention ({name}), which "
+                f"costs acceptance; serve it with SGLang, or set {ENGINE_VARIABLE}=none"
             )
     return [n for n in names if n in _CORRECTED], [n for n in names if n in _SMALL]
 
