@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import ENGINE_KEY, TOKEN_MAPS_KEY
+from ..checkpoint.config_file import ENGINE_KEY, TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
-from .maps import VARIABLE
 
 ENVIRONMENT = "env"
 """The first word of a command that sets a variable; the engine's own follows it."""
@@ -149,7 +148,7 @@ def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | Non
         flags = [replace(flags[0], why=why), *flags[1:]]
     if token_map:
         why = "the draft's smaller vocabulary, with this package beside vLLM; the output does not change"
-        flags = [Flag((ENVIRONMENT, f"{VARIABLE}={token_map}"), why), *flags]
+        flags = [Flag((ENVIRONMENT, f"{TOKEN_MAPS_VARIABLE}={token_map}"), why), *flags]
     return flags
 
 
@@ -159,7 +158,7 @@ def static_map(flags: list[Flag]) -> str | None:
         if flag.words[0] == "--speculative-token-map":
             return flag.words[1]
         if flag.words[0] == ENVIRONMENT:
-            return flag.words[1].removeprefix(f"{VARIABLE}=")
+            return flag.words[1].removeprefix(f"{TOKEN_MAPS_VARIABLE}=")
     return None
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.config_file import TOKEN_MAPS_KEY
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..errors import FastMTPError
 from ..files.known_files import read_object
 from ..method.token_map import check_map_list, check_tokenizer, read_map_list, read_token_map
 from .routed_head import RoutedHead
 
-VARIABLE = "SWIFT_FASTMTP_MAPS"
+VARIABLE = TOKEN_MAPS_VARIABLE
 EVERY = "*"
 """In place of a language: the one map of all requests."""
 AGAIN_EVERY = 16
