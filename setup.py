@@ -80,6 +80,7 @@ setup(
         "deepspeed": deepspeed,
         "flash": ["flash-attn>=2.8"],
         "serve": ["sglang>=0.5.19,<0.5.24"],
+        "vllm": ["vllm>=0.32,<0.33"],
         "dev": [
             *train,
             *deepspeed,
@@ -95,6 +96,7 @@ setup(
     entry_points={
         "console_scripts": ["fastmtp=swift_fastmtp.cli:main"],
         "sglang.srt.plugins": ["swift_fastmtp=swift_fastmtp.serving.sglang_plugin:register"],
+        "vllm.general_plugins": ["swift_fastmtp=swift_fastmtp.serving.vllm_plugin:register"],
     },
     cmdclass={"build_py": BuildPy, "editable_wheel": EditableWheel},
 )

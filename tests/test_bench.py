@@ -24,6 +24,7 @@ from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.bench.summary import warnings
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.serving.maps import VARIABLE
 
 FAKE = ROOT / "tests/helpers/fake_engine.py"
 ASKED = {"model": str(TINY), "num_questions": 6, "max_new_tokens": 10, "warmup": 1, "retry_seconds": 1}
@@ -586,6 +587,36 @@ def test_the_map_that_a_head_was_trained_inside_is_named(tmp_path):
     launches = make_plan({"model": str(TINY), "servers": servers}).launches
     assert launches["a-k3"].server.token_map == "inside" and launches["a-k3"].server.token_map_size == 64
     assert launches["b-k3"].server.token_map is None and "--speculative-token-map" not in launches["b-k3"].command
+
+
+def test_vllm_gets_its_maps_by_a_variable(tmp_path):
+    """One for all requests, or a list; the command is the stock one, and the plan decides, not the environment."""
+    folder = tmp_path / "folder"
+    shutil.copytree(TINY, folder)
+    torch.save(list(range(64)), tmp_path / "inside.pt")
+    torch.save(list(range(32)), tmp_path / "asked.pt")
+    (folder / "fastmtp.json").write_text(json.dumps({"token_map": str(tmp_path / "inside.pt")}))
+    servers = {
+        "inside": {"folder": str(folder)},
+        "asked": {"folder": str(folder), "token_map": str(tmp_path / "asked.pt")},
+        "listed": {"folder": str(folder), "token_map": str(tmp_path / "maps.json")},
+        "none": {"folder": str(folder), "token_map": "none"},
+        "plain": {"folder": str(TINY)},
+        "baseline": {},
+    }
+    launches = make_plan({"model": str(TINY), "engine": "vllm", "servers": servers}).launches
+    found = {
+        name: (x.server.token_map, x.server.token_map_size, x.environment[VARIABLE]) for name, x in launches.items()
+    }
+    assert found == {
+        "baseline": (None, None, "none"),
+        "inside-k3": ("inside", 64, str(tmp_path / "inside.pt")),
+        "asked-k3": ("asked", 32, str(tmp_path / "asked.pt")),
+        "listed-k3": ("maps", None, str(tmp_path / "maps.json")),
+        "none-k3": (None, None, "none"),
+        "plain-k3": (None, None, "none"),
+    }
+    assert all(x.command[:2] == ["vllm", "serve"] for x in launches.values())
 
 
 def test_plans_are_put_together(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.libraries import TRIED, Name, check_names, find, owner_of
 from swift_fastmtp.method import compat_torch
 from swift_fastmtp.model import compat_transformers
-from swift_fastmtp.serving import compat_sglang
+from swift_fastmtp.serving import compat_sglang, compat_vllm
 from swift_fastmtp.swift_plugin import compat_swift
 
 ONE_LINE = r"^{library} [\w.+ ]+: [^\n]*{what}[^\n]*; this package was tried with [\w., ]+: install {library}==[\w.]+$"
@@ -475,6 +475,185 @@ def test_sglang_versions_arguments_and_parts(monkeypatch):
         compat_sglang.draft_parts(SimpleNamespace(draft_runner=SimpleNamespace(model=SimpleNamespace())))
 
 
+# --- vLLM, likewise
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """Its modules, with just what `compat_vllm.check_maps` looks at; what it is in vLLM 0.32.0."""
+    source = {
+        "vllm.v1.spec_decode.llm_base_proposer": (
+            "class SpecDecodeBaseProposer:\n"
+            "    def load_model(self, target_model): ...\n"
+            "    def prepare_next_token_ids_padded(self, sampled_token_ids, requests, gpu_input_batch, mask): ...\n"
+            "    def prepare_next_token_ids_cpu(self, sampled_token_ids, requests, gpu_input_batch, numbers): ...\n"
+        ),
+        "vllm.v1.worker.gpu_model_runner": (
+            "class GPUModelRunner:\n"
+            "    def propose_draft_token_ids(self, scheduler_output, sampled_token_ids):\n"
+            "        self.drafter.prepare_next_token_ids_padded; self.drafter.prepare_next_token_ids_cpu\n"
+        ),
+        "vllm.model_executor.layers.logits_processor": (
+            "class LogitsProcessor:\n"
+            "    def _get_logits(self, hidden_states, lm_head, embedding_bias):\n"
+            "        return self._apply_head(lm_head, hidden_states, embedding_bias)\n"
+            "    def _apply_head(self, lm_head, hidden_states, embedding_bias): ...\n"
+        ),
+        "vllm.v1.worker.gpu_input_batch": (
+            "class CachedRequestState:\n    def __init__(self, req_id, prompt_token_ids, output_token_ids): ...\n"
+        ),
+    }
+    modules = {}
+    for name, code in source.items():
+        parents = name.split(".")[:-1]
+        for length in range(1, len(parents) + 1):
+            package = ".".join(parents[:length])
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        modules[name] = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        exec(code, vars(modules[name]))
+    return {name.rpartition(".")[2]: module for name, module in modules.items()}
+
+
+def test_vllm_names(vllm, monkeypatch):
+    compat_vllm.check_maps()
+    for name in compat_vllm.MAP_NAMES:
+        module = name.path.partition(":")[0]
+        with monkeypatch.context() as patch:
+            patch.delattr(*owner_of(name))
+            with fails("vllm", f"{name.short} of {module} is gone ({name.why})"):
+                compat_vllm.check_maps()
+
+
+def test_vllm_names_that_nothing_uses(vllm, monkeypatch):
+    runner, processor = vllm["gpu_model_runner"].GPUModelRunner, vllm["logits_processor"].LogitsProcessor
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "propose_draft_token_ids", lambda self, scheduler_output, sampled_token_ids: None)
+        with fails("vllm", "nothing calls SpecDecodeBaseProposer.prepare_next_token_ids_padded"):
+            compat_vllm.check_maps()
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "_get_logits", lambda self: None)
+        with fails("vllm", "nothing calls LogitsProcessor._apply_head"):
+            compat_vllm.check_maps()
+    monkeypatch.setattr(vllm["gpu_input_batch"], "CachedRequestState", lambda prompt_token_ids: None)
+    with fails("vllm", "CachedRequestState has no output_token_ids any more"):
+        compat_vllm.check_maps()
+
+
+class Target(torch.nn.Module):
+    """MiMo's: it ends before the final norm, which `compute_logits` applies."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.norm = torch.nn.LayerNorm(4)
+        self.lm_head = torch.nn.Linear(4, 8)
+
+    def logits_processor(self, lm_head, hidden_states):
+        return lm_head(hidden_states)
+
+    def forward(self, hidden_states):
+        return 2 * hidden_states
+
+    def compute_logits(self, hidden_states):
+        return self.logits_processor(self.lm_head, self.model.norm(hidden_states))
+
+
+def test_a_target_that_ends_with_its_norm():
+    target, hidden = Target(), torch.randn(3, 4)
+    logits = target.compute_logits(target(hidden))
+    compat_vllm.norm_target(target)
+    torch.testing.assert_close(target(hidden), target.model.norm(2 * hidden))
+    torch.testing.assert_close(target.compute_logits(target(hidden)), logits)
+    assert type(target).__name__ == "Target" and "model.norm.weight" in target.state_dict()
+    with fails("vllm", "Target.compute_logits applies no final norm any more"):
+        compat_vllm.norm_target(target)  # it has one already, as a later vLLM might
+
+
+class SharedHead(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(4)
+
+    def forward(self, hidden_states):
+        return self.norm(hidden_states)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared_head = SharedHead()
+
+    def forward(self, hidden_states):
+        return 2 * hidden_states
+
+
+class Predictor(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleDict({"2": Layer()})
+
+    def compute_logits(self, hidden_states):
+        return self.layers["2"].shared_head(hidden_states)
+
+
+def test_a_draft_whose_layer_ends_with_its_norm():
+    draft, hidden = torch.nn.Module(), torch.randn(3, 4)
+    draft.model = Predictor()
+    layer = draft.model.layers["2"]
+    logits = draft.model.compute_logits(layer(hidden))
+    compat_vllm.norm_feedback(draft)
+    torch.testing.assert_close(layer(hidden), layer.shared_head.norm(2 * hidden))
+    torch.testing.assert_close(draft.model.compute_logits(layer(hidden)), logits)
+    with fails("vllm", "Layer does not end before its norm any more"):
+        compat_vllm.norm_feedback(draft)
+    with fails("vllm", "Target.compute_logits applies no norm of its layers any more"):
+        compat_vllm.norm_feedback(Target())
+
+
+def test_vllm_versions_and_parts(monkeypatch):
+    monkeypatch.setattr(compat_vllm, "installed", lambda library: "0.33.0")
+    with fails("vllm", "token maps: it is not among the versions tried"):
+        compat_vllm.check_version("token maps")
+    for version in ("0.32.0", "0.32.0+cpu"):
+        monkeypatch.setattr(compat_vllm, "installed", lambda library, version=version: version)
+        compat_vllm.check_version("token maps")
+    with fails("vllm", "servers are configured otherwise"):
+        compat_vllm.server_parts(SimpleNamespace(vllm_config=SimpleNamespace()))
+
+
+def test_a_vllm_in_which_the_draft_is_loaded_otherwise(vllm, monkeypatch, caplog):
+    """Nobody may have asked for anything: it serves, and the log says what is not done."""
+    proposer = vllm["llm_base_proposer"].SpecDecodeBaseProposer
+    with monkeypatch.context() as patch:
+        patch.delattr(proposer, "load_model")
+        patch.setattr(sys, "meta_path", list(sys.meta_path))
+        compat_vllm.when_loaded(lambda *_: None)
+    assert "SpecDecodeBaseProposer.load_model of vllm.v1.spec_decode.llm_base_proposer is gone" in caplog.text
+    monkeypatch.setattr(compat_vllm, "installed", lambda library: "0.33.0")
+    caplog.clear()
+    compat_vllm.warn_if_untried()
+    assert "vllm 0.33.0: what config.json asks for may not be done" in caplog.text.replace(
+        "of unknown version", "0.33.0"
+    )
+
+
+def test_vllm_draft_parts(vllm):
+    kind = type("Processor", (torch.nn.Module, vllm["logits_processor"].LogitsProcessor), {})
+    draft = torch.nn.Module()
+    with fails("vllm", "Module has 0 logits processors"):
+        compat_vllm.draft_parts(draft)
+    draft.processor = kind()
+    with fails("vllm", "Module has other parts"):
+        compat_vllm.draft_parts(draft)
+    shard = SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=8)
+    draft.lm_head = torch.nn.Linear(4, 8)
+    draft.lm_head.shard_indices, draft.lm_head.org_vocab_size = shard, 8
+    parts = compat_vllm.draft_parts(draft)
+    assert parts.processor is draft.processor and parts.weight is draft.lm_head.weight
+    assert (parts.start, parts.end, parts.vocab_size) == (0, 8, 8)
+
+
 # --- versions: setup.py, constraints.txt and the table in the docs say the same
 
 
@@ -514,4 +693,5 @@ def test_the_table_of_versions():
                 assert f"def {name}(" in code, checks
     for library, tried in TRIED.items():
         assert seen.get(library, tried) == tried
-    assert {"torch", "transformers", "accelerate", "deepspeed", "datasets", "ms-swift", "peft", "sglang"} == set(seen)
+    known = {"torch", "transformers", "accelerate", "deepspeed", "datasets", "ms-swift", "peft", "sglang", "vllm"}
+    assert known == set(seen)

@@ -22,7 +22,6 @@ NAMELESS = {
     "the head, its optimi": "about memory that is not there, with the flag that says how much there is",
     "the files have no run": "about all files of the command line together",
     "no results file; name": "none was named",
-    "vLLM has no token map for MTP": "`serve-args --engine vllm` has one option of that name",
     "no answer is longer than one token": "about all rows together",
     "a counting process was killed": "the system did not say which, or why",
 }

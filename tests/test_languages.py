@@ -14,9 +14,10 @@ from swift_fastmtp.checkpoint.config_file import TOKEN_MAPS_KEY
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.token_map import read_map_list
+from swift_fastmtp.serving.maps import AGAIN_EVERY, VARIABLE, check_weight, maps_of
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
-from swift_fastmtp.serving.router import AGAIN_EVERY, FULL, Router, check_weight
-from swift_fastmtp.serving.sglang_plugin import VARIABLE, maps_of, refuse_unsupported
+from swift_fastmtp.serving.router import FULL, Router
+from swift_fastmtp.serving.sglang_plugin import refuse_unsupported
 from swift_fastmtp.vocab.languages import MIN_TOKENS, Languages, TokenLanguages
 
 EN = "The heart pumps blood through the body, and the lungs fill it with oxygen."

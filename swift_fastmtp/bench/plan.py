@@ -22,8 +22,8 @@ from ..files.schema import build, check_values
 from ..files.show import listed, show
 from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
-from ..serving.launch import command, serve_flags
-from ..serving.sglang_plugin import VARIABLE
+from ..serving.launch import ENVIRONMENT, command, serve_flags, static_map
+from ..serving.maps import VARIABLE
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
@@ -265,7 +265,7 @@ def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, s
     assert plan.model
     folder = server.folder or plan.model
     environment = {**plan.environment, **server.environment}
-    # SGLang's own option takes one static map; a .json lists maps per language, which the plugin reads.
+    # One static map is an option of SGLang's; a .json lists maps per language, which the plugins read.
     static = asked if asked and asked != NO_MAP and Path(asked).suffix != ".json" else None
     token_map = asked if asked != NO_MAP else None
     if server.command:
@@ -273,17 +273,20 @@ def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, s
     else:
         # The command that `fastmtp serve-args` shows, without what this server shall not have.
         flags = serve_flags(folder, plan.engine, steps or None, static, plan.model)
+        inside = static_map(flags) if asked is None and steps else None  # the one that the head was trained inside
         dropped = "--speculative" if not steps else "--speculative-token-map" if asked and not static else None
-        words = command([f for f in flags if not (dropped and f.words[0].startswith(dropped))])
+        flags = [f for f in flags if not (dropped and f.words[0].startswith(dropped))]
+        words = command([f for f in flags if f.words[0] != ENVIRONMENT])  # variables are set below
         # The paths among them are those of the plan, with the variables that it names.
         from_plan = {str(Path(path)): path for path in (folder, plan.model, static) if isinstance(path, Filled)}
         words = [from_plan.get(word, word) for word in words]
-        if asked is None and "--speculative-token-map" in words:  # the one that the head was trained inside
-            static = token_map = words[words.index("--speculative-token-map") + 1]
+        if inside:
+            static = token_map = inside
         if asked is None and static is None and steps and TOKEN_MAPS_KEY in read_config(Path(folder)):
             token_map = f"{folder}/config.json"
-        elif plan.engine == "sglang":  # the plan decides about maps, not the environment that it happens to run in
-            environment[VARIABLE] = token_map if token_map and not static else NO_MAP
+        else:  # the plan decides about maps, not the environment that it happens to run in
+            is_flag = static is not None and plan.engine == "sglang"
+            environment[VARIABLE] = token_map if token_map and not is_flag else NO_MAP
         python = server.python or plan.python
         if python and words[0] == "python":
             words[0] = python

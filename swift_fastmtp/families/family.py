@@ -172,7 +172,7 @@ class Family:
             raise FastMTPError(f"vLLM has no MTP for {self.architectures[0]}; fastmtp_engine must be sglang")
         if engine == "both" and vllm != sglang:
             raise FastMTPError(
-                f"SGLang and vLLM do not compute the same with the MTP layer of {self.architectures[0]}: "
+                f"fastmtp_engine both: engines do not compute the same with the MTP layer of {self.architectures[0]}: "
                 f"{'; '.join(self.differences)}; set fastmtp_engine to sglang or vllm, which will serve it"
             )
         return vllm

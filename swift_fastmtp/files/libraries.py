@@ -22,6 +22,7 @@ TRIED = {
     "ms-swift": ("4.6.0",),
     "modelscope": ("1.40.2",),
     "sglang": ("0.5.23",),
+    "vllm": ("0.32.0",),
 }
 """Library → the versions that every name in the `compat_*.py` files was tried with."""
 

@@ -17,6 +17,7 @@ import yaml
 
 from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
+from ..checkpoint.config_file import TOKEN_MAPS_VARIABLE
 from ..errors import FastMTPError
 from ..families.family import ENGINE_NAMES, ENGINES
 from ..files import inputs
@@ -264,6 +265,8 @@ def _without_paths(flags: list[Flag], folder: Path, base: str) -> str:
     def without_path(word: str) -> str:
         if word == str(folder):
             return folder.name
+        if word.startswith(f"{TOKEN_MAPS_VARIABLE}="):
+            return f"{TOKEN_MAPS_VARIABLE}={Path(word.partition('=')[2]).name}"
         return Path(word).name if word.startswith(("/", "~", ".")) and word != base else word
 
     return explain([replace(flag, words=tuple(without_path(word) for word in flag.words)) for flag in flags])

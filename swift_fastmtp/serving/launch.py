@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import TOKEN_MAPS_KEY
+from ..checkpoint.config_file import ENGINE_KEY, TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
 
+ENVIRONMENT = "env"
+"""The first word of a command that sets a variable; the engine's own follows it."""
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
 
@@ -41,7 +43,8 @@ def serve_flags(
         folder: full checkpoint or draft-only folder
         engine: that the command starts
         num_steps: drafts per step, K; default: what the head was trained for
-        token_map: file for SGLang's --speculative-token-map; default: the one the head was trained inside
+        token_map: file of one map for all requests: SGLang's --speculative-token-map, or for vLLM an environment
+            variable that this package's plugin reads; default: the one the head was trained inside
         model: target of a draft-only folder; default: the base model it was trained for
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
@@ -55,13 +58,12 @@ def serve_flags(
     target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
-    if engine == "vllm":
-        if token_map:
-            raise FastMTPError("vLLM has no token map for MTP; drop it")
-        flags = _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
-        return [*flags[:-1], replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine))]
     by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
+    if engine == "vllm":
+        flags = _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
+        flags[-1] = replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine))
+        return _with_plugin(flags, config, token_map)
     if token_map and config_value(config, "tie_word_embeddings"):
         raise FastMTPError(
             f"{folder}: SGLang has no static token map for tied embeddings (its draft keeps the whole output matrix, "
@@ -143,6 +145,30 @@ def _vllm(remote_code: bool, target: Path, draft: Path | None, steps: int) -> li
         *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
         Flag(("--speculative-config", json.dumps(speculative)), "K drafts, the one layer applied K times"),
     ]
+
+
+def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | None) -> list[Flag]:
+    """vLLM's command, with what this package's plugin makes of it where both are installed side by side."""
+    keys = [TOKEN_MAPS_KEY] if TOKEN_MAPS_KEY in config else []
+    if config.get(ENGINE_KEY) == "sglang":
+        keys.append(ENGINE_KEY)
+    if keys:
+        why = f"{flags[0].why}; with this package beside it, {' and '.join(keys)} of config.json"
+        flags = [replace(flags[0], why=why), *flags[1:]]
+    if token_map:
+        why = "the draft's smaller vocabulary, with this package beside vLLM; the output does not change"
+        flags = [Flag((ENVIRONMENT, f"{TOKEN_MAPS_VARIABLE}={token_map}"), why), *flags]
+    return flags
+
+
+def static_map(flags: list[Flag]) -> str | None:
+    """The one token map for all requests that a command names."""
+    for flag in flags:
+        if flag.words[0] == "--speculative-token-map":
+            return flag.words[1]
+        if flag.words[0] == ENVIRONMENT:
+            return flag.words[1].removeprefix(f"{TOKEN_MAPS_VARIABLE}=")
+    return None
 
 
 def command(flags: list[Flag]) -> list[str]:

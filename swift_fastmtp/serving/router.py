@@ -10,16 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from ..errors import FastMTPError
-from ..method.token_map import check_tokenizer, read_token_map
 from ..vocab.languages import Languages
 from .compat_sglang import count_steps, draft_parts, route_logits
-from .routed_head import NOTHING, RoutedHead
+from .maps import AGAIN_EVERY, AGAIN_TOKENS, make_head
+from .routed_head import NOTHING
 
-AGAIN_EVERY = 16
-"""Verification steps after which an answer's language is looked at again: a reasoning model may change it."""
-AGAIN_TOKENS = 64
-"""Tokens of the answer that are looked at then."""
 FULL = "full"
 """Label of requests that draft with the whole vocabulary."""
 
@@ -36,20 +31,14 @@ class Router:
 
     def __init__(self, draft: Any, server_args: Any, files: Mapping[str, Path]) -> None:
         parts = draft_parts(draft)
-        weight, V = parts.weight, parts.vocab_size
-        check_weight(weight)
         folder = server_args.tokenizer_path or server_args.model_path
-        maps = {}
-        for name, file in files.items():
-            check_tokenizer(file, folder)
-            maps[name] = read_token_map(file, V)
         # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
-        self.head = RoutedHead(maps, V, vocab_start=parts.start, vocab_end=parts.end, device=weight.device)
+        self.head = make_head(files, folder, parts.weight, parts.vocab_size, parts.start, parts.end)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
         self.identify = Languages(tokenizer, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}
         # Row 0 of SGLang's pool stands for padded rows of captured graphs.
-        self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=weight.device)
+        self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=parts.weight.device)
         counts = server_args.enable_metrics and parts.start == 0  # one of the ranks, which all see the same
         self.metrics = LanguageMetrics(server_args) if counts else None
         route_logits(parts.processor, self)
@@ -78,12 +67,6 @@ class Router:
             if self.metrics and not hasattr(req, "fastmtp_language"):
                 self.metrics.requests.labels(language=label, **self.metrics.labels).inc()
             req.fastmtp_language = label
-
-
-def check_weight(weight: torch.Tensor) -> None:
-    """Raises `FastMTPError` if an output matrix is quantized: its rows are no plain numbers to multiply with."""
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise FastMTPError(f"the output matrix is quantized ({weight.dtype}); leave lm_head out of the quantization")
 
 
 class LanguageMetrics:
