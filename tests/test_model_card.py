@@ -94,7 +94,8 @@ def test_card_of_a_draft_only_folder(base, tmp_path):
     assert matter["base_model"] == "Other/Base" and matter["library_name"] == "sglang"
     assert matter["license"] == "apache-2.0"  # of the base's card, though the folder has none
     assert "--model-path Other/Base" in text and "--speculative-draft-model-path draft" in text
-    assert "Nothing yet" in text and "vllm" not in text and "secret" not in text
+    assert "vllm serve Other/Base" in text and '"model": "draft"' in text and str(tmp_path) not in text
+    assert "Nothing yet" in text and "secret" not in text
 
 
 def test_an_unknown_base_is_said_to_be_unknown(base, full, tmp_path):

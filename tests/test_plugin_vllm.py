@@ -1,6 +1,7 @@
 """What the vLLM plugin decides before it touches vLLM: which maps, whose graph, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -44,11 +45,12 @@ def _no_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def tiny(folder, **config):
-    """A model whose config.json has more keys."""
+def tiny(folder, trained_for=None):
+    """A model, as exported where it says which engine it was trained for."""
     folder.mkdir()
-    values = json.loads((TINY / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    shutil.copyfile(TINY / "config.json", folder / "config.json")
+    if trained_for:
+        (folder / "fastmtp.json").write_text(json.dumps({"engine": trained_for}))
     return SERVER._replace(model=str(folder), draft=str(folder))
 
 
@@ -67,7 +69,7 @@ def tiny(folder, **config):
     ],
 )
 def test_whose_graph(key, variable, corrected, tmp_path, monkeypatch):
-    server = tiny(tmp_path / "model", **({"fastmtp_engine": key} if key else {}))
+    server = tiny(tmp_path / "model", key)
     if variable:
         monkeypatch.setenv(ENGINE_VARIABLE, variable)
     family = family_to_correct(server)
@@ -78,7 +80,7 @@ def test_whose_graph(key, variable, corrected, tmp_path, monkeypatch):
 
 def test_a_draft_only_folder_says_whose_graph_it_was_trained_for(tmp_path):
     """What the target's own MTP layer was trained for says nothing of it."""
-    trained, own = tiny(tmp_path / "trained", fastmtp_engine="sglang"), tiny(tmp_path / "own")
+    trained, own = tiny(tmp_path / "trained", "sglang"), tiny(tmp_path / "own")
     assert family_to_correct(own._replace(draft=trained.draft))
     assert not family_to_correct(trained._replace(draft=own.draft))
 
@@ -176,10 +178,11 @@ def test_the_command_names_the_map_and_what_the_folder_asks_for(tmp_path):
     draft = tmp_path / "draft"
     export_draft(write_trained(tmp_path / "trained"), draft)
     config = json.loads((draft / "config.json").read_text())
-    config |= {"fastmtp_engine": "sglang", "fastmtp_token_maps": {"en": "en.pt"}}
+    config |= {"fastmtp_token_maps": {"en": "en.pt"}}
     (draft / "config.json").write_text(json.dumps(config))
     text = explain(serve_flags(draft, "vllm"))
-    assert text.startswith("vllm serve") and "fastmtp_token_maps and fastmtp_engine of config.json" in text
+    assert text.startswith("vllm serve") and "with this package beside it, fastmtp_token_maps of config.json" in text
+    assert "trained for SGLang's graph" in text
 
 
 def test_it_waits_for_the_draft_and_imports_nothing_for_it(tmp_path):

@@ -86,13 +86,7 @@ class Checkpoint:
     @property
     def trained_for(self) -> str | None:
         """Whose graph the MTP layer was trained for (`FastMTPConfig.engine`); None where it was not trained here."""
-        if not self.settings:
-            return None
-        engine = self.settings.get("engine", "sglang")  # before there was the knob, SGLang's was the only one
-        if engine not in ENGINE_NAMES:
-            known = ", ".join(ENGINE_NAMES)
-            raise FastMTPError(f"{self.folder / SETTINGS_FILE}: engine is {show(engine)}, it must be one of {known}")
-        return str(engine)
+        return engine_of(self.folder / SETTINGS_FILE)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -206,3 +200,18 @@ class Checkpoint:
         tied = bool(self.value("tie_word_embeddings"))
         names = (*self.entries, *self.lost)
         return any(n == "lm_head.weight" or (tied and is_embedding(n)) for n in names)
+
+
+def engine_of(settings_file: Path) -> str | None:
+    """Whose graph the MTP layer beside a `fastmtp.json` was trained for; None where there is no such file.
+
+    Raises `FastMTPError` for one that names another engine than the knob knows.
+    """
+    settings = read_object(settings_file)
+    if not settings:
+        return None
+    engine = settings.get("engine", "sglang")  # before there was the knob, SGLang's was the only one
+    if engine not in ENGINE_NAMES:
+        known = ", ".join(ENGINE_NAMES)
+        raise FastMTPError(f"{settings_file}: engine is {show(engine)}, it must be one of {known}")
+    return str(engine)

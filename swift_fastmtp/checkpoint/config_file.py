@@ -38,8 +38,6 @@ TOKEN_MAPS_KEY = "fastmtp_token_maps"
 """Of an exported model: language -> file of its map, below the folder."""
 TOKEN_MAPS_VARIABLE = "SWIFT_FASTMTP_MAPS"
 """Environment variable that goes before that key; engines' plugins read it."""
-ENGINE_KEY = "fastmtp_engine"
-"""Of an exported model: the engine whose graph its MTP layer was trained for."""
 _COUNT = Kind("a whole number that is not negative, and at most 2**24", lambda v: is_int(v) and 0 <= v <= 2**24)
 
 

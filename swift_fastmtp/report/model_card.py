@@ -6,6 +6,7 @@ links to it. Its text is `templates/card.md.j2`.
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -267,6 +268,8 @@ def _without_paths(flags: list[Flag], folder: Path, base: str) -> str:
             return folder.name
         if word.startswith(f"{TOKEN_MAPS_VARIABLE}="):
             return f"{TOKEN_MAPS_VARIABLE}={Path(word.partition('=')[2]).name}"
+        if word.startswith("{"):  # vLLM's speculative config, which names a draft-only folder
+            return word.replace(json.dumps(str(folder)), json.dumps(folder.name))
         return Path(word).name if word.startswith(("/", "~", ".")) and word != base else word
 
     return explain([replace(flag, words=tuple(without_path(word) for word in flag.words)) for flag in flags])

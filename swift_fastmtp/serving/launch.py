@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import ENGINE_KEY, TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
@@ -126,7 +126,10 @@ def _lost(checkpoint: Checkpoint, engine: str) -> str:
     """What to add to the reason for a flag where the head was trained for another engine's graph."""
     trained_for = checkpoint.trained_for
     mismatch = checkpoint.family.mismatch(trained_for, engine) if trained_for else None
-    return f"; {mismatch}" if mismatch else ""
+    if not mismatch:
+        return ""
+    corrected = "; with this package beside vLLM, it computes what docs/engines.md says" if engine == "vllm" else ""
+    return f"; {mismatch}{corrected}"
 
 
 def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:
@@ -149,11 +152,8 @@ def _vllm(remote_code: bool, target: Path, draft: Path | None, steps: int) -> li
 
 def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | None) -> list[Flag]:
     """vLLM's command, with what this package's plugin makes of it where both are installed side by side."""
-    keys = [TOKEN_MAPS_KEY] if TOKEN_MAPS_KEY in config else []
-    if config.get(ENGINE_KEY) == "sglang":
-        keys.append(ENGINE_KEY)
-    if keys:
-        why = f"{flags[0].why}; with this package beside it, {' and '.join(keys)} of config.json"
+    if TOKEN_MAPS_KEY in config:
+        why = f"{flags[0].why}; with this package beside it, {TOKEN_MAPS_KEY} of config.json"
         flags = [replace(flags[0], why=why), *flags[1:]]
     if token_map:
         why = "the draft's smaller vocabulary, with this package beside vLLM; the output does not change"

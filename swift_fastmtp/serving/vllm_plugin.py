@@ -5,7 +5,7 @@ trained for.
   variable SWIFT_FASTMTP_MAPS, which names a JSON list of languages and files or, since vLLM has no option for it, the
   file of one map for all requests; `none` leaves out the model's own. Only the draft's logits are computed otherwise
   (`routed_head.py`): greedy and sampled drafts both come from them, and verification does not know about it.
-* **SGLang's graph** for a head that was trained for it, where config.json says `"fastmtp_engine": "sglang"` or the
+* **SGLang's graph** for a head that was trained for it, as `fastmtp.json` of an exported folder says, or where the
   environment variable SWIFT_FASTMTP_ENGINE is `sglang`; `none` or `vllm` leaves vLLM as it is. What vLLM computes
   otherwise stands in the table of families (`Family.graph`).
 
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ..checkpoint.config_file import ENGINE_KEY
+from ..checkpoint.checkpoint import SETTINGS_FILE, engine_of
 from ..errors import FastMTPError
 from ..families.family import Family, Graph
 from ..families.table import match_family
@@ -72,7 +72,7 @@ def _correct_graph(drafter: Any, target: Any) -> None:
     family = family_to_correct(server)
     if family is None:
         return
-    check_version(f"{ENGINE_KEY} sglang ({ENGINE_VARIABLE}=none leaves vLLM as it is)")
+    check_version(f"an MTP layer that was trained for SGLang ({ENGINE_VARIABLE}=none leaves vLLM as it is)")
     corrected, kept = split_differences(family, server.draft)
     for name in corrected:
         _CORRECTED[name](target, drafter.model)
@@ -90,10 +90,11 @@ def family_to_correct(server: ServerParts) -> Family | None:
     config_file = file_of(server.draft, "config.json") if server.method == "mtp" else None
     if engine in _AS_IT_IS or config_file is None:
         return None
-    config = read_object(config_file)
-    if (engine or config.get(ENGINE_KEY)) != "sglang":
+    settings_file = file_of(server.draft, SETTINGS_FILE)
+    trained_for = engine_of(settings_file) if settings_file else None
+    if (engine or trained_for) != "sglang":
         return None
-    return match_family(config, config_file)
+    return match_family(read_object(config_file), config_file)
 
 
 def split_differences(family: Family, where: str) -> tuple[list[str], list[str]]:

@@ -74,13 +74,15 @@ def rounds(mimo, engine, token_map=None):
     return draft_rounds(model, texts, tokenizer.pad_token_id, 8, ids)[-1]
 
 
-def copy_of_tiny(folder, maps=None, **config):
-    """The tiny model, with keys in its config.json as an export writes them."""
+def copy_of_tiny(folder, maps=None, trained_for=None):
+    """The tiny model with what an export writes: maps in config.json, and in fastmtp.json the engine."""
     shutil.copytree(TINY, folder)
     if maps:
-        config["fastmtp_token_maps"] = copy_maps(read_map_list(maps), folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, **config}))
+        values = json.loads((folder / "config.json").read_text())
+        values["fastmtp_token_maps"] = copy_maps(read_map_list(maps), folder)
+        (folder / "config.json").write_text(json.dumps(values))
+    if trained_for:
+        (folder / "fastmtp.json").write_text(json.dumps({"engine": trained_for}))
     return folder
 
 
@@ -130,7 +132,7 @@ def test_every_request_drafts_in_its_own_language(installed, mimo, maps, tmp_pat
 def test_two_ranks(installed, mimo, maps, tmp_path):
     """Tensor parallelism: each rank has its part of each map; the graph is corrected in both."""
     texts = mimo[2]
-    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    folder = copy_of_tiny(tmp_path / "model", maps, "sglang")
     ranks = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # a small machine has no part of its memory for each
     with server(installed, folder, tmp_path / "log", "--tensor-parallel-size", "2", **ranks) as running:
         written, counted = answers_at_once(running, folder, texts)
@@ -140,7 +142,7 @@ def test_two_ranks(installed, mimo, maps, tmp_path):
 def test_one_map_for_all_requests_and_the_graph_that_was_trained(installed, mimo, maps, tmp_path):
     """A head trained for SGLang's graph, in vLLM; an environment variable names one map, another one."""
     texts, one = mimo[2], maps.parent / "code.pt"
-    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    folder = copy_of_tiny(tmp_path / "model", maps, "sglang")
     with server(installed, folder, tmp_path / "log", SWIFT_FASTMTP_MAPS=str(one)) as running:
         written, counted = answers_at_once(running, folder, texts)
     assert written == own_texts(texts)
@@ -150,7 +152,7 @@ def test_one_map_for_all_requests_and_the_graph_that_was_trained(installed, mimo
 
 def test_the_environment_leaves_vllm_as_it_is(installed, mimo, maps, tmp_path):
     texts = mimo[2]
-    folder = copy_of_tiny(tmp_path / "model", maps, fastmtp_engine="sglang")
+    folder = copy_of_tiny(tmp_path / "model", maps, "sglang")
     off = {"SWIFT_FASTMTP_MAPS": "none", "SWIFT_FASTMTP_ENGINE": "none"}
     with server(installed, folder, tmp_path / "log", **off) as running:
         written, counted = answers_at_once(running, folder, texts)
