@@ -18,7 +18,7 @@ REPORTS = ROOT / "docs/dev/upstream"
 PAGES = sorted(path for path in REPORTS.glob("*.md") if path.name != "README.md")
 # Engine → the script that makes its environment, and its variables.
 ENGINES = {"vllm": ("setup_vllm.sh", VLLMServer.environment), "sglang": ("setup_engine.sh", ENVIRONMENT)}
-MOST_LINES = 80
+MOST_LINES = 60
 
 
 def block(page, language):
