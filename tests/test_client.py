@@ -192,3 +192,34 @@ def test_the_benchmark_asks_again_where_a_stream_stops():
 
         server.dead = True
         assert asyncio.run(run()).latency < 3 and server.asked == 2 and server.probed >= 3
+
+
+def doubts(version, num_steps, temperature=0.6):
+    """What is said of sampled answers of such a vLLM server."""
+
+    async def run(url):
+        servers = Servers([url], Sampling(temperature=temperature))
+        try:
+            return await servers.check_sampling()
+        finally:
+            await servers.close()
+
+    with FakeEngine(kind="vllm", num_steps=num_steps) as server:
+        server.vllm_version = version
+        return asyncio.run(run(server.url))
+
+
+def test_sampled_answers_of_a_vllm_that_drafts_on_a_cpu():
+    """Refused where the version says that it runs there; doubted where it does not say what it runs on."""
+    with pytest.raises(
+        FastMTPError, match=r"vLLM 0\.32\.0\+cpu cannot sample with drafts on a CPU .* --temperature 0$"
+    ):
+        doubts("0.32.0+cpu", 2)
+    (doubt,) = doubts("0.32.0", 2)
+    assert "if it runs on a CPU" in doubt and doubt.endswith("or give --temperature 0")
+
+
+@pytest.mark.parametrize("server", [("0.33.0+cpu", 2), ("0.32.0+cpu", 0), ("0.32.0+cpu", 2, 0.0), ("0.11", 2)])
+def test_other_sampled_answers_are_not_doubted(server):
+    """Of another version, without drafts, and greedy ones."""
+    assert doubts(*server) == []

@@ -5,7 +5,6 @@ only there do tokens, times and acceptance come together. Any other server is as
 tells its acceptance in sums at `/metrics`, the others do not tell.
 """
 
-import math
 import re
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ import openai
 from ..data.chat_template import RenderError, check_chat_template, encode_prompt
 from ..data.client import Hear, MalformedError, RefusedError, Sampling, Server, for_server, longest_silence, repeat
 from ..data.conversation import Message, is_complete
+from ..data.vllm_pages import draft_counts, version_of
 from ..errors import FastMTPError
 from ..files.schema import Amount, Count, ListOf, Positive, build
 from ..files.show import show
@@ -39,12 +39,6 @@ class SpecFields:
 SGLANG_FIELDS = (
     SpecFields((0, 5, 12), "spec_verify_ct", "spec_num_correct_drafts", "spec_correct_drafts_histogram"),
     SpecFields((0,), "spec_verify_ct", "spec_accept_token_num", "spec_accept_histogram"),
-)
-
-# Counters of vLLM's /metrics (`vllm/v1/spec_decode/metrics.py`).
-_DRAFTS = re.compile(r"^vllm:spec_decode_num_drafts(?:_total)?(?:\{[^}]*\})? (\S+)$", re.M)
-_ACCEPTED = re.compile(
-    r'^vllm:spec_decode_num_accepted_tokens_per_pos(?:_total)?\{[^}]*position="(\d{1,4})"[^}]*\} (\S+)$', re.M
 )
 
 
@@ -168,12 +162,12 @@ class Engine:
                 listed = ", ".join(sorted(names)) or "none"
                 raise FastMTPError(f"{self.url}: serves the models {listed}; choose with --served_model_name")
             self._name = names.pop()
-        version = await self._get("/version")
-        if not isinstance(version, dict) or "version" not in version:
+        version = version_of(await self._get("/version"))
+        if version is None:
             return Identity(("openai", "unknown"), self._name, self._name)
         counted = await self.counters()
         steps = len(counted) - 1 if counted else None
-        return Identity(("vllm", str(version["version"])), self._name, self._name, steps)
+        return Identity(("vllm", version), self._name, self._name, steps)
 
     def _num_steps(self, info: dict[str, Any]) -> int:
         steps = info.get("speculative_num_steps") or 0
@@ -206,20 +200,7 @@ class Engine:
             text = (await self._http.get(f"{self.url}/metrics")).text
         except httpx.HTTPError:
             return None
-        drafts = sum(self._counted(x) for x in _DRAFTS.findall(text))
-        accepted: dict[int, int] = {}
-        for position, value in _ACCEPTED.findall(text):
-            accepted[int(position)] = accepted.get(int(position), 0) + self._counted(value)
-        return [drafts, *(accepted[p] for p in sorted(accepted))] if accepted else None
-
-    def _counted(self, text: str) -> int:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < 0:
-            raise FastMTPError(f"{self.url}/metrics: {show(text)} is no count; its acceptance cannot be trusted")
-        return int(value)
+        return draft_counts(text, self.url)
 
     async def answer(
         self, messages: list[Message], temperature: float, seed: int, max_new_tokens: int | None = None

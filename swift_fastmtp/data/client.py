@@ -29,6 +29,7 @@ from ..errors import FastMTPError
 from ..redaction import authorization, redact, without_login
 from .chat_template import RENDERED
 from .conversation import Message, Reply
+from .vllm_pages import check_sampled_drafts, draft_counts, version_of
 
 T = TypeVar("T")
 
@@ -133,6 +134,19 @@ class Servers:
                 raise FastMTPError(f"{self._urls[0]}: serves the models {listed}; choose with --served_model_name")
             self.model = names.pop()
         return self.model
+
+    async def check_sampling(self) -> list[str]:
+        """What may be wrong with answers that these servers sample, a line for each server of which it is not certain.
+
+        Raises `FastMTPError` if it is certain.
+        """
+        doubts = []
+        if self.sampling.temperature > 0:
+            for server in self._servers:
+                doubt = await server.check_sampling()
+                if doubt is not None:
+                    doubts.append(doubt)
+        return doubts
 
     async def reply(
         self, messages: list[Message], tools: Any, seed: int, chat_template_kwargs: dict[str, Any] | None = None
@@ -259,19 +273,40 @@ class Server:
     async def _probe(self) -> bool:
         for _ in range(PROBES):
             # SGLang's and vLLM's engines answer here themselves, not only the process in front of them.
-            status = await self._status(f"{self.url.removesuffix('/v1')}/health")
-            if status is not None and not 200 <= status < 300 and status < 500:  # there is no such page
-                status = await self._status(f"{self.url}/models")
-            if status is not None and status < 500:
+            page = await self._page(f"{self._root}/health")
+            if page is not None and not page.is_success and page.status_code < 500:  # there is no such page
+                page = await self._page(f"{self.url}/models")
+            if page is not None and page.status_code < 500:
                 return True
         return False
 
-    async def _status(self, url: str) -> int | None:
-        """The status of a page, None if nobody answers."""
+    async def check_sampling(self) -> str | None:
+        """What may be wrong with the answers that it samples, as far as its pages tell (`vllm_pages.py`).
+
+        Raises `FastMTPError` if something certainly is.
+        """
+        about, metrics = await self._page(f"{self._root}/version"), await self._page(f"{self._root}/metrics")
+        if about is None or metrics is None or not about.is_success or not metrics.is_success:
+            return None
+        try:
+            version = version_of(about.json())
+        except (ValueError, RecursionError):
+            return None
+        if version is None or draft_counts(metrics.text, self._root) is None:
+            return None
+        return check_sampled_drafts(version, self._root)
+
+    @property
+    def _root(self) -> str:
+        """The address in front of the protocol's own."""
+        return self.url.removesuffix("/v1")
+
+    async def _page(self, url: str) -> httpx.Response | None:
+        """A page, None if nobody answers."""
         limit = min(self.timeout, PROBE_SECONDS)
         try:
             async with httpx.AsyncClient(timeout=limit) as client:  # not behind the requests that wait
-                return (await asyncio.wait_for(client.get(url, headers=self.headers), limit)).status_code
+                return await asyncio.wait_for(client.get(url, headers=self.headers), limit)
         except (httpx.HTTPError, asyncio.TimeoutError):
             return None
 

@@ -87,7 +87,8 @@ def distill(  # noqa: PLR0913
     Returns whether the output is complete; it is not while other shards are missing.
 
     Raises `FastMTPError` if `output` exists, a row is bad, the job was started with other settings, the folder has no
-    chat template, the server's is another, no server answers, or the model computes a NaN or an infinity.
+    chat template, the server's is another, no server answers, one cannot sample with drafts, or the model computes a
+    NaN or an infinity.
     """
     # What can be wrong with the command, the files or the folder is found before the first answer.
     take_away_merged(output)
@@ -283,6 +284,8 @@ class Worker:
         stream = self.conversations(keys)
         try:
             await servers.find_model()
+            for doubt in await servers.check_sampling():
+                self.bar.write(doubt)
             await all_or_first_failure(self._answer_all(servers, stream) for _ in range(min(concurrency, len(keys))))
         finally:
             await servers.close()

@@ -34,3 +34,17 @@ def shard(model, folder):
         weight_map.update(dict.fromkeys(part + rest, file))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
+
+
+def cut_vocabulary(folder, size):
+    """The tiny model with the first so many tokens only, and without a tokenizer."""
+    folder.mkdir()
+    tensors = load_file(TINY / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:size].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((TINY / "config.json").read_text())
+    config |= {"vocab_size": size, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copyfile(TINY / "configuration_mimo.py", folder / "configuration_mimo.py")
+    return folder

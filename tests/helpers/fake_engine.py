@@ -53,7 +53,7 @@ class FakeEngine:
     """`with FakeEngine(num_steps=2) as server:` answers at `server.url`."""
 
     def __init__(self, num_steps=0, kind="sglang", version="0.5.23", port=0, die_after=0, pause=0.0):
-        self.num_steps, self.kind, self.version = num_steps, kind, version
+        self.num_steps, self.kind, self.version, self.vllm_version = num_steps, kind, version, "0.11"
         self.die_after, self.pause = die_after, pause
         self.weights, self.model = "default", "fake"
         self.reasoning, self.reason, self.text = "", "stop", ""
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
                 pages["/server_info"]["launch_command"] = engine.launch_command
             pages["/model_info"] = {"model_path": engine.model, "weight_version": engine.weights}
         elif engine.kind == "vllm":
-            pages["/version"] = {"version": "0.11"}
+            pages["/version"] = {"version": engine.vllm_version}
         if self.path == "/metrics" and engine.kind == "vllm":
             lines = [f'vllm:spec_decode_num_drafts_total{{engine="0"}} {engine.drafts}.0']
             lines += [
