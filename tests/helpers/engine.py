@@ -111,7 +111,7 @@ class Server:
             return json.load(response)
 
 
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_HOST_IP": "127.0.0.1",  # else its processes listen at the machine's address
     "VLLM_NO_USAGE_STATS": "1",
@@ -125,7 +125,7 @@ class VLLMServer(Server):
     """`with VLLMServer(command) as server:` where `command` is `vllm serve ...`. Stock vLLM has a CPU version of every
     kernel: nothing is stood in for."""
 
-    environment = _VLLM_ENVIRONMENT
+    environment = VLLM_ENVIRONMENT
 
     def words(self, command):
         flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]
