@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.families.family import Graph
