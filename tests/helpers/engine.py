@@ -6,6 +6,7 @@ GPU-only packages. The server listens on 127.0.0.1 and ends with its own process
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -49,6 +50,11 @@ def engine_python() -> str:
 def engine_version() -> str:
     code = "from importlib.metadata import version; print(version('sglang'))"
     return subprocess.run([engine_python(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def vllm_version() -> str:
+    """The one that `setup_vllm.sh` pins: looking at the environment would make it."""
+    return re.search(r"^vllm=(\S+)", (SERVING / "setup_vllm.sh").read_text(), re.M)[1]
 
 
 class Server:

@@ -118,3 +118,4 @@ def test_lossless_and_by_its_own_graph(name, vllm, tmp_path, shown):
         if getattr(graph, field.name) is True:
             model.head.graph = replace(graph, **{field.name: False})
             assert simulated(model, texts) != rounds, field.name
+    shown("vLLM", model.family.architectures)
