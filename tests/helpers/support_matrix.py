@@ -25,8 +25,8 @@ CLAIMS = {
     "hidden states and logits of a chain of four steps are the trainer's in float32",
     "server": "a whole SGLang server drafts with the exported head: the text is the model's own, and the counts of "
     "accepted drafts are the simulator's",
-    "vLLM": "a vLLM engine drafts with the exported head: the text is the model's own, the drafts accepted in each round "
-    "are those of the simulator with vLLM's graph, and with any field of that graph left out they are not",
+    "vLLM": "a vLLM engine drafts with the exported head: the text is the model's own, the drafts accepted in each "
+    "round are those of the simulator with vLLM's graph, and with any field of that graph left out they are not",
     "FP8 base": "trained on, and exported as, a checkpoint in [FP8 blocks](fp8.md)",
     "layers on disk": "the same loss and gradients with [backbone layers on disk](huge.md)",
     "graft": "[`fastmtp graft`](graft.md) brings back an MTP layer that transformers dropped",
