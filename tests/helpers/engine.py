@@ -6,6 +6,7 @@ GPU-only packages. The server listens on 127.0.0.1 and ends with its own process
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -49,6 +50,11 @@ def engine_python() -> str:
 def engine_version() -> str:
     code = "from importlib.metadata import version; print(version('sglang'))"
     return subprocess.run([engine_python(), "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def vllm_version() -> str:
+    """The one that `setup_vllm.sh` pins: looking at the environment would make it."""
+    return re.search(r"^vllm=(\S+)", (SERVING / "setup_vllm.sh").read_text(), re.M)[1]
 
 
 class Server:
@@ -111,7 +117,7 @@ class Server:
             return json.load(response)
 
 
-_VLLM_ENVIRONMENT = {
+VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_HOST_IP": "127.0.0.1",  # else its processes listen at the machine's address
     "VLLM_NO_USAGE_STATS": "1",
@@ -125,7 +131,7 @@ class VLLMServer(Server):
     """`with VLLMServer(command) as server:` where `command` is `vllm serve ...`. Stock vLLM has a CPU version of every
     kernel: nothing is stood in for."""
 
-    environment = _VLLM_ENVIRONMENT
+    environment = VLLM_ENVIRONMENT
 
     def words(self, command):
         flags = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--max-num-seqs", "32"]

@@ -1,4 +1,7 @@
-"""Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one."""
+"""Small random models for tests of shapes and graphs; `examples/tiny-mimo` is the trained one.
+
+`sizes` of a maker are keys of its config.json that are to be other than here.
+"""
 
 import json
 import re
@@ -60,61 +63,58 @@ def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, d
     return model.to(dtype).eval()
 
 
-def random_qwen3_next(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+def random_qwen3_next(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, **sizes):
     """A Qwen3-Next with one linear and one full-attention layer, four experts of which a token reads two."""
-    config = Qwen3NextConfig(
-        **_hybrid(vocab, heads, kv),
-        **_MIXTURE,
-        tie_word_embeddings=False,
-        architectures=["Qwen3NextForCausalLM"],
-    )
+    more = {"tie_word_embeddings": False, "architectures": ["Qwen3NextForCausalLM"]}
+    config = _config(Qwen3NextConfig, _hybrid(vocab, heads, kv), _MIXTURE, more, sizes)
     return _random(seed, config, "qwen3_next", std, dtype)
 
 
-def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+def random_qwen3_5(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, **sizes):
     """A text-only Qwen3.5 with a dense MLP; its output matrix is the embedding, as in the small published ones."""
-    config = Qwen3_5TextConfig(
-        **_hybrid(vocab, heads, kv), tie_word_embeddings=True, architectures=["Qwen3_5ForCausalLM"]
-    )
+    more = {"tie_word_embeddings": True, "architectures": ["Qwen3_5ForCausalLM"]}
+    config = _config(Qwen3_5TextConfig, _hybrid(vocab, heads, kv), more, sizes)
     return _random(seed, config, "qwen3_5", std, dtype)
 
 
-def random_qwen3_5_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+def random_qwen3_5_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, **sizes):
     """A text-only Qwen3.5 with experts."""
-    config = Qwen3_5MoeTextConfig(**_hybrid(vocab, heads, kv), **_MIXTURE, architectures=["Qwen3_5MoeForCausalLM"])
+    more = {"architectures": ["Qwen3_5MoeForCausalLM"]}
+    config = _config(Qwen3_5MoeTextConfig, _hybrid(vocab, heads, kv), _MIXTURE, more, sizes)
     return _random(seed, config, "qwen3_5_moe", std, dtype)
 
 
-def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
-    config = Qwen3MoeConfig(
-        **_sizes(vocab, heads),
-        num_key_value_heads=kv,
-        head_dim=16,
-        rope_theta=10000.0,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-        architectures=["Qwen3MoeForCausalLM"],
-    )
+def random_qwen3_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, **sizes):
+    more = {
+        "num_key_value_heads": kv,
+        "head_dim": 16,
+        "rope_theta": 10000.0,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": True,
+        "architectures": ["Qwen3MoeForCausalLM"],
+    }
+    config = _config(Qwen3MoeConfig, _sizes(vocab, heads), more, sizes)
     return _random(seed, config, "qwen3_moe", std, dtype, norms=(0.3, 2.0))
 
 
-def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, bias=False):
+def random_ernie(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, bias=False, **sizes):
     """An ERNIE-4.5 whose backbone has experts from its first layer on, and a dense MTP layer."""
-    config = Ernie4_5_MoeConfig(
-        **{**_sizes(vocab, heads), "tie_word_embeddings": True},
-        num_key_value_heads=kv,
-        rope_theta=10000.0,
-        use_bias=bias,
-        moe_num_experts=4,
-        moe_k=2,
-        moe_intermediate_size=16,
-        moe_num_shared_experts=1,
-        moe_layer_start_index=0,
-        num_nextn_predict_layers=1,
-        architectures=["Ernie4_5_MoeForCausalLM"],
-    )
+    more = {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": kv,
+        "rope_theta": 10000.0,
+        "use_bias": bias,
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 0,
+        "num_nextn_predict_layers": 1,
+        "architectures": ["Ernie4_5_MoeForCausalLM"],
+    }
+    config = _config(Ernie4_5_MoeConfig, _sizes(vocab, heads), more, sizes)
     return _random(seed, config, "ernie4_5_moe", std, dtype, norms=(0.3, 2.0))
 
 
@@ -126,49 +126,47 @@ _MIXTURE = {
 }
 
 
-def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32):
+def random_glm4_moe(seed=0, *, vocab=97, heads=4, kv=2, std=0.25, dtype=torch.float32, **sizes):
     """A GLM-4.5: one dense layer, one with six experts in two groups; QK-norm and biases, as the large one has."""
-    config = Glm4MoeConfig(
-        **_sizes(vocab, heads),
-        **_EXPERTS,
-        num_key_value_heads=kv,
-        head_dim=16,
-        attention_bias=True,
-        use_qk_norm=True,
-        architectures=["Glm4MoeForCausalLM"],
-    )
+    more = {
+        "num_key_value_heads": kv,
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "architectures": ["Glm4MoeForCausalLM"],
+    }
+    config = _config(Glm4MoeConfig, _sizes(vocab, heads), _EXPERTS, more, sizes)
     return _random(seed, config, "glm4_moe", std, dtype, norms=(0.3, 2.0))
 
 
-def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+def random_deepseek_v3(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, **sizes):
     """A DeepSeek-V3: latent attention whose value heads are narrower than its query heads; YaRN."""
-    config = DeepseekV3Config(
-        **_sizes(vocab, heads), **_EXPERTS, **_latent(8, heads), **_yarn(), architectures=["DeepseekV3ForCausalLM"]
-    )
+    more = {"architectures": ["DeepseekV3ForCausalLM"]}
+    config = _config(DeepseekV3Config, _sizes(vocab, heads), _EXPERTS, _latent(8, heads), _yarn(), more, sizes)
     return _random(seed, config, "deepseek_v3", std, dtype, norms=(0.3, 2.0))
 
 
-def random_glm4_moe_lite(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+def random_glm4_moe_lite(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, **sizes):
     """A GLM-4.7-Flash: latent attention with heads of one width."""
-    mtp = {"num_nextn_predict_layers": 1}
-    config = Glm4MoeLiteConfig(
-        **_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **mtp, architectures=["Glm4MoeLiteForCausalLM"]
-    )
+    mtp = {"num_nextn_predict_layers": 1, "architectures": ["Glm4MoeLiteForCausalLM"]}
+    config = _config(Glm4MoeLiteConfig, _sizes(vocab, heads), _EXPERTS, _latent(16, heads), mtp, sizes)
     return _random(seed, config, "glm4_moe_lite", std, dtype, norms=(0.3, 2.0))
 
 
-def random_deepseek_v32(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4):
+def random_deepseek_v32(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4, **sizes):
     """A DeepSeek-V3.2: the same, attending to the four best keys."""
     mtp = {"num_nextn_predict_layers": 1, "architectures": ["DeepseekV32ForCausalLM"]}
-    config = DeepseekV32Config(**_sizes(vocab, heads), **_EXPERTS, **_latent(8, heads), **_yarn(), **_index(top), **mtp)
+    parts = [_sizes(vocab, heads), _EXPERTS, _latent(8, heads), _yarn(), _index(top), mtp]
+    config = _config(DeepseekV32Config, *parts, sizes)
     return _random(seed, config, "deepseek_v32", std, dtype, norms=(0.3, 2.0))
 
 
-def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4, **more):
+def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, top=4, **sizes):
     """A GLM-5 whose second layer attends to what the first has picked, as in GLM-5.2."""
     types = {"indexer_types": ["full", "shared"], "indexer_rope_interleave": True}
-    mtp = {"num_nextn_predict_layers": 1, "architectures": ["GlmMoeDsaForCausalLM"], **_PUBLISHED, **more}
-    config = GlmMoeDsaConfig(**_sizes(vocab, heads), **_EXPERTS, **_latent(16, heads), **_index(top), **types, **mtp)
+    mtp = {"num_nextn_predict_layers": 1, "architectures": ["GlmMoeDsaForCausalLM"], **_PUBLISHED}
+    parts = [_sizes(vocab, heads), _EXPERTS, _latent(16, heads), _index(top), types, mtp]
+    config = _config(GlmMoeDsaConfig, *parts, sizes)
     return _random(seed, config, "glm_moe_dsa", std, dtype, norms=(0.3, 2.0))
 
 
@@ -176,25 +174,25 @@ def random_glm_moe_dsa(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=to
 random_glm_5_2 = partial(random_glm_moe_dsa, index_share_for_mtp_iteration=True)
 
 
-def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32):
+def random_longcat_flash(seed=0, *, vocab=97, heads=4, kv=None, std=0.25, dtype=torch.float32, **sizes):
     """A LongCat-Flash: latents scaled to the model's width, experts of which some do nothing, a dense MTP layer."""
-    config = LongcatFlashConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_layers=1,
-        num_attention_heads=heads,
-        **_latent(8, heads),
-        head_dim=8,
-        rope_theta=10000.0,
-        moe_topk=2,
-        n_routed_experts=4,
-        zero_expert_num=2,
-        expert_ffn_hidden_size=16,
-        mla_scale_q_lora=True,
-        mla_scale_kv_lora=True,
-        architectures=["LongcatFlashForCausalLM"],
-    )
+    more = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_layers": 1,
+        "num_attention_heads": heads,
+        "head_dim": 8,
+        "rope_theta": 10000.0,
+        "moe_topk": 2,
+        "n_routed_experts": 4,
+        "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 16,
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "architectures": ["LongcatFlashForCausalLM"],
+    }
+    config = _config(LongcatFlashConfig, _latent(8, heads), more, sizes)
     return _random(seed, config, "longcat_flash", std, dtype, norms=(0.3, 2.0))
 
 
@@ -273,6 +271,14 @@ _EXPERTS = {
 }
 
 
+def _config(cls, *parts):
+    """A configuration of settings of which later ones take the place of earlier ones."""
+    settings = {}
+    for part in parts:
+        settings.update(part)
+    return cls(**settings)
+
+
 def _sizes(vocab, heads):
     sizes = {"vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     return {**sizes, "num_attention_heads": heads, "tie_word_embeddings": False}
@@ -331,13 +337,13 @@ CARRIED = re.compile(r"(e_score_correction_bias|expert_bias)$|\.indexer\.")
 WIDE = re.compile(r"(e_score_correction_bias|expert_bias|indexer\.k_norm\.(weight|bias))$")
 
 
-def save_checkpoint(make, folder):
+def save_checkpoint(make, folder, **sizes):
     """A checkpoint folder as published ones are: an expert per tensor, bfloat16, shards; with the tiny tokenizer.
 
     Beside a numbered MTP layer, copies of the embedding and the output matrix; the routers' biases are float32, and so
     is the norm of the layer's indexer.
     """
-    model = make(3, vocab=6144, std=0.1)
+    model = make(3, vocab=6144, std=0.1, **sizes)
     model.config.eos_token_id = 6082
     kept = {n: b.clone() for n, b in model.named_buffers() if WIDE.search(n)}
     state = {**model.bfloat16().state_dict(), **kept}

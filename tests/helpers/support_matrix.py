@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from helpers.engine import engine_version
+from helpers.engine import engine_version, vllm_version
 from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.table import markdown_table
@@ -25,6 +25,8 @@ CLAIMS = {
     "hidden states and logits of a chain of four steps are the trainer's in float32",
     "server": "a whole SGLang server drafts with the exported head: the text is the model's own, and the counts of "
     "accepted drafts are the simulator's",
+    "vLLM": "a vLLM engine drafts with the exported head: the text is the model's own, the drafts accepted in each "
+    "round are those of the simulator with vLLM's graph, and with any field of that graph left out they are not",
     "FP8 base": "trained on, and exported as, a checkpoint in [FP8 blocks](fp8.md)",
     "layers on disk": "the same loss and gradients with [backbone layers on disk](huge.md)",
     "graft": "[`fastmtp graft`](graft.md) brings back an MTP layer that transformers dropped",
@@ -126,7 +128,8 @@ def architectures():
 
 def versions():
     packages = {name: version(name) for name in ("ms-swift", "transformers", "torch")}
-    return {"SGLang": engine_version(), **packages, "device": "GPU" if torch.cuda.is_available() else "CPU"}
+    engines = {"SGLang": engine_version(), "vLLM": vllm_version()}
+    return {**engines, **packages, "device": "GPU" if torch.cuda.is_available() else "CPU"}
 
 
 def read():

@@ -6,6 +6,7 @@ Random models say nothing that a draft could learn but by heart, so the head is 
 import pytest
 import torch
 from helpers.engine import Server
+from helpers.learning import learn, log_probabilities
 from helpers.models import CHECKPOINTS, SERVED
 from helpers.paths import TINY
 from transformers import AutoTokenizer
@@ -24,28 +25,6 @@ pytestmark = pytest.mark.engine
 
 TOKENS, STEPS = 24, 3
 PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?"]
-
-
-def learn(model, texts):
-    """The head learns the answers by heart."""
-    model.freeze_backbone()
-    model.train()
-    optimizer = torch.optim.Adam(model.head_parameters().values(), lr=1e-2)
-    for _ in range(20):
-        for text in texts:
-            ids = torch.tensor([text.ids])
-            model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-def log_probabilities(model, text, record):
-    """Of the answer's tokens, ours and the server's: a wrong state of a layer may leave the text as it was."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([text.ids[: text.end]])).logits[0, text.start - 1 : -1]
-    ours = logits.log_softmax(-1).gather(1, torch.tensor(text.ids[text.start : text.end])[:, None])[:, 0]
-    return ours, torch.tensor([value for value, *_ in record["meta_info"]["output_token_logprobs"]])
 
 
 @pytest.mark.matrix
@@ -71,7 +50,9 @@ def test_lossless_and_as_the_simulator_said(name, tmp_path, shown):
         records = server.generate([t.ids[: t.start] for t in texts], TOKENS, return_logprob=True)
     for record, text, want in zip(records, texts, rounds, strict=True):
         assert record["output_ids"] == text.ids[text.start : text.end]
-        torch.testing.assert_close(*log_probabilities(model, text, record), atol=2e-5, rtol=0)
+        # A wrong state of a layer may leave the text as it was.
+        served = torch.tensor([value for value, *_ in record["meta_info"]["output_token_logprobs"]])
+        torch.testing.assert_close(log_probabilities(model, text), served, atol=2e-5, rtol=0)
         assert record["meta_info"]["spec_verify_ct"] == len(want)
         assert record["meta_info"]["spec_correct_drafts_histogram"] == torch.bincount(torch.tensor(want)).tolist()
     assert {0, STEPS} <= {accepted for answer in rounds for accepted in answer}
