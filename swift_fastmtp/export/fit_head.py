@@ -28,7 +28,7 @@ MAX_TOKENS = 1024
 """Of a text that are read."""
 HELD_OUT = 8
 """Every 8th text chooses the ridge."""
-RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Multiples of the mean square of the inputs that are tried."""
 
 

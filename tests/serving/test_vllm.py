@@ -1,7 +1,7 @@
 """Stock vLLM serves what we export, with its MTP layer drafting, and writes the model's own text.
 
-Its rounds equal the simulator's where the simulator's graph is vLLM's: MiMo's draft gets the backbone's state before
-the final norm there (`vllm/model_executor/models/mimo.py`), in SGLang the one after it.
+Its rounds are the simulator's in vLLM's graph, and not in SGLang's: MiMo's draft gets the backbone's state before the
+final norm there, in SGLang the one after it.
 """
 
 import json
@@ -43,23 +43,15 @@ def texts(model):
     return make_texts(model, AutoTokenizer.from_pretrained(TINY), chosen, TOKENS, "generate", 8)
 
 
-def rounds(model, folder, texts, monkeypatch, before_norm):
-    """Accepted drafts of each round, per text; `before_norm`: of a draft that gets the state before the final norm."""
+def rounds(model, folder, texts, engine):
+    """Accepted drafts of each round, per text, in an engine's graph."""
     load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(TINY))))
-    state = {}
-    hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: state.update(h=inputs[0]))
-    draft_states = model.draft_states
-    if before_norm:
-        monkeypatch.setattr(model, "draft_states", lambda _, *rest: draft_states(state["h"], *rest))
-    try:
-        return draft_rounds(model, texts, 0, 8)[STEPS - 1]
-    finally:
-        hook.remove()
-        monkeypatch.undo()
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine=engine)
+    return draft_rounds(model, texts, 0, 8)[STEPS - 1]
 
 
 @pytest.mark.parametrize("kind", ["full", "draft"])
-def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path, monkeypatch):
+def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path):
     trained, folder = write_trained(tmp_path / "trained", added=0.001), tmp_path / kind
     (export_full if kind == "full" else export_draft)(trained, folder)
     flags = serve_flags(folder, "vllm", STEPS, model=str(TINY))
@@ -71,8 +63,8 @@ def test_lossless_and_by_its_own_graph(kind, model, texts, tmp_path, monkeypatch
         (run,) = bench(str(tmp_path / "bench"), base_urls=[address], **few).runs
     assert [ids for ids, _ in answers] == [t.ids[t.start : t.end] for t in texts]
     counted = [accepted for _, accepted in answers]
-    assert counted == rounds(model, folder, texts, monkeypatch, before_norm=True)
-    assert counted != rounds(model, folder, texts, monkeypatch, before_norm=False)
+    assert counted == rounds(model, folder, texts, "vllm")
+    assert counted != rounds(model, folder, texts, "sglang")
     assert sum(map(sum, counted)) > len(texts)  # the equality above is not that of zeros
     # The benchmark reads the same counts.
     records = map(json.loads, (tmp_path / "bench/requests.jsonl").read_text().splitlines())
