@@ -52,6 +52,7 @@ def test_environment_strings_are_parsed():
         ("loss", "mse"),
         ("loss_chunk_size", -1),
         ("inputs", "own"),
+        ("engine", "tgi"),
         ("temperature", 0),
         ("top_k", 0),
         ("lk_eta", -1),

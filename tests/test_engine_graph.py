@@ -160,8 +160,8 @@ def test_a_head_trained_for_vllm_says_so_everywhere(tmp_path, capsys):
 def test_a_broken_settings_file_is_one_line(tmp_path):
     folder = write_trained(tmp_path / "trained")
     path = folder / "fastmtp.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "engine": 5}))
-    with pytest.raises(FastMTPError, match="engine is 5, it must be one of sglang, vllm, both"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "engine": "tgi"}))
+    with pytest.raises(FastMTPError, match="engine is 'tgi', it must be one of sglang, vllm, both"):
         _ = Checkpoint(folder).trained_for
 
 

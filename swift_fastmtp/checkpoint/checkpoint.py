@@ -210,7 +210,7 @@ def engine_of(settings_file: Path) -> str | None:
     settings = read_object(settings_file)
     if not settings:
         return None
-    engine = settings.get("engine", "sglang")  # before there was the knob, SGLang's was the only one
+    engine = settings.get("engine") or "sglang"  # before there was the knob, SGLang's was the only one
     if engine not in ENGINE_NAMES:
         known = ", ".join(ENGINE_NAMES)
         raise FastMTPError(f"{settings_file}: engine is {show(engine)}, it must be one of {known}")

@@ -15,6 +15,7 @@ SETTINGS: dict[str, Kind] = {
     "num_speculative_steps": whole(1, 1000),
     "beta": NUMBER,
     "rollout": NAME,
+    "engine": NAME,
     "inputs": NAME,
     "loss": NAME,
     "temperature": NUMBER,
