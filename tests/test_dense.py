@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.engine import VLLMServer
+from helpers.engine import Server, VLLMServer
 from helpers.paths import TINY
 from helpers.swift_runs import sft_args, swift, write_rows
 from transformers import (
@@ -129,7 +129,7 @@ def test_inspect_says_that_it_can_be_done(tmp_path):
 
 @pytest.mark.matrix
 def test_a_llama_is_trained_and_served(tmp_path):
-    """`swift sft`, export, stock vLLM: the text is what transformers' own Llama writes."""
+    """`swift sft`, export, stock vLLM and SGLang: the text is what transformers' own Llama writes."""
     model = saved(tmp_path / "llama", "llama", tie_word_embeddings=True)
     graft(model, tmp_path / "grafted", init_from_last_layer=True)
     rows = write_rows(tmp_path / "rows.jsonl", 8)
@@ -137,9 +137,10 @@ def test_a_llama_is_trained_and_served(tmp_path):
     export_full(tmp_path / "run/checkpoint-2", tmp_path / "export")
     prompts = torch.randint(3, 6144, (4, 12))
     llama = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    generated = [llama.generate(prompt[None], max_new_tokens=24, do_sample=False, pad_token_id=0) for prompt in prompts]
+    want = [ids[0, 12:].tolist() for ids in generated]
     flags = command(serve_flags(tmp_path / "export", "vllm", 3))
-    with VLLMServer(flags, tmp_path / "server.log") as server:
-        for prompt in prompts:
-            ids, _ = server.complete(flags[2], prompt.tolist(), 24)
-            want = llama.generate(prompt[None], max_new_tokens=24, do_sample=False, pad_token_id=0)
-            assert ids == want[0, 12:].tolist()
+    with VLLMServer(flags, tmp_path / "vllm.log") as server:
+        assert [server.complete(flags[2], prompt, 24)[0] for prompt in prompts.tolist()] == want
+    with Server(command(serve_flags(tmp_path / "export", "sglang", 3)), tmp_path / "sglang.log") as server:
+        assert [record["output_ids"] for record in server.generate(prompts.tolist(), 24)] == want

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import write_trained
 from helpers.paths import ROOT, TINY
 from helpers.reference import speculative_greedy
 from transformers import AutoTokenizer
@@ -191,3 +192,23 @@ def test_a_tokenizer_without_a_pad_token_that_the_model_has(pad, tiny, few, tmp_
         (result,) = simulate(str(name), [], str(few), num_steps=2, **{**asked, "batch_size": 4})
         found.append((output.read_bytes(), result.tau_micro, result.marginal))
     assert found[0] == found[1]
+
+
+def test_the_backbone_runs_once_for_all_heads(few, tmp_path, monkeypatch):
+    """And what it computed is what every head gets, bit for bit."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        model = load_model(*args, **kwargs)
+        model.model.register_forward_hook(lambda *_: calls.append(1))
+        return model
+
+    monkeypatch.setattr("swift_fastmtp.simulate.simulate.load_model", counted)
+    distilled = tmp_path / "answers.jsonl"
+    distill(str(TINY), str(few), str(distilled), max_new_tokens=24)
+    heads = [str(write_trained(tmp_path / str(added), added=added)) for added in (0.001, 0.002)]
+    options = {"answers": "given", "num_steps": 2, "temperature": 1.0, "batch_size": 2}
+    together = simulate(str(TINY), heads, str(distilled), **options)
+    assert len(calls) == 3  # batches
+    alone = [simulate(str(TINY), [head], str(distilled), **options)[2:] for head in heads]
+    assert together[2:4] == alone[0] and together[4:] == alone[1]

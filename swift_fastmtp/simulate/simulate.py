@@ -38,6 +38,7 @@ from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .cost import StepCost, read_cost
 from .recommend import advice_line, map_table, recommend, warnings
 from .result import HeadResult
+from .states import States
 
 RECORD = "simulate.json"
 ALL = "all"
@@ -125,19 +126,23 @@ def simulate(  # noqa: PLR0913
     groups = {ALL: list(range(len(texts)))}
     if by:
         groups |= _groups(texts, rows, tokenizer, by)
-    # Every head, with every map, for greedy and for sampled drafts, in all groups.
+    # Every head, with every map, for greedy and for sampled drafts, in all groups; the backbone once for all of them.
     results: list[HeadResult] = []
-    for name, head in heads.items():
-        load_head(model, head, expected)
-        for served_by in engines:
-            model.fastmtp = replace(model.fastmtp, engine=served_by)
-            shared = (model, texts, padding_id(model, tokenizer), batch_size)
-            by_drafts = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
-            if temperature > 0:
-                by_drafts["sampled"] = sampled_acceptance(*shared, temperature, list(maps.values()), name, top_k, top_p)
-            for drafts, accepted in by_drafts.items():
-                key = (name, drafts, served_by)
-                results += _results(key, maps, accepted, groups, cost)
+    with States() as states:
+        for name, head in heads.items():
+            load_head(model, head, expected)
+            for served_by in engines:
+                model.fastmtp = replace(model.fastmtp, engine=served_by)
+                states.of(model)
+                shared = (model, texts, padding_id(model, tokenizer), batch_size)
+                by_drafts = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
+                if temperature > 0:
+                    by_drafts["sampled"] = sampled_acceptance(
+                        *shared, temperature, list(maps.values()), name, top_k, top_p
+                    )
+                for drafts, accepted in by_drafts.items():
+                    key = (name, drafts, served_by)
+                    results += _results(key, maps, accepted, groups, cost)
     # Tables and advice; the last head is the one that is to be served.
     tokens = {group: sum(texts[i].end - texts[i].start for i in places) for group, places in groups.items()}
     whole = [r for r in results if r.group == ALL and not (by and r.token_map)]
