@@ -1,12 +1,15 @@
 """The benchmarks run, and what ours is measured against computes the same gradients."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 from helpers.benchmarks import load
 from helpers.models import random_mimo
+from helpers.paths import ROOT
 
 from swift_fastmtp.method.config import FastMTPConfig
 
@@ -83,3 +86,15 @@ def test_ablation(monkeypatch, tmp_path):
     for row in rows:
         value, low, high = row["greedy"]
         assert 1 <= low <= value <= high <= 4 and row["marginal"] == sorted(row["marginal"], reverse=True)
+
+
+@pytest.mark.matrix
+def test_the_gpu_script_runs_its_parts_in_small_on_a_cpu(tmp_path):
+    environment = {**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    script = ["bash", str(ROOT / "benchmarks/gpu/run.sh"), str(tmp_path)]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[-3:]] == ["kernels", "attention", "step"]
+    cases = json.loads((tmp_path / "attention.json").read_text())["cases"]
+    assert cases and all(case["sound"] for case in cases)
+    assert json.loads((tmp_path / "training_step.json").read_text())["seconds"]["reference"] > 0
