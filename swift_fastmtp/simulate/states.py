@@ -16,7 +16,7 @@ SHARE_OF_DISK = 0.5
 
 
 class States:
-    """`with States() as states:` and before each head `states.of(model)`."""
+    """`with States() as states:` and before each head `states.keep_of(model)`."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fastmtp-states-")
@@ -28,7 +28,7 @@ class States:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def of(self, model: Any) -> None:
+    def keep_of(self, model: Any) -> None:
         """Let the model keep and read the states that its head gets: engines differ in which these are."""
         before_norm = model.head.graph.hidden_before_norm
         if before_norm not in self._caches:
