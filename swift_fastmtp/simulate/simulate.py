@@ -128,14 +128,13 @@ def simulate(  # noqa: PLR0913
         groups |= _groups(texts, rows, tokenizer, by)
     # Every head, with every map, for greedy and for sampled drafts, in all groups; the backbone once for all of them.
     results: list[HeadResult] = []
-    passes = len(heads) * len(engines) * (2 if temperature > 0 else 1)
-    with States() as states:
+    passes = len(heads) * len(engines) * (1 + bool(temperature))
+    with States(passes) as states:
         for name, head in heads.items():
             load_head(model, head, expected)
             for served_by in engines:
                 model.fastmtp = replace(model.fastmtp, engine=served_by)
-                if passes > 1:
-                    states.keep_of(model)
+                states.keep_of(model)
                 shared = (model, texts, padding_id(model, tokenizer), batch_size)
                 by_drafts = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
                 if temperature > 0:

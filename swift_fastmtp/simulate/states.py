@@ -16,9 +16,14 @@ SHARE_OF_DISK = 0.5
 
 
 class States:
-    """`with States() as states:` and before each head `states.keep_of(model)`."""
+    """`with States(passes) as states:` and before each head `states.keep_of(model)`.
 
-    def __init__(self) -> None:
+    Args:
+        passes: over the texts; with one, nothing is kept.
+    """
+
+    def __init__(self, passes: int) -> None:
+        self._passes = passes
         self._folder = tempfile.TemporaryDirectory(prefix="fastmtp-states-")
         self._caches: dict[bool, HiddenCache] = {}
 
@@ -30,6 +35,8 @@ class States:
 
     def keep_of(self, model: Any) -> None:
         """Let the model keep and read the states that its head gets: engines differ in which these are."""
+        if self._passes < 2:
+            return
         before_norm = model.head.graph.hidden_before_norm
         if before_norm not in self._caches:
             room = int(shutil.disk_usage(self._folder.name).free * SHARE_OF_DISK)
