@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import TOKEN_MAPS_KEY, read_config
+from ..checkpoint.config_file import TOKEN_MAPS_KEY
 from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
@@ -22,7 +22,7 @@ from ..files.schema import build, check_values
 from ..files.show import listed, show
 from ..method.token_map import check_tokenizer, read_token_map
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
-from ..serving.launch import ENVIRONMENT, command, serve_flags, static_map
+from ..serving.launch import ENVIRONMENT, command, flags_for, static_map
 from ..serving.maps import VARIABLE
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
@@ -133,8 +133,9 @@ def make_plan(values: dict[str, Any]) -> Plan:
 
     # Every server, under a name of its own; and no more runs than anybody waits for.
     launches: dict[str, Launch] = {}
+    opened: dict[str, Checkpoint] = {}
     for name, server in keys.servers.items():
-        for full_name, launch in _expand(name, server or ServerKeys(), keys).items():
+        for full_name, launch in _expand(name, server or ServerKeys(), keys, opened).items():
             if full_name in launches:
                 raise FastMTPError(f"servers.{name}: two servers would be called {full_name}; rename one")
             launches[full_name] = launch
@@ -201,15 +202,18 @@ def server_urls(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     return servers
 
 
-def _expand(name: str, server: ServerKeys, plan: PlanKeys) -> dict[str, Launch]:
-    """One entry of `servers` as one server per number of drafts and token map."""
+def _expand(name: str, server: ServerKeys, plan: PlanKeys, opened: dict[str, Checkpoint]) -> dict[str, Launch]:
+    """One entry of `servers` as one server per number of drafts and token map.
+
+    `opened` holds the folders that were read already: a plan may name one a thousand times.
+    """
     _check_name(name)
     where = f"servers.{name}"
     if server.base_url:
         return {name: _running(name, server, plan)}
     is_baseline = server.method == "baseline" or (server.method is None and not server.folder and not server.command)
     if is_baseline:
-        return {name: _launch(server, plan, name, "baseline", 0, None)}
+        return {name: _launch(server, plan, name, "baseline", 0, None, opened)}
     if not server.folder and not server.command:
         raise FastMTPError(f"{where}: needs `folder` (what to serve), `command` or `base_url`")
 
@@ -227,7 +231,7 @@ def _expand(name: str, server: ServerKeys, plan: PlanKeys) -> dict[str, Launch]:
         for path in maps:
             full_name = f"{name}-k{steps}" + (f"-{Path(path).stem}" if path and len(maps) > 1 else "")
             _check_name(full_name)
-            launches[full_name] = _launch(server, plan, name, server.method, steps, path)
+            launches[full_name] = _launch(server, plan, name, server.method, steps, path, opened)
     return launches
 
 
@@ -255,7 +259,15 @@ def _running(name: str, server: ServerKeys, plan: PlanKeys) -> Launch:
     return Launch(spec, base_url=server.base_url)
 
 
-def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, steps: int, asked: str | None) -> Launch:
+def _launch(
+    server: ServerKeys,
+    plan: PlanKeys,
+    name: str,
+    method: str | None,
+    steps: int,
+    asked: str | None,
+    opened: dict[str, Checkpoint],
+) -> Launch:
     """A server that is started.
 
     Args:
@@ -272,7 +284,10 @@ def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, s
         words = [word.replace("{num_steps}", str(steps)) for word in server.command]
     else:
         # The command that `fastmtp serve-args` shows, without what this server shall not have.
-        flags = serve_flags(folder, plan.engine, steps or None, static, plan.model)
+        if str(folder) not in opened:
+            opened[str(folder)] = Checkpoint(folder)
+        checkpoint = opened[str(folder)]
+        flags = flags_for(checkpoint, plan.engine, steps or None, static, plan.model)
         inside = static_map(flags) if asked is None and steps else None  # the one that the head was trained inside
         dropped = "--speculative" if not steps else "--speculative-token-map" if asked and not static else None
         flags = [f for f in flags if not (dropped and f.words[0].startswith(dropped))]
@@ -282,7 +297,7 @@ def _launch(server: ServerKeys, plan: PlanKeys, name: str, method: str | None, s
         words = [from_plan.get(word, word) for word in words]
         if inside:
             static = token_map = inside
-        if asked is None and static is None and steps and TOKEN_MAPS_KEY in read_config(Path(folder)):
+        if asked is None and static is None and steps and TOKEN_MAPS_KEY in checkpoint.config:
             token_map = f"{folder}/config.json"
         else:  # the plan decides about maps, not the environment that it happens to run in
             is_flag = static is not None and plan.engine == "sglang"

@@ -83,7 +83,7 @@ class Checkpoint:
         """`fastmtp.json`: how the MTP layer was trained, and for which backbone; {} where there is none."""
         return read_object(self.folder / SETTINGS_FILE)
 
-    @property
+    @cached_property
     def trained_for(self) -> str | None:
         """Whose graph the MTP layer was trained for (`FastMTPConfig.engine`); None where it was not trained here."""
         return engine_of(self.folder / SETTINGS_FILE)
@@ -126,7 +126,14 @@ class Checkpoint:
 
     def elsewhere(self, family: Family) -> Elsewhere | None:
         """Tensors of the MTP layer that are in the folder, where no engine finds them."""
-        return find_elsewhere(self.headers, family)
+        if family.name not in self._elsewhere:
+            self._elsewhere[family.name] = find_elsewhere(self.headers, family)
+        return self._elsewhere[family.name]
+
+    @cached_property
+    def _elsewhere(self) -> dict[str, Elsewhere | None]:
+        """What was looked for already, by the family's name."""
+        return {}
 
     # Whose it is.
 

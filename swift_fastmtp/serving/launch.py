@@ -49,8 +49,14 @@ def serve_flags(
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
     """
-    folder = Path(folder)
-    checkpoint = Checkpoint(folder)
+    return flags_for(Checkpoint(folder), engine, num_steps, token_map, model)
+
+
+def flags_for(
+    checkpoint: Checkpoint, engine: str, num_steps: int | None, token_map: str | None, model: str | None
+) -> list[Flag]:
+    """`serve_flags` of a folder that is open already."""
+    folder = checkpoint.folder
     config, family, settings = checkpoint.config, checkpoint.family, checkpoint.settings
     _check_servable(checkpoint, engine)
     full = checkpoint.has_backbone()
