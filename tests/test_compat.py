@@ -649,9 +649,9 @@ def test_vllm_draft_parts(vllm):
     shard = SimpleNamespace(org_vocab_start_index=0, org_vocab_end_index=8)
     draft.lm_head = torch.nn.Linear(4, 8)
     draft.lm_head.shard_indices, draft.lm_head.org_vocab_size = shard, 8
-    parts = compat_vllm.draft_parts(draft)
-    assert parts.processor is draft.processor and parts.weight is draft.lm_head.weight
-    assert (parts.start, parts.end, parts.vocab_size) == (0, 8, 8)
+    processor, matrix = compat_vllm.draft_parts(draft)
+    assert processor is draft.processor and matrix.weight is draft.lm_head.weight
+    assert (matrix.start, matrix.end, matrix.vocab_size) == (0, 8, 8)
 
 
 # --- versions: setup.py, constraints.txt and the table in the docs say the same

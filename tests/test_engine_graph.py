@@ -8,7 +8,6 @@ from helpers.checkpoints import write_trained
 from helpers.models import random_mimo
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import sft_args, swift, write_rows
-from transformers import AutoTokenizer
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
@@ -135,7 +134,7 @@ def test_simulate_measures_both_and_says_where_a_head_does_better(tmp_path, caps
 
 
 @pytest.mark.engine
-def test_a_head_trained_for_vllm_says_so_everywhere(tmp_path, capsys):
+def test_a_head_trained_for_vllm_says_so_everywhere(tmp_path):
     run = tmp_path / "run"
     knobs = json.dumps({"fastmtp_engine": "vllm"})
     args = sft_args(TINY, write_rows(tmp_path / "rows.jsonl", 8), run, max_steps=1, save_steps=1, model_kwargs=knobs)
@@ -165,11 +164,10 @@ def test_a_broken_settings_file_is_one_line(tmp_path):
         _ = Checkpoint(folder).trained_for
 
 
-def test_untrained_models_have_no_engine_of_their_own(capsys):
+def test_untrained_models_have_no_engine_of_their_own():
     assert Checkpoint(TINY).trained_for is None
     inspection = inspect_model(TINY)
     assert inspection.engine_differences == [
         "vLLM drafts from the hidden state before the backbone's final norm, SGLang after it"
     ]
     assert "; trained for" not in explain(serve_flags(TINY, "vllm"))
-    assert AutoTokenizer.from_pretrained(TINY).name_or_path == str(TINY)

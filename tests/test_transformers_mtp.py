@@ -8,19 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.learning import learn
+from helpers.learning import learned
 from helpers.models import RANDOM, random_glm4_moe, save_checkpoint
-from helpers.paths import TINY
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.mtp_tensors import read_head
-from swift_fastmtp.export.folders import export_full
-from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
-from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+from swift_fastmtp.simulate.acceptance import draft_rounds
 
 TOKENS = 16
 PROMPTS = ["a", "x = 1", "Hello", "好", "one two", "if"]  # short: the embedding at position 0 makes a difference
@@ -48,16 +41,7 @@ class Rounds(BaseStreamer):
 def test_drafts_one_token_by_sglangs_graph(tmp_path):
     # As many layers as GLM-4.5-Air has: transformers takes no other number for the MTP layer's.
     base = save_checkpoint(random_glm4_moe, tmp_path / "base", num_hidden_layers=46, first_k_dense_replace=46)
-    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    model.fastmtp = FastMTPConfig(num_speculative_steps=1, loss="ce")
-    model.model_dir = base
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
-    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
-    learn(model, texts, steps=6)
-    FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
-    export_full(tmp_path / "checkpoint", tmp_path / "full")
-    load_head(model, read_head(Checkpoint(tmp_path / "full"), model.family, head_shapes(Checkpoint(base))))
+    model, texts = learned(base, tmp_path, PROMPTS, TOKENS, 6, num_speculative_steps=1)
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.float32)
     counted = []

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..files.libraries import TRIED, Name, changed, check_names, find, installed
+from .maps import OutputMatrix
 
 WORKER_CHOICE = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.create_worker"
 """SGLang's hooks are named by this path; the function returns the class of the worker."""
@@ -190,13 +191,7 @@ class DraftParts(NamedTuple):
 
     processor: Any
     """SGLang's logits processor of the draft model."""
-    weight: Any
-    """This rank's rows of the output matrix."""
-    start: int
-    """First token of this rank's part of the vocabulary."""
-    end: int
-    """The token after its last."""
-    vocab_size: int
+    matrix: OutputMatrix
     slots: int
     """Rows of SGLang's pool of requests."""
 
@@ -207,12 +202,10 @@ def draft_parts(draft: Any) -> DraftParts:
         runner = draft.draft_runner
         head = runner.model.lm_head
         shard = head.shard_indices
+        first, last = shard.org_vocab_start_index, shard.org_vocab_end_index
         return DraftParts(
             processor=runner.model.logits_processor,
-            weight=head.weight,
-            start=shard.org_vocab_start_index,
-            end=shard.org_vocab_end_index,
-            vocab_size=runner.model_config.vocab_size,
+            matrix=OutputMatrix(head.weight, first, last, runner.model_config.vocab_size),
             slots=draft.req_to_token_pool.size + 1,
         )
     except AttributeError as error:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ..errors import FastMTPError
 from ..files.libraries import TRIED, Name, changed, check_names, find, installed, owner_of
+from .maps import OutputMatrix
 
 logger = logging.getLogger("vllm.swift_fastmtp")  # below vLLM's own, which has the handlers
 
@@ -137,7 +138,10 @@ def when_imported(module: str, function: Callable[[], None]) -> None:
 
 
 class _Finder:
-    """Steps aside for the real finders, and continues behind the loader of one module."""
+    """Steps aside for the real finders, and continues behind the loader of one module.
+
+    `swift_plugin/autoload.py` has its own: Python imports that file at every start, and nothing beside it.
+    """
 
     def __init__(self, module: str, function: Callable[[], None]) -> None:
         self.module, self.function = module, function
@@ -187,22 +191,11 @@ def server_parts(drafter: Any) -> ServerParts:
         raise changed("vllm", f"servers are configured otherwise ({error})") from None
 
 
-class DraftParts(NamedTuple):
-    """What a router needs of a draft model."""
+def draft_parts(draft: Any) -> tuple[Any, OutputMatrix]:
+    """vLLM's logits processor of a draft model, and its output matrix.
 
-    processor: Any
-    """vLLM's logits processor of the draft model."""
-    weight: Any
-    """This rank's rows of the output matrix; None where it is packed."""
-    start: int
-    """First token of this rank's part of the vocabulary."""
-    end: int
-    """The token after its last."""
-    vocab_size: int
-
-
-def draft_parts(draft: Any) -> DraftParts:
-    """Raises `FastMTPError` if vLLM keeps one of them elsewhere."""
+    Raises `FastMTPError` if vLLM keeps one of them elsewhere.
+    """
     kind, _ = owner_of(_APPLY_HEAD)
     processors = [module for module in draft.modules() if isinstance(module, kind)]
     if len(processors) != 1 or getattr(processors[0], "soft_cap", None) is not None:
@@ -212,13 +205,9 @@ def draft_parts(draft: Any) -> DraftParts:
     try:
         head = draft.lm_head
         shard = head.shard_indices
-        return DraftParts(
-            processor=processors[0],
-            weight=getattr(head, "weight", None),
-            start=shard.org_vocab_start_index,
-            end=shard.org_vocab_end_index,
-            vocab_size=head.org_vocab_size,
-        )
+        weight = getattr(head, "weight", None)
+        matrix = OutputMatrix(weight, shard.org_vocab_start_index, shard.org_vocab_end_index, head.org_vocab_size)
+        return processors[0], matrix
     except AttributeError as error:
         raise changed("vllm", f"{type(draft).__name__} has other parts ({error})") from None
 

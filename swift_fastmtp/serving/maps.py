@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -80,24 +80,30 @@ def file_of(model: str, name: str) -> Path | None:
         return None
 
 
-def make_head(
-    files: Mapping[str, Path],
-    tokenizer_folder: str,
-    weight: torch.Tensor,
-    vocab_size: int,
-    vocab_start: int,
-    vocab_end: int,
-) -> RoutedHead:
-    """The maps beside a rank's rows [vocab_start, vocab_end) of the output matrix.
+class OutputMatrix(NamedTuple):
+    """The part of a draft's output matrix that one tensor-parallel rank has."""
+
+    weight: Any
+    """[end - start, D] of numbers; None where an engine has packed it."""
+    start: int
+    """First token of this rank's part of the vocabulary."""
+    end: int
+    """The token after its last."""
+    vocab_size: int
+
+
+def make_head(files: Mapping[str, Path], tokenizer_folder: str, matrix: OutputMatrix) -> RoutedHead:
+    """The maps beside a rank's part of the output matrix.
 
     Raises `FastMTPError` for maps that do not belong to the model, or an output matrix whose rows cannot be read.
     """
-    check_weight(weight)
+    check_weight(matrix.weight)
     maps = {}
     for name, file in files.items():
         check_tokenizer(file, tokenizer_folder)
-        maps[name] = read_token_map(file, vocab_size)
-    return RoutedHead(maps, vocab_size, vocab_start=vocab_start, vocab_end=vocab_end, device=weight.device)
+        maps[name] = read_token_map(file, matrix.vocab_size)
+    rank = {"vocab_start": matrix.start, "vocab_end": matrix.end}
+    return RoutedHead(maps, matrix.vocab_size, **rank, device=matrix.weight.device)
 
 
 def check_weight(weight: torch.Tensor | None) -> None:

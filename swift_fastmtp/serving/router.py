@@ -33,13 +33,13 @@ class Router:
         parts = draft_parts(draft)
         folder = server_args.tokenizer_path or server_args.model_path
         # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
-        self.head = make_head(files, folder, parts.weight, parts.vocab_size, parts.start, parts.end)
+        self.head = make_head(files, folder, parts.matrix)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
         self.identify = Languages(tokenizer, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}
         # Row 0 of SGLang's pool stands for padded rows of captured graphs.
-        self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=parts.weight.device)
-        counts = server_args.enable_metrics and parts.start == 0  # one of the ranks, which all see the same
+        self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=parts.matrix.weight.device)
+        counts = server_args.enable_metrics and parts.matrix.start == 0  # one of the ranks, which all see the same
         self.metrics = LanguageMetrics(server_args) if counts else None
         route_logits(parts.processor, self)
 

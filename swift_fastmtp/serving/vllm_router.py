@@ -22,14 +22,14 @@ class VLLMRouter:
     """
 
     def __init__(self, drafter: Any, server: ServerParts, files: Mapping[str, Path]) -> None:
-        parts = draft_parts(drafter.model)
+        processor, matrix = draft_parts(drafter.model)
         # Tensor parallelism: this rank's tokens; vLLM gathers the logits of all ranks, which see the same requests.
-        self.head = make_head(files, server.tokenizer, parts.weight, parts.vocab_size, parts.start, parts.end)
+        self.head = make_head(files, server.tokenizer, matrix)
         self.identify = None if EVERY in files else _languages(server, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}
-        self.device = parts.weight.device
+        self.device = matrix.weight.device
         self.language_N: torch.Tensor | None = None
-        route_drafts(drafter, parts.processor, self)
+        route_drafts(drafter, processor, self)
 
     @property
     def has_begun(self) -> bool:

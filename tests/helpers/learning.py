@@ -4,9 +4,37 @@ Random models say nothing that a draft could learn but by heart.
 """
 
 import torch
+from transformers import AutoTokenizer
+
+from helpers.paths import TINY
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
+from swift_fastmtp.export.folders import export_full
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.loading import head_shapes, load_head, load_model
+from swift_fastmtp.simulate.acceptance import make_texts
+from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 
-def learn(model, texts, steps=20):
+def learned(base, folder, prompts, tokens, learn_steps, chat_template="{{ messages[0]['content'] }}", **knobs):
+    """A model whose head has learned its own answers to the prompts, and those texts.
+
+    The head is exported to `folder`/full and read back from there, so it is as served: in the base's dtype.
+    """
+    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    # The default loss learns the model's own distribution, which is nearly flat here: no draft would be accepted.
+    model.fastmtp, model.model_dir = FastMTPConfig(loss="ce", **knobs), base
+    rows = [{"messages": [{"role": "user", "content": text}]} for text in prompts]
+    texts = make_texts(model, tokenizer, rows, tokens, "generate", 8)
+    learn(model, texts, learn_steps)
+    FastMTPTuner.save_pretrained(model, str(folder / "checkpoint"))
+    export_full(folder / "checkpoint", folder / "full")
+    load_head(model, read_head(Checkpoint(folder / "full"), model.family, head_shapes(Checkpoint(base))))
+    return model, texts
+
+
+def learn(model, texts, steps):
     """The head learns the answers by heart; in fewer steps, some of them."""
     model.freeze_backbone()
     model.train()

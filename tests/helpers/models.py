@@ -37,6 +37,9 @@ from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.model.modeling import build_class
 
+# vLLM's kernels for a CPU take attention heads of 32 and more.
+WIDE_HEADS = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 32}
+
 
 def random_mimo(seed=0, *, vocab=97, width=32, layers=2, heads=4, kv=2, dim=8, dtype=torch.float32):
     """A MiMo with random weights, norms far from 1 so that a swapped or missing norm shows."""

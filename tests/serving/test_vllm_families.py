@@ -10,8 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.learning import learn, log_probabilities
+from helpers.learning import learned, log_probabilities
 from helpers.models import (
+    WIDE_HEADS,
     random_deepseek_v3,
     random_ernie,
     random_glm4_moe,
@@ -21,16 +22,9 @@ from helpers.models import (
 from helpers.paths import TINY
 from helpers.vllm_jobs import VLLMJobs
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.mtp_tensors import read_head
-from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.families.family import Graph
-from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
-from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+from swift_fastmtp.simulate.acceptance import draft_rounds
 
 pytestmark = pytest.mark.matrix
 
@@ -39,8 +33,7 @@ TOKENS, STEPS = 24, 5
 PROMPTS = ["a", "b", "x = 1", "Hello", "好", "The", "one two", "if"]
 
 # The others of the table that vLLM has a draft class for are not here: docs/serving-on-cpu.md says what stops each.
-# vLLM's kernels for a CPU take attention heads of 32 and more, and latents of 512 beside 64 with a position.
-WIDE = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 32}
+# vLLM's kernels for a CPU take latents of 512 beside 64 with a position.
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
 
 
@@ -67,9 +60,9 @@ def save_spread_mimo(folder):
 
 FLOAT32 = {
     "mimo": save_spread_mimo,
-    "glm4_moe": partial(save_checkpoint, random_glm4_moe, **WIDE, head_dim=32),
-    "deepseek_v3": partial(save_checkpoint, random_deepseek_v3, **WIDE, **LATENT),
-    "ernie4_5_moe": partial(save_checkpoint, random_ernie_without_bias, **WIDE),
+    "glm4_moe": partial(save_checkpoint, random_glm4_moe, **WIDE_HEADS, head_dim=32),
+    "deepseek_v3": partial(save_checkpoint, random_deepseek_v3, **WIDE_HEADS, **LATENT),
+    "ernie4_5_moe": partial(save_checkpoint, random_ernie_without_bias, **WIDE_HEADS),
 }
 
 
@@ -79,24 +72,6 @@ def vllm(tmp_path_factory):
         yield jobs
 
 
-def learned(base, folder):
-    """A model whose head has learned its answers to the prompts, as exported to `folder`; and those texts."""
-    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    # The default loss learns the model's own distribution, which is nearly flat here: no draft would be accepted.
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, loss="ce", engine="vllm")
-    model.model_dir = base
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
-    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
-    learn(model, texts, steps=4)
-    FastMTPTuner.save_pretrained(model, str(folder / "checkpoint"))
-    export_full(folder / "checkpoint", folder / "full")
-    load_head(
-        model, read_head(Checkpoint(folder / "full"), model.family, head_shapes(Checkpoint(base)))
-    )  # as served: in bfloat16
-    return model, texts
-
-
 def simulated(model, texts):
     return draft_rounds(model, texts, 0, 8)[STEPS - 1]
 
@@ -104,7 +79,7 @@ def simulated(model, texts):
 @pytest.mark.parametrize("name", FLOAT32)
 def test_lossless_and_by_its_own_graph(name, vllm, tmp_path, shown):
     base = FLOAT32[name](tmp_path / "base")
-    model, texts = learned(base, tmp_path)
+    model, texts = learned(base, tmp_path, PROMPTS, TOKENS, 4, num_speculative_steps=STEPS, engine="vllm")
     prompts = [text.ids[: text.start] for text in texts]
     options = {"sampling": {"logprobs": 0}, "trust_remote_code": model.family.engines.remote_code}
     (answers,) = vllm.run(tmp_path / "full", [prompts], TOKENS, STEPS, **options)
@@ -132,8 +107,8 @@ def test_linear_attention_in_bfloat16(vllm, tmp_path):
     log-probabilities are near, and where a text is the same, which is so for some, its rounds are the simulator's.
     """
     linear = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
-    base = save_checkpoint(random_qwen3_next, tmp_path / "base", **WIDE, **linear, head_dim=32)
-    model, texts = learned(base, tmp_path)
+    base = save_checkpoint(random_qwen3_next, tmp_path / "base", **WIDE_HEADS, **linear, head_dim=32)
+    model, texts = learned(base, tmp_path, PROMPTS, TOKENS, 4, num_speculative_steps=STEPS, engine="vllm")
     prompts = [text.ids[: text.start] for text in texts]
     options = {"sampling": {"logprobs": 0}, "dtype": "bfloat16"}
     (answers,) = vllm.run(tmp_path / "full", [prompts], TOKENS, STEPS, **options)

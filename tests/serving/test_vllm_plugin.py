@@ -11,21 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.engine import VLLMServer
-from helpers.learning import learn
-from helpers.models import _EXPERTS, _random, random_ernie, save_checkpoint
+from helpers.learning import learned
+from helpers.models import WIDE_HEADS, random_ernie, random_glm4_moe, save_checkpoint
 from helpers.paths import ROOT, TINY
-from transformers import AutoTokenizer, Glm4MoeConfig
+from transformers import AutoTokenizer
 
-from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.mtp_tensors import read_head
-from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.families.family import Graph
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.token_map import copy_maps, read_map_list, read_token_map
-from swift_fastmtp.model.loading import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
-from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 from swift_fastmtp.vocab.languages import TokenLanguages
 
 pytestmark = pytest.mark.matrix
@@ -160,46 +156,20 @@ def test_the_environment_leaves_vllm_as_it_is(installed, mimo, maps, tmp_path):
     assert counted == rounds(mimo, "vllm") != rounds(mimo, "sglang")
 
 
-def wide_glm4_moe(seed, *, vocab, std, dtype=torch.float32):
-    """A GLM-4.5 whose attention heads are as wide as vLLM's kernels for a CPU need them."""
-    config = Glm4MoeConfig(
-        **{**_EXPERTS, "moe_intermediate_size": 32},
-        vocab_size=vocab,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        attention_bias=True,
-        use_qk_norm=True,
-        tie_word_embeddings=False,
-        architectures=["Glm4MoeForCausalLM"],
-    )
-    return _random(seed, config, "glm4_moe", std, dtype, norms=(0.3, 2.0))
-
-
 PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?", "写一首诗。", "print(1)"]
 
 
 def test_the_state_that_is_fed_back_is_the_one_that_was_trained(installed, tmp_path):
     """GLM-4.5: the state after the layer's norm. The mask of position 0 stays vLLM's, and the log says so."""
-    base = save_checkpoint(wide_glm4_moe, tmp_path / "base")
-    model, tokenizer = load_model(base, torch.float32), AutoTokenizer.from_pretrained(TINY)
-    model.fastmtp, model.model_dir = FastMTPConfig(num_speculative_steps=STEPS, loss="ce"), base
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
-    texts = make_texts(model, tokenizer, rows, TOKENS, "generate", 8)
-    learn(model, texts, steps=4)
-    FastMTPTuner.save_pretrained(model, str(tmp_path / "checkpoint"))
+    base = save_checkpoint(random_glm4_moe, tmp_path / "base", **WIDE_HEADS, head_dim=32)
+    model, texts = learned(base, tmp_path, PROMPTS, TOKENS, 4, chat_template=None, num_speculative_steps=STEPS)
     folder = tmp_path / "full"
-    export_full(tmp_path / "checkpoint", folder)
-    load_head(model, read_head(Checkpoint(folder), model.family, head_shapes(Checkpoint(base))))
     with server(installed, folder, tmp_path / "log", SWIFT_FASTMTP_ENGINE="sglang") as running:
         written, counted = answers_at_once(running, folder, texts)
     expected = {}
     for fed_back in (False, True):
         model.head.graph = Graph(feedback_before_norm=fed_back, mask_position_zero=True)
-        expected[fed_back] = draft_rounds(model, texts, tokenizer.pad_token_id, 8)[-1]
+        expected[fed_back] = draft_rounds(model, texts, 0, 8)[-1]
     assert written == own_texts(texts)
     assert counted == expected[False] != expected[True]
     log = (tmp_path / "log").read_text()
