@@ -8,7 +8,7 @@ is on disk when it is finished (`jobs.py`), so that a job may be killed, started
 import asyncio
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -31,7 +31,11 @@ from .chat_template import RenderError, check_chat_template, encode_prompt, load
 from .client import RefusedError, Sampling, Servers, all_or_first_failure
 from .conversation import Conversation, Reply
 from .examples import difference
-from .generate import end_token_ids, generate
+from .generate import Decoding, Request, answer_all, end_token_ids
+
+GROUP = 4
+"""Groups of conversations that are generated together, in process, are so many times `batch_size`: more lose more when
+they are cut off, fewer leave more slots empty at their end."""
 
 
 def distill(  # noqa: PLR0913
@@ -71,7 +75,7 @@ def distill(  # noqa: PLR0913
         concurrency: conversations at a time, on servers
         timeout: seconds of silence until a server must show that it lives
         retry_seconds: a request is repeated so long after its first failure
-        batch_size: conversations at a time, in process
+        batch_size: conversations at a time, in process; where one ends, the next begins
         max_new_tokens: paper: 4096
         temperature: paper: 0.6; 0 is greedy
         top_k: paper: 20
@@ -222,60 +226,62 @@ class Worker:
                 kept["ended_early"] = True
             kept |= {"messages": conversation.messages, "finish_reason": conversation.finish_reason}
             records.append({"key": key, "row": kept})
-            self.tokens += sum(len(m.get("token_ids") or ()) for m in conversation.messages)
         self.part.write(records)
-        speed = self.tokens / max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
         self.bar.update(len(records))
 
-    def in_process(self, model: Any, keys: list[Key], left: set[Key], batch_size: int) -> None:
-        """Batches are fixed and seeded by number: a batch that was cut off is generated again, the same."""
-        starts = [
-            start for start in range(0, len(keys), batch_size) if not left.isdisjoint(keys[start : start + batch_size])
-        ]
-        batches = [keys[start : start + batch_size] for start in starts]
-        stream = self.conversations([key for batch in batches for key in batch])
-        for start, batch in zip(starts, batches, strict=True):
-            sources = [(where, row) for _, where, row in islice(stream, len(batch))]
-            # Another seed, other draws: not those of the same batch of a job that was seeded a batch later.
-            torch.manual_seed(self.seed * 2**32 + start)
-            conversations = self._converse(model, sources)
-            for key, (where, row), answered in zip(batch, sources, conversations, strict=True):
-                if key not in left:
-                    continue
-                if isinstance(answered, RenderError):
-                    self.refuse(key, where, answered)
-                else:
-                    self.finish([(key, row, answered)])
+    def _count(self, tokens: int) -> None:
+        """Tokens that have come just now. Long answers take long: the line moves with their tokens."""
+        self.tokens += tokens
+        speed = self.tokens / max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(f"{self.tokens} tokens, {speed:.0f} tok/s", refresh=False)
+        self.bar.update(0)
 
-    def _converse(self, model: Any, sources: list[tuple[str, Row]]) -> list[Conversation | RenderError]:
-        """All conversations of a batch, turn by turn; an error instead of one that the template cannot render."""
+    def in_process(self, model: Any, keys: list[Key], left: set[Key], num_slots: int) -> None:
+        """Groups of conversations, each as if it were a job of its own.
+
+        Which conversations are computed side by side changes the last digits of what is computed. So a group that was
+        cut off is generated again from its start, the same; within a group, a slot is never empty.
+        """
+        size = num_slots * GROUP
+        groups = [keys[start : start + size] for start in range(0, len(keys), size)]
+        groups = [group for group in groups if not left.isdisjoint(group)]
+        stream = self.conversations([key for group in groups for key in group])
+        for group in groups:
+            self._answer_group(model, list(islice(stream, len(group))), left, num_slots)
+
+    def _answer_group(self, model: Any, group: list[tuple[Key, str, Row]], left: set[Key], num_slots: int) -> None:
         sampling = self.sampling
         ends = end_token_ids(model, self.tokenizer)
-        done: list[Conversation | RenderError] = [Conversation(row["messages"]) for _, row in sources]
-        while True:
-            waiting, prompts, places = [], [], []
-            for number, (where, row) in enumerate(sources):
-                conversation = done[number]
-                if isinstance(conversation, RenderError) or not conversation.waiting:
-                    continue
-                try:
-                    prompts.append(self.encode(row, conversation))
-                    waiting.append(conversation)
-                    places.append(where)
-                except RenderError as error:
-                    done[number] = error
-            if not waiting:
-                return done
-            limits = (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
+        limits = (sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
+        conversations = [Conversation(row["messages"]) for _, _, row in group]
+        turns: Counter[int] = Counter()
+        waiting: deque[Request] = deque()
+
+        def ask(number: int) -> None:
+            """The next turn of a conversation; the end of one that has none, or that the template cannot render."""
+            key, where, row = group[number]
             try:
-                answers = generate(model, self.tokenizer, prompts, *limits)
-            except NotFiniteError as error:
-                raise error.of(places[error.row]) from None
-            for conversation, asked, answer in zip(waiting, prompts, answers, strict=True):
+                if conversations[number].waiting:
+                    prompt = self.encode(row, conversations[number])
+                    waiting.append(Request(number, prompt, self._seed(key, turns[number])))
+                elif key in left:
+                    self.finish([(key, row, conversations[number])])
+            except RenderError as error:
+                if key in left:
+                    self.refuse(key, where, error)
+
+        for number in range(len(group)):
+            ask(number)
+        decoding = Decoding(*limits, frozenset(ends))
+        try:
+            for request, answer in answer_all(model, self.tokenizer, waiting, decoding, num_slots, self._count):
                 ids = answer.token_ids[:-1] if answer.token_ids[-1] in ends else answer.token_ids
                 reply = Reply(self.tokenizer.decode(ids), answer.finish_reason, answer.token_ids)
-                conversation.add(reply, asked)
+                conversations[request.key].add(reply, request.prompt)
+                turns[request.key] += 1
+                ask(request.key)
+        except NotFiniteError as error:
+            raise error.of(group[error.row][1]) from None
 
     async def from_servers(self, servers: Servers, keys: list[Key], concurrency: int) -> None:
         """`concurrency` conversations at a time; the first failure of the job cancels the others."""
@@ -305,6 +311,7 @@ class Worker:
             except (RefusedError, RenderError) as error:
                 self.refuse(key, where, error)
             else:
+                self._count(sum(len(m.get("token_ids") or ()) for m in conversation.messages))
                 self.finish([(key, row, conversation)])
 
     def refuse(self, key: Key, where: str, error: Exception) -> None:
