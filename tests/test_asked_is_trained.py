@@ -33,8 +33,9 @@ def folders(tmp_path_factory):
     return lambda name: made.get(name) or made.setdefault(name, with_template(name, root / name))
 
 
-def finished(turns):
-    return sorted((asked, answered) for asked, answered, reason in turns if reason != "length")
+def pairs(turns):
+    """Prompt and answer of every turn, those that were cut off too."""
+    return sorted((asked, answered) for asked, answered, _ in turns)
 
 
 TEXT = st.sampled_from(["", "Hello.", "Name a color.", "two\n\nlines ", " <think>", "什么是细胞", "1 + 1 = ?"])
@@ -67,7 +68,7 @@ def test_from_a_server(name, parse, folders, tmp_path_factory, rows):
     (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with ScriptedEngine(folder, parse) as engine:
         distill(str(folder), str(work / "prompts.jsonl"), str(work / "rows.jsonl"), base_urls=[engine.url])
-    wanted = finished(engine.turns)
+    wanted = pairs(engine.turns)
     if wanted:
         assert supervised(trained(folder, work / "rows.jsonl")) == wanted
 
@@ -91,7 +92,7 @@ def test_with_tools(folders, tmp_path):
             distill(str(folders(name)), str(work / "prompts.jsonl"), str(work / "rows.jsonl"), base_urls=[engine.url])
         assert len(engine.turns) == 6
         examples = trained(folders(name), work / "rows.jsonl")
-        assert supervised(examples) == finished(engine.turns)
+        assert supervised(examples) == pairs(engine.turns)
         end = AutoTokenizer.from_pretrained(folders(name)).eos_token_id
         assert not any(ids[at : at + 2] == [end, end] for ids, _ in examples for at in range(len(ids)))
 

@@ -335,7 +335,8 @@ def test_prompts_of_a_row_that_was_cut_are_an_error(tokenizer):
         training_examples(tokenizer, row)
 
 
-def test_a_cut_off_turn_is_not_trained_on(tokenizer):
+def test_a_cut_off_turn_is_trained_on_as_far_as_its_tokens_go(tokenizer):
+    """As text it has no end, and its last word may be half of one: nobody knows which tokens it was."""
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b", "finish_reason": "stop"},
@@ -347,6 +348,10 @@ def test_a_cut_off_turn_is_not_trained_on(tokenizer):
     assert tokenizer.decode(kept.ids).endswith("b<|im_end|>")
     assert training_examples(tokenizer, {"messages": messages[:2], "finish_reason": "length"}) == []
     assert training_examples(tokenizer, {"messages": [{"role": "user", "content": "a"}]}) == []
+    messages[3]["token_ids"] = tokenizer.encode("d e")
+    (kept,) = training_examples(tokenizer, {"messages": messages, "finish_reason": "length"})
+    assert tokenizer.decode([i for i in kept.labels if i != -100]) == "b<|im_end|>d e"
+    assert tokenizer.decode(kept.ids).endswith("d e")
 
 
 def test_results_of_tools_are_given_by_id():

@@ -59,9 +59,9 @@ def test_arguments_before_anything_is_loaded(case, rows, tmp_path):
 @pytest.mark.engine
 def test_no_row_left(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", 6)
-    rows.write_text(rows.read_text().replace('"stop"', '"length"'))
+    rows.write_text(rows.read_text().replace('"stop"', '"length"').replace('"token_ids"', '"other_ids"'))
     process = swift(*sft_args(TINY, f"fastmtp-self-distill:{rows}", tmp_path / "run"), check=False)
-    assert_one_line(process, "no row is left; every answer was truncated")
+    assert_one_line(process, "no row is left; every answer is empty, or was truncated")
     kept = write_rows(tmp_path / "kept.jsonl", 6)
     process = swift(*sft_args(TINY, kept, tmp_path / "run", max_length=8), check=False)
     assert_one_line(process, "no training row is left; rows longer than --max_length 8 are dropped")

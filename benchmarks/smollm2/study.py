@@ -241,7 +241,7 @@ def training_texts(tokenizer, path):
     """Answers with what was asked, those that were cut off too: they are the model's own tokens as far as they go."""
     texts = []
     for row in read_rows(path):
-        for turn in turns(tokenizer, row, finished_only=False):
+        for turn in turns(tokenizer, row, trainable_only=False):
             texts.append(Text(turn.asked + turn.answered, len(turn.asked), len(turn.asked) + len(turn.answered)))
     return texts
 

@@ -8,6 +8,7 @@ is on disk when it is finished (`jobs.py`), so that a job may be killed, started
 import asyncio
 import hashlib
 import json
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -36,6 +37,8 @@ from .generate import Decoding, Request, answer_all, end_token_ids
 GROUP = 4
 """Groups of conversations that are generated together, in process, are so many times `batch_size`: more lose more when
 they are cut off, fewer leave more slots empty at their end."""
+SECONDS_TO_SHOW = 2.0
+"""Between two looks of the progress line while no row ends."""
 
 
 def distill(  # noqa: PLR0913
@@ -203,6 +206,7 @@ class Worker:
         self.part = part
         self.bar = bar
         self.tokens = 0
+        self.shown = 0.0
         self.unchecked = False
 
     def conversations(self, keys: list[Key]) -> Iterator[tuple[Key, str, Row]]:
@@ -234,7 +238,9 @@ class Worker:
         self.tokens += tokens
         speed = self.tokens / max(self.bar.format_dict["elapsed"], 1e-9)
         self.bar.set_postfix_str(f"{self.tokens} tokens, {speed:.0f} tok/s", refresh=False)
-        self.bar.update(0)
+        if time.monotonic() - self.shown > SECONDS_TO_SHOW:
+            self.bar.refresh()
+            self.shown = time.monotonic()
 
     def in_process(self, model: Any, keys: list[Key], left: set[Key], num_slots: int) -> None:
         """Groups of conversations, each as if it were a job of its own.

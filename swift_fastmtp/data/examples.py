@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 
 def training_examples(tokenizer: Any, row: Row, default_kwargs: dict[str, Any] | None = None) -> list[Example]:
-    """The examples of a row: few where they can be joined, none where no answer was finished.
+    """The examples of a row: few where they can be joined, none where there is no answer that can be trained on.
 
     A turn whose prompt goes on from the turn before it, to a token, is joined with it. Chat templates often render the
     history otherwise than it was generated (reasoning is left out, text is encoded again): such a turn is an example of
@@ -73,9 +73,9 @@ def training_examples(tokenizer: Any, row: Row, default_kwargs: dict[str, Any] |
 
 
 def turns(
-    tokenizer: Any, row: Row, default_kwargs: dict[str, Any] | None = None, finished_only: bool = True
+    tokenizer: Any, row: Row, default_kwargs: dict[str, Any] | None = None, trainable_only: bool = True
 ) -> Iterator[Turn]:
-    """The answers of a row, the finished ones unless told otherwise. Arguments and errors as `training_examples`."""
+    """The answers of a row, the trainable ones unless told otherwise. Arguments and errors as `training_examples`."""
     messages = with_finish_reason(row)
     kwargs = {**(default_kwargs or {}), **(row.get("chat_template_kwargs") or {})}
     tools = row.get("tools")
@@ -83,7 +83,7 @@ def turns(
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        if finished_only and not finished(message):
+        if trainable_only and not trainable(message):
             continue
         asked = asked_ids(message, previous)
         if asked is None:
@@ -104,11 +104,16 @@ def with_finish_reason(row: Row) -> list[Message]:
     return messages
 
 
-def finished(message: Message) -> bool:
-    """Whether the model itself ended this answer, as far as the row tells, and said something."""
+def trainable(message: Message) -> bool:
+    """Whether what the model said is known to the token.
+
+    An answer that was cut off is as good as its `token_ids`: the model's own, without an end. As text it is not: the
+    chat template would write an end behind it, and its last word may be half of one.
+    """
     reason = message.get("finish_reason")
-    says = message["content"] or message.get("tool_calls") or message.get("token_ids")
-    return bool(says) and (reason is None or is_complete(reason))
+    if message.get("token_ids"):
+        return True
+    return bool(message["content"] or message.get("tool_calls")) and (reason is None or is_complete(reason))
 
 
 def check_vocabulary(example: Example, size: int) -> None:

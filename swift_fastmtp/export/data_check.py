@@ -14,7 +14,7 @@ from .finding import Finding
 
 FOREIGN = "the chat template renders {n} of {rows} rows otherwise than they were asked"
 UNUSABLE = "{n} of {rows} rows cannot be trained on"
-UNFINISHED = "{n} of {rows} rows have no finished answer"
+UNFINISHED = "{n} of {rows} rows have no answer that can be trained on"
 
 
 def examine_data(folder: str | Path, file: str | Path) -> list[Finding]:
@@ -68,8 +68,8 @@ def _findings(places: dict[str, list[str]], rows: int, folder: str) -> Iterator[
         ),
         UNFINISHED: (
             "warning",
-            "an answer that was cut off has no end, and is not trained on",
-            "distill with a larger --max_new_tokens",
+            "an answer that was cut off and has no token_ids is not trained on: as text, its end is not known",
+            "use rows as `fastmtp distill` writes them, or distill with a larger --max_new_tokens",
         ),
     }
     for what, (level, why, how_to_fix) in texts.items():

@@ -68,7 +68,7 @@ def texts_of(folder: str | Path, rows: str, max_rows: int | None) -> Iterator[li
     tokenizer = load_tokenizer(str(folder))
     for number, row in enumerate(read_rows(rows, max_rows)):
         try:
-            answered = list(turns(tokenizer, row, finished_only=False))
+            answered = list(turns(tokenizer, row, trainable_only=False))
         except FastMTPError as error:
             raise FastMTPError(f"{rows}: row {number + 1}: {error}") from None
         if answered:

@@ -94,7 +94,7 @@ def _given(tokenizer: Any, number: int, row: dict[str, Any]) -> Text:
     if row["messages"][-1]["role"] != "assistant":
         raise FastMTPError(f"row {number + 1}: has no assistant answer; drop --answers given, or distill first")
     try:
-        answered = list(turns(tokenizer, row, finished_only=False))
+        answered = list(turns(tokenizer, row, trainable_only=False))
     except FastMTPError as error:
         raise FastMTPError(f"row {number + 1}: {error}") from None
     if not answered:

@@ -73,8 +73,8 @@ def as_token_ids(args: Any, template: Any, dataset: Any, on_bad_row: str, compar
         if why["left_out"] != UNFINISHED:
             raise FastMTPError(f"--dataset: no row is left; {why['source']}: {why['left_out']}")
         raise FastMTPError(
-            "--dataset: no row is left; every answer was truncated (finish_reason 'length') or empty: distill again "
-            "with a larger --max_new_tokens"
+            "--dataset: no row is left; every answer is empty, or was truncated (finish_reason 'length') and has no "
+            "token_ids: distill again with a larger --max_new_tokens"
         )
     return kept.remove_columns(["left_out", "source"])
 
