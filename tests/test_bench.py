@@ -42,7 +42,7 @@ def lines(folder):
 
 
 def named(record):
-    return tuple(record[k] for k in ("server", "task", "temperature", "concurrency", "id", "turn"))
+    return tuple(record[k] for k in ("server", "task", "temperature", "concurrency", "round", "id", "turn"))
 
 
 def untimed(results):
@@ -477,10 +477,11 @@ def start(plan, out):
 
 @pytest.mark.matrix
 def test_killed_and_started_again(tmp_path):
-    plan = managed(tmp_path, "--pause", "0.1")
+    """In the first round of a server, in that of another, and in the baseline's second."""
+    plan = managed(tmp_path, "--pause", "0.1", rounds=2)
     out = tmp_path / "out"
     done = []
-    for how, wanted in ((signal.SIGKILL, 12), (signal.SIGTERM, 20)):
+    for how, wanted in ((signal.SIGKILL, 12), (signal.SIGTERM, 20), (signal.SIGKILL, 28)):
         process = start(plan, out)
         while not (out / "requests.jsonl").exists() or len(whole_lines(out)) < wanted:
             assert process.poll() is None, process.stderr.read().decode()
@@ -499,8 +500,8 @@ def test_killed_and_started_again(tmp_path):
             file.write('{"server": "v-k1", "ta')  # as a kill leaves it
     results = bench(str(out), plan=str(plan))
     keys = [named(r) for r in lines(out)]
-    assert lines(out)[: len(done)] == done and len(keys) == len(set(keys)) == 27
-    assert untimed(results) == untimed(bench(str(tmp_path / "whole"), plan=str(managed(tmp_path))))
+    assert lines(out)[: len(done)] == done and len(keys) == len(set(keys)) == 36
+    assert untimed(results) == untimed(bench(str(tmp_path / "whole"), plan=str(managed(tmp_path, rounds=2))))
 
 
 def whole_lines(out):
