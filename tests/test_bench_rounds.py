@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers.bench_results import table_2
 from helpers.fake_engine import FakeEngine
 from helpers.paths import ROOT, TINY
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ from swift_fastmtp.bench.summary import table, warnings
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.metrics import speedup
 from swift_fastmtp.report import tables
+from swift_fastmtp.report.compare import Limits, compare_results
 from swift_fastmtp.report.merge import load_results, notes
 
 FAKE = ROOT / "tests/helpers/fake_engine.py"
@@ -416,3 +418,22 @@ def test_older_results_are_read(path):
     merged = load_results([path])
     assert merged.files[0][1].schema == "swift_fastmtp.bench/1" and all(run.round_speeds == [] for run in merged.runs)
     assert not any("drifted" in note for note in notes(merged))
+
+
+def test_a_drift_is_repeated_wherever_the_numbers_are_shown(tmp_path):
+    """In the report, the card (both by `notes`) and a comparison; a little noise is none."""
+    value = table_2()
+    base = next(run for run in value["runs"] if run["server"] == "baseline")
+    for speeds, drifted in (([31.0, 30.0], False), ([31.0, 29.0, 20.0], True)):
+        base["round_speeds"] = speeds
+        path = tmp_path / f"{drifted}.json"
+        path.write_text(json.dumps(value))
+        merged = load_results([path])
+        sentence = (
+            "he machine drifted: baseline on c_eval, T=0, 1 at once gave 31.0, 29.0, 20.0 token/s in its rounds, a"
+        )
+        assert any(note.startswith(f"T{sentence}") for note in notes(merged)) == drifted
+        remarks = compare_results(merged, merged, Limits(0.02, 0.05, 0.0)).remarks
+        assert [remark.startswith(f"{name}: t{sentence}") for name, remark in zip("AB", remarks, strict=False)] == (
+            [True, True] if drifted else []
+        )
