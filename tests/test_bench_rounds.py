@@ -238,6 +238,13 @@ def test_the_interval_holds_the_truth(rounds, paired):
     assert held >= 174 and only_prompts < 60
 
 
+def test_a_machine_that_slept_through_a_round():
+    """The interval is as good as infinite, and can be written."""
+    base = [[(100.0, 4.0), (100.0, 5.0)], [(100.0, 4.0), (100.0, 1e7)]]
+    _, low, high = speedup(base, [base[0]], paired=False)
+    assert 0 <= low < 1e-3 and high == 1e6
+
+
 # The benchmark itself.
 
 
@@ -411,6 +418,20 @@ def test_what_is_measured_without_being_asked():
     assert [(made.rounds, made.together) for made in plans] == [(3, True), (1, True), (2, False)]
     # A folder of one round is recorded as before there were several.
     assert "rounds" not in plans[1].record()["settings"] and "rounds" in plans[0].record()["settings"]
+
+
+def test_a_folder_of_an_older_version_is_gone_on_with(tmp_path):
+    """Its lines know nothing of rounds and CPU time."""
+    with FakeEngine() as base, FakeEngine(num_steps=2) as other:
+        urls = [f"baseline={base.url}", f"vanilla={other.url}"]
+        whole = bench(str(tmp_path), base_urls=urls, **ASKED, rounds=1)
+        older = [{k: v for k, v in r.items() if k not in ("round", "cpu_seconds")} for r in lines(tmp_path)]
+        (tmp_path / "requests.jsonl").write_text("".join(json.dumps(r) + "\n" for r in older[:4]))
+        asked = base.asked
+        results = bench(str(tmp_path), base_urls=urls, **ASKED, rounds=1)
+        assert base.asked == asked  # its three were there
+    assert [run.num_requests for run in results.runs] == [run.num_requests for run in whole.runs] == [TURNS] * 2
+    assert results.runs[1].lossless == whole.runs[1].lossless
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs/results").rglob("results.json")), ids=lambda p: p.parent.name)

@@ -237,6 +237,8 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL = 1.960
 """Within how many standard errors 95 % lie: of Student's distribution with 1, 2, .. degrees of freedom; of many."""
 MAX_ROUNDS = 10
+_MOST = 1e6
+"""Of an interval's end: a machine that slept through one of two rounds tells nothing, in numbers that nobody reads."""
 
 
 def speedup(
@@ -284,6 +286,7 @@ def speedup(
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = _speed((other_SR2 * other_SR1).sum(1)) / _speed((base_SR2 * base_SR1).sum(1))
             ratios = ratios * (drawn / ratios) ** (_student(freedom) / _NORMAL)
+        ratios = np.where(ratios > _MOST, _MOST, ratios)
 
     low, high = np.percentile(ratios[np.isfinite(ratios)], [2.5, 97.5]).tolist()
     value = float(_speed(other_RP2.sum((0, 1))) / _speed(base_RP2.sum((0, 1))))
