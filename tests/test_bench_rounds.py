@@ -338,7 +338,7 @@ def test_started_servers_are_up_together_if_the_plan_says_so(tmp_path):
 def test_what_was_stopped_goes_on_in_its_round(together, tmp_path):
     whole = bench(str(tmp_path / "whole"), plan=managed(tmp_path, together=together))
     out = tmp_path / "out"
-    path = managed(tmp_path, other=("--die_after", "3"), together=together)
+    path = managed(tmp_path, other=("--die_after", "6" if together else "3"), together=together)
     stops = 0
     for _ in range(10):
         try:
