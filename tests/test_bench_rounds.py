@@ -201,8 +201,8 @@ def test_two_levels_against_one_written_out(paired):
         rounds = [pick.randrange(4) for _ in range(3)]
         others = rounds if paired else [pick.randrange(4) for _ in range(3)]
         of_prompts = speed(other, range(4), prompts) / speed(base, range(4), prompts)
-        of_both = speed(other, others, prompts) / speed(base, rounds, prompts)
-        ratios.append(of_prompts * (of_both / of_prompts) ** (student / 1.96))
+        of_rounds = speed(other, others, range(30)) / speed(base, rounds, range(30))
+        ratios.append(of_prompts * (of_rounds / value) ** (student / 1.96))
     assert (low, high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), rel=0.02)
     assert value == pytest.approx(speed(other, range(4), range(30)) / speed(base, range(4), range(30)))
 
@@ -224,18 +224,24 @@ def test_what_holds_of_every_interval(rounds, factor, paired, seed):
     assert speedup(base[::-1], other[::-1], samples=200, paired=paired)[0] == pytest.approx(value)
 
 
-@pytest.mark.parametrize(("rounds", "paired"), [(2, True), (3, True), (5, True), (3, False)])
-def test_the_interval_holds_the_truth(rounds, paired):
-    """About nineteen times in twenty, also where rounds differ by more than prompts; prompts alone do not know it."""
+@pytest.mark.parametrize(
+    ("rounds", "of_other", "paired", "least"),
+    [(2, 2, True, 170), (3, 3, True, 174), (5, 5, True, 178), (2, 1, False, 162), (3, 2, False, 174)],
+)
+def test_the_interval_holds_the_truth(rounds, of_other, paired, least):
+    """About nineteen times in twenty, also where rounds differ by more than prompts; prompts alone do not know it.
+
+    Where the other server was measured once (A B A) nothing shows how much its own speed varies: a little less often.
+    """
     rng = np.random.default_rng(rounds)
     held = only_prompts = 0
     for _ in range(200):
         base, other = totals(rng, rounds, 2.0, 0.1)
-        _, low, high = speedup(base, other, samples=100, paired=paired)
+        _, low, high = speedup(base, other[:of_other], samples=100, paired=paired)
         held += low <= 2.0 <= high
         _, low, high = speedup(base[:1], other[:1], samples=100)
         only_prompts += low <= 2.0 <= high
-    assert held >= 174 and only_prompts < 60
+    assert held >= least and only_prompts < 60
 
 
 def test_a_machine_that_slept_through_a_round():

@@ -430,8 +430,7 @@ def _cpu(records: list[Record], reference: list[Record] | None, settings: Settin
 
 
 def _latency(record: Record) -> float | None:
-    seconds: float = record["latency"]
-    return seconds
+    return float(record["latency"])
 
 
 def _cpu_seconds(record: Record) -> float | None:

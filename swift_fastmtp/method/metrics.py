@@ -250,9 +250,10 @@ def speedup(
 ) -> tuple[float, float, float] | None:
     """Speed of `other` over the baseline's, and the ends of its 95 % interval.
 
-    A two-level bootstrap (percentile interval, Efron). Prompts are drawn with replacement, the same for both servers
-    and in all rounds. Of R rounds R - 1 are drawn, which gives their mean the variance that it has (Rao and Wu, 1988);
-    what the drawn rounds change is then widened by Student's factor, since a few rounds show their spread badly.
+    A bootstrap of two levels (percentile interval, Efron). Prompts are drawn with replacement, the same for both
+    servers and in all rounds. Of R rounds R - 1 are drawn, which gives their mean the variance that it has (Rao and Wu,
+    1988), and by how much the ratio of these rounds differs is widened by Student's factor, since a few rounds show
+    their spread badly. A draw is the ratio of its prompts times the difference of its rounds.
 
     Args:
         baseline, other: [rounds][prompts] of (tokens, seconds), the same prompts in the same order.
@@ -266,30 +267,28 @@ def speedup(
     if not all(x.size and (x.sum((0, 1)) > 0).all() for x in (base_RP2, other_RP2)):
         return None
 
-    # Prompts: sums over those that were drawn, of every round of both servers.
+    # Prompts: sums over those that were drawn, in all rounds.
     rng = np.random.default_rng(seed)
-    base_rounds, other_rounds = len(base_RP2), len(other_RP2)
-    all_RP2 = np.concatenate([base_RP2, other_RP2])
-    num_rounds, num_prompts, _ = all_RP2.shape
-    totals_PC = all_RP2.transpose(1, 0, 2).reshape(num_prompts, 2 * num_rounds)
+    totals_P4 = np.concatenate([base_RP2.sum(0), other_RP2.sum(0)], axis=1)
+    num_prompts = len(totals_P4)
     chance_P = np.full(num_prompts, 1 / num_prompts)
-    sums_SC = np.stack([rng.multinomial(num_prompts, chance_P) @ totals_PC for _ in range(samples)])
-    base_SR2, other_SR2 = np.split(sums_SC.reshape(samples, num_rounds, 2), [base_rounds], axis=1)
+    drawn_S4 = np.stack([rng.multinomial(num_prompts, chance_P) @ totals_P4 for _ in range(samples)])
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = _speed(other_SR2.sum(1)) / _speed(base_SR2.sum(1))
+        ratios = _speed(drawn_S4[:, 2:]) / _speed(drawn_S4[:, :2])
+    value = float(_speed(other_RP2.sum((0, 1))) / _speed(base_RP2.sum((0, 1))))
 
-    # Rounds, where there are several.
-    freedom = base_rounds - 1 if paired else base_rounds + other_rounds - 2
+    # Rounds, where there are several: sums over those that were drawn, of all prompts.
+    base_R2, other_R2 = base_RP2.sum(1), other_RP2.sum(1)
+    freedom = len(base_R2) - 1 if paired else len(base_R2) + len(other_R2) - 2
     if freedom:
-        base_SR1 = _draw_rounds(rng, base_rounds, samples)
-        other_SR1 = base_SR1 if paired else _draw_rounds(rng, other_rounds, samples)
+        base_SR = _draw_rounds(rng, len(base_R2), samples)
+        other_SR = base_SR if paired else _draw_rounds(rng, len(other_R2), samples)
         with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = _speed((other_SR2 * other_SR1).sum(1)) / _speed((base_SR2 * base_SR1).sum(1))
-            ratios = ratios * (drawn / ratios) ** (_student(freedom) / _NORMAL)
+            differences = _speed(other_SR @ other_R2) / _speed(base_SR @ base_R2) / value
+            ratios = ratios * differences ** (_student(freedom) / _NORMAL)
         ratios = np.where(ratios > _MOST, _MOST, ratios)
 
     low, high = np.percentile(ratios[np.isfinite(ratios)], [2.5, 97.5]).tolist()
-    value = float(_speed(other_RP2.sum((0, 1))) / _speed(base_RP2.sum((0, 1))))
     return value, low, high
 
 
@@ -299,9 +298,8 @@ def _speed(totals: Any) -> Any:
 
 
 def _draw_rounds(rng: Any, num_rounds: int, samples: int) -> Any:
-    """How often each round is drawn: [samples, num_rounds, 1]."""
-    drawn = rng.multinomial(max(1, num_rounds - 1), np.full(num_rounds, 1 / num_rounds), samples)
-    return drawn[..., None]
+    """How often each round is drawn: [samples, num_rounds]."""
+    return rng.multinomial(max(1, num_rounds - 1), np.full(num_rounds, 1 / num_rounds), samples)
 
 
 def _student(freedom: int) -> float:
