@@ -46,7 +46,7 @@ while True:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--others", type=int, default=1, help="processes that keep a core busy in bursts")
     parser.add_argument("--output", default=str(ROOT / "docs" / "results" / "same_server"))
