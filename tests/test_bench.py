@@ -27,7 +27,14 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.serving.maps import VARIABLE
 
 FAKE = ROOT / "tests/helpers/fake_engine.py"
-ASKED = {"model": str(TINY), "num_questions": 6, "max_new_tokens": 10, "warmup": 1, "retry_seconds": 1}
+ASKED = {
+    "model": str(TINY),
+    "num_questions": 6,
+    "max_new_tokens": 10,
+    "rounds": 1,
+    "warmup": 1,
+    "retry_seconds": 1,
+}
 
 
 def lines(folder):
@@ -35,14 +42,15 @@ def lines(folder):
 
 
 def named(record):
-    return tuple(record[k] for k in ("server", "task", "temperature", "concurrency", "id", "turn"))
+    return tuple(record[k] for k in ("server", "task", "temperature", "concurrency", "round", "id", "turn"))
 
 
 def untimed(results):
     """What does not depend on the clock."""
     found = []
     for run in results.as_json()["runs"]:
-        found.append({k: v for k, v in run.items() if k not in ("ttft", "itl", "speedup") and "second" not in k})
+        timed = ("ttft", "itl", "speedup", "round_speeds", "cpu")
+        found.append({k: v for k, v in run.items() if k not in timed and "second" not in k})
     return found
 
 
@@ -469,10 +477,11 @@ def start(plan, out):
 
 @pytest.mark.matrix
 def test_killed_and_started_again(tmp_path):
-    plan = managed(tmp_path, "--pause", "0.1")
+    """In the first round of a server, in that of another, and in the baseline's second."""
+    plan = managed(tmp_path, "--pause", "0.1", rounds=2)
     out = tmp_path / "out"
     done = []
-    for how, wanted in ((signal.SIGKILL, 12), (signal.SIGTERM, 20)):
+    for how, wanted in ((signal.SIGKILL, 12), (signal.SIGTERM, 20), (signal.SIGKILL, 28)):
         process = start(plan, out)
         while not (out / "requests.jsonl").exists() or len(whole_lines(out)) < wanted:
             assert process.poll() is None, process.stderr.read().decode()
@@ -491,8 +500,8 @@ def test_killed_and_started_again(tmp_path):
             file.write('{"server": "v-k1", "ta')  # as a kill leaves it
     results = bench(str(out), plan=str(plan))
     keys = [named(r) for r in lines(out)]
-    assert lines(out)[: len(done)] == done and len(keys) == len(set(keys)) == 27
-    assert untimed(results) == untimed(bench(str(tmp_path / "whole"), plan=str(managed(tmp_path))))
+    assert lines(out)[: len(done)] == done and len(keys) == len(set(keys)) == 36
+    assert untimed(results) == untimed(bench(str(tmp_path / "whole"), plan=str(managed(tmp_path, rounds=2))))
 
 
 def whole_lines(out):
@@ -655,8 +664,8 @@ def test_a_variable_may_hold_a_number(tmp_path, monkeypatch):
     ("change", "message"),
     [
         (
-            lambda r: r.update(schema="swift_fastmtp.bench/2"),
-            "its schema is 'swift_fastmtp.bench/2', this version reads",
+            lambda r: r.update(schema="swift_fastmtp.bench/3"),
+            "its schema is 'swift_fastmtp.bench/3', this version reads",
         ),
         (lambda r: r["runs"][1].pop("tau_micro"), "runs[1] lacks tau_micro"),
         (lambda r: r.pop("servers"), "the file lacks servers"),

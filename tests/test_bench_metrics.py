@@ -119,10 +119,10 @@ def test_busy_seconds_are_a_union(spans):
 
 def test_speedup_by_hand():
     base = [(100, 10.0), (50, 5.0)]
-    assert speedup(base, [(100, 5.0), (50, 2.5)]) == (2.0, 2.0, 2.0)
-    value, low, high = speedup(base, [(100, 10.0), (50, 1.0)])
+    assert speedup([base], [[(100, 5.0), (50, 2.5)]]) == (2.0, 2.0, 2.0)
+    value, low, high = speedup([base], [[(100, 10.0), (50, 1.0)]])
     assert value == pytest.approx(15 / 11) and low == 1.0 and high == 5.0
-    assert speedup([], []) is None and speedup([(0, 0.0)], [(1, 1.0)]) is None
+    assert speedup([], []) is None and speedup([[]], [[]]) is None and speedup([[(0, 0.0)]], [[(1, 1.0)]]) is None
 
 
 def test_the_interval_is_a_bootstrap_over_prompts():
@@ -130,7 +130,7 @@ def test_the_interval_is_a_bootstrap_over_prompts():
     rng = np.random.default_rng(1)
     base = np.stack([rng.integers(20, 200, 40), rng.uniform(1, 9, 40)], axis=1)
     other = np.stack([base[:, 0], base[:, 1] / rng.lognormal(0.5, 0.3, 40)], axis=1)
-    value, low, high = speedup(base.tolist(), other.tolist(), samples=4000)
+    value, low, high = speedup([base], [other], samples=4000)
     ratios, pick = [], random.Random(5)
     for _ in range(4000):
         draw = [pick.randrange(40) for _ in range(40)]
@@ -138,13 +138,13 @@ def test_the_interval_is_a_bootstrap_over_prompts():
         ratios.append((o[0] / o[1]) / (b[0] / b[1]))
     assert (low, high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), rel=0.02)
     assert low < value < high
-    assert speedup(base.tolist(), other.tolist(), seed=3) == speedup(base.tolist(), other.tolist(), seed=3)
+    assert speedup([base], [other], seed=3) == speedup([base], [other], seed=3)
 
     held = 0
     for _ in range(200):
         seconds = rng.uniform(1, 9, 60)
         noise = rng.lognormal(0, 0.2, 60)
-        pairs = [(100.0, s) for s in seconds], [(100.0, s / 2 * n) for s, n in zip(seconds, noise, strict=True)]
+        pairs = [[(100.0, s) for s in seconds]], [[(100.0, s / 2 * n) for s, n in zip(seconds, noise, strict=True)]]
         truth = 2 / np.exp(0.02)
         _, low, high = speedup(*pairs, samples=200)
         held += low <= truth <= high

@@ -1,14 +1,15 @@
 """`fastmtp bench`: what servers do on tasks, every request kept.
 
-Servers are measured one after another, each on all tasks, temperatures and concurrencies of the plan, with its prefix
-cache flushed before every run. A request is a line of `requests.jsonl` as soon as it ends (`records`), so a run that
-was killed goes on where it was; `results.json` follows from the lines (`results.summarize`).
+Servers take turns (`order`), each with its prefix cache flushed before every run. A request is a line of
+`requests.jsonl` as soon as it ends (`records`), so a run that was killed goes on where it was; `results.json` follows
+from the lines (`results.summarize`).
 """
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def bench(
 
     Args:
         output_dir: folder to write; an unfinished run is continued
-        plan: YAML of servers to start and measure one after another; several are put together (docs/bench.md)
+        plan: YAML of servers to start and measure; several are put together (docs/bench.md)
         base_urls: or running servers (SGLang, OpenAI's API), each URL or NAME=URL
         api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
         values: values of a plan (`PlanValues`) that go before the file's
@@ -57,14 +58,14 @@ def bench(
     folder = Path(output_dir)
     _meet(made, folder, tokenizer, api_key)
 
-    # One server after another; what is finished is kept.
-    with open_records(folder, made) as (records, part, record):
+    # The servers in turn; what is finished is kept.
+    with open_records(folder, made) as (records, part, record), _Servers(made, folder) as servers:
         left = missing_turns(made, record, records)
-        for name, launch in made.launches.items():
-            if any(key[0] == name for key in left):
-                with _reach(name, launch, made, folder) as (url, server):
-                    engine = _engine(url, made, tokenizer, api_key)
-                    asyncio.run(Measurement(made, name, engine, server, records, part).all(left))
+        for name, turn in groupby(left, key=lambda key: key[0]):
+            passes = {key: left[key] for key in turn}
+            url, server = servers.reach(name)
+            engine = _engine(url, made, tokenizer, api_key)
+            asyncio.run(Measurement(made, name, engine, server, records, part).all(passes))
         results = summarize(records, record)
         check_results(results)
         write_json(results.as_json(), folder / "results.json")
@@ -127,6 +128,32 @@ def _meet(plan: Plan, folder: Path, tokenizer: Any, api_key: str | None) -> None
         )
     if plan.baseline is None:
         plan.baseline = next((n for n, x in plan.launches.items() if x.server.method == "baseline"), None)
+
+
+class _Servers:
+    """The servers of a plan that are up: all of them, or only the one that was asked for last."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self._plan, self._folder = plan, folder
+        self._up: dict[str, tuple[str, Started | None]] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Servers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def reach(self, name: str) -> tuple[str, Started | None]:
+        """Address of a server, and its process if it was started here."""
+        if name not in self._up:
+            self._stack.close()
+            self._up.clear()
+            for one in self._plan.launches if self._plan.together else [name]:
+                self._up[one] = self._stack.enter_context(
+                    _reach(one, self._plan.launches[one], self._plan, self._folder)
+                )
+        return self._up[name]
 
 
 @contextmanager

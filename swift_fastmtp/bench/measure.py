@@ -1,4 +1,4 @@
-"""All runs of one server: questions asked, each answer kept as soon as it ends, and the server watched meanwhile."""
+"""One turn of a server: questions asked, each answer kept as soon as it ends, and the server watched meanwhile."""
 
 import asyncio
 import hashlib
@@ -15,9 +15,10 @@ from ..data.conversation import Message
 from ..data.tasks import Question, Task
 from ..errors import FastMTPError
 from ..files.jobs import Part
+from .cpu_time import CpuClock
 from .engines import Answer, Engine
 from .plan import Plan
-from .results import Record, RunKey, generated_text, run_fields, run_key, run_title
+from .results import PassKey, Record, generated_text, pass_fields, pass_key, run_title
 from .servers import Started
 
 WARM_UP_TOKENS = 32
@@ -25,7 +26,7 @@ ALIVE_SECONDS = 0.5
 
 
 class Measurement:
-    """All runs of one server."""
+    """One turn of a server: the runs that it does until another server has its turn."""
 
     def __init__(
         self, plan: Plan, name: str, engine: Engine, server: Started | None, records: list[Record], part: Part
@@ -36,9 +37,12 @@ class Measurement:
         mine = [r for r in records if r["server"] == name and "counters" not in r and "error" not in r]
         self.model = mine[0]["model"] if mine else None
         self.version = tuple(mine[0]["engine"]) if mine else None
+        self.clock: CpuClock | None = None
 
-    async def all(self, left: dict[RunKey, int]) -> None:
-        """Raises `FastMTPError` as soon as the server fails, has ended, or is not what it was."""
+    async def all(self, left: dict[PassKey, int]) -> None:
+        """Ask the turns that are `left` of each of the passes, all of this server.
+
+        Raises `FastMTPError` as soon as the server fails, has ended, or is not what it was."""
         work = asyncio.create_task(self._runs(left))
         watch = asyncio.create_task(self._watch())
         try:
@@ -60,12 +64,10 @@ class Measurement:
             if self.server is not None:
                 self.server.check()
 
-    async def _runs(self, left: dict[RunKey, int]) -> None:
+    async def _runs(self, left: dict[PassKey, int]) -> None:
         warm: set[int] = set()
         for key, turns in left.items():
-            if key[0] != self.name:
-                continue
-            _, name, temperature, concurrency = key
+            _, name, temperature, concurrency, number = key
             # A server that is still the same, warm, and knows none of the prompts.
             await self._same_server()
             task = self.plan.tasks[name]
@@ -76,6 +78,8 @@ class Measurement:
             before = await self.engine.counters() if self.spec.num_steps else None
 
             title = f"{self.name} {name}" + (f" T={temperature:g}" if temperature else "") + f" c={concurrency}"
+            title += f" round {number + 1}" if self.plan.rounds > 1 else ""
+            self.clock = CpuClock(self.server.process.pid) if self.server else None
             with tqdm(total=turns, unit="answer", desc=title, smoothing=0.05) as bar:
                 await self._run(key, task, bar)
 
@@ -85,7 +89,7 @@ class Measurement:
             await self._same_server(key)
             self._check_answers(key)
 
-    async def _same_server(self, key: RunKey | None = None) -> None:
+    async def _same_server(self, key: PassKey | None = None) -> None:
         """It must still be what it was; else what it answered last, in run `key`, is void."""
         identity = await self.engine.connect()
         change = None
@@ -101,9 +105,9 @@ class Measurement:
         if self.engine.native:
             self.model = identity.model
 
-    def _changed(self, change: str, key: RunKey | None) -> None:
+    def _changed(self, change: str, key: PassKey | None) -> None:
         if key is not None:
-            self.part.write([{**run_fields(key), "void": change}])
+            self.part.write([{**pass_fields(key), "void": change}])
             self.part.sync()
         raise FastMTPError(
             f"{self.name}: the server at {self.engine.url} is now {change}; "
@@ -123,13 +127,13 @@ class Measurement:
         for start in range(0, len(asked), concurrency):
             await asyncio.gather(*(one(q) for q in asked[start : start + concurrency]))
 
-    async def _run(self, key: RunKey, task: Task, bar: Any) -> None:
+    async def _run(self, key: PassKey, task: Task, bar: Any) -> None:
         """`concurrency` conversations at a time; the first failure of the run cancels the others."""
         # What is left of every conversation: those that have ended, or were refused, are not asked again.
         answered: dict[str, list[Message]] = {}
         ended: set[str] = set()
         for r in self.records:
-            if run_key(r) == key and "counters" not in r:
+            if pass_key(r) == key and "counters" not in r:
                 answered.setdefault(r["id"], []).append(_message(r))
                 if "error" in r:
                     ended.add(r["id"])
@@ -157,8 +161,8 @@ class Measurement:
 
         await all_or_first_failure(worker() for _ in range(min(key[3], len(task.questions))))
 
-    async def _ask(self, key: RunKey, question: Question, history: list[Message], turn: int) -> Answer | None:
-        named = {**run_fields(key), "id": question.id, "turn": turn, "engine": self.engine.identity.engine}
+    async def _ask(self, key: PassKey, question: Question, history: list[Message], turn: int) -> Answer | None:
+        named = {**pass_fields(key), "id": question.id, "turn": turn, "engine": self.engine.identity.engine}
         try:
             answer = await self.engine.answer(_messages(question, history), key[2], _seed(self.plan, question.id, turn))
         except RefusedError as error:
@@ -170,14 +174,15 @@ class Measurement:
             self.model = answer.model
         if answer.model != self.model:
             self._changed(f"model {answer.model}, it was {self.model}", key)
-        self._keep({**named, **asdict(answer)})
+        cpu_seconds = self.clock.lap() if self.clock else None
+        self._keep({**named, **asdict(answer), "cpu_seconds": cpu_seconds})
         return answer
 
     def _keep(self, record: Record) -> None:
         self.part.write([record])
         self.records.append(record)
 
-    def _count(self, key: RunKey, before: list[int], after: list[int] | None) -> None:
+    def _count(self, key: PassKey, before: list[int], after: list[int] | None) -> None:
         """vLLM's counters of this run as a histogram: steps that accepted 0, 1, .. drafts."""
         if after is None or len(after) < len(before):
             return
@@ -189,15 +194,15 @@ class Measurement:
                     f"{run_title(key)}: of {reached[0]} steps {reached[1:-1]} accepted the drafts of each depth, which "
                     "is not possible; its acceptance cannot be trusted"
                 )
-            self._keep({**run_fields(key), "counters": counts})
+            self._keep({**pass_fields(key), "counters": counts})
 
-    def _check_answers(self, key: RunKey) -> None:
-        answers = [r for r in self.records if run_key(r) == key and "counters" not in r]
+    def _check_answers(self, key: PassKey) -> None:
+        answers = [r for r in self.records if pass_key(r) == key and "counters" not in r]
         if all("error" in r for r in answers):
-            self.part.write([{**run_fields(key), "void": "nothing was answered"}])
+            self.part.write([{**pass_fields(key), "void": "nothing was answered"}])
             raise FastMTPError(f"{self.name}: refuses every request of {key[1]} ({answers[0]['error']})")
         if all(r.get("completion_tokens", 1) == 1 or not generated_text(r).strip() for r in answers):
-            self.part.write([{**run_fields(key), "void": "empty"}])
+            self.part.write([{**pass_fields(key), "void": "empty"}])
             raise FastMTPError(
                 f"{self.name}: every answer to {key[1]} is empty; is {self.plan.model} the model that it serves?"
             )

@@ -30,6 +30,8 @@ from .results import Server
 
 NO_MAP = "none"
 """As `token_map`: the whole vocabulary, even of a head that has maps of its own."""
+TOGETHER_ROUNDS, APART_ROUNDS = 3, 2
+"""What is measured without `rounds`: A B, B A, A B; or, where each start takes minutes, A B A."""
 MAX_SERVERS = 1000
 MAX_RUNS = 100_000
 MAX_NAME_BYTES = 200
@@ -68,14 +70,19 @@ class Plan:
     timeout: float
     retry_seconds: float
     start_seconds: float
+    rounds: int
+    together: bool
+    """All servers are up while any of them is measured."""
 
     def record(self) -> dict[str, Any]:
         """What `plan.json` holds, and what must be the same to go on in a folder."""
         sampling = {k: v for k, v in asdict(self.sampling).items() if k != "temperature"}
         tasks = {name: task.info() for name, task in self.tasks.items()}
+        # A single round is recorded as it was before there were several, so that such a folder can be gone on with.
+        rounds = {"rounds": self.rounds, "together": self.together} if self.rounds > 1 else {}
         record: dict[str, Any] = as_written(
             {
-                "settings": {**sampling, "seed": self.seed, "warmup": self.warmup, "tasks": tasks},
+                "settings": {**sampling, "seed": self.seed, "warmup": self.warmup, **rounds, "tasks": tasks},
                 "temperatures": self.temperatures,
                 "concurrency": self.concurrency,
                 "servers": {name: asdict(launch.server) for name, launch in self.launches.items()},
@@ -141,7 +148,13 @@ def make_plan(values: dict[str, Any]) -> Plan:
             launches[full_name] = launch
         if len(launches) > MAX_SERVERS:
             raise FastMTPError(f"servers: they stand for more than {MAX_SERVERS}; measure them in several folders")
-    runs = len(launches) * len(keys.temperatures) * len(keys.concurrency) * len(keys.tasks)
+
+    # Servers that run already take turns; those that are started may not have room beside each other.
+    together = keys.together
+    if together is None:
+        together = all(launch.base_url for launch in launches.values())
+    rounds = keys.rounds or (1 if len(launches) == 1 else TOGETHER_ROUNDS if together else APART_ROUNDS)
+    runs = len(launches) * len(keys.temperatures) * len(keys.concurrency) * len(keys.tasks) * rounds
     if runs > MAX_RUNS:
         raise FastMTPError(f"a plan of {runs} runs; at most {MAX_RUNS}: measure them in several folders")
 
@@ -178,6 +191,8 @@ def make_plan(values: dict[str, Any]) -> Plan:
         timeout=keys.timeout,
         retry_seconds=keys.retry_seconds,
         start_seconds=keys.start_seconds,
+        rounds=rounds,
+        together=together,
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainVal
 
 from ..files.schema import Amount, Count, ListOf, Positive, Rate, Whole
 from ..files.show import show
+from ..method.metrics import MAX_ROUNDS
 from .plan_file import several, typed
 from .results import MAX_STEPS
 
@@ -117,6 +118,8 @@ class PlanValues(_Keys):
         concurrency: conversations at a time
         num_steps: drafts per step, K, of a plan's servers
         baseline: name of the server that others are compared with; default: the plan's first
+        rounds: how often the baseline is measured, and the others in turn with it; default: 3 if the servers are up
+            together, else 2; 1 for one server
         warmup: answers before anything is timed
         seed: of drawn questions and sampled answers
         served_model_name: the servers' name of the model; default: the only one they have
@@ -135,6 +138,7 @@ class PlanValues(_Keys):
     concurrency: Several[Concurrency] = [1]
     num_steps: Several[DraftSteps] = [3]
     baseline: Text | None = None
+    rounds: Annotated[Positive, Field(le=MAX_ROUNDS), Typed] | None = None
     warmup: Annotated[Count, Field(le=10**6), Typed] = 4
     seed: Annotated[Count, Typed] = 0
     served_model_name: Text | None = None
@@ -150,4 +154,5 @@ class PlanKeys(PlanValues):
     flags: Words = []
     environment: Environment = {}
     start_seconds: Seconds = 1800.0
+    together: Annotated[bool, Typed] | None = None
     servers: dict[str, ServerKeys | None] = {}

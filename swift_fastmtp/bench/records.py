@@ -1,11 +1,12 @@
 """A benchmark's folder while it is measured: `plan.json`, and `requests.jsonl` with a line per request as it ends.
 
 So a run that was killed goes on where it was, in its own folder only: another plan is refused with the first
-difference, and a line that is not one of ours by its number. Lines of one run have its key (`results.run_key`) and
+difference, and a line that is not one of ours by its number. Lines of one run have its key (`results.run_key`), its
+`round`, and
 
 * an answer (`engines.Answer`), or the `error` with which the server refused the request; or
-* `counters`: drafts accepted in all of the run, from a server that tells nothing of single requests; or
-* `void`: why the lines of this run before this one do not count.
+* `counters`: drafts accepted in all of the round, from a server that tells nothing of single requests; or
+* `void`: why the lines of this run and round before this one do not count.
 """
 
 import hashlib
@@ -24,8 +25,9 @@ from ..files.provenance import provenance
 from ..files.schema import Amount, Count, ListOf, Positive, build, check_values, read_text
 from ..files.staging import claim, write_json
 from .engines import Answer
+from .order import plan_passes
 from .plan import Plan
-from .results import MAX_BYTES, Record, RunKey, Server, plan_runs, run_key
+from .results import MAX_BYTES, PassKey, Record, Server, pass_key
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def open_records(folder: Path, plan: Plan) -> Iterator[tuple[list[Record], Part,
         # What is finished; a kill may have cut off the last line.
         cut_torn_line(file)
         file.seek(0)
-        records = read_records(file, folder / "requests.jsonl", set(plan_runs(recorded)))
+        records = read_records(file, folder / "requests.jsonl", set(plan_passes(recorded)))
         part = Part(file)
         try:
             yield records, part, recorded
@@ -105,6 +107,7 @@ class _Place:
     task: str
     temperature: Amount
     concurrency: Positive
+    round: Count = 0
 
 
 @dataclass
@@ -114,13 +117,16 @@ class _Request:
     id: str
     turn: Count
     engine: ListOf[str]
+    cpu_seconds: Amount | None = None
+    """Of all the server's processes, since its answer before or the beginning of the round; None of a server that runs
+    elsewhere, or was started by others."""
 
 
-def _check_record(record: Any, runs: Container[RunKey]) -> None:
+def _check_record(record: Any, passes: Container[PassKey]) -> None:
     """Raises `FastMTPError` if a line of `requests.jsonl` is none that we wrote."""
     build(_Place, record)
-    if run_key(record) not in runs:
-        raise FastMTPError("of a run that plan.json does not have")
+    if pass_key(record) not in passes:
+        raise FastMTPError("of a run or round that plan.json does not have")
     for kind, type_ in (("void", str), ("counters", ListOf[Count])):
         if kind in record:
             build(type_, record[kind], kind)
@@ -136,8 +142,8 @@ def _check_record(record: Any, runs: Container[RunKey]) -> None:
         raise FastMTPError("its counts contradict each other")
 
 
-def read_records(lines: Iterable[bytes], path: Path, runs: Container[RunKey]) -> list[Record]:
-    """Lines, without those of a run that a later line declares void.
+def read_records(lines: Iterable[bytes], path: Path, passes: Container[PassKey]) -> list[Record]:
+    """Lines, without those of a run and round that a later line declares void.
 
     Raises `FastMTPError` with file and line of the first that is not of this benchmark.
     """
@@ -145,14 +151,14 @@ def read_records(lines: Iterable[bytes], path: Path, runs: Container[RunKey]) ->
     for number, line in enumerate(lines, start=1):
         try:
             record = loads(line.decode())
-            _check_record(record, runs)
-            key = run_key(record)
+            _check_record(record, passes)
+            key = pass_key(record)
         except ValueError as error:  # no UTF-8, no JSON, or a FastMTPError
             raise FastMTPError(
                 f"{path}:{number}: not a line of this run ({detail(error)}); delete it and start again"
             ) from None
         if "void" in record:
-            records = [r for r in records if run_key(r) != key]
+            records = [r for r in records if pass_key(r) != key]
         else:
             records.append(record)
     return records
@@ -168,15 +174,16 @@ def _difference(recorded: Any, wanted: Any, where: str = "") -> tuple[str, str, 
     return where, before, now
 
 
-def missing_turns(plan: Plan, record: dict[str, Any], records: list[Record]) -> dict[RunKey, int]:
-    """How many turns are missing, of every run that is not finished. A conversation ends at a turn that was refused."""
-    done: dict[RunKey, dict[str, int]] = {}
+def missing_turns(plan: Plan, record: dict[str, Any], records: list[Record]) -> dict[PassKey, int]:
+    """How many turns are missing, of every round of a run that is not finished, in the order in which they are to be
+    asked. A conversation ends at a turn that was refused."""
+    done: dict[PassKey, dict[str, int]] = {}
     for r in records:
         if "counters" not in r:
-            turns = done.setdefault(run_key(r), {})
+            turns = done.setdefault(pass_key(r), {})
             turns[r["id"]] = 10**9 if "error" in r else turns.get(r["id"], 0) + 1
     left = {}
-    for key in plan_runs(record):
+    for key in plan_passes(record):
         turns = done.get(key, {})
         missing = sum(max(0, len(q.turns) - turns.get(q.id, 0)) for q in plan.tasks[key[1]].questions)
         if missing:

@@ -4,7 +4,7 @@
 Everything that reports, compares or plots reads it through `read_results`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,13 +30,17 @@ from ..method.metrics import (
 )
 from ..redaction import redact_words
 
-SCHEMA = "swift_fastmtp.bench/1"
+SCHEMA = "swift_fastmtp.bench/2"
+OLDER_SCHEMAS = ("swift_fastmtp.bench/1",)
+"""Read too: /1 has one round, and no CPU time."""
 SEED = 0
 """Of the bootstrap."""
 MAX_BYTES = 8 * 2**20
 """Of a results file: some thousand runs."""
 MAX_STEPS = 1000
 """Drafts per step: far more than anybody serves with."""
+DRIFT = 0.05
+"""Of the baseline's speed between two rounds: a machine that changes more is named to the reader."""
 
 Record = dict[str, Any]
 """A line of `requests.jsonl`."""
@@ -53,7 +57,7 @@ class Percentiles:
 
 @dataclass
 class Interval:
-    """A ratio, and the ends of its 95 % percentile interval by bootstrap over prompts."""
+    """A ratio, and the ends of its 95 % interval by bootstrap over prompts and rounds (`method.metrics.speedup`)."""
 
     value: Amount
     low: Amount
@@ -95,8 +99,18 @@ class Lossless:
 
 
 @dataclass
+class CpuTime:
+    """What answers cost the server in CPU time, of all its processes; idle waiting between requests is in it."""
+
+    tokens_per_second: Amount
+    """Completion tokens over CPU seconds."""
+    ratio: Interval | None
+    """Over the baseline's, of the same turns as `speedup`."""
+
+
+@dataclass
 class Run:
-    """One server on one task at one temperature and concurrency."""
+    """One server on one task at one temperature and concurrency, all rounds together."""
 
     server: str
     task: str
@@ -133,7 +147,11 @@ class Run:
     """Sum of completion tokens / sum of latencies, prompts included, over the baseline's; of both only the turns that
     both answered."""
     lossless: Lossless | None
-    """At temperature 0, and not of the baseline itself."""
+    """At temperature 0, and not of the baseline itself; every round against the baseline's same round."""
+    round_speeds: ListOf[Amount] = field(default_factory=list)
+    """[rounds]: of each round, sum of completion tokens / sum of latencies, of the turns that were answered in all."""
+    cpu: CpuTime | None = None
+    """Of a server that the benchmark started itself, on Linux."""
 
 
 @dataclass
@@ -177,6 +195,10 @@ class Settings:
     top_p: Rate = 0.95
     """`top_k` and `top_p` count where the temperature is above 0."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    rounds: Positive = 1
+    """How often the baseline was measured (`bench/order.py`)."""
+    together: bool = False
+    """The servers were up together and took turns."""
 
 
 @dataclass
@@ -204,20 +226,26 @@ class _UsedProvenance:
 
 RunKey = tuple[str, str, float, int]
 """(server, task, temperature, concurrency)"""
+PassKey = tuple[str, str, float, int, int]
+"""The same, and which round it is, from 0."""
 
 
 def run_key(record: Record) -> RunKey:
     return record["server"], record["task"], float(record["temperature"]), int(record["concurrency"])
 
 
-def run_fields(key: RunKey) -> Record:
-    """The run in a record: what `run_key` reads."""
-    return dict(zip(("server", "task", "temperature", "concurrency"), key, strict=True))
+def pass_key(record: Record) -> PassKey:
+    return (*run_key(record), int(record.get("round", 0)))
 
 
-def run_title(key: RunKey) -> str:
+def pass_fields(key: PassKey) -> Record:
+    """The run and round in a record: what `pass_key` reads."""
+    return dict(zip(("server", "task", "temperature", "concurrency", "round"), key, strict=True))
+
+
+def run_title(key: RunKey | PassKey) -> str:
     """A run in a message."""
-    server, task, temperature, concurrency = key
+    server, task, temperature, concurrency = key[:4]
     return f"{server} on {task}, T={temperature:g}, {concurrency} at once"
 
 
@@ -290,7 +318,6 @@ def _run(
     gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
     ttft = percentiles([r["ttft"] for r in answers if r["ttft"] is not None])
     itl = percentiles(gaps)
-    ratio = _speedup(reference, answers) if reference else None
     return Run(
         *key,
         num_requests=len(records),
@@ -306,8 +333,10 @@ def _run(
         tokens_per_second_per_request=(percentiles(speeds) or (0.0,))[0],
         ttft=Percentiles(*ttft) if ttft else None,
         itl=Percentiles(*itl) if itl else None,
-        speedup=Interval(*ratio) if ratio else None,
+        speedup=_ratio(reference, answers, settings, _latency) if reference else None,
         lossless=_lossless(reference, answers) if reference and not key[2] else None,
+        round_speeds=_round_speeds(answers),
+        cpu=_cpu(answers, reference, settings),
     )
 
 
@@ -330,21 +359,82 @@ def _speed_of(record: Record) -> tuple[float, float]:
     return record["completion_tokens"], record["latency"]
 
 
-def _by_turn(records: list[Record]) -> dict[tuple[str, int], Record]:
-    return {(r["id"], r["turn"]): r for r in records if "error" not in r}
+Turn = tuple[str, int]
+"""Id of the question, number of the turn."""
 
 
-def _speedup(reference: list[Record], answers: list[Record]) -> tuple[float, float, float] | None:
-    """Tokens / seconds over the baseline's, and the interval's ends. Of the turns that both answered; those of one
-    conversation are one prompt, which the bootstrap draws or leaves out."""
-    both = _by_turn(reference), _by_turn(answers)
-    sums: dict[str, list[list[float]]] = {}
-    for name, turn in sorted(both[0].keys() & both[1].keys()):
-        pair = sums.setdefault(name, [[0.0, 0.0], [0.0, 0.0]])
-        for total, side in zip(pair, both, strict=True):
-            for i, value in enumerate(_speed_of(side[name, turn])):
-                total[i] += value
-    return speedup([(p[0][0], p[0][1]) for p in sums.values()], [(p[1][0], p[1][1]) for p in sums.values()], SEED)
+def _by_round(records: list[Record]) -> list[dict[Turn, Record]]:
+    """The answers of each round, by turn."""
+    rounds: dict[int, dict[Turn, Record]] = {}
+    for r in records:
+        answers = rounds.setdefault(int(r.get("round", 0)), {})
+        if "error" not in r:
+            answers[r["id"], r["turn"]] = r
+    return [rounds[number] for number in sorted(rounds)]
+
+
+def _answered_in_all(rounds: list[dict[Turn, Record]]) -> list[Turn]:
+    turns = set.intersection(*(set(answers) for answers in rounds)) if rounds else set()
+    return sorted(turns)
+
+
+def _round_speeds(records: list[Record]) -> list[float]:
+    """Tokens / seconds of each round; [] if no turn was answered in all of them."""
+    rounds = _by_round(records)
+    turns = _answered_in_all(rounds)
+    speeds = []
+    for answers in rounds if turns else []:
+        tokens = sum(answers[turn]["completion_tokens"] for turn in turns)
+        seconds = sum(answers[turn]["latency"] for turn in turns)
+        speeds.append(tokens / max(seconds, 1e-9))
+    return speeds
+
+
+def _ratio(
+    reference: list[Record], answers: list[Record], settings: Settings, seconds_of: Callable[[Record], float | None]
+) -> Interval | None:
+    """Tokens / seconds over the baseline's, with its interval.
+
+    Of the turns that both servers answered in all of their rounds; those of one conversation are one prompt, which the
+    bootstrap draws or leaves out. None if `seconds_of` is not known of one of them.
+    """
+    base, own = _by_round(reference), _by_round(answers)
+    turns = _answered_in_all([*base, *own])
+    totals = []
+    for rounds in (base, own):
+        of_server = []
+        for records in rounds:
+            prompts: dict[str, list[float]] = {}
+            for turn in turns:
+                seconds = seconds_of(records[turn])
+                if seconds is None:
+                    return None
+                prompt = prompts.setdefault(turn[0], [0.0, 0.0])
+                prompt[0] += records[turn]["completion_tokens"]
+                prompt[1] += seconds
+            of_server.append([(tokens, seconds) for tokens, seconds in prompts.values()])
+        totals.append(of_server)
+    ratio = speedup(totals[0], totals[1], SEED, paired=settings.together)
+    return Interval(*ratio) if ratio else None
+
+
+def _cpu(records: list[Record], reference: list[Record] | None, settings: Settings) -> CpuTime | None:
+    """None where the server's CPU time is not known of every answer."""
+    seconds = [_cpu_seconds(r) for r in records]
+    known = [s for s in seconds if s is not None]
+    if len(known) < len(seconds) or not sum(known):
+        return None
+    tokens = sum(r["completion_tokens"] for r in records)
+    ratio = _ratio(reference, records, settings, _cpu_seconds) if reference else None
+    return CpuTime(tokens / sum(known), ratio)
+
+
+def _latency(record: Record) -> float | None:
+    return float(record["latency"])
+
+
+def _cpu_seconds(record: Record) -> float | None:
+    return record.get("cpu_seconds")
 
 
 def generated_text(record: Record) -> str:
@@ -353,25 +443,44 @@ def generated_text(record: Record) -> str:
 
 
 def _lossless(reference: list[Record], answers: list[Record]) -> Lossless:
-    base, own = _by_turn(reference), _by_turn(answers)
+    """Each round against the baseline's same round."""
     compared = equal = 0
-    diverged: set[str] = set()
     first = None
-    for name, turn in sorted(own):
-        if (name, turn) not in base or name in diverged:
-            continue
-        compared += 1
-        one, other = base[name, turn], own[name, turn]
-        if one["output_ids"] is None or other["output_ids"] is None:
-            place = first_difference(generated_text(one), generated_text(other))
-        else:
-            place = first_difference(one["output_ids"], other["output_ids"])
-        if place is None:
-            equal += 1
-        else:
-            diverged.add(name)
-            first = first or Divergence(name, turn, place)
+    for base, own in zip(_by_round(reference), _by_round(answers), strict=False):
+        diverged: set[str] = set()
+        for name, turn in sorted(own):
+            if (name, turn) not in base or name in diverged:
+                continue
+            compared += 1
+            one, other = base[name, turn], own[name, turn]
+            if one["output_ids"] is None or other["output_ids"] is None:
+                place = first_difference(generated_text(one), generated_text(other))
+            else:
+                place = first_difference(one["output_ids"], other["output_ids"])
+            if place is None:
+                equal += 1
+            else:
+                diverged.add(name)
+                first = first or Divergence(name, turn, place)
     return Lossless(compared, equal, first)
+
+
+def drift(runs: Sequence[Run], baseline: str | None) -> str | None:
+    """A sentence on the machine, if the baseline, which is the same in all rounds, was not equally fast in them."""
+    worst, moved = None, DRIFT
+    for run in runs:
+        if run.server == baseline and len(run.round_speeds) > 1:
+            slowest, fastest = min(run.round_speeds), max(run.round_speeds)
+            if slowest < fastest / (1 + moved):
+                worst, moved = run, fastest / max(slowest, 1e-9) - 1
+    if worst is None:
+        return None
+    where = run_title((worst.server, worst.task, worst.temperature, worst.concurrency))
+    speeds = ", ".join(f"{speed:.1f}" for speed in worst.round_speeds)
+    return (
+        f"the machine drifted: {where} gave {speeds} token/s in its rounds, a difference of {100 * moved:.0f} %; "
+        "the intervals have it in them, but measure again on a machine that does nothing else, or in more rounds"
+    )
 
 
 def read_results(path: str | Path) -> Results:
@@ -388,7 +497,7 @@ def read_results(path: str | Path) -> Results:
     except ValueError as error:
         raise FastMTPError(f"{name}: not JSON ({detail(error)}); make it again with fastmtp bench") from None
     schema = value.get("schema") if isinstance(value, dict) else None
-    if schema != SCHEMA:
+    if schema != SCHEMA and schema not in OLDER_SCHEMAS:
         raise FastMTPError(
             f"{name}: its schema is {show(schema)}, this version reads {SCHEMA!r}; make it again with this version's "
             "fastmtp bench (in the same folder: finished requests are not repeated), or read it with the version that "
@@ -428,8 +537,9 @@ def check_run(run: Run, where: str) -> None:
         raise FastMTPError(
             f"{where}.lossless: {run.lossless.equal} equal of {run.lossless.compared} compared is not possible"
         )
-    if run.speedup and not run.speedup.low <= run.speedup.high:
-        raise FastMTPError(f"{where}.speedup: its low end is above its high end")
+    for name, ratio in (("speedup", run.speedup), ("cpu.ratio", run.cpu.ratio if run.cpu else None)):
+        if ratio and not ratio.low <= ratio.high:
+            raise FastMTPError(f"{where}.{name}: its low end is above its high end")
 
 
 def _without_secrets(results: Results) -> Results:

@@ -1,29 +1,37 @@
 """What the terminal shows of a benchmark when it ends: a line per run, and what a reader of it must know."""
 
 from ..files.table import terminal_table
-from .results import Results, run_title
+from .results import Interval, Results, drift, run_title
 
 
 def table(results: Results) -> str:
     """The terminal's table, one line per run."""
-    head = ("server", "task", "T", "at once", "tau", "tok/s each", "tok/s", "speedup", "lossless")
+    head = ["server", "task", "T", "at once", "tau", "tok/s each", "tok/s", "speedup", "lossless"]
+    with_cpu = any(run.cpu for run in results.runs)
+    if with_cpu:
+        head += ["tok/CPU-s", "CPU speedup"]
     lines = []
     for run in results.runs:
-        ratio, lossless = run.speedup, run.lossless
-        lines.append(
-            (
-                run.server,
-                run.task,
-                f"{run.temperature:g}",
-                str(run.concurrency),
-                "" if run.tau_micro is None else f"{run.tau_micro:.3f}",
-                f"{run.tokens_per_second_per_request:.1f}",
-                f"{run.tokens_per_second:.1f}",
-                f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else "",
-                f"{lossless.equal}/{lossless.compared}" if lossless else "",
-            )
-        )
+        lossless = run.lossless
+        line = [
+            run.server,
+            run.task,
+            f"{run.temperature:g}",
+            str(run.concurrency),
+            "" if run.tau_micro is None else f"{run.tau_micro:.3f}",
+            f"{run.tokens_per_second_per_request:.1f}",
+            f"{run.tokens_per_second:.1f}",
+            _times(run.speedup),
+            f"{lossless.equal}/{lossless.compared}" if lossless else "",
+        ]
+        if with_cpu:
+            line += [f"{run.cpu.tokens_per_second:.1f}", _times(run.cpu.ratio)] if run.cpu else ["", ""]
+        lines.append(line)
     return terminal_table(head, lines, num_text=2)
+
+
+def _times(ratio: Interval | None) -> str:
+    return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else ""
 
 
 def warnings(results: Results) -> list[str]:
@@ -42,4 +50,6 @@ def warnings(results: Results) -> list[str]:
                 f"warning: {where}: {other} of {run.lossless.compared} answers are not the baseline's; "
                 f"first: {first.id}, turn {first.turn}, token {first.token}"
             )
+    if drifted := drift(results.runs, results.baseline):
+        lines.append(f"warning: {drifted}")
     return lines

@@ -125,7 +125,7 @@ def end(server: "subprocess.Popen[bytes]", seconds: float) -> None:
 
 
 def _signal_all(server: "subprocess.Popen[bytes]", number: int) -> None:
-    for process in _descendants():
+    for process in descendants(os.getpid()):
         try:
             os.kill(process, number)
         except OSError:  # it has ended meanwhile
@@ -142,12 +142,12 @@ def _is_anyone_left(server: "subprocess.Popen[bytes]") -> bool:
         return server.poll() is None
     server.poll()
     _collect(server)
-    return bool(_descendants())
+    return bool(descendants(os.getpid()))
 
 
 def _collect(server: "subprocess.Popen[bytes]") -> None:
     """Take the exit status of children that became ours; the server's own is `server.poll`'s."""
-    for process in _descendants():
+    for process in descendants(os.getpid()):
         if process == server.pid:
             continue
         try:
@@ -156,8 +156,8 @@ def _collect(server: "subprocess.Popen[bytes]") -> None:
             continue
 
 
-def _descendants() -> list[int]:
-    """Every process below this one, from /proc; nothing where there is none."""
+def descendants(root: int) -> list[int]:
+    """Every process below `root`, from /proc; nothing where there is none."""
     children: dict[int, list[int]] = {}
     for name in os.listdir("/proc") if IS_LINUX else []:
         if not name.isdigit():
@@ -169,13 +169,13 @@ def _descendants() -> list[int]:
         except OSError:  # it has ended meanwhile
             continue
         children.setdefault(parent, []).append(int(name))
-    descendants: list[int] = []
-    waiting = [os.getpid()]
+    processes: list[int] = []
+    waiting = [root]
     while waiting:
         below = children.get(waiting.pop(), [])
-        descendants += below
+        processes += below
         waiting += below
-    return descendants
+    return processes
 
 
 if __name__ == "__main__":

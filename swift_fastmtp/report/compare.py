@@ -7,7 +7,7 @@ that only one file has is named and judged by nobody.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..bench.results import Lossless, Run, RunKey
+from ..bench.results import Lossless, Run, RunKey, drift
 from ..errors import FastMTPError
 from ..files.table import NOTHING, number, terminal_table
 from .entries import speed, tau
@@ -73,6 +73,9 @@ def compare_results(a: Merged, b: Merged, limits: Limits) -> Comparison:
     # What makes the numbers of A and B hard to compare.
     for what in differences([a.files[0][1], b.files[0][1]]):
         comparison.remarks.append(f"A and B differ in {what}")
+    for name, results in (("A", a), ("B", b)):
+        if drifted := drift(results.runs, results.baseline):
+            comparison.remarks.append(f"{name}: {drifted}")
     for task in a.tasks:
         if task in b.tasks and a.tasks[task].sha256 != b.tasks[task].sha256:
             comparison.remarks.append(f"A and B differ in the prompts of {task}")

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bench.results import Results, Run, RunKey, Server, TaskInfo, read_results
+from ..bench.results import Results, Run, RunKey, Server, TaskInfo, drift, read_results
 from ..errors import FastMTPError
 
 
@@ -98,6 +98,8 @@ def notes(results: Merged) -> list[str]:
             )
         if run.tau_micro is None and results.servers[run.server].num_steps:
             lines.append(f"The server did not tell how many drafts it accepted: {describe(key(run))}.")
+    if drifted := drift(results.runs, results.baseline):
+        lines.append(f"{drifted[0].upper()}{drifted[1:]}.")
     unequal = sum(run.lossless is not None and run.lossless.equal < run.lossless.compared for run in results.runs)
     if unequal:
         lines.append(f"Some answers differ from the baseline's in {unequal} of {len(results.runs)} runs; see below.")

@@ -196,7 +196,7 @@ def _by_task(results: Merged, temperature: float, suffix: str) -> Plot | None:
         f"speedup-by-task{suffix}",
         f"Speedup per task with 95 % intervals, K={shown[0].num_steps}",
         where(temperature, level),
-        f"The dashed line is the baseline. Bars: bootstrap over prompts.{_maps_note(shown)}",
+        f"The dashed line is the baseline. Bars: bootstrap over prompts and rounds.{_maps_note(shown)}",
         facts,
     )
 
@@ -363,7 +363,8 @@ def _maps(results: Merged, temperature: float, suffix: str) -> Plot | None:
         f"map-sizes{suffix}",
         f"Token maps: acceptance length and speedup, K={steps}",
         where(temperature, lowest),
-        "The paper's Table 2 as a picture. Bars: 95 % interval, bootstrap over prompts. The axes do not start at zero.",
+        "The paper's Table 2 as a picture. Bars: 95 % interval, bootstrap over prompts and rounds. "
+        "The axes do not start at zero.",
         facts,
     )
 

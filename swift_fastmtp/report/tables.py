@@ -62,7 +62,7 @@ def speedup_table(results: Merged, temperature: float, concurrency: int) -> Tabl
     return Table(
         f"speedup-t{temperature:g}-c{concurrency}",
         f"Speedup against the baseline ({where(temperature, concurrency)})",
-        "Speed over the baseline's on the same prompts. In brackets: 95 % interval, bootstrap over prompts; "
+        "Speed over the baseline's on the same prompts. In brackets: 95 % interval, bootstrap over prompts and rounds; "
         "the mean's takes tasks as independent.",
         [("", "K"), ("", "method"), *(("", results.tasks[task].title) for task in tasks), ("", "Mean")],
         rows,
@@ -211,6 +211,28 @@ def latency_table(results: Merged) -> Table | None:
 
 def _milliseconds(values: Percentiles | None) -> list[str]:
     return [f"{1000 * v:.1f}" for v in (values.p50, values.p90, values.p99)] if values else [NOTHING] * 3
+
+
+def cpu_table(results: Merged) -> Table | None:
+    """Tokens per CPU second and its ratio; None where it is known of no server."""
+    rows = []
+    for temperature, concurrency in slices(results):
+        for entry in entries(results, temperature, concurrency):
+            for task in tasks_of(results, [entry]):
+                if cpu := entry.runs[task].cpu:
+                    keys = [f"{temperature:g}", f"{concurrency}", f"{entry.num_steps}", entry.name]
+                    shown = "1.00×" if _is_baseline(results, entry) else times(cpu.ratio) if cpu.ratio else NOTHING
+                    rows.append([*keys, results.tasks[task].title, number(cpu.tokens_per_second), shown])
+    names = ("temperature", "requests at a time", "K", "method", "task", "token per CPU second", "against the baseline")
+    return Table(
+        "cpu",
+        "CPU time",
+        "Tokens per second of CPU time, user and system, of all processes of a server. Other work on the machine moves "
+        "it less than the time on the wall. Of a model on a GPU it is only what the server's processes cost.",
+        [("", name) for name in names],
+        rows,
+        num_keys=5,
+    ) if rows else None  # fmt: skip
 
 
 def lossless_table(results: Merged) -> Table | None:

@@ -52,9 +52,9 @@ def told(output, num_steps):
 class FakeEngine:
     """`with FakeEngine(num_steps=2) as server:` answers at `server.url`."""
 
-    def __init__(self, num_steps=0, kind="sglang", version="0.5.23", port=0, die_after=0, pause=0.0):
+    def __init__(self, num_steps=0, kind="sglang", version="0.5.23", port=0, die_after=0, pause=0.0, burn=0.0):
         self.num_steps, self.kind, self.version, self.vllm_version = num_steps, kind, version, "0.11"
-        self.die_after, self.pause = die_after, pause
+        self.die_after, self.pause, self.burn = die_after, pause, burn
         self.weights, self.model = "default", "fake"
         self.reasoning, self.reason, self.text = "", "stop", ""
         self.conversations, self.prompts = [], []
@@ -81,6 +81,12 @@ class FakeEngine:
 
     def fail(self, fault, times=10**9):
         self.fault, self.times = fault, times
+
+    def work(self):
+        """Use `burn` seconds of CPU time."""
+        end = time.thread_time() + self.burn
+        while time.thread_time() < end:
+            pass
 
     def next_fault(self):
         with self.lock:
@@ -155,6 +161,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "refuse":
             return self.reply(400, b'{"error": {"message": "the prompt is too long"}}')
         time.sleep(self.engine.pause)
+        self.engine.work()
         return self.generate(body, fault) if self.path == "/generate" else self.chat(body)
 
     def repeat(self, content):
@@ -260,13 +267,14 @@ def main():
     parser.add_argument("--num_steps", type=int, default=0)
     parser.add_argument("--die_after", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--burn", type=float, default=0.0)
     parser.add_argument("--api-key")
     parser.add_argument("--admin-api-key")
     parser.add_argument("--echo", type=int, default=0)
     args = parser.parse_args()
     if args.api_key:  # as servers print their arguments
         print(args, os.environ.get("SERVER_TOKEN"), os.environ.get("WHATEVER"), flush=True)
-    engine = FakeEngine(args.num_steps, port=args.port, die_after=args.die_after, pause=args.pause)
+    engine = FakeEngine(args.num_steps, port=args.port, die_after=args.die_after, pause=args.pause, burn=args.burn)
     engine.echo = args.echo
     engine.launch_command = " ".join(sys.argv)
     engine.http.serve_forever()

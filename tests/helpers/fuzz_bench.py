@@ -94,11 +94,11 @@ def _use_results(path):
     text(compare_results(merged, merged, Limits(0.02, 0.05, 0.0)))
 
 
-RUN = ("a", "smoke", 0.0, 1)
+RUN = ("a", "smoke", 0.0, 1, 0)
 
 
 def check_records(content):
-    """`requests.jsonl`, of a plan with the one run `RUN`."""
+    """`requests.jsonl`, of a plan with the one round `RUN`."""
 
     def read(path):
         with open(path, "rb") as file:

@@ -1,6 +1,7 @@
 """The benchmark against the real SGLang: its text and its acceptance are the simulator's, to the last draft.
 
-Two servers that the benchmark starts itself, on our own prompts, second turns included, greedy, fp32.
+Two servers that the benchmark starts itself, the baseline before and behind the other, on our own prompts, second turns
+included, greedy, fp32.
 """
 
 import json
@@ -79,9 +80,24 @@ def rounds(run):
     return {key: (text.ids[text.start : text.end], r) for key, text, r in zip(keys, texts, found, strict=True)}
 
 
+ORDER = (("baseline", 0), ("vanilla-k2", 0), ("baseline", 1))
+
+
+def records_of(records, server, number):
+    return [r for r in records if (r["server"], r["round"]) == (server, number)]
+
+
+def test_the_baseline_is_measured_again_at_the_end(run):
+    _, records = run
+    starts = [[r["start"] for r in records_of(records, *of)] for of in ORDER]
+    assert max(starts[0]) < min(starts[1]) and max(starts[1]) < min(starts[2])
+    assert [len(one.round_speeds) for one in run[0].runs] == [2, 1]
+
+
 def test_every_answer_is_the_simulators(run, rounds):
     _, records = run
-    assert len(records) == 2 * len(rounds) and any(turn for _, turn in rounds)
+    assert [len(records_of(records, *of)) for of in ORDER] == [len(rounds)] * 3 and any(turn for _, turn in rounds)
+    assert len(records) == 3 * len(rounds)
     for record in records:
         ids, want = rounds[record["id"], record["turn"]]
         assert record["output_ids"] == ids and record["completion_tokens"] == len(ids)
@@ -100,7 +116,8 @@ def test_the_numbers_are_the_simulators(run, rounds):
     assert tuned.tau_micro == pytest.approx(micro_tau(steps)) and tuned.tau_micro > 1.5
     assert tuned.tau_macro == pytest.approx(macro_tau(steps))
     assert (tuned.lossless.compared, tuned.lossless.equal) == (len(rounds), len(rounds))
-    assert tuned.completion_tokens == base.completion_tokens == sum(len(ids) for ids, _ in rounds.values())
+    tokens = sum(len(ids) for ids, _ in rounds.values())
+    assert (tuned.completion_tokens, base.completion_tokens) == (tokens, 2 * tokens)
     assert base.tau_micro is None and base.histogram == [] and base.num_failed == tuned.num_failed == 0
     assert results.provenance["engine"]["name"] == "sglang" and results.servers["vanilla-k2"].method == "vanilla"
 
@@ -127,6 +144,17 @@ def test_times_make_sense(run):
         assert one.tokens_per_second > 0 and one.tokens_per_second_per_request > 0
     ratio = run[0].runs[1].speedup
     assert ratio.low <= ratio.value <= ratio.high
+
+
+def test_cpu_time_is_the_servers(run):
+    """One thread computes (`OMP_NUM_THREADS=1`), and others make text of tokens: so about a core, and not nothing."""
+    results, records = run
+    for one in results.runs:
+        own = [r for r in records if r["server"] == one.server]
+        used = sum(r["cpu_seconds"] for r in own)
+        assert 0.1 * sum(r["latency"] for r in own) < used
+        assert one.cpu.tokens_per_second == pytest.approx(one.completion_tokens / used)
+    assert results.runs[1].cpu.ratio.low <= results.runs[1].cpu.ratio.value <= results.runs[1].cpu.ratio.high
 
 
 def killed(folder, how, group, seconds):
