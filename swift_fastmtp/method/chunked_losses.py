@@ -76,9 +76,9 @@ class ChunkedLoss(torch.autograd.Function):
         head = _head_type(weight)(weight, outputs.dtype, K * N, config)
         loss, accept_prob = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
         match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
-        for part, teacher in head.chunks(valid, hidden, rows):
+        for part, teacher, place in head.chunks(valid, hidden, rows):
             target = targets.flatten()[part, None]
-            loss[part], accept_prob[part], best, d_logits = head.row_losses(flat[part], target, teacher)
+            loss[part], accept_prob[part], best, d_logits = head.row_losses(flat[part], target, teacher, place)
             match[part] = best == target[:, 0]
             if grad is not None:
                 grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)

@@ -145,13 +145,18 @@ class FusedHead(FrozenHead):
         log_z, _, entropy = self.softmax(z, write=False)
         return Teacher(z, None, entropy, log_z)
 
-    def row_losses(self, rows: Tensor, target: Tensor, teacher: Teacher | None) -> Any:
+    def row_losses(self, rows: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None) -> Any:
         z = self.project(rows)
+        if teacher is not None and place is not None:
+            teacher = teacher.take(place)
         if teacher is None or teacher.ids is not None:
             ids = target if teacher is None or teacher.ids is None else teacher.ids
             chosen = z.gather(1, ids).float() * self.scale
             log_z, best, _ = self.softmax(z, write=True)
-            return sparse_teacher_loss(z, chosen, log_z, best, ids, teacher, self.temperature)
+            loss, accept_prob = sparse_teacher_loss(z, chosen, log_z, ids, teacher)
+            if self.temperature != 1:
+                z.mul_(self.scale)
+            return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1), z
         assert teacher.log_z is not None
         loss, accept_prob = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
         best = torch.empty(len(z), dtype=torch.long, device=z.device)
