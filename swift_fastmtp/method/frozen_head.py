@@ -5,13 +5,13 @@ logits give loss, argmax and that gradient at once, and are dropped. `losses` ha
 """
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .config import SOFT_LOSSES, FastMTPConfig
-
 
 _BLOCK_BYTES = 2**20
 """Of logits, on a CPU: as much of the probabilities and of the teacher's are in its cache at once."""
@@ -27,117 +27,120 @@ def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.to(weight.dtype) @ weight.T
 
 
+class Chunk(NamedTuple):
+    """Rows that are projected together: those of some neighboring positions, of all steps, and their teachers."""
+
+    rows: Tensor
+    """Flat indices into [K * N], [C]."""
+    positions: Tensor | None = None
+    """Of `hidden`, [P]: what projects to p. None for `ce`."""
+    place: Tensor | None = None
+    """Which of these each row has, [C]."""
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + (0 if self.positions is None else len(self.positions))
+
+
+def chunks(valid_KN: Tensor, rows_N: Tensor | None, size: int) -> Iterator[Chunk]:
+    """The valid rows in chunks of at most `size`, with their teachers, or of one position's if that is more.
+
+    All steps' rows whose teacher is one position are in one chunk, so it is projected once. `rows_N` is None where
+    there are no teachers. All that the host must know of the rows, how many there are in each chunk, is asked for
+    before the first chunk: a GPU is not waited for between.
+    """
+    if rows_N is None:
+        for part in even(valid_KN.flatten().nonzero().squeeze(1), size):
+            yield Chunk(part)
+        return
+    K, N = valid_KN.shape
+    step, row = valid_KN.nonzero(as_tuple=True)
+    positions, place = (rows_N[row] + step + 1).unique(return_inverse=True)
+    # In the order of their positions, the rows of a chunk are a slice.
+    place, order = place.sort(stable=True)
+    flat = (step * N + row)[order]
+    parts = even(positions, max(1, size // (K + 1)))
+    ends = list(itertools.accumulate(len(part) for part in parts))
+    splits = torch.searchsorted(place, torch.tensor(ends[:-1], device=place.device)).tolist()
+    by_chunk = zip(parts, [0, *ends], flat.tensor_split(splits), place.tensor_split(splits), strict=False)
+    for part, first, rows, places in by_chunk:
+        yield Chunk(rows, part, places - first)
+
+
 class Teacher(NamedTuple):
-    """p of a chunk of rows: dense probabilities [C, V], or those of its top_k tokens [C, k] and their ids."""
+    """p of some positions: dense probabilities [P, V], or those of its top_k tokens [P, k] and their ids."""
 
     probs: Tensor
     ids: Tensor | None
     entropy: Tensor
-    """-sum p log p, [C, 1]."""
+    """-sum p log p, [P, 1]."""
     log_z: Tensor | None = None
-    """[C, 1], where `probs` holds logits instead (the GPU's kernels)."""
+    """[P, 1], where `probs` holds logits instead (the GPU's kernels)."""
 
-    def take(self, rows: Tensor | slice) -> "Teacher":
-        return Teacher(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+    def take(self, place: Tensor) -> "Teacher":
+        return Teacher(*(None if x is None else x[place] for x in self))  # type: ignore[arg-type]
 
 
 class FrozenHead:
-    """The output matrix and the buffers of a chunk: [chunk, V] of logits, which become their gradient, and of the
-    teacher's probabilities; and a block of probabilities.
+    """The output matrix and a buffer for the logits of a chunk, which become their softmax (the teachers') or their
+    gradient (the drafts').
 
     A matrix product wants many rows. What follows it reads and writes them several times, so it goes block by block:
     few rows, which stay in a CPU's cache from the first pass to the last.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
-        self.allocate(weight, dtype, rows, config)
-        self.block = self.chunk
+        self.set_sizes(weight, dtype, config)
+        self.logits = torch.empty(rows, len(weight), dtype=self.wide, device=weight.device)
+        self.block = max(1, rows)
         if weight.device.type == "cpu":
-            self.block = min(self.chunk, max(1, _BLOCK_BYTES // (self.wide.itemsize * len(weight))))
-        self.logits = self._buffer(self.chunk)
-        self.probs = self._buffer(self.block)
-        self.teacher_probs = self._buffer(self.chunk) if self.dense_teacher else None
+            self.block = min(self.block, max(1, _BLOCK_BYTES // (self.wide.itemsize * len(weight))))
+        self.probs = torch.empty_like(self.logits[: self.block])
 
-    def _buffer(self, rows: int) -> Tensor:
-        return torch.empty(rows, len(self.weight), dtype=self.wide, device=self.weight.device)
-
-    def allocate(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
-        """The sizes: chunks of `rows` rows of outputs of `dtype`."""
+    def set_sizes(self, weight: Tensor, dtype: torch.dtype, config: FastMTPConfig) -> None:
+        """For outputs of `dtype`."""
         self.weight, self.config = weight, config
-        self.chunk = min(rows, chunk_size(weight, config))
         self.wide = torch.promote_types(dtype, torch.float32)
         self.dense_teacher = config.loss in SOFT_LOSSES and config.loss != "topk_kl"
         self.temperature = config.temperature if config.loss in SOFT_LOSSES else 1.0
 
-    def chunks(self, valid: Tensor, hidden: Tensor | None, rows: Tensor | None) -> Any:
-        """Yields (flat indices into [K * N] of at most `chunk` valid rows, a teacher, which of its rows are theirs).
-
-        The last is None where the teacher has one row for each. Steps whose rows have one position in common share its
-        teacher. All that the host must know of the rows, how
-        many there are of each step in each chunk, is asked for before the first chunk: a GPU is not waited for between.
-        """
-        if hidden is None or rows is None:
-            for part in even(valid.flatten().nonzero().squeeze(1), self.chunk):
-                yield part, None, None
-            return
-        N = valid.shape[1]
-        step, row = valid.nonzero(as_tuple=True)
-        positions, place = (rows[row] + step + 1).unique(return_inverse=True)
-        row_at = rows.new_full((len(valid), len(positions)), -1)
-        row_at[step, place] = row
-        # The table without its gaps, step by step: the rows of one step in one chunk are a slice of these.
-        step_M, place_M = (row_at >= 0).nonzero(as_tuple=True)
-        flat_M = step_M * N + row_at[step_M, place_M]
-        chunks = [len(part) for part in even(positions, self.chunk)]
-        counts = _counts(row_at >= 0, chunks)
-        starts = [0, *itertools.accumulate(sum(of_step) for of_step in counts)]
-        first = 0
-        for c, size in enumerate(chunks):
-            teacher = self.teacher(hidden[positions[first : first + size]])
-            for k in range(len(valid)):
-                count = counts[k][c]
-                here = slice(starts[k], starts[k] + count)
-                starts[k] += count
-                if count:
-                    yield flat_M[here], teacher, None if count == size else place_M[here] - first
-            first += size
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Logits [C, V], in `self.logits`."""
-        z = self.logits[: len(rows)]
+    def project(self, states: Tensor) -> Tensor:
+        """Logits [C, V] of states [C, D], in `self.logits`."""
+        z = self.logits[: len(states)]
         if self.weight.dtype == self.wide:
-            return torch.mm(rows.to(self.wide), self.weight.T, out=z)
-        return z.copy_(project(rows, self.weight))
+            return torch.mm(states.to(self.wide), self.weight.T, out=z)
+        return z.copy_(project(states, self.weight))
 
     def blocks(self, rows: int) -> list[slice]:
         return [slice(first, first + self.block) for first in range(0, rows, self.block)]
 
-    def teacher(self, rows: Tensor) -> Teacher:
-        z = self.project(rows)
-        if self.teacher_probs is None:
-            z, ids = z.div_(self.temperature).topk(min(self.config.top_k, z.shape[-1]))
-            probs = z.softmax(-1)
-            return Teacher(probs, ids, _entropy(z, probs))
-        probs, entropy = self.teacher_probs[: len(rows)], z.new_empty(len(rows), 1)
-        for here in self.blocks(len(rows)):
-            torch.softmax(z[here].div_(self.temperature), -1, out=probs[here])
-            entropy[here] = _entropy(z[here], probs[here])
-        return Teacher(probs, None, entropy)
+    def teacher(self, z: Tensor) -> Teacher:
+        """Of logits [P, V], which become probabilities."""
+        if not self.dense_teacher:
+            top, ids = z.div_(self.temperature).topk(min(self.config.top_k, z.shape[-1]))
+            probs = top.softmax(-1)
+            return Teacher(probs, ids, _entropy(top, probs))
+        entropy = z.new_empty(len(z), 1)
+        for here in self.blocks(len(z)):
+            scaled = z[here].div_(self.temperature)
+            probs = torch.softmax(scaled, -1, out=self.probs[: len(scaled)])
+            entropy[here] = _entropy(scaled, probs)
+            z[here] = probs
+        return Teacher(z, None, entropy)
 
     def row_losses(
-        self, rows: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss [C], accept_prob [C], argmax [C] and d loss / d logits [C, V] of rows [C, D].
+        self, z: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [C], accept_prob [C] and argmax [C] of logits [C, V], which become d loss / d logits.
 
-        target is [C, 1]; place [C] says which row of the teacher is whose, None that they are in order.
+        target is [C, 1]; place [C] says which row of the teacher is whose.
         """
-        z = self.project(rows)
         results = []
-        for here in self.blocks(len(rows)):
-            own = None if teacher is None else teacher.take(here if place is None else place[here])
+        for here in self.blocks(len(z)):
+            own = None if teacher is None or place is None else teacher.take(place[here])
             results.append(self.block_losses(z[here], target[here], own))
         loss, accept_prob, best = (torch.cat(parts).squeeze(1) for parts in zip(*results, strict=True))
-        return loss, accept_prob, best, z
+        return loss, accept_prob, best
 
     def block_losses(self, z: Tensor, target: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, accept_prob and argmax, each [C, 1], of logits z [C, V], which become their gradient."""
@@ -191,15 +194,6 @@ def sparse_teacher_loss(
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:
     """Parts of at most `chunk` rows and of equal size: a short last one would read all of the matrix for little."""
     return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
-
-
-def _counts(has_KP: Tensor, chunks: list[int]) -> list[list[int]]:
-    """How many there are of each step in each chunk of positions; one wait for a GPU."""
-    if not chunks:
-        return [[] for _ in has_KP]
-    per_chunk = [part.sum(1) for part in has_KP.split(chunks, dim=1)]
-    counts: list[list[int]] = torch.stack(per_chunk, dim=1).tolist()
-    return counts
 
 
 def _log_z(z: Tensor, prob: Tensor) -> Tensor:
