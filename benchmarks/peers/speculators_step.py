@@ -22,7 +22,6 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +44,7 @@ BETA = 0.6
 SUPERVISED = 0.75
 IN_MAP = 0.98  # of the tokens
 PEER = "speculators"
+INSTALL = "pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0 loguru"
 OURS = {
     "paper, ce (the same objective)": {"rollout": "paper", "loss": "ce"},
     "exact, ce": {"loss": "ce"},
@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--output", default="docs/results/speculators")
     args = parser.parse_args()
     if find_spec(PEER) is None:
-        sys.exit("speculators is not installed: pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0")
+        sys.exit(f"speculators is not installed: {INSTALL}")
     torch.set_num_threads(1)
     started = time.time()
     made_by = {**provenance(), PEER: version(PEER)}
@@ -305,8 +305,14 @@ def multiply(tensors):
 
 def in_a_fork(function, *args):
     """What a function returns, run in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-        return pool.submit(function, *args).result()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(function(*args)))
+    process.start()
+    sender.close()  # so that `recv` raises if the process dies
+    result = receiver.recv()
+    process.join()
+    return result
 
 
 def peak(work, name):

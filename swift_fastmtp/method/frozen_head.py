@@ -60,10 +60,12 @@ def chunks(valid_KN: Tensor, rows_N: Tensor | None, size: int) -> Iterator[Chunk
     place, order = place.sort(stable=True)
     flat = (step * N + row)[order]
     parts = even(positions, max(1, size // (K + 1)))
-    ends = list(itertools.accumulate(len(part) for part in parts))
-    splits = torch.searchsorted(place, torch.tensor(ends[:-1], device=place.device)).tolist()
-    by_chunk = zip(parts, [0, *ends], flat.tensor_split(splits), place.tensor_split(splits), strict=False)
-    for part, first, rows, places in by_chunk:
+    firsts = [0, *itertools.accumulate(len(part) for part in parts)][:-1]
+    starts = torch.tensor(firsts[1:], dtype=place.dtype, device=place.device)
+    splits = torch.searchsorted(place, starts).tolist()
+    # Without any position, `tensor_split` still gives one part.
+    slices = zip(parts, firsts, flat.tensor_split(splits), place.tensor_split(splits), strict=False)
+    for part, first, rows, places in slices:
         yield Chunk(rows, part, places - first)
 
 
