@@ -39,7 +39,7 @@ def both(case, config):
     D=st.integers(1, 9),
     V=st.integers(2, 40),
     chunk=st.sampled_from([1, 3, 1000]),
-    block=st.sampled_from([1, 500, 2**20]),
+    block=st.sampled_from([1, 3, 1000]),
     temperature=st.sampled_from([1.0, 0.6, 1.7]),
     top_k=st.sampled_from([1, 3, 50]),
     seed=st.integers(0, 999),
@@ -48,7 +48,7 @@ def test_equals_the_formula_in_float64(loss, K, N, gap, D, V, chunk, block, temp
     config = FastMTPConfig(
         num_speculative_steps=K, loss=loss, loss_chunk_size=chunk, temperature=temperature, top_k=top_k
     )
-    with mock.patch.object(frozen_head, "_BLOCK_BYTES", block):
+    with mock.patch.object(frozen_head, "block_size", lambda _: block):
         fast, want = both(case(K, N, N + gap, D, V, seed), config)
     assert torch.equal(fast[1], want[1])
     for a, b in zip(fast, want, strict=True):

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from .config import SOFT_LOSSES, FastMTPConfig
 
-_BLOCK_BYTES = 2**20
-"""Of logits, on a CPU: as much of the probabilities and of the teacher's are in its cache at once."""
-
 
 def chunk_size(weight_VD: Tensor, config: FastMTPConfig) -> int:
     """`loss_chunk_size`, or where that is 0 the rows whose fp32 logits fill 64 MiB (CPU) or 512 MiB (others)."""
     room = 2**26 if weight_VD.device.type == "cpu" else 2**29
     return config.loss_chunk_size or max(1, room // (4 * len(weight_VD)))
+
+
+def block_size(weight_VD: Tensor) -> int:
+    """Rows whose fp32 logits fill 1 MiB (CPU, whose cache then holds three such blocks) or 64 MiB (others)."""
+    room = 2**20 if weight_VD.device.type == "cpu" else 2**26
+    return max(1, room // (4 * len(weight_VD)))
 
 
 def project(rows: Tensor, weight: Tensor) -> Tensor:
@@ -88,15 +91,13 @@ class FrozenHead:
     gradient (the drafts').
 
     A matrix product wants many rows. What follows it reads and writes them several times, so it goes block by block:
-    few rows, which stay in a CPU's cache from the first pass to the last.
+    few rows, which stay in a CPU's cache from the first pass to the last; anywhere, products need little memory.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
         self.set_sizes(weight, dtype, config)
         self.logits = torch.empty(rows, len(weight), dtype=self.wide, device=weight.device)
-        self.block = max(1, rows)
-        if weight.device.type == "cpu":
-            self.block = min(self.block, max(1, _BLOCK_BYTES // (self.wide.itemsize * len(weight))))
+        self.block = block_size(weight)
         self.probs = torch.empty_like(self.logits[: self.block])
 
     def set_sizes(self, weight: Tensor, dtype: torch.dtype, config: FastMTPConfig) -> None:
