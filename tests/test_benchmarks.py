@@ -49,6 +49,25 @@ def test_training_benchmark(monkeypatch, tmp_path, capsys):
     assert "| reference |" in output.with_suffix(".md").read_text()
 
 
+def test_a_step_beside_speculators(monkeypatch, tmp_path):
+    """In small; that both have the same loss and gradients, the benchmark itself asserts."""
+    bench = load("peers/speculators_step.py")
+    pytest.importorskip("speculators", reason=f"speculators is not installed: {bench.INSTALL}")
+    output = tmp_path / "speculators"
+    options = ["--hidden", "128", "--length", "48", "--map", "300", "--rounds", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["speculators_step.py", *options])
+    threads = torch.get_num_threads()
+    try:
+        bench.main()
+    finally:
+        torch.set_num_threads(threads)
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert set(record["cpu_seconds"]) == {bench.PEER, *bench.OURS, *bench.FLOORS}
+    assert record["same_objective"]["gradient_difference"] < 1e-5
+    assert all(size > 0 for size in record["extra_bytes"].values())
+    assert "| exact, kl (default) |" in output.with_suffix(".md").read_text()
+
+
 @pytest.mark.matrix
 def test_ablation(monkeypatch, tmp_path):
     """Two losses, one seed, two training steps: every stage of the real thing, and its report."""

@@ -1,6 +1,7 @@
 """Every loss equals its formula in float64, gradients included, and never holds more than a chunk of logits."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from swift_fastmtp.method import frozen_head
 from swift_fastmtp.method.chunked_losses import greedy_tokens, step_losses
 from swift_fastmtp.method.config import LOSSES, SOFT_LOSSES, FastMTPConfig
-from swift_fastmtp.method.frozen_head import FrozenHead, even
+from swift_fastmtp.method.frozen_head import chunks
 from swift_fastmtp.method.losses import fastmtp_loss, plain_step_losses, weighted_loss
 
 
@@ -37,15 +39,17 @@ def both(case, config):
     D=st.integers(1, 9),
     V=st.integers(2, 40),
     chunk=st.sampled_from([1, 3, 1000]),
+    block=st.sampled_from([1, 3, 1000]),
     temperature=st.sampled_from([1.0, 0.6, 1.7]),
     top_k=st.sampled_from([1, 3, 50]),
     seed=st.integers(0, 999),
 )
-def test_equals_the_formula_in_float64(loss, K, N, gap, D, V, chunk, temperature, top_k, seed):
+def test_equals_the_formula_in_float64(loss, K, N, gap, D, V, chunk, block, temperature, top_k, seed):
     config = FastMTPConfig(
         num_speculative_steps=K, loss=loss, loss_chunk_size=chunk, temperature=temperature, top_k=top_k
     )
-    fast, want = both(case(K, N, N + gap, D, V, seed), config)
+    with mock.patch.object(frozen_head, "block_size", lambda _: block):
+        fast, want = both(case(K, N, N + gap, D, V, seed), config)
     assert torch.equal(fast[1], want[1])
     for a, b in zip(fast, want, strict=True):
         if b is not None and b.dtype != torch.bool:
@@ -163,33 +167,20 @@ def test_end_to_end_loss_counts_the_drafts_that_are_not_accepted():
     assert float(weighted_loss(loss[:, None], config.step_weights, 10)) == pytest.approx(float(want))
 
 
-def chunks_plainly(head, valid, hidden, rows):
-    """`FrozenHead.chunks` with a look at every chunk."""
-    step, row = valid.nonzero(as_tuple=True)
-    positions, place = (rows[row] + step + 1).unique(return_inverse=True)
-    row_at = rows.new_full((len(valid), len(positions)), -1)
-    row_at[step, place] = row
-    for here in even(torch.arange(len(positions)), head.chunk):
-        teacher = head.teacher(hidden[positions[here]])
-        for k, at in enumerate(row_at[:, here]):
-            has = at >= 0
-            if has.any():
-                yield k * valid.shape[1] + at[has], teacher.take(has.nonzero().squeeze(1))
-
-
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.sampled_from(["kl", "topk_kl"]), st.integers(0, 99))
-def test_chunks_equal_their_plain_form_bit_for_bit(K, N, chunk, loss, seed):
-    _, weight, _, valid, hidden, rows = case(K, N, N + K + 1, 4, 11, seed, torch.float32)
-    config = FastMTPConfig(loss=loss, loss_chunk_size=chunk, num_speculative_steps=K, top_k=3)
-    head, plain_head = (FrozenHead(weight, torch.float32, K * N, config) for _ in range(2))
-    count = 0
-    pairs = zip(head.chunks(valid, hidden, rows), chunks_plainly(plain_head, valid, hidden, rows), strict=True)
-    for (part, teacher), (want_part, want) in pairs:
-        assert torch.equal(part, want_part)
-        assert all(torch.equal(a, b) for a, b in zip(teacher, want, strict=True) if b is not None)
-        count += len(part)
-    assert count == valid.sum()
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.booleans(), st.integers(0, 99))
+def test_chunks_hold_every_valid_row_once_with_its_own_teacher(K, N, size, soft, seed):
+    _, _, _, valid, _, rows = case(K, N, N + K + 1, 4, 11, seed)
+    seen, projected = [], []
+    for chunk in chunks(valid, rows if soft else None, size):
+        assert len(chunk.rows) and chunk.size <= max(size, K + 1)
+        seen += chunk.rows.tolist()
+        if soft:
+            step, row = chunk.rows // N, chunk.rows % N
+            assert torch.equal(chunk.positions[chunk.place], rows[row] + step + 1)
+            projected += chunk.positions.tolist()
+    assert sorted(seen) == valid.flatten().nonzero().squeeze(1).tolist()
+    assert len(projected) == len(set(projected))
 
 
 class Waits(TorchDispatchMode):

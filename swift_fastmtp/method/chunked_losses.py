@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import SOFT_LOSSES, FastMTPConfig
-from .frozen_head import FrozenHead, chunk_size, even, project
+from .frozen_head import FrozenHead, chunk_size, chunks, even, project
 from .losses import StepLosses, first_rejections
 
 
@@ -73,15 +73,26 @@ class ChunkedLoss(torch.autograd.Function):
         flat, grad = outputs.reshape(K * N, D), None
         if ctx.needs_input_grad[0]:
             grad = torch.zeros_like(flat)
-        head = _head_type(weight)(weight, outputs.dtype, K * N, config)
-        loss, accept_prob = (torch.zeros(K * N, dtype=head.wide, device=outputs.device) for _ in range(2))
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        loss, accept_prob = (torch.zeros(K * N, dtype=wide, device=outputs.device) for _ in range(2))
         match = torch.zeros(K * N, dtype=torch.bool, device=outputs.device)
-        for part, teacher in head.chunks(valid, hidden, rows):
-            target = targets.flatten()[part, None]
-            loss[part], accept_prob[part], best, d_logits = head.row_losses(flat[part], target, teacher)
-            match[part] = best == target[:, 0]
+        parts = list(chunks(valid, rows, chunk_size(weight, config)))
+        most = max((part.size for part in parts), default=0)
+        head = _head_type(weight)(weight, outputs.dtype, most, config)
+        for part in parts:
+            states, teacher = flat[part.rows], None
+            if part.positions is None or hidden is None:
+                z = head.project(states)
+            else:
+                # One product for the drafts of all steps and their teachers.
+                P = len(part.positions)
+                z_all = head.project(torch.cat([hidden[part.positions], states]))
+                teacher, z = head.teacher(z_all[:P]), z_all[P:]
+            target = targets.flatten()[part.rows, None]
+            loss[part.rows], accept_prob[part.rows], best = head.row_losses(z, target, teacher, part.place)
+            match[part.rows] = best == target[:, 0]
             if grad is not None:
-                grad[part] = (d_logits.to(weight.dtype) @ weight).to(grad.dtype)
+                grad[part.rows] = (z.to(weight.dtype) @ weight).to(grad.dtype)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(match, accept_prob)
         return loss.view(K, N), match.view(K, N), accept_prob.view(K, N)

@@ -101,8 +101,8 @@ class FastMTPConfig:
     loss_chunk_size: int = field(
         default=0,
         metadata={
-            "help": "Supervised rows whose logits exist at once; 0 takes what fills 64 MiB (CPU) or 512 MiB (GPU), "
-            "of which there are two, with a soft loss three."
+            "help": "Rows whose logits exist at once, with a soft loss the frozen model's own among them; 0 takes what "
+            "fills 64 MiB (CPU) or 512 MiB (GPU)."
         },
     )
 

@@ -5,7 +5,8 @@ logits give loss, argmax and that gradient at once, and are dropped. `losses` ha
 """
 
 import itertools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,146 +20,178 @@ def chunk_size(weight_VD: Tensor, config: FastMTPConfig) -> int:
     return config.loss_chunk_size or max(1, room // (4 * len(weight_VD)))
 
 
+def block_size(weight_VD: Tensor) -> int:
+    """Rows whose fp32 logits fill 1 MiB (CPU, whose cache then holds three such blocks) or 64 MiB (others)."""
+    room = 2**20 if weight_VD.device.type == "cpu" else 2**26
+    return max(1, room // (4 * len(weight_VD)))
+
+
 def project(rows: Tensor, weight: Tensor) -> Tensor:
     return rows.to(weight.dtype) @ weight.T
 
 
+class Chunk(NamedTuple):
+    """Rows that are projected together: those of some neighboring positions, of all steps, and their teachers."""
+
+    rows: Tensor
+    """Flat indices into [K * N], [C]."""
+    positions: Tensor | None = None
+    """Of `hidden`, [P]: what projects to p. None for `ce`."""
+    place: Tensor | None = None
+    """Which of these each row has, [C]."""
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + (0 if self.positions is None else len(self.positions))
+
+
+def chunks(valid_KN: Tensor, rows_N: Tensor | None, size: int) -> Iterator[Chunk]:
+    """The valid rows in chunks of at most `size`, with their teachers, or of one position's if that is more.
+
+    All steps' rows whose teacher is one position are in one chunk, so it is projected once. `rows_N` is None where
+    there are no teachers. All that the host must know of the rows, how many there are in each chunk, is asked for
+    before the first chunk: a GPU is not waited for between.
+    """
+    if rows_N is None:
+        for part in even(valid_KN.flatten().nonzero().squeeze(1), size):
+            yield Chunk(part)
+        return
+    K, N = valid_KN.shape
+    step, row = valid_KN.nonzero(as_tuple=True)
+    positions, place = (rows_N[row] + step + 1).unique(return_inverse=True)
+    # In the order of their positions, the rows of a chunk are a slice.
+    place, order = place.sort(stable=True)
+    flat = (step * N + row)[order]
+    parts = even(positions, max(1, size // (K + 1)))
+    firsts = [0, *itertools.accumulate(len(part) for part in parts)][:-1]
+    starts = torch.tensor(firsts[1:], dtype=place.dtype, device=place.device)
+    splits = torch.searchsorted(place, starts).tolist()
+    # Without any position, `tensor_split` still gives one part.
+    slices = zip(parts, firsts, flat.tensor_split(splits), place.tensor_split(splits), strict=False)
+    for part, first, rows, places in slices:
+        yield Chunk(rows, part, places - first)
+
+
 class Teacher(NamedTuple):
-    """p of a chunk of rows: dense probabilities [C, V], or those of its top_k tokens [C, k] and their ids."""
+    """p of some positions: dense probabilities [P, V], or those of its top_k tokens [P, k] and their ids."""
 
     probs: Tensor
     ids: Tensor | None
     entropy: Tensor
-    """-sum p log p, [C, 1]."""
+    """-sum p log p, [P, 1]."""
     log_z: Tensor | None = None
-    """[C, 1], where `probs` holds logits instead (the GPU's kernels)."""
+    """[P, 1], where `probs` holds logits instead (the GPU's kernels)."""
 
-    def take(self, rows: Tensor) -> "Teacher":
-        return Teacher(*(None if x is None else x[rows] for x in self))  # type: ignore[arg-type]
+    def take(self, place: Tensor) -> "Teacher":
+        return Teacher(*(None if x is None else x[place] for x in self))  # type: ignore[arg-type]
 
 
 class FrozenHead:
-    """The output matrix and the buffers of a chunk: [chunk, V] of logits and of probabilities, and the teacher's.
+    """The output matrix and a buffer for the logits of a chunk, which become their softmax (the teachers') or their
+    gradient (the drafts').
 
-    Everything happens in them, in place: on a CPU, fresh memory of this size costs more than the arithmetic.
+    A matrix product wants many rows. What follows it reads and writes them several times, so it goes block by block:
+    few rows, which stay in a CPU's cache from the first pass to the last; anywhere, products need little memory.
     """
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
-        self.allocate(weight, dtype, rows, config)
-        self.logits, self.probs, *rest = (
-            torch.empty(self.chunk, len(weight), dtype=self.wide, device=weight.device)
-            for _ in range(2 + self.dense_teacher)
-        )
-        self.teacher_probs = rest[0] if rest else None
+        self.set_sizes(weight, dtype, config)
+        self.logits = torch.empty(rows, len(weight), dtype=self.wide, device=weight.device)
+        self.block = block_size(weight)
+        self.probs = torch.empty_like(self.logits[: self.block])
 
-    def allocate(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
-        """The sizes: chunks of `rows` rows of outputs of `dtype`."""
+    def set_sizes(self, weight: Tensor, dtype: torch.dtype, config: FastMTPConfig) -> None:
+        """For outputs of `dtype`."""
         self.weight, self.config = weight, config
-        self.chunk = min(rows, chunk_size(weight, config))
         self.wide = torch.promote_types(dtype, torch.float32)
         self.dense_teacher = config.loss in SOFT_LOSSES and config.loss != "topk_kl"
         self.temperature = config.temperature if config.loss in SOFT_LOSSES else 1.0
 
-    def chunks(self, valid: Tensor, hidden: Tensor | None, rows: Tensor | None) -> Any:
-        """Yields (flat indices into [K * N] of at most `chunk` valid rows, their teacher).
-
-        Steps whose rows have one position in common share its teacher. All that the host must know of the rows, how
-        many there are of each step in each chunk, is asked for before the first chunk: a GPU is not waited for between.
-        """
-        if hidden is None or rows is None:
-            for part in even(valid.flatten().nonzero().squeeze(1), self.chunk):
-                yield part, None
-            return
-        N = valid.shape[1]
-        step, row = valid.nonzero(as_tuple=True)
-        positions, place = (rows[row] + step + 1).unique(return_inverse=True)
-        row_at = rows.new_full((len(valid), len(positions)), -1)
-        row_at[step, place] = row
-        # The table without its gaps, step by step: the rows of one step in one chunk are a slice of these.
-        step_M, place_M = (row_at >= 0).nonzero(as_tuple=True)
-        flat_M = step_M * N + row_at[step_M, place_M]
-        chunks = [len(part) for part in even(positions, self.chunk)]
-        counts = _counts(row_at >= 0, chunks)
-        starts = [0, *itertools.accumulate(sum(of_step) for of_step in counts)]
-        first = 0
-        for c, size in enumerate(chunks):
-            teacher = self.teacher(hidden[positions[first : first + size]])
-            for k in range(len(valid)):
-                count = counts[k][c]
-                here = slice(starts[k], starts[k] + count)
-                starts[k] += count
-                if count == size:
-                    yield flat_M[here], teacher
-                elif count:
-                    yield flat_M[here], teacher.take(place_M[here] - first)
-            first += size
-
-    def project(self, rows: Tensor) -> Tensor:
-        """Logits [C, V] divided by the temperature, in `self.logits`."""
-        z = self.logits[: len(rows)]
+    def project(self, states: Tensor) -> Tensor:
+        """Logits [C, V] of states [C, D], in `self.logits`."""
+        z = self.logits[: len(states)]
         if self.weight.dtype == self.wide:
-            torch.mm(rows.to(self.wide), self.weight.T, out=z)
-        else:
-            z.copy_(project(rows, self.weight))
-        return z if self.temperature == 1 else z.div_(self.temperature)
+            return torch.mm(states.to(self.wide), self.weight.T, out=z)
+        return z.copy_(project(states, self.weight))
 
-    def teacher(self, rows: Tensor) -> Teacher:
-        z, ids = self.project(rows), None
-        if self.teacher_probs is None:
-            z, ids = z.topk(min(self.config.top_k, z.shape[-1]))
-            probs = z.softmax(-1)
-        else:
-            probs = torch.softmax(z, -1, out=self.teacher_probs[: len(rows)])
-        return Teacher(probs, ids, _log_z(z, probs, z.argmax(-1, keepdim=True)) - _rowdot(probs, z))
+    def blocks(self, rows: int) -> list[slice]:
+        return [slice(first, first + self.block) for first in range(0, rows, self.block)]
+
+    def teacher(self, z: Tensor) -> Teacher:
+        """Of logits [P, V], which become probabilities."""
+        if not self.dense_teacher:
+            top, ids = z.div_(self.temperature).topk(min(self.config.top_k, z.shape[-1]))
+            probs = top.softmax(-1)
+            return Teacher(probs, ids, _entropy(top, probs))
+        entropy = z.new_empty(len(z), 1)
+        for here in self.blocks(len(z)):
+            scaled = z[here].div_(self.temperature)
+            probs = torch.softmax(scaled, -1, out=self.probs[: len(scaled)])
+            entropy[here] = _entropy(scaled, probs)
+            z[here] = probs
+        return Teacher(z, None, entropy)
 
     def row_losses(
-        self, rows: Tensor, target: Tensor, teacher: Teacher | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss [C], accept_prob [C], argmax [C] and d loss / d logits [C, V] of rows [C, D]; target is [C, 1]."""
-        z = self.project(rows)
+        self, z: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss [C], accept_prob [C] and argmax [C] of logits [C, V], which become d loss / d logits.
+
+        target is [C, 1]; place [C] says which row of the teacher is whose.
+        """
+        results = []
+        for here in self.blocks(len(z)):
+            own = None if teacher is None or place is None else teacher.take(place[here])
+            results.append(self.block_losses(z[here], target[here], own))
+        loss, accept_prob, best = (torch.cat(parts).squeeze(1) for parts in zip(*results, strict=True))
+        return loss, accept_prob, best
+
+    def block_losses(self, z: Tensor, target: Tensor, teacher: Teacher | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, accept_prob and argmax, each [C, 1], of logits z [C, V], which become their gradient."""
+        if self.temperature != 1:
+            z.div_(self.temperature)
         best = z.argmax(-1, keepdim=True)
-        q = torch.softmax(z, -1, out=self.probs[: len(rows)])
-        log_z = _log_z(z, q, best)
+        q = torch.softmax(z, -1, out=self.probs[: len(z)])
+        log_z = _log_z(z.gather(1, best), q.gather(1, best))
         config = self.config
         if teacher is None or teacher.ids is not None:
             ids = target if teacher is None or teacher.ids is None else teacher.ids
-            return sparse_teacher_loss(q, z.gather(1, ids), log_z, best, ids, teacher, self.temperature)
+            loss, accept_prob = sparse_teacher_loss(q, z.gather(1, ids), log_z, ids, teacher)
+            torch.div(q, self.temperature, out=z)
+            return loss, accept_prob, best
         p = teacher.probs
-        kl = log_z - _rowdot(p, z) - teacher.entropy
-        d = torch.sub(q, p, out=z)
-        accept_prob = 1 - d.norm(p=1, dim=-1, keepdim=True) / 2  # sum min(p, q) = 1 - |p - q| / 2
-        loss, grad = kl, d
+        accept_prob = _rowsum(torch.minimum(p, q))
+        kl = log_z - _rowsum(p * z) - teacher.entropy
+        loss, grad = kl, torch.sub(q, p, out=z)
         if config.loss != "kl":
             # d TV / d logits = q (mass - [q < p]), mass = the part of q that lies below p
-            below = torch.lt(d, 0, out=z)
-            mass = _rowdot(q, below)
+            below = torch.lt(grad, 0, out=z)
+            mass = _rowsum(q * below)
             loss, grad = 1 - accept_prob, below.neg_().add_(mass).mul_(q)
         if config.loss == "lk":
             w = (-config.lk_eta * accept_prob).exp()
             loss = w * kl + (1 - w) * loss
-            grad = grad.mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
+            grad.mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
         if self.temperature != 1:
-            grad = grad.div_(self.temperature)
-        return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1), grad
+            grad.div_(self.temperature)
+        return loss, accept_prob, best
 
 
 def sparse_teacher_loss(
-    q: Tensor, chosen: Tensor, log_z: Tensor, best: Tensor, ids: Tensor, teacher: Teacher | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`row_losses` of q [C, V] against a teacher on few ids [C, k]: a label (None), or the top_k of a distribution.
+    q: Tensor, chosen: Tensor, log_z: Tensor, ids: Tensor, teacher: Teacher | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and accept_prob, each [C, 1], of q [C, V] against a teacher on few ids [C, k]: a label (None), or the top_k
+    of a distribution.
 
-    `chosen` are the logits at `ids` over the temperature; q is overwritten with the gradient.
+    `chosen` are the logits at `ids` over the temperature; q is overwritten with the gradient with respect to those.
     """
     if teacher is None:
         loss, p = log_z - chosen, torch.ones_like(chosen)
     else:
         p = teacher.probs
-        loss = log_z - _rowdot(p, chosen) - teacher.entropy
-    accept_prob = torch.minimum(p, (chosen - log_z).exp()).sum(-1, keepdim=True)
-    grad = q.scatter_add_(1, ids, -p.to(q.dtype))
-    if temperature != 1:
-        grad = grad.div_(temperature)
-    return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1), grad
+        loss = log_z - _rowsum(p * chosen) - teacher.entropy
+    accept_prob = _rowsum(torch.minimum(p, (chosen - log_z).exp()))
+    q.scatter_add_(1, ids, -p.to(q.dtype))
+    return loss, accept_prob
 
 
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:
@@ -166,20 +199,16 @@ def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:
     return rows.tensor_split(-(-len(rows) // chunk)) if len(rows) else ()
 
 
-def _counts(has_KP: Tensor, chunks: list[int]) -> list[list[int]]:
-    """How many there are of each step in each chunk of positions; one wait for a GPU."""
-    if not chunks:
-        return [[] for _ in has_KP]
-    per_chunk = [part.sum(1) for part in has_KP.split(chunks, dim=1)]
-    counts: list[list[int]] = torch.stack(per_chunk, dim=1).tolist()
-    return counts
+def _log_z(z: Tensor, prob: Tensor) -> Tensor:
+    """log sum exp of logits, [C, 1], from one of them and its softmax: log q = z - log_z. The largest is exact."""
+    return z - prob.log()
 
 
-def _log_z(z: Tensor, probs: Tensor, best: Tensor) -> Tensor:
-    """log sum exp of the logits z, [C, 1], from their softmax: log q = z - log_z at any entry; the largest is exact."""
-    return z.gather(1, best) - probs.gather(1, best).log()
+def _entropy(z: Tensor, probs: Tensor) -> Tensor:
+    """-sum p log p, [C, 1], of logits and their softmax."""
+    log_z = _log_z(z.amax(-1, keepdim=True), probs.amax(-1, keepdim=True))
+    return log_z - _rowsum(probs * z)
 
 
-def _rowdot(a: Tensor, b: Tensor) -> Tensor:
-    """sum over the last dimension of a * b, [C, 1], without the product in memory."""
-    return (a[:, None] @ b[:, :, None]).squeeze(2)
+def _rowsum(x: Tensor) -> Tensor:
+    return x.sum(-1, keepdim=True)

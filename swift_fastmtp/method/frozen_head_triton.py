@@ -53,6 +53,7 @@ def _softmax(logits, log_z_ptr, best_ptr, entropy_ptr, width, scale, WRITE: tl.c
 def _soft_loss(  # type: ignore[no-untyped-def]
     logits,
     teacher,
+    place_ptr,
     teacher_log_z_ptr,
     entropy_ptr,
     loss_ptr,
@@ -64,10 +65,11 @@ def _soft_loss(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Loss, accept_prob and argmax of one row against the teacher's logits; the row becomes its gradient."""
+    """Loss, accept_prob and argmax of one row against its teacher's logits; the row becomes its gradient."""
     row = tl.program_id(0).to(tl.int64)
-    base, other = logits + row * width, teacher + row * width
-    teacher_log_z = tl.load(teacher_log_z_ptr + row)
+    place = tl.load(place_ptr + row)
+    base, other = logits + row * width, teacher + place * width
+    teacher_log_z = tl.load(teacher_log_z_ptr + place)
     # First pass: log sum exp of the draft's logits (the running form that cannot overflow), and the argmax.
     top, total = float("-inf"), 0.0
     best = 0
@@ -93,7 +95,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
         mass += tl.sum(tl.where(q < p, q, 0.0), 0)
         if KIND == 0:
             tl.store(base + at, (q - p) * scale, mask=at < width)
-    kl = -cross - tl.load(entropy_ptr + row)
+    kl = -cross - tl.load(entropy_ptr + place)
     weight = 1.0
     if KIND == 1:
         weight = tl.exp(-eta * accept_prob)
@@ -113,16 +115,14 @@ def _soft_loss(  # type: ignore[no-untyped-def]
 
 
 class FusedHead(FrozenHead):
-    """`FrozenHead` whose buffers hold logits in the matrix's own dtype and no probabilities."""
+    """`FrozenHead` whose buffer holds logits in the matrix's own dtype, and teachers' stay logits."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype, rows: int, config: FastMTPConfig) -> None:
-        self.allocate(weight, dtype, rows, config)
-        self.logits = weight.new_empty(self.chunk, len(weight))
-        self.teacher_logits = torch.empty_like(self.logits) if self.dense_teacher else None
+        self.set_sizes(weight, dtype, config)
+        self.logits = weight.new_empty(rows, len(weight))
 
-    def project(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        out = self.logits if out is None else out
-        return torch.mm(rows.to(self.weight.dtype), self.weight.T, out=out[: len(rows)])
+    def project(self, states: Tensor) -> Tensor:
+        return torch.mm(states.to(self.weight.dtype), self.weight.T, out=self.logits[: len(states)])
 
     def softmax(self, z: Tensor, write: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(log_z, argmax, entropy), each [C, 1], of logits z [C, V] over the temperature; z may become the softmax."""
@@ -135,31 +135,30 @@ class FusedHead(FrozenHead):
     def scale(self) -> float:
         return 1 / self.temperature
 
-    def teacher(self, rows: Tensor) -> Teacher:
-        if self.teacher_logits is None:
-            z = self.project(rows)
+    def teacher(self, z: Tensor) -> Teacher:
+        if not self.dense_teacher:
             values, ids = z.topk(min(self.config.top_k, z.shape[-1]))
             log_p = (values.float() * self.scale).log_softmax(-1)
             return Teacher(log_p.exp(), ids, -(log_p.exp() * log_p).sum(-1, keepdim=True))
-        z = self.project(rows, self.teacher_logits)
         log_z, _, entropy = self.softmax(z, write=False)
         return Teacher(z, None, entropy, log_z)
 
-    def row_losses(self, rows: Tensor, target: Tensor, teacher: Teacher | None) -> Any:
-        z = self.project(rows)
+    def row_losses(self, z: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None) -> Any:
         if teacher is None or teacher.ids is not None:
-            ids = target if teacher is None or teacher.ids is None else teacher.ids
+            own = None if teacher is None or place is None else teacher.take(place)
+            ids = target if own is None or own.ids is None else own.ids
             chosen = z.gather(1, ids).float() * self.scale
             log_z, best, _ = self.softmax(z, write=True)
-            return sparse_teacher_loss(z, chosen, log_z, best, ids, teacher, self.temperature)
-        assert teacher.log_z is not None
+            loss, accept_prob = sparse_teacher_loss(z, chosen, log_z, ids, own)
+            if self.temperature != 1:
+                z.mul_(self.scale)
+            return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1)
         loss, accept_prob = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
         best = torch.empty(len(z), dtype=torch.long, device=z.device)
+        theirs = (teacher.probs, place, teacher.log_z, teacher.entropy)
         options: dict[str, Any] = {"eta": self.config.lk_eta, "KIND": _KINDS[self.config.loss], "BLOCK": _block(z)}
-        _soft_loss[(len(z),)](
-            z, teacher.probs, teacher.log_z, teacher.entropy, loss, accept_prob, best, z.shape[1], self.scale, **options
-        )
-        return loss, accept_prob, best, z
+        _soft_loss[(len(z),)](z, *theirs, loss, accept_prob, best, z.shape[1], self.scale, **options)
+        return loss, accept_prob, best
 
 
 def _block(z: Tensor) -> int:
