@@ -16,9 +16,10 @@ from swift_fastmtp.data.generate import end_token_ids, generate
 from swift_fastmtp.families.family import ENGINES
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.map_files import read_map_list
 from swift_fastmtp.method.metrics import micro_tau
 from swift_fastmtp.method.rollout import segment_ids
-from swift_fastmtp.method.token_map import DraftVocabulary, read_map_list
+from swift_fastmtp.method.token_map import DraftVocabulary
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
 from swift_fastmtp.simulate.simulate import simulate

@@ -28,8 +28,9 @@ from ..files.rows import read_rows
 from ..files.staging import new_files, try_output, write_json
 from ..files.table import terminal_table
 from ..method.config import FastMTPConfig
+from ..method.map_files import check_tokenizer, copy_maps
 from ..method.metrics import expected_rounds, text_counts, verify_rounds
-from ..method.token_map import check_tokenizer, copy_maps, read_token_map
+from ..method.token_map import read_token_map
 from ..model.loading import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
