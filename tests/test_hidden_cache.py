@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import packed_positions, random_mimo
-from helpers.paths import TINY
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
@@ -73,20 +73,23 @@ def test_a_torn_tail_is_cut_off(tmp_path, name, lost):
 
 
 def test_records_of_states_that_are_not_there_are_passed_over(tmp_path):
-    """Of another rank, and of this one: numbers that a broken disk made up, also those whose sum is small again."""
+    """Of another rank, and of this one: numbers that a broken disk made up, also those whose sum is small again. So are
+    those behind them, which the next writer cuts off."""
     one = open_cache(tmp_path, 1)
     ids, states = documents(5, 3)
     one.put(ids[:1], states[:1])
-    one._index.write(
+    one._own[1].write(
         np.array([(b"a" * 16, 2**63, 5), (b"b" * 16, 2**64 - 1, 2), (b"c" * 16, 6, 30)], _RECORD).tobytes()
     )
     one.put(ids[1:], states[1:])
     zero = open_cache(tmp_path, 0)
-    assert all(torch.equal(a, b) for a, b in zip(zero.get(ids), states, strict=True))
-    assert len(zero._places) == 2
+    assert torch.equal(zero.get(ids[:1])[0], states[0]) and zero.get(ids[1:]) is None
     del one
     again = open_cache(tmp_path, 1)
-    assert torch.equal(again.get(ids[:1])[0], states[0]) and len(again._places) == 1
+    assert torch.equal(again.get(ids[:1])[0], states[0]) and again.get(ids[1:]) is None
+    again.put(ids[1:], states[1:])
+    for cache in (zero, again):
+        assert all(torch.equal(a, b) for a, b in zip(cache.get(ids), states, strict=True))
 
 
 def test_what_is_no_file_is_passed_over_or_refused(tmp_path):
@@ -191,11 +194,61 @@ def test_states_under_autocast_are_not_those_without(tmp_path):
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
-    cache = open_cache(tmp_path)
+    ids, states = documents(5, 7, 9)
+    early, writer = open_cache(tmp_path), open_cache(tmp_path)
+    writer.put(ids[:1], states[:1])
     with pytest.raises(FastMTPError, match="another run is writing"):
         open_cache(tmp_path)
+    with pytest.raises(FastMTPError, match="another run is writing"):
+        early.put(ids[1:2], states[1:2])
+    assert torch.equal(early.get(ids[:1])[0], states[0])
+    del writer
+    early.put(ids[1:], states[1:])
+    assert all(torch.equal(a, b) for a, b in zip(early.get(ids), states, strict=True))
+
+
+# Reads the documents of seed 0 as long as it is not told to end; with "write", it has one more to add.
+READER = """
+import sys, torch
+sys.path.insert(0, "tests")
+from test_hidden_cache import documents, open_cache
+cache = open_cache(sys.argv[1])
+if "write" in sys.argv:
+    cache.put(*documents(8, seed=1))
+ids, states = documents(5, 1, 12)
+found = cache.get(ids)
+print("as computed" if all(map(torch.equal, found, states)) else "others", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_complete_cache_is_read_by_several_runs_at_once(tmp_path):
+    """Real processes, which all have it open; the last adds to it, which readers survive and further runs do not."""
+    cache = open_cache(tmp_path)
+    cache.put(*documents(5, 1, 12))
     del cache
-    open_cache(tmp_path)
+
+    def start(*words):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-c", READER, str(tmp_path), *words], cwd=ROOT, text=True, **pipes)
+
+    runs = [start(), start()]
+    assert [run.stdout.readline() for run in runs] == ["as computed\n"] * 2
+    runs.append(start("write"))
+    assert runs[-1].stdout.readline() == "as computed\n"
+    late = start()
+    assert "another run is writing this cache" in late.communicate(timeout=60)[1] and late.returncode
+    for run in runs:
+        run.communicate(timeout=60)
+        assert run.returncode == 0
+    assert open_cache(tmp_path).get([*documents(5, 1, 12)[0], *documents(8, seed=1)[0]]) is not None
+
+
+def test_a_complete_cache_is_read_where_nothing_may_be_written(tmp_path, monkeypatch):
+    ids, states = documents(5, 7)
+    open_cache(tmp_path).put(ids, states)
+    monkeypatch.setattr(HiddenCache, "_open_own", lambda self: pytest.fail("opened to write"))
+    assert torch.equal(open_cache(tmp_path).get(ids)[1], states[1])
 
 
 @pytest.mark.matrix
