@@ -49,11 +49,26 @@ def checkout(revision, folder):
     return folder
 
 
+def with_package(package):
+    """So that Python takes the package of this folder: in a variable too, because the hook for ms-swift, where it is
+    installed, imports it before Python looks into the folder that it is started in."""
+    return {"cwd": package, "env": {**os.environ, "PYTHONPATH": str(package)}}
+
+
+def check_package(package):
+    code = "import swift_fastmtp; print(swift_fastmtp.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], **with_package(package), capture_output=True, text=True, check=True
+    )
+    if not done.stdout.startswith(str(package)):
+        raise SystemExit(f"{done.stdout.strip()} was imported instead of {package}")
+
+
 def cpu_seconds(command, package, folder):
     """Of one run of `fastmtp`, with the package of a folder; inputs are this checkout's."""
     words = command.format(out=Path(folder) / "nothing").split()
     process = subprocess.Popen(
-        [sys.executable, "-m", "swift_fastmtp.cli", *words], cwd=package,  # where `-m` looks first
+        [sys.executable, "-m", "swift_fastmtp.cli", *words], **with_package(package),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     _, status, used = os.wait4(process.pid, 0)
@@ -75,8 +90,8 @@ def main():
     started, made_by, seconds = time.time(), provenance(), {}
     with tempfile.TemporaryDirectory() as old, tempfile.TemporaryDirectory() as out:
         packages = {"before": checkout(args.before, old), "after": ROOT}
-        for package in packages.values():  # byte code, which is written once
-            cpu_seconds("--version", package, out)
+        for package in packages.values():
+            check_package(package)
         for name in args.only:
             runs = {which: [] for which in packages}
             for _ in range(args.repeats):

@@ -11,6 +11,7 @@ from helpers.benchmarks import load
 from helpers.models import random_mimo
 from helpers.paths import ROOT
 
+from swift_fastmtp.files.provenance import git_revision
 from swift_fastmtp.method.config import FastMTPConfig
 
 
@@ -47,6 +48,18 @@ def test_training_benchmark(monkeypatch, tmp_path, capsys):
     seconds = json.loads(output.with_suffix(".json").read_text())["seconds"]
     assert set(step.OURS) | {"reference", "floor"} <= set(seconds) and all(s > 0 for s in seconds.values())
     assert "| reference |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(git_revision() is None, reason="compares revisions of a git checkout")
+def test_startup_benchmark(monkeypatch, tmp_path):
+    startup = load("startup.py")
+    output = tmp_path / "startup"
+    options = ["--before", "HEAD", "--repeats", "1", "--only", "clean --help", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["startup.py", *options])
+    startup.main()
+    seconds = json.loads(output.with_suffix(".json").read_text())["seconds"]["clean --help"]
+    assert 0 < seconds["before"] and 0 < seconds["after"]
+    assert "| `clean --help` |" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.matrix

@@ -1,6 +1,7 @@
 """The cache gives back what the backbone computed, survives kills, and belongs to one model."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -13,12 +14,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import packed_positions, random_mimo
-from helpers.paths import ROOT, TINY
+from helpers.paths import TINY
+from transformers import AutoTokenizer
 
+from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import _RECORD, HiddenCache
 from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.simulate.simulate import simulate
 
 KEY = {"backbone": "abc"}
 
@@ -180,6 +186,26 @@ def test_a_run_that_computes_the_same_states_goes_on(attach, tmp_path):
     attach(tmp_path, "new form", rope_theta="gone", rope_parameters={"rope_type": "default", "rope_theta": 10000})
 
 
+def test_simulate_reads_what_training_kept(attach, rows, tmp_path, monkeypatch):
+    """The states of a run's examples are those of `--answers given` on its rows: the backbone computes none."""
+    model = attach(tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for row in read_rows(rows, 4):
+        for example in training_examples(tokenizer, row):
+            ids = torch.tensor(example.ids)[None]
+            positions = torch.arange(ids.shape[1])[None]
+            model.backbone_states(ids, torch.ones_like(ids), positions, segment_ids(positions))
+    model.hidden_cache = None
+    options = {"answers": "given", "max_rows": 4, "dtype": "bfloat16"}
+    (plain,) = simulate(str(model.model_dir), [], str(rows), **options)
+    written = (tmp_path / "cache" / "states-0.bin").stat().st_mtime_ns
+    monkeypatch.setattr(HiddenCache, "put", lambda *_: pytest.fail("computed again"))
+    (cached,) = simulate(str(model.model_dir), [], str(rows), hidden_cache=str(tmp_path / "cache"), **options)
+    # bfloat16 rounds in batches of another shape otherwise.
+    assert cached.marginal == pytest.approx(plain.marginal, abs=0.05)
+    assert (tmp_path / "cache" / "states-0.bin").stat().st_mtime_ns == written
+
+
 def test_states_under_autocast_are_not_those_without(tmp_path):
     """Whatever the folder says: an evaluation without autocast inside a run with it computes its own."""
     model = random_mimo(2)
@@ -207,40 +233,39 @@ def test_two_runs_do_not_write_one_file(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(early.get(ids), states, strict=True))
 
 
-# Reads the documents of seed 0 as long as it is not told to end; with "write", it has one more to add.
-READER = """
-import sys, torch
-sys.path.insert(0, "tests")
-from test_hidden_cache import documents, open_cache
-cache = open_cache(sys.argv[1])
-if "write" in sys.argv:
-    cache.put(*documents(8, seed=1))
-ids, states = documents(5, 1, 12)
-found = cache.get(ids)
-print("as computed" if all(map(torch.equal, found, states)) else "others", flush=True)
-sys.stdin.read()
-"""
+def read_in_a_process(folder, pipe, more):
+    """Says what it has read, or why not, and keeps the cache open until it is told to end."""
+    try:
+        cache = open_cache(folder)
+        if more:
+            cache.put(*documents(8, seed=1))
+        ids, states = documents(5, 1, 12)
+        pipe.send("as computed" if all(map(torch.equal, cache.get(ids), states)) else "others")
+    except FastMTPError as error:
+        pipe.send(str(error))
+    pipe.recv()
 
 
 def test_a_complete_cache_is_read_by_several_runs_at_once(tmp_path):
     """Real processes, which all have it open; the last adds to it, which readers survive and further runs do not."""
-    cache = open_cache(tmp_path)
-    cache.put(*documents(5, 1, 12))
-    del cache
+    open_cache(tmp_path).put(*documents(5, 1, 12))
+    context = multiprocessing.get_context("fork")
+    running = []
 
-    def start(*words):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, "-c", READER, str(tmp_path), *words], cwd=ROOT, text=True, **pipes)
+    def answer(more=False):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=read_in_a_process, args=(tmp_path, theirs, more))
+        process.start()
+        running.append((process, ours))
+        assert ours.poll(60)
+        return ours.recv()
 
-    runs = [start(), start()]
-    assert [run.stdout.readline() for run in runs] == ["as computed\n"] * 2
-    runs.append(start("write"))
-    assert runs[-1].stdout.readline() == "as computed\n"
-    late = start()
-    assert "another run is writing this cache" in late.communicate(timeout=60)[1] and late.returncode
-    for run in runs:
-        run.communicate(timeout=60)
-        assert run.returncode == 0
+    assert [answer(), answer(), answer(more=True)] == ["as computed"] * 3
+    assert "another run is writing this cache" in answer()
+    for process, pipe in running:
+        pipe.send("end")
+        process.join(60)
+        assert process.exitcode == 0
     assert open_cache(tmp_path).get([*documents(5, 1, 12)[0], *documents(8, seed=1)[0]]) is not None
 
 

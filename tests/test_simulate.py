@@ -114,7 +114,7 @@ def counted(monkeypatch):
 def test_answers_of_a_file_are_not_generated_again(few, tmp_path, monkeypatch, temperature):
     """Nor is a state of the backbone computed again. With fewer drafts too; more of them, or more rows, are added."""
     calls = counted(monkeypatch)
-    options = {"max_new_tokens": 24, "temperature": temperature, "batch_size": 4}
+    options = {"max_new_tokens": 8, "temperature": temperature, "batch_size": 4}
     again = {**options, "answers": str(tmp_path / "answers.jsonl"), "hidden_cache": str(tmp_path / "states")}
     plain = simulate(str(TINY), [], str(few), **options)
     assert simulate(str(TINY), [], str(few), **again) == plain
@@ -158,12 +158,12 @@ def test_answers_of_other_settings_are_refused(few, tmp_path):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_generation_goes_on_after_a_kill(few, tmp_path, temperature):
     """With any number of batches on disk, and a torn line behind them: the same file at the end."""
-    options = {"max_new_tokens": 24, "temperature": temperature, "batch_size": 2}
+    options = {"max_new_tokens": 8, "temperature": temperature, "batch_size": 2}
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     plain = simulate(str(TINY), [], str(few), answers=str(whole), **options)
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 7
-    for kept in (1, 3, 4):
+    for kept in (1, 4):
         cut.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
         assert simulate(str(TINY), [], str(few), answers=str(cut), **options) == plain
         assert cut.read_bytes() == whole.read_bytes()
