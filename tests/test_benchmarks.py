@@ -58,7 +58,7 @@ def test_startup_benchmark(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["startup.py", *options])
     startup.main()
     seconds = json.loads(output.with_suffix(".json").read_text())["seconds"]["clean --help"]
-    assert 0 < seconds["before"] and 0 < seconds["after"]
+    assert seconds["before"] > 0 and seconds["after"] > 0
     assert "| `clean --help` |" in output.with_suffix(".md").read_text()
 
 
