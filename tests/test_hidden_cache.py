@@ -269,6 +269,28 @@ def test_a_complete_cache_is_read_by_several_runs_at_once(tmp_path):
     assert open_cache(tmp_path).get([*documents(5, 1, 12)[0], *documents(8, seed=1)[0]]) is not None
 
 
+def test_of_runs_that_start_at_once_the_first_has_the_folder(tmp_path):
+    """All see an empty folder, and each is of another model."""
+    context = multiprocessing.get_context("fork")
+    start, opened = context.Event(), context.Queue()
+
+    def run(name):
+        start.wait(60)
+        try:
+            opened.put(open_cache(tmp_path / "new", key={"backbone": name})._named_by)
+        except FastMTPError as error:
+            opened.put(str(error))
+
+    processes = [context.Process(target=run, args=(name,)) for name in "abcdef"]
+    for process in processes:
+        process.start()
+    start.set()
+    answers = [opened.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sum("hidden states of another model" in answer for answer in answers) == len(processes) - 1
+
+
 def test_a_complete_cache_is_read_where_nothing_may_be_written(tmp_path, monkeypatch):
     ids, states = documents(5, 7)
     open_cache(tmp_path).put(ids, states)

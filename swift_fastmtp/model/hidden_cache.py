@@ -13,11 +13,13 @@ Ranks read each other's files and write their own. A run is a reader until it ha
 runs read a cache that is complete for them, and one writes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +148,9 @@ class HiddenCache:
         if not os.path.lexists(path):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(info, path)
+                self._write_info(info, path)
             except OSError as error:
                 raise FastMTPError(f"{self.folder}: cannot hold a hidden-state cache ({error})") from None
-            return
         stored = read_object(path)
         if stored.get("schema") != _SCHEMA:
             raise FastMTPError(
@@ -163,6 +164,17 @@ class HiddenCache:
                     f"{self.folder}: holds hidden states of another model ({name} is {before.get(name)!r}, this run "
                     f"has {now.get(name)!r}); name another folder as {self._named_by}, or delete this one"
                 )
+
+    def _write_info(self, info: dict[str, Any], path: Path) -> None:
+        """Of several runs that start at once, the first says whose the folder is, and the others compare with that."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if not os.path.lexists(path):
+                write_json(info, path)
+        finally:
+            os.close(folder)
 
     def _check_no_writer(self) -> None:
         """Raises `FastMTPError` if another run is writing. What this one needs may be among what is not there yet, and
