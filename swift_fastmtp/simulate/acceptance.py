@@ -31,7 +31,7 @@ TOKENS_PER_BATCH = 32_768
 
 
 class Text(NamedTuple):
-    """One conversation as token ids: prompt, answer, and up to K greedy tokens that would have followed."""
+    """One conversation as token ids: prompt, answer, and tokens that would have followed, K if they are known."""
 
     ids: list[int]
     start: int
@@ -87,7 +87,7 @@ def _generated(
     seed: int,
     kept: KeptAnswers | None,
 ) -> list[KeptAnswer]:
-    """The model's answers to prompts, with the K tokens that would have followed; `sampling` as `generate` takes it.
+    """The model's answers to prompts, with at least K tokens that would have followed; `sampling` as `generate` has it.
 
     Batches are the same whatever is kept of them, and seeded by number: one that was cut off is generated again, the
     same.

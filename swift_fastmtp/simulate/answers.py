@@ -39,11 +39,10 @@ class KeptAnswers:
         self._known, self._part = known, part
 
     def get(self, prompt: list[int], sample: int, num_after: int) -> KeptAnswer | None:
-        """The answer, if it is there with so many tokens after it; those beyond are left out."""
+        """The answer, if it is there with so many tokens after it. More are no harm, and the hidden states of the whole
+        may be kept."""
         found = self._known.get((tuple(prompt), sample))
-        if found is None or len(found.after) < num_after:
-            return None
-        return found._replace(after=found.after[:num_after])
+        return None if found is None or len(found.after) < num_after else found
 
     def add(self, answers: list[KeptAnswer]) -> None:
         """Append answers. A kill from now on loses none of them. Raises `FastMTPError` if they cannot be written."""
