@@ -11,6 +11,7 @@ from helpers.benchmarks import load
 from helpers.models import random_mimo
 from helpers.paths import ROOT
 
+from swift_fastmtp.files.provenance import git_revision
 from swift_fastmtp.method.config import FastMTPConfig
 
 
@@ -66,6 +67,18 @@ def test_a_step_beside_speculators(monkeypatch, tmp_path):
     assert record["same_objective"]["gradient_difference"] < 1e-5
     assert all(size > 0 for size in record["extra_bytes"].values())
     assert "| exact, kl (default) |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(git_revision() is None, reason="compares revisions of a git checkout")
+def test_startup_benchmark(monkeypatch, tmp_path):
+    startup = load("startup.py")
+    output = tmp_path / "startup"
+    options = ["--before", "HEAD", "--repeats", "1", "--only", "clean --help", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["startup.py", *options])
+    startup.main()
+    seconds = json.loads(output.with_suffix(".json").read_text())["seconds"]["clean --help"]
+    assert seconds["before"] > 0 and seconds["after"] > 0
+    assert "| `clean --help` |" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.matrix

@@ -1,6 +1,7 @@
 """The cache gives back what the backbone computed, survives kills, and belongs to one model."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +15,16 @@ import pytest
 import torch
 from helpers.models import packed_positions, random_mimo
 from helpers.paths import TINY
+from transformers import AutoTokenizer
 
+from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import _RECORD, HiddenCache
 from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.simulate.simulate import simulate
 
 KEY = {"backbone": "abc"}
 
@@ -73,20 +79,23 @@ def test_a_torn_tail_is_cut_off(tmp_path, name, lost):
 
 
 def test_records_of_states_that_are_not_there_are_passed_over(tmp_path):
-    """Of another rank, and of this one: numbers that a broken disk made up, also those whose sum is small again."""
+    """Of another rank, and of this one: numbers that a broken disk made up, also those whose sum is small again. So are
+    those behind them, which the next writer cuts off."""
     one = open_cache(tmp_path, 1)
     ids, states = documents(5, 3)
     one.put(ids[:1], states[:1])
-    one._index.write(
+    one._own[1].write(
         np.array([(b"a" * 16, 2**63, 5), (b"b" * 16, 2**64 - 1, 2), (b"c" * 16, 6, 30)], _RECORD).tobytes()
     )
     one.put(ids[1:], states[1:])
     zero = open_cache(tmp_path, 0)
-    assert all(torch.equal(a, b) for a, b in zip(zero.get(ids), states, strict=True))
-    assert len(zero._places) == 2
+    assert torch.equal(zero.get(ids[:1])[0], states[0]) and zero.get(ids[1:]) is None
     del one
     again = open_cache(tmp_path, 1)
-    assert torch.equal(again.get(ids[:1])[0], states[0]) and len(again._places) == 1
+    assert torch.equal(again.get(ids[:1])[0], states[0]) and again.get(ids[1:]) is None
+    again.put(ids[1:], states[1:])
+    for cache in (zero, again):
+        assert all(torch.equal(a, b) for a, b in zip(cache.get(ids), states, strict=True))
 
 
 def test_what_is_no_file_is_passed_over_or_refused(tmp_path):
@@ -177,6 +186,26 @@ def test_a_run_that_computes_the_same_states_goes_on(attach, tmp_path):
     attach(tmp_path, "new form", rope_theta="gone", rope_parameters={"rope_type": "default", "rope_theta": 10000})
 
 
+def test_simulate_reads_what_training_kept(attach, rows, tmp_path, monkeypatch):
+    """The states of a run's examples are those of `--answers given` on its rows: the backbone computes none."""
+    model = attach(tmp_path / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    for row in read_rows(rows, 4):
+        for example in training_examples(tokenizer, row):
+            ids = torch.tensor(example.ids)[None]
+            positions = torch.arange(ids.shape[1])[None]
+            model.backbone_states(ids, torch.ones_like(ids), positions, segment_ids(positions))
+    model.hidden_cache = None
+    options = {"answers": "given", "max_rows": 4, "dtype": "bfloat16"}
+    (plain,) = simulate(str(model.model_dir), [], str(rows), **options)
+    written = (tmp_path / "cache" / "states-0.bin").stat().st_mtime_ns
+    monkeypatch.setattr(HiddenCache, "put", lambda *_: pytest.fail("computed again"))
+    (cached,) = simulate(str(model.model_dir), [], str(rows), hidden_cache=str(tmp_path / "cache"), **options)
+    # bfloat16 rounds in batches of another shape otherwise.
+    assert cached.marginal == pytest.approx(plain.marginal, abs=0.05)
+    assert (tmp_path / "cache" / "states-0.bin").stat().st_mtime_ns == written
+
+
 def test_states_under_autocast_are_not_those_without(tmp_path):
     """Whatever the folder says: an evaluation without autocast inside a run with it computes its own."""
     model = random_mimo(2)
@@ -191,11 +220,82 @@ def test_states_under_autocast_are_not_those_without(tmp_path):
 
 
 def test_two_runs_do_not_write_one_file(tmp_path):
-    cache = open_cache(tmp_path)
+    ids, states = documents(5, 7, 9)
+    early, writer = open_cache(tmp_path), open_cache(tmp_path)
+    writer.put(ids[:1], states[:1])
     with pytest.raises(FastMTPError, match="another run is writing"):
         open_cache(tmp_path)
-    del cache
-    open_cache(tmp_path)
+    with pytest.raises(FastMTPError, match="another run is writing"):
+        early.put(ids[1:2], states[1:2])
+    assert torch.equal(early.get(ids[:1])[0], states[0])
+    del writer
+    early.put(ids[1:], states[1:])
+    assert all(torch.equal(a, b) for a, b in zip(early.get(ids), states, strict=True))
+
+
+def read_in_a_process(folder, pipe, more):
+    """Says what it has read, or why not, and keeps the cache open until it is told to end."""
+    try:
+        cache = open_cache(folder)
+        if more:
+            cache.put(*documents(8, seed=1))
+        ids, states = documents(5, 1, 12)
+        pipe.send("as computed" if all(map(torch.equal, cache.get(ids), states)) else "others")
+    except FastMTPError as error:
+        pipe.send(str(error))
+    pipe.recv()
+
+
+def test_a_complete_cache_is_read_by_several_runs_at_once(tmp_path):
+    """Real processes, which all have it open; the last adds to it, which readers survive and further runs do not."""
+    open_cache(tmp_path).put(*documents(5, 1, 12))
+    context = multiprocessing.get_context("fork")
+    running = []
+
+    def answer(more=False):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=read_in_a_process, args=(tmp_path, theirs, more))
+        process.start()
+        running.append((process, ours))
+        assert ours.poll(60)
+        return ours.recv()
+
+    assert [answer(), answer(), answer(more=True)] == ["as computed"] * 3
+    assert "another run is writing this cache" in answer()
+    for process, pipe in running:
+        pipe.send("end")
+        process.join(60)
+        assert process.exitcode == 0
+    assert open_cache(tmp_path).get([*documents(5, 1, 12)[0], *documents(8, seed=1)[0]]) is not None
+
+
+def test_of_runs_that_start_at_once_the_first_has_the_folder(tmp_path):
+    """All see an empty folder, and each is of another model."""
+    context = multiprocessing.get_context("fork")
+    start, opened = context.Event(), context.Queue()
+
+    def run(name):
+        start.wait(60)
+        try:
+            opened.put(open_cache(tmp_path / "new", key={"backbone": name})._named_by)
+        except FastMTPError as error:
+            opened.put(str(error))
+
+    processes = [context.Process(target=run, args=(name,)) for name in "abcdef"]
+    for process in processes:
+        process.start()
+    start.set()
+    answers = [opened.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+    assert sum("hidden states of another model" in answer for answer in answers) == len(processes) - 1
+
+
+def test_a_complete_cache_is_read_where_nothing_may_be_written(tmp_path, monkeypatch):
+    ids, states = documents(5, 7)
+    open_cache(tmp_path).put(ids, states)
+    monkeypatch.setattr(HiddenCache, "_open_own", lambda self: pytest.fail("opened to write"))
+    assert torch.equal(open_cache(tmp_path).get(ids)[1], states[1])
 
 
 @pytest.mark.matrix

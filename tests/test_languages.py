@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from swift_fastmtp.checkpoint.config_file import TOKEN_MAPS_KEY
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.errors import FastMTPError
-from swift_fastmtp.method.token_map import read_map_list
+from swift_fastmtp.method.map_files import read_map_list
 from swift_fastmtp.serving.maps import AGAIN_EVERY, VARIABLE, check_weight, maps_of
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
 from swift_fastmtp.serving.router import FULL, Router

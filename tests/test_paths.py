@@ -21,7 +21,7 @@ from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.files.paths import files_of, inside
-from swift_fastmtp.method.token_map import copy_maps, read_map_list
+from swift_fastmtp.method.map_files import copy_maps, read_map_list
 
 OUTSIDE = ["/etc/passwd", "../x.pt", "a/../../x.pt", "..", "a/../../../etc/x", "", "a\0b", "..\\x.pt"]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -355,14 +356,23 @@ def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
 
 @pytest.mark.matrix
 def test_hidden_cache_gives_the_same_run_without_the_backbone(rows, tmp_path):
-    """Two epochs with and without it: the same losses; started again, not one hidden state is computed or written."""
+    """Two epochs with and without it: the same losses; two that start again, at once, compute and write not one hidden
+    state."""
     changes = {"max_steps": 24, "save_steps": 24, "val_dataset": f"{rows}#8", "eval_steps": 12}
     swift(*sft_args(TINY, rows, tmp_path / "plain", **changes))
     knobs = json.dumps({"fastmtp_hidden_cache": str(tmp_path / "cache"), "fastmtp_hidden_cache_gb": 1})
-    sizes = []
-    for name in ("first", "again"):
-        swift(*sft_args(TINY, rows, tmp_path / name, model_kwargs=knobs, **changes))
+    states = tmp_path / "cache" / "states-0.bin"
+
+    def run(name):
+        # An environment of its own: a process of its own, that others do not wait for.
+        arguments = sft_args(TINY, rows, tmp_path / name, model_kwargs=knobs, **changes)
+        swift(*arguments, env={"PYTHONUNBUFFERED": "1"})
+
+    run("first")
+    written = states.stat()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, ["again", "at once"]))
+    assert written.st_size == states.stat().st_size > 0 and written.st_mtime_ns == states.stat().st_mtime_ns
+    for name in ("first", "again", "at once"):
         for key in ("loss", "eval_loss"):
             assert logged(tmp_path / name, key) == pytest.approx(logged(tmp_path / "plain", key), rel=1e-4)
-        sizes.append((tmp_path / "cache" / "states-0.bin").stat().st_size)
-    assert sizes[0] == sizes[1] > 0

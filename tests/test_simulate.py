@@ -13,13 +13,17 @@ from transformers import AutoTokenizer
 from swift_fastmtp.data.chat_template import encode_prompt
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.generate import end_token_ids, generate
+from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.families.family import ENGINES
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.map_files import read_map_list
 from swift_fastmtp.method.metrics import micro_tau
 from swift_fastmtp.method.rollout import segment_ids
-from swift_fastmtp.method.token_map import DraftVocabulary, read_map_list
+from swift_fastmtp.method.token_map import DraftVocabulary
 from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.simulate import acceptance
+from swift_fastmtp.simulate import simulate as simulate_module
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
 from swift_fastmtp.simulate.simulate import simulate
 
@@ -88,6 +92,90 @@ def test_given_answers_are_taken_as_they_are(few, tmp_path):
     assert given.marginal == generated.marginal and given.conditional == generated.conditional
     # What would have followed a given answer is not known, so drafts past its end never count.
     assert all(a <= b for a, b in zip(given.tau_micro, generated.tau_micro, strict=True))
+
+
+def counted(monkeypatch):
+    """Grows by a line for each call of the model's backbone, and of `generate`."""
+    calls = []
+    original = simulate_module.load_model
+
+    def load(*args):
+        model = original(*args)
+        model.model.register_forward_hook(lambda *_: calls.append("backbone"))
+        return model
+
+    monkeypatch.setattr(simulate_module, "load_model", load)
+    generating = acceptance.generate
+    monkeypatch.setattr(acceptance, "generate", lambda *a, **k: (calls.append("generate"), generating(*a, **k))[1])
+    return calls
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_of_a_file_are_not_generated_again(few, tmp_path, monkeypatch, temperature):
+    """Nor is a state of the backbone computed again. With fewer drafts too; more of them, or more rows, are added."""
+    calls = counted(monkeypatch)
+    options = {"max_new_tokens": 8, "temperature": temperature, "batch_size": 4}
+    again = {**options, "answers": str(tmp_path / "answers.jsonl"), "hidden_cache": str(tmp_path / "states")}
+    plain = simulate(str(TINY), [], str(few), **options)
+    assert simulate(str(TINY), [], str(few), **again) == plain
+    calls.clear()
+    assert simulate(str(TINY), [], str(few), **again) == plain
+    assert calls == []
+    shorter = simulate(str(TINY), [], str(few), num_steps=2, **again)
+    assert calls == [] and shorter[0].marginal == plain[0].marginal[:2]
+    with open(few, "a") as file:
+        file.write(PROMPTS.read_text().splitlines()[-1] + "\n")
+    calls.clear()
+    simulate(str(TINY), [], str(few), **again)
+    assert 0 < calls.count("generate") <= 4  # a batch, answers and what follows them
+
+
+def test_answers_of_other_settings_are_refused(few, tmp_path):
+    file = tmp_path / "answers.jsonl"
+
+    def run(**options):
+        simulate(str(TINY), [], str(few), max_rows=1, **{"max_new_tokens": 4, "answers": str(file), **options})
+
+    run()
+    before = file.read_bytes()
+    for options, message in (
+        ({"max_new_tokens": 5}, "generated with max_new_tokens 4, this run has 5; name another file"),
+        ({"temperature": 0.5}, "generated with temperature 0.0, this run has 0.5"),
+        ({"dtype": "bfloat16"}, "generated with dtype"),
+        ({"answers": str(few)}, "not a file of answers of this version; name a new file"),
+        ({"answers": "generated"}, "must be `generate`, `given`, or a file whose name ends in .jsonl"),
+    ):
+        with pytest.raises(FastMTPError) as error:
+            run(**options)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert file.read_bytes() == before
+    for line in ("[]", "{}", '{"prompt": [1], "sample": 0, "answer": [9999], "after": []}', "\xff"):
+        file.write_bytes(before + line.encode("latin-1") + b"\n")
+        with pytest.raises(FastMTPError, match=r"answers\.jsonl:3: "):
+            run()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_generation_goes_on_after_a_kill(few, tmp_path, temperature):
+    """With any number of batches on disk, and a torn line behind them: the same file at the end."""
+    options = {"max_new_tokens": 8, "temperature": temperature, "batch_size": 2}
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    plain = simulate(str(TINY), [], str(few), answers=str(whole), **options)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 7
+    for kept in (1, 4):
+        cut.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
+        assert simulate(str(TINY), [], str(few), answers=str(cut), **options) == plain
+        assert cut.read_bytes() == whole.read_bytes()
+
+
+def test_states_of_another_model_dtype_or_graph_are_refused(few, tmp_path):
+    options = {"answers": str(tmp_path / "answers.jsonl"), "max_new_tokens": 4, "max_rows": 1}
+    cache = str(tmp_path / "states")
+    simulate(str(TINY), [], str(few), hidden_cache=cache, **options)
+    for other in ({"dtype": "bfloat16"}, {"engine": "vllm"}, {"engine": "both"}):
+        with pytest.raises(FastMTPError, match=r"another model .* name another folder as --hidden_cache, or delete"):
+            simulate(str(TINY), [], str(few), hidden_cache=cache, **{**options, "answers": "generate", **other})
 
 
 @torch.no_grad()

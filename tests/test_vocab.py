@@ -23,9 +23,10 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.files.copies import file_hash
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.token_map import read_token_map
-from swift_fastmtp.vocab.build import make_parts, part_of, verify_map, vocab
+from swift_fastmtp.vocab.build import make_parts, part_of, vocab
 from swift_fastmtp.vocab.counts import Counts, CountSettings, cell_of, count_chunk, count_files
 from swift_fastmtp.vocab.coverage import coverage_report
+from swift_fastmtp.vocab.maps import verify_map
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 
 VOCABULARY = read_vocabulary(TINY)

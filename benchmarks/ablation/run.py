@@ -129,9 +129,8 @@ class Bench:
     def evaluation_texts(self, split, temperature, lang, rows):
         path = self.out / f"texts-{split}-{temperature}-{lang}.json"
         if not path.exists():
-            torch.manual_seed(7)
             chosen = [{"messages": r["messages"]} for r in rows if r["language"] == lang]
-            made = make_texts(self.model, self.tokenizer, chosen, ANSWER, "generate", 40, temperature)
+            made = make_texts(self.model, self.tokenizer, chosen, ANSWER, "generate", 40, temperature, seed=7)
             write_json([list(t) for t in made], path)
         return [Text(*t) for t in json.loads(path.read_text())]
 

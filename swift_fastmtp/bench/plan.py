@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config_file import TOKEN_MAPS_KEY
+from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..data.client import Sampling, check_address
 from ..data.tasks import Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
 from ..files.schema import build, check_values
 from ..files.show import listed, show
-from ..method.token_map import check_tokenizer, read_token_map
+from ..method.map_files import check_tokenizer
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
 from ..serving.launch import ENVIRONMENT, command, flags_for, static_map
-from ..serving.maps import VARIABLE
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
@@ -316,7 +315,7 @@ def _launch(
             token_map = f"{folder}/config.json"
         else:  # the plan decides about maps, not the environment that it happens to run in
             is_flag = static is not None and plan.engine == "sglang"
-            environment[VARIABLE] = token_map if token_map and not is_flag else NO_MAP
+            environment[TOKEN_MAPS_VARIABLE] = token_map if token_map and not is_flag else NO_MAP
         python = server.python or plan.python
         if python and words[0] == "python":
             words[0] = python
@@ -325,6 +324,8 @@ def _launch(
     # A map of another model is refused before anything is started, which takes minutes.
     size = None
     if static is not None:
+        from ..method.token_map import read_token_map  # torch, which takes seconds: only where there is a map
+
         check_file(static)
         size = len(read_token_map(static, Checkpoint(plan.model).vocab_size))
         check_tokenizer(static, plan.model)

@@ -9,37 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config_file import TOKEN_MAPS_KEY, WrongTypeError
-from ..checkpoint.fingerprint import WHOLE_BELOW
-from ..checkpoint.finite import is_finite
-from ..checkpoint.fp8 import DTYPE as FP8
-from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER
-from ..checkpoint.mtp_tensors import read_plain
-from ..checkpoint.quantization import parts_of, read_quantization
-from ..checkpoint.quantization_methods import SGLANG
+from ..checkpoint.quantization import read_quantization
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import ENGINE_NAMES, Family, config_value
 from ..files.known_files import read_object
-from ..method.token_map import check_map_list, check_tokenizer, read_token_map
+from ..method.map_files import check_map_list, check_tokenizer
 from ..vocab.languages import check_names
-from .doctor_origin import check_origin
-from .doctor_quantization import check_dtypes, check_quantization, is_packed, stored_tensors
 from .finding import Finding
-from .inspection import MTP_WORD
 
 _NOT_LOADED = {
     "error": "engines check the index before they load anything",
     "warning": "the engine loads another set of files than SGLang, from which everything here was read",
 }
-_PLAIN = {"bfloat16", "float16", "float32"}
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_SMALL = 2**20  # bytes
 
 
 def examine(
@@ -78,16 +64,20 @@ def examine(
     except FastMTPError as error:
         why = "an engine loads every tensor of every listed file; of two with one name, the last one wins"
         return [*findings, Finding("error", str(error), why, "export again, or remove the stale file")]
+    # Tensors from here on: what could be found without them is, before torch and the models' classes are imported.
+    from .doctor_origin import check_origin
+    from .doctor_tensors import check_backbone, check_layer
+
     findings += _files(checkpoint, family)
     if fault := checkpoint.vocab_size_fault:
         why = "engines stop, or read and draft ids that no row is for"
         findings.append(Finding("error", f"config.json: {fault}", why, "take config.json from the base model"))
     try:
-        findings += _tensors(checkpoint, family)
+        findings += check_layer(checkpoint, family)
     except FastMTPError as error:
         why = "engines build the draft from config.json, and stop, or build another model"
         return [*findings, Finding("error", str(error), why, "take config.json from the base model")]
-    findings += _backbone(checkpoint, family)
+    findings += check_backbone(checkpoint, family)
     findings += check_origin(checkpoint, family, model)
     trained_for = checkpoint.trained_for
     if trained_for and (mismatch := family.mismatch(trained_for, engine)):
@@ -173,101 +163,6 @@ def _files(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
         )
 
 
-def _tensors(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
-    from ..model.loading import head_shapes, keeps_float32  # builds the head on the meta device
-
-    expected = head_shapes(checkpoint)
-    parts = parts_of(family, expected)
-    stored = stored_tensors(checkpoint, family, parts)
-    present = {n for n in checkpoint.file_of if family.owns(n) and not family.is_copy(n)}
-    present = {n for n in present if n.removesuffix(SCALE) not in expected or n in expected}
-    # A matrix in another quantized form than FP8 blocks: its tensors have other names, shapes or meanings.
-    packed = {m for m, names in stored.items() if is_packed(m, names)}
-    present -= {n for m in packed for n in stored[m]}
-    expected = {n: shape for n, shape in expected.items() if n.removesuffix(".weight") not in packed}
-    # What is missing, what is too much, and what lies under another name.
-    missing = set(expected) - present
-    elsewhere = checkpoint.elsewhere(family) if missing else None
-    if elsewhere:
-        why = "engines keep the random values of a parameter that no tensor fills, and draft garbage"
-        yield Finding("error", elsewhere.text, why, "set index and names right; no graft is needed")
-        missing -= elsewhere.names
-    for name in sorted(missing):
-        yield Finding(
-            "error",
-            f"{name} is missing",
-            "engines keep the random values of a parameter that no tensor fills, and draft garbage",
-            "export again; plain transformers drops MTP tensors when it saves",
-        )
-    for name in sorted(present - set(expected)):
-        yield Finding(
-            "error",
-            f"{name} is not a tensor of the one MTP layer",
-            "SGLang has the parameters of one layer: another's are loaded over them, or stop the start",
-            f"keep exactly the {len(expected)} tensors under {' and '.join(family.layer_paths)}",
-        )
-    for name in sorted(n for n in checkpoint.file_of if MTP_WORD.search(n) and not family.owns(n)):
-        yield Finding(
-            "error",
-            f"{name} looks like an MTP tensor under another name",
-            f"engines read {family.root}.* and ignore the rest",
-            f"rename it to {family.root}.…",
-        )
-    # What is there: its values, and the form it is stored in.
-    for name in sorted(present & set(expected)):
-        yield from _values(name, checkpoint, expected[name], family)
-    projection = f"{family.names.prefix}.{family.names.proj}.weight"
-    if projection + SCALE in checkpoint.file_of and SGLANG not in family.engines.quantized_proj:
-        yield Finding(
-            "error",
-            f"{projection} is FP8 in blocks",
-            "SGLang has a plain matrix there, whatever config.json says, and loads these numbers without their scales",
-            "start from a checkpoint that leaves it out of the quantization",
-        )
-    named = sorted(n for n in present & set(expected) if not keeps_float32(family, n))
-    yield from check_dtypes(checkpoint, named, packed)
-    yield from check_quantization(checkpoint, family, parts, stored)
-
-
-def _values(name: str, checkpoint: Checkpoint, shape: tuple[int, ...], family: Family) -> Iterator[Finding]:
-    if checkpoint.shape(name) != shape:
-        what = f"{name} has shape {list(checkpoint.shape(name))}, config.json says {list(shape)}"
-        yield Finding("error", what, "the engine fails, or loads a part of it", "export again for this config")
-        return
-    tensor = checkpoint.read(name)
-    if tensor.dtype == FP8 or name + SCALE in checkpoint.file_of:
-        try:
-            tensor = read_plain(checkpoint, name)
-        except FastMTPError as error:
-            why = "engines multiply the stored numbers by their scales, by what config.json says of them"
-            yield Finding("error", str(error), why, "export again, from the base model's own config.json")
-            return
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-        yield Finding(
-            "error", f"{name} holds NaN or infinity", "every draft becomes token 0", "train again from the base"
-        )
-    elif not bool(tensor.any()) and not name.endswith("bias"):
-        sound_norm = family.fusion.zero_centered_norms and len(shape) == 1
-        if not sound_norm:
-            yield Finding("error", f"{name} is all zeros", "the layer cannot carry information", "export again")
-
-
-def _backbone(checkpoint: Checkpoint, family: Family) -> Iterator[Finding]:
-    """Whether the backbone's numbers are some. Of one larger than `WHOLE_BELOW` only the small tensors are read."""
-    sizes = {name: entry.size for name, entry in checkpoint.entries.items() if entry.dtype in _FLOATS}
-    names = sorted(name for name in sizes if not family.owns(name))
-    if sum(sizes[name] for name in names) > WHOLE_BELOW:
-        names = [name for name in names if sizes[name] <= _SMALL]
-    bad = [name for name in names if not is_finite(checkpoint.read(name))]
-    if bad:
-        yield Finding(
-            "error",
-            f"{bad[0]} holds NaN or infinity ({len(bad)} such tensors of the backbone)",
-            "hidden states become NaN: the model answers token 0 for ever, and every draft is accepted",
-            "download the checkpoint again",
-        )
-
-
 def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
     try:
         maps = check_map_list(config[TOKEN_MAPS_KEY], folder / "config.json")
@@ -280,6 +175,8 @@ def _map_list(folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _map(path: Path, folder: Path, config: dict[str, Any]) -> Iterator[Finding]:
+    from ..method.token_map import read_token_map  # torch, which takes seconds
+
     try:
         ids = set(read_token_map(path, config_value(config, "vocab_size")).tolist())
         check_tokenizer(path, folder)

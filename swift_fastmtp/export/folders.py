@@ -36,7 +36,8 @@ from ..files.known_files import read_object
 from ..files.paths import files_of
 from ..files.staging import new_folder, try_output, write_json
 from ..method.config import FastMTPConfig
-from ..method.token_map import check_tokenizer, copy_maps, read_map_list, read_token_map
+from ..method.map_files import check_tokenizer, copy_maps, read_map_list
+from ..method.token_map import read_token_map
 from ..vocab.languages import check_names
 
 # Written by trainers next to a model; they describe a run, not a model.

@@ -14,6 +14,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER, Headers
+from ..checkpoint.layer_shapes import stated_shapes
 from ..checkpoint.quantization import left_out_in_words
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
@@ -214,11 +215,12 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
     matrices = {n for n in every if n.endswith("lm_head.weight") or is_embedding(n)}
     if not matrices - set(names):
         reasons.append(Reason("training", "holds the MTP layer without a backbone; train from the full checkpoint"))
-    from ..model.loading import needed_tensors
-
     listed = {*headers.stale, *headers.absent} - set(missing)
-    needed = needed_tensors(checkpoint, listed, headers.entries)
-    reasons += [Reason("draft", line) for line in _lost(headers, needed)]
+    if listed:
+        from ..model.loading import needed_tensors  # builds the model: only where the index names what is not there
+
+        needed = needed_tensors(checkpoint, listed, headers.entries)
+        reasons += [Reason("draft", line) for line in _lost(headers, needed)]
     return reasons
 
 
@@ -271,7 +273,9 @@ def _unknown(config: dict[str, Any]) -> str:
 
 
 def _head_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from ..model.loading import head_shapes  # transformers only where a family asks for it
+    if (stated := stated_shapes(checkpoint)) is not None:
+        return stated
+    from ..model.loading import head_shapes  # transformers takes seconds: only where config.json is not as usual
 
     return head_shapes(checkpoint)
 
@@ -289,10 +293,7 @@ def _quantization(config: dict[str, Any]) -> str | None:
 def _lost_on_save(family: Family | None, layout: Layout | None) -> str:
     pattern = layout.ignored if layout else None
     if family:
-        from ..model.head import import_class
-
-        patterns = getattr(import_class(family.backbone), "_keys_to_ignore_on_load_unexpected", None) or []
-        pattern = next((p for p in patterns if re.match(p, f"{family.names.prefix}.")), None)
+        pattern = next((p for p in family.ignored if re.match(p, f"{family.names.prefix}.")), None)
     how = f"silently (its class ignores {pattern})" if pattern else "after one warning about unused weights"
     return f"transformers drops the MTP layer, {how}; a save_pretrained of that model has none"
 

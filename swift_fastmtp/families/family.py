@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import FastMTPError
+from .shapes import Part
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,10 @@ class Block:
 
     layer_class: str
     """As 'module:Class'; made with the backbone's configuration and `layer_idx=0`."""
+    attention: Part
+    """The tensors of its attention, without making it (`shapes.py`)."""
+    mlp: Part
+    """The same of its feed-forward part."""
     overrides: tuple[tuple[str, Any], ...] = ()
     """Settings of config.json that engines take otherwise for the MTP layer's block."""
     indexer_rope: str | None = None
@@ -152,6 +157,8 @@ class Family:
     fusion: Fusion = field(default_factory=Fusion)
     config_class: str | None = None
     """Configuration class for a `model_type` of which transformers has none, as 'module:Class'."""
+    ignored: tuple[str, ...] = ()
+    """Patterns of names that transformers drops while it loads the backbone, without a word."""
     recurrent_backbone: bool = False
     """Backbone layers carry a state from row to row (linear attention): documents packed into one row would leak."""
 

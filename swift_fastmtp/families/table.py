@@ -5,6 +5,7 @@ and which decoder block it wraps. Everything that differs between families is he
 asks which family it has. README.md says how a row is added.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from ..errors import FastMTPError
 from ..files.table import markdown_table
 from .family import READ_IN, Block, Engines, Family, Fusion, Graph, Names, config_value
 from .refused import LAYOUTS, known_layout
+from .shapes import (
+    dense,
+    experts,
+    experts_and_gated_expert,
+    experts_and_shared_ones,
+    grouped,
+    latent,
+    one_matrix,
+    sparse_latent,
+)
 
 # Two layouts that several models share. Every row below says which it has; no row is made from another model's.
 
@@ -45,6 +56,9 @@ VLLM_DEEPSEEK_SPARSE = Graph(mask_position_zero=True, source="models/deepseek_v3
 # drafts on.
 _DECAY_RATES = ("linear_attn.A_log",)
 
+# Qwen3-Next's attention, and Qwen3.5's.
+GATED = partial(grouped, inputs_bias="attention_bias", output_bias="attention_bias", head_norms=True, gated=True)
+
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -61,7 +75,11 @@ FAMILIES: tuple[Family, ...] = (
             final_norm="final_layernorm",
         ),
         fusion=Fusion(hidden_first=True),
-        block=Block("transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer"),
+        block=Block(
+            "transformers.models.qwen2.modeling_qwen2:Qwen2DecoderLayer",
+            attention=partial(grouped, inputs_bias=True, head_dim_by_width=True),
+            mlp=dense,
+        ),
         engines=Engines(
             "mimo_mtp.py: MiMoMTP",
             sglang=Graph(mask_position_zero=True, source="qwen2.py:468, mimo_mtp.py:63, 83"),
@@ -78,10 +96,13 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen3_next",
         backbone="transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextForCausalLM",
         recurrent_backbone=True,
+        ignored=("^mtp.*",),
         names=UNDER_MTP,
         fusion=Fusion(zero_centered_norms=True),
         block=Block(
             "transformers.models.qwen3_next.modeling_qwen3_next:Qwen3NextDecoderLayer",
+            attention=GATED,
+            mlp=experts_and_gated_expert,
             # SGLang's layer has experts whatever these say of layer 0 (`qwen3_next.py`).
             overrides=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
         ),
@@ -102,9 +123,14 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen3_5_text",
         backbone="transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5ForCausalLM",
         recurrent_backbone=True,
+        ignored=("^mtp.*", "^model.visual.*"),
         names=UNDER_MTP,
         fusion=Fusion(zero_centered_norms=True),
-        block=Block("transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer"),
+        block=Block(
+            "transformers.models.qwen3_5.modeling_qwen3_5:Qwen3_5DecoderLayer",
+            attention=GATED,
+            mlp=dense,
+        ),
         engines=Engines(
             "qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
             sglang=Graph(source="qwen3_5.py:1972"),
@@ -124,9 +150,14 @@ FAMILIES: tuple[Family, ...] = (
         model_type="qwen3_5_moe_text",
         backbone="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeForCausalLM",
         recurrent_backbone=True,
+        ignored=("^mtp.*", "^model.visual.*"),
         names=UNDER_MTP,
         fusion=Fusion(zero_centered_norms=True),
-        block=Block("transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer"),
+        block=Block(
+            "transformers.models.qwen3_5_moe.modeling_qwen3_5_moe:Qwen3_5MoeDecoderLayer",
+            attention=GATED,
+            mlp=experts_and_gated_expert,
+        ),
         engines=Engines(
             "qwen3_5_mtp.py: Qwen3_5ForCausalLMMTP",
             sglang=Graph(source="qwen3_5.py:1972"),
@@ -148,6 +179,8 @@ FAMILIES: tuple[Family, ...] = (
         names=UNDER_MTP,
         block=Block(
             "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeDecoderLayer",
+            attention=partial(grouped, inputs_bias="attention_bias", output_bias="attention_bias", head_norms=True),
+            mlp=experts,
             overrides=(("mlp_only_layers", ()), ("decoder_sparse_step", 1)),
         ),
         engines=Engines(
@@ -163,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("Ernie4_5_MoeForCausalLM",),
         model_type="ernie4_5_moe",
         backbone="transformers.models.ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeForCausalLM",
+        ignored=("mtp",),
         names=Names(
             prefix="model",
             hidden_norm="mtp_hidden_norm.0",
@@ -174,6 +208,8 @@ FAMILIES: tuple[Family, ...] = (
         fusion=Fusion(proj_bias="use_bias"),
         block=Block(
             "transformers.models.ernie4_5_moe.modeling_ernie4_5_moe:Ernie4_5_MoeDecoderLayer",
+            attention=partial(grouped, inputs_bias="use_bias", output_bias="use_bias", head_dim_by_width=True),
+            mlp=partial(dense, bias="use_bias"),
             # Dense in the engines (`ernie4.py`, `is_mtp`), wherever the backbone's experts start.
             overrides=(("moe_layer_start_index", 1),),
         ),
@@ -191,9 +227,12 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("Glm4MoeForCausalLM",),
         model_type="glm4_moe",
         backbone="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeForCausalLM",
+        ignored=(r"model\.layers\.92.*", r"model\.layers\.46.*"),
         names=NUMBERED,
         block=Block(
             "transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeDecoderLayer",
+            attention=partial(grouped, inputs_bias="attention_bias", head_norms="use_qk_norm"),
+            mlp=experts_and_shared_ones,
             overrides=(("first_k_dense_replace", 0),),
         ),
         engines=Engines(
@@ -208,9 +247,12 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("DeepseekV3ForCausalLM",),
         model_type="deepseek_v3",
         backbone="transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3ForCausalLM",
+        ignored=(r"model\.layers\.61.*",),
         names=NUMBERED,
         block=Block(
             "transformers.models.deepseek_v3.modeling_deepseek_v3:DeepseekV3DecoderLayer",
+            attention=latent,
+            mlp=experts_and_shared_ones,
             overrides=(("first_k_dense_replace", 0),),
         ),
         engines=Engines(
@@ -224,9 +266,12 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("Glm4MoeLiteForCausalLM",),
         model_type="glm4_moe_lite",
         backbone="transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteForCausalLM",
+        ignored=(r"model\.layers\.47.*",),
         names=NUMBERED,
         block=Block(
             "transformers.models.glm4_moe_lite.modeling_glm4_moe_lite:Glm4MoeLiteDecoderLayer",
+            attention=latent,
+            mlp=experts_and_shared_ones,
             overrides=(("mlp_layer_types", ("sparse",)),),
         ),
         engines=Engines(
@@ -242,9 +287,12 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("DeepseekV32ForCausalLM",),
         model_type="deepseek_v32",
         backbone="transformers.models.deepseek_v32.modeling_deepseek_v32:DeepseekV32ForCausalLM",
+        ignored=(r"model\.layers\.61.*",),
         names=NUMBERED,
         block=Block(
             "transformers.models.deepseek_v32.modeling_deepseek_v32:DeepseekV32DecoderLayer",
+            attention=sparse_latent,
+            mlp=experts_and_shared_ones,
             overrides=(("mlp_layer_types", ("sparse",)),),
             indexer_rope="transformers.models.deepseek_v32.modeling_deepseek_v32:apply_rotary_pos_emb",
         ),
@@ -260,9 +308,12 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("GlmMoeDsaForCausalLM",),
         model_type="glm_moe_dsa",
         backbone="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:GlmMoeDsaForCausalLM",
+        ignored=(r"model\.layers\.78.*",),
         names=NUMBERED,
         block=Block(
             "transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:GlmMoeDsaDecoderLayer",
+            attention=sparse_latent,
+            mlp=experts_and_shared_ones,
             overrides=(("mlp_layer_types", ("sparse",)), ("indexer_types", ("full",))),
             indexer_rope="transformers.models.glm_moe_dsa.modeling_glm_moe_dsa:apply_rotary_pos_emb_interleave",
         ),
@@ -278,6 +329,7 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("LongcatFlashForCausalLM",),
         model_type="longcat_flash",
         backbone="swift_fastmtp.families.longcat:LongcatFlashForCausalLM",
+        ignored=(r"model\.mtp.*",),
         names=Names(
             prefix="model.mtp",
             hidden_norm="layers.0.hnorm.m",
@@ -288,7 +340,11 @@ FAMILIES: tuple[Family, ...] = (
             mlp="transformer_layer.mlp",
             copies=("embed_tokens.weight",),
         ),
-        block=Block("swift_fastmtp.families.longcat:LongcatFlashDenseLayer"),
+        block=Block(
+            "swift_fastmtp.families.longcat:LongcatFlashDenseLayer",
+            attention=latent,
+            mlp=partial(dense, width_keys=("ffn_hidden_size", "intermediate_size")),
+        ),
         engines=Engines(
             "longcat_flash_nextn.py: LongcatFlashForCausalLMNextN",
             sglang=Graph(source="longcat_flash_nextn.py:276"),
@@ -317,6 +373,8 @@ FAMILIES: tuple[Family, ...] = (
         ),
         block=Block(
             "swift_fastmtp.families.bailing:BailingMoeV2DecoderLayer",
+            attention=one_matrix,
+            mlp=partial(experts_and_shared_ones, correction="expert_bias"),
             overrides=(("first_k_dense_replace", 0),),
             only=(
                 ("model_type", "bailing_moe"),

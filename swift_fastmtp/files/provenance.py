@@ -5,11 +5,9 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import __version__ as transformers_version
 
 from .. import __version__
 from ..redaction import redact_words
@@ -22,10 +20,12 @@ def provenance() -> dict[str, Any]:
 
     To be called before the work: afterwards the code on disk may be another, and nothing may fail any more.
     """
+    import torch  # takes seconds, which a command that is refused need not wait for
+
     return {
         "swift_fastmtp": __version__,
         "torch": torch.__version__,
-        "transformers": transformers_version,
+        "transformers": version("transformers"),
         "python": platform.python_version(),
         "command": command(),
         "git_revision": git_revision(),

@@ -140,11 +140,11 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
             os.close(lock)
 
 
-def lock_file(file: int, without_locks: bool = False) -> bool:
+def lock_file(file: int, without_locks: bool = False, shared: bool = False) -> bool:
     """Whether this process has the lock of an open file now. `without_locks`: the answer on file systems that have
-    none."""
+    none; `shared`: with others that want it shared."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -9,13 +9,17 @@ folder belongs to one backbone, config and way to compute (`states_depend_on`), 
     states-R.bin        hidden states of rank R, appended
     index-R.bin         one record per document, appended after its states: a killed run loses at most one document
 
-Ranks read each other's files and write their own.
+Ranks read each other's files and write their own. A run is a reader until it has a document to add; so any number of
+runs read a cache that is complete for them, and one writes.
 """
 
+import fcntl
 import hashlib
 import json
 import os
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,17 @@ import numpy as np
 import torch
 
 from ..errors import FastMTPError, cannot_write
-from ..files.inputs import check_folder
+from ..files.inputs import check_folder, open_file
 from ..files.known_files import read_object
-from ..files.staging import claim, write_json
+from ..files.staging import lock_file, write_json
 from .compat_transformers import attention_of
 
 _RECORD = np.dtype([("digest", "S16"), ("start", "<u8"), ("rows", "<u8")])
 _INFO = "cache.json"
 _SCHEMA = "swift_fastmtp.hidden_cache/2"
+_TRIES = 10
+"""To become the writer, a tenth of a second apart: a run that starts looks for one, and holds the lock for a moment."""
+_WRITTEN = "another run is writing this cache; wait for it, or name another folder"
 # Keys of a config that do not change the backbone's states: names and versions, token ids, what generation, heads and
 # losses read. `dtype` is the cache's own. Everything else does, or may.
 _NO_STATES = {
@@ -106,20 +113,32 @@ class HiddenCache:
         dtype: of the states.
         max_bytes: for all files of the folder; documents beyond that are computed every time.
         rank: of this process, which writes `states-<rank>.bin`.
+        named_by: what the user names the folder with, for messages.
 
-    Raises `FastMTPError` if the folder belongs to another model or another run is writing it.
+    Raises `FastMTPError` if the folder belongs to another model or another run is writing it; so does `put`, if another
+    has become the writer since.
     """
 
     def __init__(
-        self, folder: str | Path, key: dict[str, Any], width: int, dtype: torch.dtype, max_bytes: int, rank: int = 0
+        self,
+        folder: str | Path,
+        key: dict[str, Any],
+        width: int,
+        dtype: torch.dtype,
+        max_bytes: int,
+        rank: int = 0,
+        named_by: str = "fastmtp_hidden_cache",
     ) -> None:
         self.folder, self.width, self.dtype, self.max_bytes = Path(folder), width, dtype, max_bytes
+        self._named_by = named_by
         self._open_folder({"schema": _SCHEMA, **key, "width": width, "dtype": str(dtype)})
         self.row_bytes = width * torch.empty((), dtype=dtype).element_size()
         self._maps: dict[Path, np.memmap[Any, Any]] = {}
         self._places: dict[bytes, tuple[Path, int, int]] = {}
         self._read: dict[Path, int] = {}
-        self._states, self._index = self._open_own(rank)
+        self._rank = rank
+        self._own: tuple[Any, Any] | None = None
+        self._check_no_writer()
         self._refresh()
         self.full = False
 
@@ -129,38 +148,61 @@ class HiddenCache:
         if not os.path.lexists(path):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(info, path)
+                self._write_info(info, path)
             except OSError as error:
                 raise FastMTPError(f"{self.folder}: cannot hold a hidden-state cache ({error})") from None
-            return
         stored = read_object(path)
         if stored.get("schema") != _SCHEMA:
             raise FastMTPError(
                 f"{self.folder}: its hidden states are of another version of this package ({stored.get('schema')}), "
-                "which may depend on other settings; name another folder as fastmtp_hidden_cache, or delete this one"
+                f"which may depend on other settings; name another folder as {self._named_by}, or delete this one"
             )
         before, now = _flat(stored), _flat(info)
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise FastMTPError(
                     f"{self.folder}: holds hidden states of another model ({name} is {before.get(name)!r}, this run "
-                    f"has {now.get(name)!r}); name another folder as fastmtp_hidden_cache, or delete this one"
+                    f"has {now.get(name)!r}); name another folder as {self._named_by}, or delete this one"
                 )
 
-    def _open_own(self, rank: int) -> tuple[Any, Any]:
-        """Files of this rank, cut to the last whole document."""
+    def _write_info(self, info: dict[str, Any], path: Path) -> None:
+        """Of several runs that start at once, the first says whose the folder is, and the others compare with that."""
+        folder = os.open(self.folder, os.O_RDONLY)
         try:
-            states = open(self.folder / f"states-{rank}.bin", "ab")  # noqa: SIM115
-            index = open(self.folder / f"index-{rank}.bin", "ab")  # noqa: SIM115
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            if not os.path.lexists(path):
+                write_json(info, path)
+        finally:
+            os.close(folder)
+
+    def _check_no_writer(self) -> None:
+        """Raises `FastMTPError` if another run is writing. What this one needs may be among what is not there yet, and
+        it should hear that now, not after hours."""
+        path = self.folder / f"states-{self._rank}.bin"
+        if path.exists():
+            with open_file(path) as states:
+                if not lock_file(states.fileno(), without_locks=True, shared=True):
+                    raise FastMTPError(f"{self.folder}: {_WRITTEN}")
+
+    def _open_own(self) -> tuple[Any, Any]:
+        """Files of this rank, to write; cut to the last whole document."""
+        try:
+            states = open(self.folder / f"states-{self._rank}.bin", "ab")  # noqa: SIM115
+            index = open(self.folder / f"index-{self._rank}.bin", "ab")  # noqa: SIM115
         except OSError as error:
             raise cannot_write(self.folder, error) from None
-        claim(states, f"{self.folder}: another run is writing this cache; wait for it, or name another folder")
+        for _ in range(_TRIES):
+            if lock_file(states.fileno()):
+                break
+            time.sleep(0.1)
+        else:
+            raise FastMTPError(f"{self.folder}: {_WRITTEN}")
         index.truncate(index.tell() // _RECORD.itemsize * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)
         records = np.fromfile(index.name, _RECORD)
         # A record whose states did not reach the disk (a power cut, not a kill) ends the file before it.
-        rows_on_disk = states.tell() // self.row_bytes
-        whole = int(_are_in(records, rows_on_disk).cumprod().sum())
+        whole = _whole(records, states.tell() // self.row_bytes)
         index.truncate(whole * _RECORD.itemsize)
         index.seek(0, os.SEEK_END)
         states.truncate(int((records["start"] + records["rows"])[:whole].max(initial=0)) * self.row_bytes)
@@ -178,13 +220,15 @@ class HiddenCache:
             if size <= seen:
                 continue
             records = np.fromfile(path, _RECORD, count=size - seen, offset=seen * _RECORD.itemsize)
-            # States are written before their record: one whose states are not there is damaged, and no use.
-            rows_on_disk = states.stat().st_size // self.row_bytes
-            for record in records[_are_in(records, rows_on_disk)]:
+            # States are written before their record: one whose states are not there is damaged. It and those behind it
+            # are what the next writer cuts off and writes over.
+            whole = _whole(records, states.stat().st_size // self.row_bytes)
+            for record in records[:whole]:
                 # numpy drops trailing zero bytes of fixed-width strings
                 digest = bytes(record["digest"]).ljust(16, b"\0")
                 self._places[digest] = (states, int(record["start"]), int(record["rows"]))
-            self._read[path], new = size, True
+            self._read[path] = seen + whole
+            new |= whole > 0
         return new
 
     @property
@@ -209,7 +253,10 @@ class HiddenCache:
         return torch.from_numpy(np.array(data[first:last])).view(self.dtype).view(rows, self.width)
 
     def put(self, documents: list[torch.Tensor], states: list[torch.Tensor]) -> None:
-        """Append documents (token ids [T]) with their states [T, D], but none that is here or exceeds the limit."""
+        """Append documents (token ids [T]) with their states [T, D], but none that is here or exceeds the limit.
+
+        Raises `FastMTPError` if another run is writing, or the disk does not take them.
+        """
         if self.full:
             return
         for ids, rows in zip(documents, states, strict=True):
@@ -220,13 +267,16 @@ class HiddenCache:
                 self.full = True
                 warnings.warn(f"{self.folder}: full; further documents are computed in every epoch", stacklevel=2)
                 return
+            if self._own is None:
+                self._own = self._open_own()
+            own_states, own_index = self._own
             data = rows.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-            start = self._states.tell() // self.row_bytes
+            start = own_states.tell() // self.row_bytes
             try:
-                self._states.write(data.data)
-                self._states.flush()
-                self._index.write(np.array([(digest, start, len(rows))], _RECORD).tobytes())
-                self._index.flush()
+                own_states.write(data.data)
+                own_states.flush()
+                own_index.write(np.array([(digest, start, len(rows))], _RECORD).tobytes())
+                own_index.flush()
             except OSError as error:
                 raise cannot_write(self.folder, error) from None
 
@@ -242,6 +292,11 @@ def documents_of(segment_ids_BT: torch.Tensor) -> list[tuple[int, int, int]]:
                 spans.append((b, start, start + count))
             start += count
     return spans
+
+
+def _whole(records: "np.ndarray[Any, Any]", rows_on_disk: int) -> int:
+    """How many records, from the first, have their states in a file of so many rows."""
+    return int(_are_in(records, rows_on_disk).cumprod().sum())
 
 
 def _are_in(records: "np.ndarray[Any, Any]", rows_on_disk: int) -> "np.ndarray[Any, Any]":

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compat_deepspeed import is_partitioned, whole_shape
+from ..checkpoint.layer_shapes import experts_joined
 from ..checkpoint.mtp_tensors import check_head
 from ..families.family import Family
 from ..families.table import FAMILIES
@@ -81,7 +82,7 @@ def head_shapes(checkpoint: Checkpoint, weights: Checkpoint | None = None) -> di
     with one_line(checkpoint), torch.device("meta"):
         head = MTPHead(config, family)
         tensors = {f"{family.names.prefix}.{n}": t for n, t in head.state_dict().items()}
-        if not _experts_joined(weights or checkpoint, family):
+        if not experts_joined(weights or checkpoint, family):
             tensors = split_experts(tensors)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -130,14 +131,3 @@ def keeps_float32(family: Family, name: str) -> bool:
     engines, as they have the norm of an indexer."""
     parts = kept_in_float32(import_class(family.backbone))
     return any(part in name for part in (*parts, "indexer.k_norm."))
-
-
-def _experts_joined(checkpoint: Checkpoint, family: Family) -> bool:
-    """By the names of the MTP layer, or of the backbone where there is none yet."""
-    every: list[str] = []
-    if any(checkpoint.folder.glob("*.safetensors")):
-        headers = checkpoint.headers
-        every = [*headers.entries, *headers.absent]  # a missing shard does not make the layer one of another kind
-    below = tuple(f"{root}." for root in family.roots)
-    names = [name for name in every if name.startswith(below)] or every
-    return any(name.endswith(".experts.gate_up_proj") for name in names)

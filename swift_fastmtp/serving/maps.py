@@ -11,7 +11,8 @@ import torch
 from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..errors import FastMTPError
 from ..files.known_files import read_object
-from ..method.token_map import check_map_list, check_tokenizer, read_map_list, read_token_map
+from ..method.map_files import check_map_list, check_tokenizer, read_map_list
+from ..method.token_map import read_token_map
 from .routed_head import RoutedHead
 
 VARIABLE = TOKEN_MAPS_VARIABLE

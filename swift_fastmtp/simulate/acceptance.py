@@ -5,6 +5,7 @@ accepted if it equals the text (whatever the temperature the text was sampled at
 draft per depth), a sampled draft with the probability of speculative sampling.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +24,14 @@ from ..method.frozen_head import chunk_size, project
 from ..method.metrics import verify_rounds
 from ..method.rollout import segment_ids, step_targets
 from ..method.token_map import DraftVocabulary
+from .answers import KeptAnswer, KeptAnswers
 
 TOKENS_PER_BATCH = 32_768
 """Padded tokens of one teacher-forced pass at most, so that long answers fit where short ones do."""
 
 
 class Text(NamedTuple):
-    """One conversation as token ids: prompt, answer, and up to K greedy tokens that would have followed."""
+    """One conversation as token ids: prompt, answer, and tokens that would have followed, K if they are known."""
 
     ids: list[int]
     start: int
@@ -50,36 +52,75 @@ def make_texts(  # noqa: PLR0913
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    seed: int = 0,
+    kept: KeptAnswers | None = None,
 ) -> list[Text]:
     """The texts to measure on, without answers so short that nothing is ever drafted.
 
     Prompts are those that an engine would be asked with: the row's own where it keeps them (`answers` "given"), else
-    rendered by the folder's chat template with the row's tools and `chat_template_kwargs`. Raises `FastMTPError` for a
-    row that cannot be rendered, has no answer where it should, or makes the model compute a NaN or an infinity.
+    rendered by the folder's chat template with the row's tools and `chat_template_kwargs`. Answers that are `kept` are
+    taken from there, the others are added. Raises `FastMTPError` for a row that cannot be rendered, has no answer where
+    it should, or makes the model compute a NaN or an infinity.
     """
     if answers == "given":
         texts = [_given(tokenizer, number, row) for number, row in enumerate(rows)]
     else:
         prompts = [_prompt(tokenizer, number, row) for number, row in enumerate(rows)]
-        K = model.fastmtp.num_speculative_steps
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        by_prompt: dict[int, Text] = {}
-        for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
-            batch = order[start : start + batch_size]
-            sampling = (temperature, top_k, top_p)
-            try:
-                generated = generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, *sampling)
-                whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
-                beyond = generate(model, tokenizer, whole, K, *sampling, stop=False)
-            except NotFiniteError as error:
-                raise error.of(f"row {batch[error.row] + 1}") from None
-            for i, ids, more in zip(batch, whole, beyond, strict=True):
-                by_prompt[i] = Text(ids + more.token_ids, len(prompts[i]), len(ids), i)
-        texts = [by_prompt[i] for i in range(len(prompts))]
-    kept = [text for text in texts if text.end - text.start > 1]
-    if not kept:
+        sampling = (max_new_tokens, temperature, top_k, top_p)
+        answered = _generated(model, tokenizer, prompts, batch_size, sampling, seed, kept)
+        texts = []
+        for i, each in enumerate(answered):
+            start, end = len(each.prompt), len(each.prompt) + len(each.answer)
+            texts.append(Text([*each.prompt, *each.answer, *each.after], start, end, i))
+    long_enough = [text for text in texts if text.end - text.start > 1]
+    if not long_enough:
         raise FastMTPError("no answer is longer than one token, so nothing is ever drafted; use other prompts")
-    return kept
+    return long_enough
+
+
+def _generated(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    batch_size: int,
+    sampling: tuple[int, float, int, float],
+    seed: int,
+    kept: KeptAnswers | None,
+) -> list[KeptAnswer]:
+    """The model's answers to prompts, with at least K tokens that would have followed; `sampling` as `generate` has it.
+
+    Batches are the same whatever is kept of them, and seeded by number: one that was cut off is generated again, the
+    same.
+    """
+    K = model.fastmtp.num_speculative_steps
+    seen: Counter[tuple[int, ...]] = Counter()
+    samples = []
+    for prompt in prompts:
+        samples.append(seen[tuple(prompt)])
+        seen[tuple(prompt)] += 1
+    answers = [kept.get(prompt, sample, K) if kept else None for prompt, sample in zip(prompts, samples, strict=True)]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in tqdm(range(0, len(order), batch_size), desc="answers", unit="batch"):
+        batch = order[start : start + batch_size]
+        missing = [i for i in batch if answers[i] is None]
+        if not missing:
+            continue
+        torch.manual_seed(seed * 2**32 + start)
+        try:
+            generated = generate(model, tokenizer, [prompts[i] for i in batch], *sampling)
+            whole = [prompts[i] + answer.token_ids for i, answer in zip(batch, generated, strict=True)]
+            beyond = generate(model, tokenizer, whole, K, *sampling[1:], stop=False)
+        except NotFiniteError as error:
+            raise error.of(f"row {batch[error.row] + 1}") from None
+        new = {}
+        for i, answer, after in zip(batch, generated, beyond, strict=True):
+            if i in missing:
+                new[i] = KeptAnswer(tuple(prompts[i]), samples[i], answer.token_ids, after.token_ids)
+        for i, each in new.items():
+            answers[i] = each
+        if kept:
+            kept.add(list(new.values()))
+    return [each for each in answers if each is not None]
 
 
 def _prompt(tokenizer: Any, number: int, row: dict[str, Any]) -> list[int]:

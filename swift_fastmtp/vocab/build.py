@@ -5,8 +5,6 @@ between equal logits the draft then takes the token that the full matrix would t
 checkpoints.
 """
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,18 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from ..checkpoint.mtp_tensors import save_tensors
 from ..data.language_names import UNKNOWN
 from ..data.mix_groups import Groups
 from ..errors import FastMTPError
+from ..files.inputs import check_file
 from ..files.jobs import parts_folder
-from ..files.known_files import read_object
 from ..files.staging import exists, new_folder, remove_at_once, take_away_leftovers, try_output, write_json
-from ..method.token_map import read_token_map, sidecar
 from .counts import COUNTS, Counts, CountSettings, count_files
 from .coverage import TokenMap, coverage_report, coverage_table, covered, markdown, outside_lines, plot_coverage
 from .must_keep import Vocabulary, read_vocabulary
@@ -114,6 +109,8 @@ def vocab(  # noqa: PLR0913
     if exists(Path(output_dir)):
         _take_away_counts(unfinished)
     try_output(output_dir)
+    for path in inputs:
+        check_file(path)  # before the tokenizer's library, which takes seconds to import
     vocabulary = read_vocabulary(model)
     sizes = _check_sizes(sizes, vocabulary) if coverage is None else None
     settings = CountSettings(count, by == "category", held_out, on_bad_row)
@@ -144,6 +141,8 @@ def vocab(  # noqa: PLR0913
         "corpus": [{"file": path, "sha256": digest} for path, digest in zip(inputs, hashes, strict=True)],
         "messages_whose_tokens_come_from": dict(counts.how.most_common()),
     }
+    from .maps import write_map  # torch's format; it takes seconds to import, which a bad input need not wait for
+
     with new_folder(output_dir) as folder:
         for token_map, entry in zip(maps, report["maps"], strict=True):
             write_map(token_map, vocabulary, folder, {**about, **entry})
@@ -242,51 +241,3 @@ def _size_for(target: float, part: Part, parts: list[Part], counts: Counts, leas
         shares = covered(part.order, held_V)
         size = max(size, int(np.argmax(shares >= target)) + 1)
     return min(math.ceil(size / ROUND) * ROUND, len(part.order))
-
-
-def write_map(token_map: TokenMap, vocabulary: Vocabulary, folder: Path, about: dict[str, Any]) -> None:
-    """NAME-SIZE.pt (SGLang: `torch.save` of a list of ids), .json (the same list), -d2t.safetensors and .meta.json.
-
-    `d2t` int64 [size] and `t2d` bool [V] are those of EAGLE3 checkpoints, as speculators writes them
-    (`train/vocab_mapping.py`): target id = draft id + d2t[draft id].
-    """
-    ids = token_map.ids.tolist()
-    stem = f"{token_map.name}-{len(ids)}"
-    torch.save(ids, folder / f"{stem}.pt")
-    (folder / f"{stem}.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
-    ids_M = torch.tensor(ids)
-    t2d_V = torch.zeros(vocabulary.rows, dtype=torch.bool).index_fill(0, ids_M, True)
-    save_tensors({"d2t": ids_M - torch.arange(len(ids)), "t2d": t2d_V}, folder / f"{stem}-d2t.safetensors")
-    write_json({**about, "ids_sha256": ids_hash(ids)}, folder / f"{stem}.meta.json")
-
-
-def ids_hash(ids: Sequence[int]) -> str:
-    return hashlib.sha256(json.dumps(sorted(ids)).encode()).hexdigest()
-
-
-def verify_map(path: str | Path, model_dir: str | Path) -> list[str]:
-    """What is wrong with a map for this model, one line each; empty if nothing is.
-
-    Raises `FastMTPError` if the file is no map, holds ids that the model has no row for, or the model cannot be read.
-    """
-    path = Path(path)
-    vocabulary = read_vocabulary(model_dir)
-    ids = read_token_map(path, vocabulary.rows).tolist()
-    about = read_object(sidecar(path))
-    faults = []
-    if not about:
-        faults.append(f"{sidecar(path)}: missing; nothing says which tokenizer the map is for")
-    elif about.get("tokenizer_sha256") != vocabulary.tokenizer_sha256:
-        faults.append(f"{path}: made with another tokenizer.json than {model_dir}'s; make it again for this model")
-    elif about.get("ids_sha256") != ids_hash(ids):
-        faults.append(f"{path}: not the ids that {sidecar(path).name} is about; make the map again")
-    padding = [i for i in ids if not vocabulary.exists_V[i]]
-    if padding:
-        faults.append(f"{path}: holds {len(padding)} ids without a token, as {padding[0]}; make it for this model")
-    missing = sorted(set(vocabulary.must_keep) - set(ids))
-    if missing:
-        faults.append(
-            f"{path}: lacks {len(missing)} special and basic tokens, as {missing[-1]}; they are never drafted; "
-            "make the map with `fastmtp vocab`"
-        )
-    return faults

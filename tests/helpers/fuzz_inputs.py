@@ -35,7 +35,8 @@ from swift_fastmtp.files import inputs
 from swift_fastmtp.files.known_files import read_object
 from swift_fastmtp.files.row_forms import UnreadableRowError, normalize
 from swift_fastmtp.files.rows import BadRows, as_json, dump_row
-from swift_fastmtp.method.token_map import read_map_list, read_token_map
+from swift_fastmtp.method.map_files import read_map_list
+from swift_fastmtp.method.token_map import read_token_map
 
 SECONDS = 1.0
 """Of CPU, for one case."""
