@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from helpers.benchmarks import load
 from helpers.models import random_mimo
-from helpers.paths import ROOT
+from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.files.provenance import git_revision
 from swift_fastmtp.method.config import FastMTPConfig
+
+EVAL = ROOT / "examples/prompts/eval.jsonl"
+TRAIN = ROOT / "examples/prompts/train.jsonl"
 
 
 def test_the_reference_step_has_the_gradients_of_the_paper_rollout():
@@ -130,3 +134,54 @@ def test_the_gpu_script_runs_its_parts_in_small_on_a_cpu(tmp_path):
     cases = json.loads((tmp_path / "attention.json").read_text())["cases"]
     assert cases and all(case["sound"] for case in cases)
     assert json.loads((tmp_path / "training_step.json").read_text())["seconds"]["reference"] > 0
+
+
+def test_generation_benchmark(monkeypatch, tmp_path, capsys):
+    """In small, all three ways: transformers' own too."""
+    benchmark = load("data/generation.py")
+    output = tmp_path / "generation.json"
+    options = ["--rows", "5", "--batch_size", "2", "--max_new_tokens", "8", "--rounds", "1", "--output", str(output)]
+    inputs = ["--model", str(TINY), "--prompts", str(EVAL)]
+    monkeypatch.setattr(sys, "argv", ["generation.py", *inputs, *options])
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main()
+    finally:
+        torch.set_num_threads(threads)
+    rounds = json.loads(output.read_text())["rounds"]
+    assert set(rounds) == {"fixed batches", "continuous batching", "slots"}
+    assert all(5 <= r["tokens"] <= 40 for (r,) in rounds.values())
+    assert "slots / fixed batches" in capsys.readouterr().out
+
+
+@pytest.mark.matrix
+def test_the_study_goes_on_after_a_kill(tmp_path):
+    """On the tiny model, in small: killed between two saved states of a run, it ends with the undisturbed tables."""
+    study = [sys.executable, str(ROOT / "benchmarks/smollm2/study.py"), "--model", str(TINY)]
+    study += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--parts", "1", "--part", "8", "--fit_rows", "8"]
+    study += [
+        "--train_tokens",
+        "16",
+        "--answer_tokens",
+        "16",
+        "--vanilla_steps",
+        "6",
+        "--steps",
+        "4",
+        "--save_every",
+        "2",
+    ]
+    study += ["--arms", "control", "exact-kl"]
+    tables = {}
+    for name in ("undisturbed", "killed"):
+        command = [*study, "--work", str(tmp_path / name)]
+        if name == "killed":
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                for line in process.stdout:
+                    if line.startswith("vanilla: step 4"):
+                        process.kill()
+            assert process.returncode == -signal.SIGKILL
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        tables[name] = (tmp_path / name / "study.md").read_text()
+    assert tables["killed"] == tables["undisturbed"]
+    assert "| exact-kl-0 |" in tables["killed"]

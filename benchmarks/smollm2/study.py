@@ -6,13 +6,13 @@
 `--prompts` and `--questions` (held out) are JSONL with `messages` and, for tables by kind, `category`. In order:
 
     model       SmolLM2-135M-Instruct as a folder, with a head fitted to `--fit_rows` answers (`graft --fit_on`)
-    answers     the model's own to the prompts, sampled as in the paper, in files of 256
+    answers     the model's own to the prompts, sampled as in the paper, in `--parts` files
     texts       its greedy answers to the questions, on which every head is measured
     vanilla     the head trained as shipped ones are: K = 1, labels, `--vanilla_steps` steps
     arms        from vanilla, at equal data and steps: K = 1 goes on (the control), then rollouts and losses, K = 3
     tables      study.json and study.md: acceptance by depth and tau for K = 1..7, with intervals over questions
 
-Everything finished is a file below `--work`. A run that was killed goes on, at most `SAVE_EVERY` steps back; one that
+Everything finished is a file below `--work`. A run that was killed goes on, at most `--save_every` steps back; one that
 is given more prompts, steps, arms or seeds adds what is missing.
 """
 
@@ -44,10 +44,7 @@ from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance, make_texts
 
-PART = 256
-"""Prompts of one file of answers."""
 TOKENS_PER_BATCH = 4096
-SAVE_EVERY = 50
 DEPTH = 7
 """Measured; the paper's tables stop at 3."""
 ARMS = {
@@ -69,7 +66,8 @@ def main():
     parser.add_argument("--questions", required=True)
     parser.add_argument("--work", default="output/smollm2")
     parser.add_argument("--model", help="a folder with a head, instead of SmolLM2's")
-    parser.add_argument("--parts", type=int, default=8, help=f"files of answers to {PART} prompts each")
+    parser.add_argument("--parts", type=int, default=8, help="files of answers")
+    parser.add_argument("--part", type=int, default=256, help="prompts of each")
     parser.add_argument("--fit_rows", type=int, default=256)
     parser.add_argument("--train_tokens", type=int, default=512, help="of the answers to train on, at most")
     parser.add_argument("--answer_tokens", type=int, default=256, help="of the answers to the questions, at most")
@@ -77,6 +75,7 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla; arms have half of it")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--save_every", type=int, default=50, help="steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     study = Study(args)
@@ -110,11 +109,11 @@ class Study:
         self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, torch.float32, 10**11)
 
     def answer_part(self, number):
-        """The file with the model's answers to 256 of the prompts."""
+        """The file with the model's answers to some of the prompts."""
         path = self.work / "answers" / f"{number:03d}.jsonl"
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            rows = read_rows(self.args.prompts)[number * PART : (number + 1) * PART]
+            rows = read_rows(self.args.prompts)[number * self.args.part : (number + 1) * self.args.part]
             prompts = path.with_suffix(".prompts.jsonl")
             prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             distill(str(self.base), str(prompts), str(path), max_new_tokens=self.args.train_tokens, seed=number)
@@ -178,7 +177,7 @@ class Study:
             schedule.step()
             losses.append(float(loss.detach()))
             tokens += sum(text.end - text.start for text in batch)
-            if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
                 spent = seconds + time.time() - started
                 print(f"{name}: step {step + 1}/{steps}, loss {sum(losses[-20:]) / len(losses[-20:]):.3f}", flush=True)
                 save(self.work / "heads" / f"{name}.part", model, optimizer, schedule, spent, tokens, losses)
