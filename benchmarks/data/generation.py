@@ -65,7 +65,7 @@ def main():
 
 
 def fixed_batches(model, tokenizer, prompts, args):
-    """Left-padded, until the longest answer of each batch ends."""
+    """In the order of the file, left-padded, until the longest answer of each batch ends."""
     pad, ends = padding_id(model, tokenizer), sorted(end_token_ids(model, tokenizer))
     tokens = 0
     for start in range(0, len(prompts), args.batch_size):
@@ -96,9 +96,10 @@ def continuous_batching(model, tokenizer, prompts, args):
 
 
 def slots(model, tokenizer, prompts, args):
+    """Short prompts first, as `distill` takes them."""
     ends = frozenset(end_token_ids(model, tokenizer))
     decoding = Decoding(args.max_new_tokens, TEMPERATURE, TOP_K, TOP_P, ends)
-    requests = deque(Request(i, prompt, seed=i) for i, prompt in enumerate(prompts))
+    requests = deque(Request(i, prompt, seed=i) for i, prompt in enumerate(sorted(prompts, key=len)))
     found = answer_all(model, tokenizer, requests, decoding, args.batch_size)
     return sum(len(answer.token_ids) for _, answer in found)
 

@@ -278,6 +278,8 @@ class Worker:
 
         for number in range(len(group)):
             ask(number)
+        # The first prompts are computed side by side, padded to the longest of them.
+        waiting = deque(sorted(waiting, key=lambda request: len(request.prompt)))
         decoding = Decoding(*limits, frozenset(ends))
         try:
             for request, answer in answer_all(model, self.tokenizer, waiting, decoding, num_slots, self._count):
