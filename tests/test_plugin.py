@@ -299,9 +299,8 @@ def distilled(tmp_path_factory):
     model.fastmtp = FastMTPConfig()
     pairs = [(tokenizer.encode(text), ids) for text in asked]
     for row in read_rows(path):
-        if row["finish_reason"] == "stop":
-            text = f"<|im_start|>user\n{row['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-            pairs.append((tokenizer.encode(text), row["messages"][1]["token_ids"]))
+        text = f"<|im_start|>user\n{row['messages'][0]['content']}<|im_end|>\n<|im_start|>assistant\n<think>\n"
+        pairs.append((tokenizer.encode(text), row["messages"][1]["token_ids"]))
     with open(path, "a") as file:
         file.write(json.dumps({"messages": talk, "finish_reason": "stop"}) + "\n")
     loss = tokens = 0
