@@ -25,11 +25,10 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.mtp_tensors import read_head, save_tensors
+from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import turns
@@ -43,6 +42,7 @@ from swift_fastmtp.method.metrics import micro_tau, text_counts, verify_rounds
 from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance, make_texts
+from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 TOKENS_PER_BATCH = 4096
 DEPTH = 7
@@ -99,6 +99,7 @@ class Study:
         self.answers = [self.answer_part(number) for number in range(args.parts)]
         self.fitted = self.fit()
         self.model = load_model(self.fitted, torch.float32)
+        self.model.model_dir = str(self.fitted)  # what heads are saved as trained for
         self.pad = padding_id(self.model, self.tokenizer)
         self.texts, self.kinds = self.evaluation_texts()
         self.train_texts = [text for part in self.answers for text in training_texts(self.tokenizer, part)]
@@ -139,15 +140,13 @@ class Study:
         return texts, [rows[text.row].get("category", "all") for text in texts]
 
     def head(self, name):
-        return self.work / "heads" / f"{name}.safetensors"
+        """A checkpoint as `swift sft` writes it: `fastmtp simulate --adapters` and `swift export` take it."""
+        return self.work / "heads" / name
 
-    def load(self, start):
-        """A head into the model: of a checkpoint folder, or of a run."""
-        if start.is_dir():
-            checkpoint = Checkpoint(start)
-            load_head(self.model, read_head(checkpoint, self.model.family, head_shapes(checkpoint)))
-        else:
-            load_head(self.model, load_file(start))
+    def load(self, folder):
+        """The head of a checkpoint into the model."""
+        shapes = head_shapes(Checkpoint(self.fitted))
+        load_head(self.model, read_head(Checkpoint(folder), self.model.family, shapes))
 
     def train(self, name, settings, start, steps, rate, seed):
         """AdamW, cosine schedule with warm-up, gradient clipping: what recipes/quickstart_cpu.yaml does, in a loop."""
@@ -182,7 +181,7 @@ class Study:
                 print(f"{name}: step {step + 1}/{steps}, loss {sum(losses[-20:]) / len(losses[-20:]):.3f}", flush=True)
                 save(self.work / "heads" / f"{name}.part", model, optimizer, schedule, spent, tokens, losses)
         model.requires_grad_(False).eval()
-        save_tensors(dict(model.head_parameters()), self.head(name))
+        FastMTPTuner.save_pretrained(model, str(self.head(name)))
         spent = seconds + time.time() - started
         record = {"settings": settings, "steps": steps, "rate": rate, "seed": seed, "tokens": tokens}
         write_json({**record, "seconds": round(spent, 1), "losses": losses[:: max(1, steps // 50)]}, done)
