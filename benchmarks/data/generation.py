@@ -56,10 +56,10 @@ def main():
             rounds[name].append({"tokens": tokens, "cpu_seconds": round(cpu, 1), "seconds": round(wall, 1)})
             print(f"round {number + 1}: {name}: {tokens} tokens, {tokens / cpu:.1f} per CPU second", flush=True)
     speeds = {name: [r["tokens"] / r["cpu_seconds"] for r in found] for name, found in rounds.items()}
-    for name in ways:
-        ratios = [s / f for s, f in zip(speeds["slots"], speeds[name], strict=True)]
-        line = f"slots / {name}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(line)
+    for name, others in speeds.items():
+        if name != "slots":
+            ratios = [ours / other for ours, other in zip(speeds["slots"], others, strict=True)]
+            print(f"slots / {name}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     write_json({"provenance": provenance(), "settings": vars(args), "rounds": rounds}, Path(args.output))
     print(json.dumps({name: round(median(s), 1) for name, s in speeds.items()}))
 
