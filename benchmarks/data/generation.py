@@ -60,7 +60,13 @@ def main():
         if name != "slots":
             ratios = [ours / other for ours, other in zip(speeds["slots"], others, strict=True)]
             print(f"slots / {name}: {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    write_json({"provenance": provenance(), "settings": vars(args), "rounds": rounds}, Path(args.output))
+    record = {
+        "provenance": provenance(),
+        "settings": vars(args),
+        "rounds": rounds,
+        "prompt_tokens": [*map(len, prompts)],
+    }
+    write_json(record, Path(args.output))
     print(json.dumps({name: round(median(s), 1) for name, s in speeds.items()}))
 
 

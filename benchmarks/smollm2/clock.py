@@ -4,8 +4,8 @@
 
 `--work` is the folder of `study.py`, whose heads are served. A plan for `fastmtp bench` is written there: the model
 without drafts as baseline, and each head with every `--num_steps`, with and without a map of its most frequent tokens.
-All servers are up at once, about 1.5 GB each, and take turns, so the machine's moods hit all of them. Answers are greedy
-and compared with the baseline's, token by token. In float32 they must be the same; in bfloat16 near-ties fall
+All servers are up at once, about 1.5 GB each, and take turns, so the machine's moods hit all of them. Answers are
+greedy and compared with the baseline's, token by token. In float32 they must be the same; in bfloat16 near-ties fall
 differently for one row and for several.
 """
 
