@@ -154,34 +154,46 @@ def test_generation_benchmark(monkeypatch, tmp_path, capsys):
     assert "slots / fixed batches" in capsys.readouterr().out
 
 
+def study_command(work):
+    """Of benchmarks/smollm2/study.py, in small, on the tiny model."""
+    command = [sys.executable, str(ROOT / "benchmarks/smollm2/study.py"), "--model", str(TINY), "--work", str(work)]
+    command += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--parts", "1", "--part", "8", "--fit_rows", "8"]
+    command += ["--train_tokens", "16", "--answer_tokens", "16", "--vanilla_steps", "6", "--steps", "4"]
+    return [*command, "--save_every", "2", "--arms", "control", "exact-kl"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The folder of a study that nothing disturbed."""
+    work = tmp_path_factory.mktemp("study") / "undisturbed"
+    subprocess.run(study_command(work), check=True, stdout=subprocess.DEVNULL)
+    return work
+
+
 @pytest.mark.matrix
-def test_the_study_goes_on_after_a_kill(tmp_path):
-    """On the tiny model, in small: killed between two saved states of a run, it ends with the undisturbed tables."""
-    study = [sys.executable, str(ROOT / "benchmarks/smollm2/study.py"), "--model", str(TINY)]
-    study += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--parts", "1", "--part", "8", "--fit_rows", "8"]
-    study += [
-        "--train_tokens",
-        "16",
-        "--answer_tokens",
-        "16",
-        "--vanilla_steps",
-        "6",
-        "--steps",
-        "4",
-        "--save_every",
-        "2",
-    ]
-    study += ["--arms", "control", "exact-kl"]
-    tables = {}
-    for name in ("undisturbed", "killed"):
-        command = [*study, "--work", str(tmp_path / name)]
-        if name == "killed":
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-                for line in process.stdout:
-                    if line.startswith("vanilla: step 4"):
-                        process.kill()
-            assert process.returncode == -signal.SIGKILL
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        tables[name] = (tmp_path / name / "study.md").read_text()
-    assert tables["killed"] == tables["undisturbed"]
-    assert "| exact-kl-0 |" in tables["killed"]
+def test_the_study_goes_on_after_a_kill(study, tmp_path):
+    """Killed between two saved states of a run, it ends with the undisturbed tables."""
+    command = study_command(tmp_path / "killed")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("vanilla: step 4"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    table = (tmp_path / "killed" / "study.md").read_text()
+    assert table == (study / "study.md").read_text()
+    assert "| exact-kl-0 |" in table
+
+
+@pytest.mark.matrix
+def test_the_studys_heads_are_served_and_timed(study):
+    """Plain and drafting by a real SGLang, in turns: the same tokens, and every round counted."""
+    command = [sys.executable, str(ROOT / "benchmarks/smollm2/clock.py"), "--work", str(study)]
+    command += ["--questions", str(EVAL), "--heads", "exact-kl-0", "--map", "3000", "--num_steps", "2"]
+    subprocess.run([*command, "--num_questions", "2", "--max_new_tokens", "12", "--rounds", "2"], check=True)
+    results = json.loads((study / "clock-float32" / "bench" / "results.json").read_text())
+    drafting = [run for run in results["runs"] if run["server"] != "plain"]
+    assert len(drafting) == 2
+    for run in drafting:
+        assert run["lossless"]["equal"] == run["lossless"]["compared"] == 4
+        assert run["tau_micro"] > 1.2
