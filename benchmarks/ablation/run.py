@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import random
+import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -34,6 +35,9 @@ from swift_fastmtp.method.metrics import micro_tau, text_counts, verify_rounds
 from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import collate
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-mimo"
 LANGUAGES = ("en", "zh", "code")
@@ -239,17 +243,6 @@ def epoch(texts, rng):
     batches = [[texts[i] for i in order[start : start + BATCH]] for start in range(0, len(order), BATCH)]
     rng.shuffle(batches)
     return batches
-
-
-def collate(texts, pad):
-    width = max(len(t.ids) for t in texts)
-    ids = torch.full((len(texts), width), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-        labels[row, text.start : text.end] = ids[row, text.start : text.end]
-    return ids, mask, labels
 
 
 if __name__ == "__main__":

@@ -34,10 +34,12 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.provenance import provenance
-from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.modeling import build_class
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import write_result
 
 K = 3
 BETA = 0.6
@@ -90,10 +92,7 @@ def main():
     }
     text = table(record)
     print(text)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(text)
+    write_result(record, text, args.output)
 
 
 class Work:

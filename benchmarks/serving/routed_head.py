@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 
 from swift_fastmtp.files.provenance import provenance
-from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.serving.routed_head import RoutedHead, fill_value
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import write_result
 
 V, D, M = 151_680, 4096, 32_768
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -139,10 +141,7 @@ def main():
     }
     text = table(record)
     print(text)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(text)
+    write_result(record, text, args.output)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def served(work, head):
 
 
 def vocabulary(work, size):
-    """A map of the tokens that the model's own answers hold most often."""
+    """A map of the tokens that its self-distilled responses hold most often."""
     folder = work / "maps"
     if not folder.exists():
         answers = sorted(str(path) for path in (work / "answers").glob("[0-9][0-9][0-9].jsonl"))

@@ -19,9 +19,12 @@ is given more prompts, steps, arms or seeds adds what is missing.
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -43,6 +46,9 @@ from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import collate
 
 TOKENS_PER_BATCH = 4096
 DEPTH = 7
@@ -102,12 +108,15 @@ class Study:
         self.model.model_dir = str(self.fitted)  # what heads are saved as trained for
         self.pad = padding_id(self.model, self.tokenizer)
         self.texts, self.kinds = self.evaluation_texts()
-        self.train_texts = [text for part in self.answers for text in training_texts(self.tokenizer, part)]
+        self.train_texts = []
+        for part in self.answers:
+            self.train_texts += training_texts(self.tokenizer, part)
         tokens = sum(text.end - text.start for text in self.train_texts)
         print(f"{len(self.train_texts)} answers, {tokens} tokens to train on", flush=True)
         width = self.model.config.hidden_size
         key = {"model": Checkpoint(self.fitted).fingerprint}
-        self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, torch.float32, 10**11)
+        room = shutil.disk_usage(self.work).free // 2
+        self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, torch.float32, room)
 
     def answer_part(self, number):
         """The file with the model's answers to some of the prompts."""
@@ -197,15 +206,19 @@ class Study:
         self.load(start)
         self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
         (accepted,) = greedy_acceptance(self.model, self.texts, self.pad, 16)
-        kinds = {kind: [a for a, k in zip(accepted, self.kinds, strict=True) if k == kind] for kind in set(self.kinds)}
-        cells = {kind: cell(of_kind) for kind, of_kind in {"all": accepted, **kinds}.items()}
+        by_kind = defaultdict(list)
+        for of_text, kind in zip(accepted, self.kinds, strict=True):
+            by_kind[kind].append(of_text)
+        cells = {kind: cell(of_kind) for kind, of_kind in {"all": accepted, **by_kind}.items()}
         write_json({"name": name, "cells": cells}, path)
         tau = cells["all"]["tau"]
         print(f"{name}: first draft {cells['all']['conditional'][0]:.1%}, tau K=3 {tau[2]:.3f}", flush=True)
 
     def write_tables(self):
-        order = ["fitted", "vanilla", *(f"{arm}-{seed}" for arm in self.args.arms for seed in self.args.seeds)]
-        found = [json.loads((self.work / "measured" / f"{name}.json").read_text()) for name in order]
+        runs = [f"{arm}-{seed}" for arm, seed in product(self.args.arms, self.args.seeds)]
+        found = []
+        for name in ("fitted", "vanilla", *runs):
+            found.append(json.loads((self.work / "measured" / f"{name}.json").read_text()))
         write_json({"provenance": provenance(), "settings": vars(self.args), "heads": found}, self.work / "study.json")
         depths = range(1, DEPTH + 1)
         columns = ["head", *(f"depth {k}" for k in depths), *(f"τ K={k}" for k in (1, 2, 3, DEPTH)), "K=3 - control"]
@@ -259,17 +272,6 @@ def order_of_batches(texts, steps, seed):
         rng.shuffle(epoch)
         batches += epoch
     return batches[:steps]
-
-
-def collate(texts, pad):
-    width = max(len(text.ids) for text in texts)
-    ids = torch.full((len(texts), width), pad)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, text in enumerate(texts):
-        ids[row, : len(text.ids)] = torch.tensor(text.ids)
-        mask[row, : len(text.ids)] = 1
-        labels[row, text.start : text.end] = ids[row, text.start : text.end]
-    return ids, mask, labels
 
 
 def save(path, model, optimizer, schedule, *progress):

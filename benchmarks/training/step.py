@@ -23,11 +23,13 @@ from reference_step import prepare, reference_loss
 from swift_fastmtp.families.mimo import MiMoConfig
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.files.provenance import provenance
-from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.modeling import build_class
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import write_result
 
 SHAPES = {
     "small": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 4, "num_key_value_heads": 1},
@@ -271,10 +273,7 @@ def main():
     }
     text = table(record)
     print(text)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, output.with_suffix(".json"))
-    output.with_suffix(".md").write_text(text)
+    write_result(record, text, args.output)
 
 
 def table(record):

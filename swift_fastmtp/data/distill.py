@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -251,7 +251,7 @@ class Worker:
         size = num_slots * GROUP
         groups = [keys[start : start + size] for start in range(0, len(keys), size)]
         groups = [group for group in groups if not left.isdisjoint(group)]
-        stream = self.conversations([key for group in groups for key in group])
+        stream = self.conversations(list(chain.from_iterable(groups)))
         for group in groups:
             self._answer_group(model, list(islice(stream, len(group))), left, num_slots)
 

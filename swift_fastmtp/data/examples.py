@@ -105,7 +105,7 @@ def with_finish_reason(row: Row) -> list[Message]:
 
 
 def trainable(message: Message) -> bool:
-    """Whether what the model said is known to the token.
+    """Whether the model's answer is known to the token.
 
     An answer that was cut off is as good as its `token_ids`: the model's own, without an end. As text it is not: the
     chat template would write an end behind it, and its last word may be half of one.

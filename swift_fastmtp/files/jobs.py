@@ -179,14 +179,8 @@ class Job:
             raise self._gone() from None
         except OSError as error:
             raise cannot_write(path, error) from None
-        with file:
-            claim(file, f"{path}: another process works on this shard; give each its own --shard i/n")
-            cut_torn_line(file)
-            part = Part(file)
-            try:
-                yield part
-            finally:
-                part.sync()
+        with own_part(file, f"{path}: another process works on this shard; give each its own --shard i/n") as part:
+            yield part
 
     def merge(self, keys: int, before: Callable[[Path, list[Row]], None] | None = None) -> list[Row] | None:
         """Write the output in order of keys and remove the folder, if all of 0..`keys` - 1 answers are there.
@@ -266,6 +260,22 @@ class Part:
         except OSError as error:
             raise cannot_write(self._file.name, error) from None
         self._synced = time.monotonic()
+
+
+@contextmanager
+def own_part(file: IO[bytes], taken: str) -> Iterator[Part]:
+    """A file that is open for appending, as this process's alone; it is closed at the end.
+
+    Raises `FastMTPError` with the message `taken` if another process has it.
+    """
+    with file:
+        claim(file, taken)
+        cut_torn_line(file)
+        part = Part(file)
+        try:
+            yield part
+        finally:
+            part.sync()
 
 
 def _key(line: bytes, where: str) -> Key:

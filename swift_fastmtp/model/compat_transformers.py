@@ -16,13 +16,16 @@ from transformers import FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 
 from ..checkpoint.fp8 import dequantize
 from ..checkpoint.fp8_config import Blocks
-from ..files.libraries import Name, changed, find
+from ..files.libraries import Name, changed, check_names, find
 
 try:
+    from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionLayer
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
     from transformers.dynamic_module_utils import resolve_trust_remote_code
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
     from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 except ImportError as error:
@@ -286,6 +289,42 @@ def use_attention(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
+# --- The KV cache of generation: layers of `DynamicCache`, the states of linear attention, `sdpa` as functions.
+#
+# transformers' own cache copies everything at every token, and conversations in it begin together (`slots.py`). A layer
+# whose methods were renamed would be silent: the stock ones would append to tensors that nobody reads.
+
+__all__ = ["DynamicIndexedLayer", "DynamicLayer", "LinearAttentionLayer", "sdpa_attention_forward", "sdpa_mask"]
+_CACHE = "the cache of answers in process is made of it"
+_CACHE_NAMES = (
+    Name(
+        "transformers", "transformers.cache_utils:DynamicLayer.update", _CACHE, ("self", "key_states", "value_states")
+    ),
+    Name("transformers", "transformers.cache_utils:DynamicLayer.get_seq_length", _CACHE, ("self",)),
+    Name(
+        "transformers",
+        "transformers.cache_utils:DynamicIndexedLayer.update_indexer",
+        _CACHE,
+        ("self", "indexer_key_states"),
+    ),
+    Name("transformers", "transformers.cache_utils:LinearAttentionLayer.reorder_cache", _CACHE, ("self", "beam_idx")),
+    Name(
+        "transformers",
+        "transformers.integrations.sdpa_attention:sdpa_attention_forward",
+        "prompts attend by it",
+        ("module", "query", "key", "value", "attention_mask"),
+    ),
+)
+
+
+def check_cache() -> None:
+    """Raises `FastMTPError` if a name of the cache is gone, or linear attention keeps its states elsewhere."""
+    check_names(_CACHE_NAMES)
+    layer = LinearAttentionLayer()
+    if not all(isinstance(getattr(layer, name, None), dict) for name in ("conv_states", "recurrent_states")):
+        raise changed("transformers", "LinearAttentionLayer has no dictionaries conv_states and recurrent_states")
+
+
 # --- Making a model as `from_pretrained` does: `PreTrainedModel.get_init_context`.
 #
 # With ZeRO-3 it partitions each module as it is made. Nothing documented does that without reading the files too.
@@ -358,5 +397,6 @@ def check() -> None:
     check_fp8()
     check_class_lists()
     check_attention()
+    check_cache()
     find(_INIT_CONTEXT)
     check_needs_folder_code()

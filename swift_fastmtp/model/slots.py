@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, LinearAttentionLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from .compat_transformers import attention_of
+from .compat_transformers import (
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionLayer,
+    attention_of,
+    sdpa_attention_forward,
+    sdpa_mask,
+)
 
 GROUPED = "fastmtp_grouped"
 """The name of `grouped_attention`, for `set_attn_implementation`."""

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from ..errors import FastMTPError, cannot_write
 from ..files.inputs import check_file, loads
-from ..files.jobs import Part, cut_torn_line
+from ..files.jobs import Part, own_part
 from ..files.kinds import is_int
 from ..files.show import show
-from ..files.staging import claim
 
 SUFFIX = ".jsonl"
 _SCHEMA = "swift_fastmtp.answers/1"
@@ -68,10 +67,7 @@ def open_answers(path: str | Path, settings: dict[str, Any], vocab_size: int) ->
         file = open(path, "a+b")  # noqa: SIM115
     except OSError as error:
         raise cannot_write(path, error) from None
-    with file:
-        claim(file, f"{path}: another run writes answers here; wait for it, or name another file")
-        cut_torn_line(file)
-        part = Part(file)
+    with own_part(file, f"{path}: another run writes answers here; wait for it, or name another file") as part:
         wanted = {"schema": _SCHEMA, **settings}
         if file.tell() == 0:
             part.write([wanted])
@@ -83,10 +79,7 @@ def open_answers(path: str | Path, settings: dict[str, Any], vocab_size: int) ->
             if kept is None:
                 raise FastMTPError(f"{path}:{number}: no answer of this model; delete the line")
             known[kept.prompt, kept.sample] = kept
-        try:
-            yield KeptAnswers(known, part)
-        finally:
-            part.sync()
+        yield KeptAnswers(known, part)
 
 
 def _parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:

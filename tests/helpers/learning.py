@@ -17,7 +17,7 @@ from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 
 def learned(base, folder, prompts, tokens, learn_steps, chat_template="{{ messages[0]['content'] }}", **knobs):
-    """A model whose head has learned its own answers to the prompts, and those texts.
+    """A model whose head has learned its greedy responses to the prompts, and those texts.
 
     The head is exported to `folder`/full and read back from there, so it is as served: in the base's dtype.
     """
