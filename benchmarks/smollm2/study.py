@@ -7,10 +7,13 @@
 
     model       SmolLM2-135M-Instruct as a folder, with a head fitted to `--fit_rows` answers (`graft --fit_on`)
     answers     the model's own to the prompts, sampled as in the paper, in `--parts` files
-    texts       its greedy answers to the questions, on which every head is measured
-    vanilla     the head trained as shipped ones are: K = 1, labels, `--vanilla_steps` steps
+    maps        of the tokens that these answers hold most often
+    texts       its answers to the questions, greedy and sampled, on which every head is measured
+    vanilla     the head trained as shipped ones are: K = 1, labels, `--vanilla_steps` steps, on the answers and on
+                `--original`, answers that came with prompts: general text, which no model had to generate
     arms        from vanilla, at equal data and steps: K = 1 goes on (the control), then rollouts and losses, K = 3
-    tables      study.json and study.md: acceptance by depth and tau for K = 1..7, with intervals over questions
+    head        the first arm of `--long`, from vanilla, `--long_steps` steps
+    tables      study.json and study.md (`measure.py`)
 
 Everything finished is a file below `--work`. A run that was killed goes on, at most `--save_every` steps back; one that
 is given more prompts, steps, arms or seeds adds what is missing.
@@ -23,9 +26,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import get_cosine_schedule_with_warmup
@@ -41,28 +43,50 @@ from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import staged, write_json
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.method.metrics import micro_tau, text_counts, verify_rounds
+from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance, make_texts
+from swift_fastmtp.simulate.acceptance import Text, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
+from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import collate
+from measure import DEPTH, measure_greedy, measure_sampled, tables
 
 TOKENS_PER_BATCH = 4096
-DEPTH = 7
-"""Measured; the paper's tables stop at 3."""
+
+
+class Arm(NamedTuple):
+    """A way to train from vanilla."""
+
+    settings: dict
+    start: str = "vanilla"
+    data: str = "own"
+    """`own`: the model's answers; `original`: those that came with the prompts."""
+    share: float = 1.0
+    """Of the data."""
+
+
+VANILLA = {"num_speculative_steps": 1, "loss": "ce"}
 ARMS = {
-    "control": {"num_speculative_steps": 1, "loss": "ce"},
-    "paper-ce": {"rollout": "paper", "loss": "ce"},
-    "exact-ce": {"loss": "ce"},
-    "exact-kl": {"loss": "kl"},
-    "exact-topk_kl": {"loss": "topk_kl"},
-    "exact-lk": {"loss": "lk"},
-    "exact-tv": {"loss": "tv"},
-    "exact-e2e": {"loss": "e2e"},
-    "on-policy-kl": {"loss": "kl", "inputs": "draft"},
+    "control": Arm(VANILLA),
+    "control_kl": Arm({"num_speculative_steps": 1, "loss": "kl"}),
+    "paper_ce": Arm({"rollout": "paper", "loss": "ce"}),
+    "exact_ce": Arm({"loss": "ce"}),
+    "exact_kl": Arm({"loss": "kl"}),
+    "exact_topk_kl": Arm({"loss": "topk_kl"}),
+    "exact_lk": Arm({"loss": "lk"}),
+    "exact_tv": Arm({"loss": "tv"}),
+    "exact_e2e": Arm({"loss": "e2e"}),
+    "on_policy_kl": Arm({"loss": "kl", "inputs": "draft"}),
+    "whole_kl": Arm({"loss": "kl", "token_map": ""}),
+    "original_kl": Arm({"loss": "kl"}, data="original"),
+    "half_kl": Arm({"loss": "kl"}, share=0.5),
+    "quarter_kl": Arm({"loss": "kl"}, share=0.25),
+    "from_random": Arm({"loss": "kl"}, start="random"),
+    "from_last_layer": Arm({"loss": "kl"}, start="last_layer"),
+    "from_fit": Arm({"loss": "kl"}, start="fitted"),
 }
 
 
@@ -70,26 +94,46 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--questions", required=True)
+    parser.add_argument("--original", help="JSONL whose rows end with an answer, of whatever origin")
     parser.add_argument("--work", default="output/smollm2")
     parser.add_argument("--model", help="a folder with a head, instead of SmolLM2's")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="matrix products' (autocast)"
+    )
     parser.add_argument("--parts", type=int, default=8, help="files of answers")
     parser.add_argument("--part", type=int, default=256, help="prompts of each")
     parser.add_argument("--fit_rows", type=int, default=256)
-    parser.add_argument("--train_tokens", type=int, default=512, help="of the answers to train on, at most")
+    parser.add_argument("--train_tokens", type=int, default=384, help="of the answers to train on, at most")
     parser.add_argument("--answer_tokens", type=int, default=256, help="of the answers to the questions, at most")
+    parser.add_argument("--temperatures", type=float, nargs="*", default=[0.6, 1.0], help="of sampled drafts")
+    parser.add_argument("--maps", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], help="sizes")
+    parser.add_argument("--map", type=int, default=8192, help="the arms train inside; 0: none")
     parser.add_argument("--vanilla_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla; arms have half of it")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--save_every", type=int, default=50, help="steps")
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--long", default="exact_kl", choices=ARMS)
+    parser.add_argument("--long_steps", type=int, default=0)
+    parser.add_argument("--curve_every", type=int, default=0, help="steps between measurements of vanilla and head")
+    parser.add_argument("--save_every", type=int, default=50, help="steps")
     args = parser.parse_args()
     study = Study(args)
-    study.measure("fitted", study.fitted)
-    study.train("vanilla", {"num_speculative_steps": 1, "loss": "ce"}, study.fitted, args.vanilla_steps, args.rate, 0)
+    for start in ("random", "last_layer", "fitted"):
+        study.measure_start(start)
+    study.train(
+        "vanilla",
+        Arm({**VANILLA, "token_map": ""}, "fitted", "both"),
+        args.vanilla_steps,
+        args.rate,
+        0,
+        args.curve_every,
+    )
     for seed in args.seeds:
         for arm in args.arms:
-            study.train(f"{arm}-{seed}", ARMS[arm], study.head("vanilla"), args.steps, args.rate / 2, seed)
+            study.train(f"{arm}-{seed}", ARMS[arm], args.steps, args.rate / 2, seed)
+    if args.long_steps:
+        study.train("head", ARMS[args.long], args.long_steps, args.rate / 2, 0, args.curve_every)
     study.write_tables()
 
 
@@ -100,23 +144,30 @@ class Study:
         self.work = Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.args = args
+        self.dtype = getattr(torch, args.dtype)
         self.base = Path(args.model) if args.model else make_model(self.work)
         self.tokenizer = load_tokenizer(str(self.base))
         self.answers = [self.answer_part(number) for number in range(args.parts)]
         self.fitted = self.fit()
-        self.model = load_model(self.fitted, torch.float32)
+        self.maps = self.make_maps()
+        self.model = load_model(self.fitted, self.dtype)
         self.model.model_dir = str(self.fitted)  # what heads are saved as trained for
+        for parameter in self.model.head_parameters().values():
+            parameter.data = parameter.data.float()  # as `swift sft` trains it (swift_plugin/tuner.py)
         self.pad = padding_id(self.model, self.tokenizer)
-        self.texts, self.kinds = self.evaluation_texts()
-        self.train_texts = []
+        self.questions = read_rows(args.questions)
+        self.texts = self.evaluation_texts(0.0)
+        self.kinds = [self.questions[text.row].get("category", "all") for text in self.texts]
+        self.data = {"own": [], "original": training_texts(self.tokenizer, args.original) if args.original else []}
         for part in self.answers:
-            self.train_texts += training_texts(self.tokenizer, part)
-        tokens = sum(text.end - text.start for text in self.train_texts)
-        print(f"{len(self.train_texts)} answers, {tokens} tokens to train on", flush=True)
-        width = self.model.config.hidden_size
-        key = {"model": Checkpoint(self.fitted).fingerprint}
+            self.data["own"] += training_texts(self.tokenizer, part)
+        self.data["both"] = self.data["own"] + self.data["original"]
+        for name, texts in self.data.items():
+            print(f"{name}: {len(texts)} answers, {answer_tokens(texts)} tokens to train on", flush=True)
+        key = {"model": Checkpoint(self.fitted).fingerprint, "dtype": args.dtype}
         room = shutil.disk_usage(self.work).free // 2
-        self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, torch.float32, room)
+        width = self.model.config.hidden_size
+        self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, self.dtype, room)
 
     def answer_part(self, number):
         """The file with the model's answers to some of the prompts."""
@@ -126,7 +177,16 @@ class Study:
             rows = read_rows(self.args.prompts)[number * self.args.part : (number + 1) * self.args.part]
             prompts = path.with_suffix(".prompts.jsonl")
             prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            distill(str(self.base), str(prompts), str(path), max_new_tokens=self.args.train_tokens, seed=number)
+            tokens, dtype = self.args.train_tokens, self.args.dtype
+            distill(
+                str(self.base),
+                str(prompts),
+                str(path),
+                max_new_tokens=tokens,
+                seed=number,
+                batch_size=64,
+                torch_dtype=dtype,
+            )
         return path
 
     def fit(self):
@@ -138,103 +198,132 @@ class Study:
             graft(str(self.base), str(folder), init_from_last_layer=True, fit_on=str(rows), overwrite=True)
         return folder
 
-    def evaluation_texts(self):
-        path = self.work / f"texts-{self.args.answer_tokens}.json"
-        rows = read_rows(self.args.questions)
+    def make_maps(self):
+        """The map files, by size."""
+        folder = self.work / "maps"
+        sizes = sorted({*self.args.maps, self.args.map} - {0})
+        if sizes and not folder.exists():
+            vocab([str(path) for path in self.answers], str(self.fitted), str(folder), sizes=sizes)
+        return {size: folder / f"mixed-{size}.pt" for size in sizes}
+
+    def evaluation_texts(self, temperature):
+        """The model's answers to the questions; greedy at temperature 0."""
+        path = self.work / f"texts-{self.args.answer_tokens}-{temperature}.json"
         if not path.exists():
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
-            made = make_texts(self.model, self.tokenizer, rows, self.args.answer_tokens, "generate", 32)
+            tokens = self.args.answer_tokens
+            made = make_texts(self.model, self.tokenizer, self.questions, tokens, "generate", 64, temperature)
             write_json([list(text) for text in made], path)
-        texts = [Text(*text) for text in json.loads(path.read_text())]
-        return texts, [rows[text.row].get("category", "all") for text in texts]
+        return [Text(*text) for text in json.loads(path.read_text())]
 
     def head(self, name):
         """A checkpoint as `swift sft` writes it: `fastmtp simulate --adapters` and `swift export` take it."""
-        return self.work / "heads" / name
+        return {"fitted": self.fitted, "last_layer": self.base}.get(name, self.work / "heads" / name)
 
-    def load(self, folder):
-        """The head of a checkpoint into the model."""
+    def load(self, name):
+        """A head into the model: that of a checkpoint, or a random one."""
+        if name == "random":
+            torch.manual_seed(0)
+            for parameter in self.model.head_parameters().values():
+                parameter.data.normal_(0, 0.02) if parameter.ndim > 1 else parameter.data.fill_(1.0)
+            return
         shapes = head_shapes(Checkpoint(self.fitted))
-        load_head(self.model, read_head(Checkpoint(folder), self.model.family, shapes))
+        load_head(self.model, read_head(Checkpoint(self.head(name)), self.model.family, shapes))
 
-    def train(self, name, settings, start, steps, rate, seed):
+    def train(self, name, arm, steps, rate, seed, curve_every=0):
         """AdamW, cosine schedule with warm-up, gradient clipping: what recipes/quickstart_cpu.yaml does, in a loop."""
         done = self.work / "heads" / f"{name}.json"
         if done.exists():
             return
         done.parent.mkdir(exist_ok=True)
-        self.load(start)
+        part = done.with_suffix(".part")
+        inside = str(self.maps[self.args.map]) if self.args.map else ""
+        settings = FastMTPConfig(**{"token_map": inside, **arm.settings})
+        texts = self.data[arm.data]
+        texts = random.Random(0).sample(texts, round(arm.share * len(texts)))
+        self.load(arm.start)
         model = self.model
-        model.fastmtp = FastMTPConfig(**settings)
         model.freeze_backbone()
-        model.train()
         parameters = list(model.head_parameters().values())
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-        batches = order_of_batches(self.train_texts, steps, seed)
-        begun, seconds, tokens, losses = resume(self.work / "heads" / f"{name}.part", model, optimizer, schedule)
+        batches = order_of_batches(texts, steps, seed)
+        begun, seconds, tokens, losses = resume(part, model, optimizer, schedule)
         started = time.time()
         for step in range(begun, steps):
-            batch = batches[step]
-            ids, mask, labels = collate(batch, self.pad)
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            if model.fastmtp is not settings:  # at first, and after a measurement
+                model.fastmtp = settings
+                model.train()
+            ids, mask, labels = collate(batches[step], self.pad)
+            with self.autocast():
+                loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             losses.append(float(loss.detach()))
-            tokens += sum(text.end - text.start for text in batch)
+            tokens += answer_tokens(batches[step])
             if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
                 spent = seconds + time.time() - started
-                print(f"{name}: step {step + 1}/{steps}, loss {sum(losses[-20:]) / len(losses[-20:]):.3f}", flush=True)
-                save(self.work / "heads" / f"{name}.part", model, optimizer, schedule, spent, tokens, losses)
+                mean = sum(losses[-20:]) / len(losses[-20:])
+                print(f"{name}: step {step + 1}/{steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
+                save(part, model, optimizer, schedule, spent, tokens, losses)
+            if curve_every and (step + 1) % curve_every == 0 and step + 1 < steps:
+                before = time.time()
+                self.measure(f"{name} after {step + 1} steps", tokens)
+                started += time.time() - before
+        spent = seconds + time.time() - started
         model.requires_grad_(False).eval()
         FastMTPTuner.save_pretrained(model, str(self.head(name)))
-        spent = seconds + time.time() - started
-        record = {"settings": settings, "steps": steps, "rate": rate, "seed": seed, "tokens": tokens}
+        self.measure(name, tokens)
+        record = {"arm": arm._asdict(), "steps": steps, "rate": rate, "seed": seed, "tokens": tokens}
         write_json({**record, "seconds": round(spent, 1), "losses": losses[:: max(1, steps // 50)]}, done)
-        (self.work / "heads" / f"{name}.part").unlink(missing_ok=True)
-        self.measure(name, self.head(name))
+        part.unlink(missing_ok=True)
 
-    def measure(self, name, start):
-        """Verification rounds of a greedy server on the model's own greedy answers, for every K."""
-        path = self.work / "measured" / f"{name}.json"
+    def autocast(self):
+        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+
+    def measure_start(self, name):
+        if not self.measured(name).exists():
+            self.load(name)
+            self.measure(name, 0)
+
+    def measured(self, name):
+        return self.work / "measured" / f"{name}.json"
+
+    def measure(self, name, tokens):
+        """The model's head as it is now, after training on so many tokens; sampled drafts of finished ones only."""
+        path = self.measured(name)
         if path.exists():
             return
         path.parent.mkdir(exist_ok=True)
-        self.load(start)
+        self.model.eval()
         self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
-        (accepted,) = greedy_acceptance(self.model, self.texts, self.pad, 16)
-        by_kind = defaultdict(list)
-        for of_text, kind in zip(accepted, self.kinds, strict=True):
-            by_kind[kind].append(of_text)
-        cells = {kind: cell(of_kind) for kind, of_kind in {"all": accepted, **by_kind}.items()}
-        write_json({"name": name, "cells": cells}, path)
-        tau = cells["all"]["tau"]
-        print(f"{name}: first draft {cells['all']['conditional'][0]:.1%}, tau K=3 {tau[2]:.3f}", flush=True)
+        maps = {size: read_token_map(file, self.model.config.vocab_size) for size, file in self.maps.items()}
+        with self.autocast():
+            greedy = measure_greedy(self.model, self.texts, self.kinds, self.pad, {**maps, 0: None})
+            sampled = {}
+            for temperature in self.args.temperatures if name in self.sampled_heads() else []:
+                texts = self.evaluation_texts(temperature)
+                chosen = {size: maps.get(size) for size in {0, self.args.map}}
+                sampled[temperature] = measure_sampled(self.model, texts, self.pad, temperature, chosen)
+        write_json({"name": name, "tokens": tokens, "greedy": greedy, "sampled": sampled}, path)
+        found = greedy["kinds"]["all"]
+        print(f"{name}: first draft {found['conditional'][0]:.1%}, tau K=3 {found['tau'][2]:.3f}", flush=True)
+
+    def sampled_heads(self):
+        return {"vanilla", "head", *(f"{arm}-{self.args.seeds[0]}" for arm in self.args.arms)}
 
     def write_tables(self):
-        runs = [f"{arm}-{seed}" for arm, seed in product(self.args.arms, self.args.seeds)]
-        found = []
-        for name in ("fitted", "vanilla", *runs):
-            found.append(json.loads((self.work / "measured" / f"{name}.json").read_text()))
-        write_json({"provenance": provenance(), "settings": vars(self.args), "heads": found}, self.work / "study.json")
-        depths = range(1, DEPTH + 1)
-        columns = ["head", *(f"depth {k}" for k in depths), *(f"τ K={k}" for k in (1, 2, 3, DEPTH)), "K=3 - control"]
-        lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for head in found:
-            whole = head["cells"]["all"]
-            rates = [f"{100 * rate:.1f} %" for rate in whole["conditional"]]
-            taus = [f"{whole['tau'][k - 1]:.3f}" for k in (1, 2, 3, DEPTH)]
-            low, high = tau_interval(head)
-            taus[2] += f" [{low:.2f}, {high:.2f}]"
-            arm, _, seed = head["name"].rpartition("-")
-            control = next((h for h in found if h["name"] == f"control-{seed}"), None) if arm != "control" else None
-            gain = "{:+.3f} to {:+.3f}".format(*tau_interval(head, control)) if control else ""
-            lines.append(f"| {' | '.join([head['name'], *rates, *taus, gain])} |")
-        (self.work / "study.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
+        """Of all heads that were measured, in the order of training."""
+        files = sorted((self.work / "measured").glob("*.json"), key=lambda file: file.stat().st_mtime)
+        found = [json.loads(file.read_text()) for file in files]
+        record = {"provenance": provenance(), "settings": vars(self.args), "heads": found}
+        write_json(record, self.work / "study.json")
+        page = tables(found, self.args.map)
+        (self.work / "study.md").write_text(page)
+        print(page)
 
 
 def make_model(work):
@@ -255,6 +344,10 @@ def training_texts(tokenizer, path):
         for turn in turns(tokenizer, row, trainable_only=False):
             texts.append(Text(turn.asked + turn.answered, len(turn.asked), len(turn.asked) + len(turn.answered)))
     return texts
+
+
+def answer_tokens(texts):
+    return sum(text.end - text.start for text in texts)
 
 
 def order_of_batches(texts, steps, seed):
@@ -295,29 +388,6 @@ def resume(path, model, optimizer, schedule):
     schedule.load_state_dict(state["schedule"])
     seconds, tokens, losses = state["progress"]
     return len(losses), seconds, tokens, losses
-
-
-def cell(accepted):
-    """Rates by depth, tau by K, and the rounds at K = 3 of each text, which intervals are drawn from."""
-    counts = text_counts(accepted)
-    rounds = {k: [verify_rounds(a, k) for a in accepted] for k in range(1, DEPTH + 1)}
-    return {
-        "answers": len(accepted),
-        "conditional": counts.conditional,
-        "marginal": counts.marginal,
-        "tau": [micro_tau(rounds[k]) for k in rounds],
-        "rounds": [[sum(r) + len(r), len(r)] for r in rounds[3]],
-    }
-
-
-def tau_interval(head, other=None, draws=2000):
-    """95 % of tau at K = 3, or of its difference from another head's on the same texts, by bootstrap over texts."""
-    rounds = [torch.tensor(h["cells"]["all"]["rounds"]).double() for h in (head, other) if h]
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(len(rounds[0]), (draws, len(rounds[0])), generator=generator)
-    taus = [r[drawn, 0].sum(1) / r[drawn, 1].sum(1) for r in rounds]
-    value = taus[0] - taus[1] if other else taus[0]
-    return [float(value.quantile(q)) for q in (0.025, 0.975)]
 
 
 if __name__ == "__main__":

@@ -178,13 +178,15 @@ def _prefill(model: Any, pad: int, prompts: list[list[int]]) -> tuple[Any, torch
     column = torch.arange(width, device=model.device)
     positions = column - (width - lengths)[:, None]
     cache = prompt_cache(model.config)
+    # As a slice, the last states would not be contiguous: `linear` copies the output matrix for each prompt then.
+    last = column[-1:]
     output = model(
         input_ids=ids,
         attention_mask=(positions >= 0).long(),
         position_ids=positions.clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=last,
     )
     return cache, lengths, output.logits[:, -1]
 

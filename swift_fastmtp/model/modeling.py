@@ -84,11 +84,11 @@ class FastMTPMixin:
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         self.hidden_cache: HiddenCache | None = None
-        self._mapped: DraftVocabulary | None = None
         self.family = self.family.at(config.num_hidden_layers)
         head = MTPHead(config, self.family)
         # In a list, so not as a submodule of its own: every parameter has one name, its native one.
         self._heads = [head]
+        self._mapped: DraftVocabulary | None = None
         self.fastmtp = FastMTPConfig()
         if self.family.scattered:
             for part, child in head.named_children():
@@ -117,6 +117,7 @@ class FastMTPMixin:
     @fastmtp.setter
     def fastmtp(self, config: FastMTPConfig) -> None:
         self._fastmtp = config
+        self._mapped = None  # of the token map that the last ones had
         self.head.graph = self.family.graph(config.engine)
 
     @classmethod
