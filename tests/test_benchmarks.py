@@ -156,10 +156,14 @@ def test_generation_benchmark(monkeypatch, tmp_path, capsys):
 
 def study_command(work):
     """Of benchmarks/smollm2/study.py, in small, on the tiny model."""
+    original = work.parent / "original.jsonl"
+    asked, answered = ({"role": role, "content": "Why is water wet?"} for role in ("user", "assistant"))
+    original.write_text(json.dumps({"messages": [asked, answered]}) + "\n")
     command = [sys.executable, str(ROOT / "benchmarks/smollm2/study.py"), "--model", str(TINY), "--work", str(work)]
-    command += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--parts", "1", "--part", "8", "--fit_rows", "8"]
-    command += ["--train_tokens", "16", "--answer_tokens", "16", "--vanilla_steps", "6", "--steps", "4"]
-    return [*command, "--save_every", "2", "--arms", "control", "exact-kl"]
+    command += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--original", str(original), "--map", "1024"]
+    command += ["--parts", "1", "--part", "8", "--fit_rows", "8", "--train_tokens", "16", "--answer_tokens", "16"]
+    command += ["--maps", "512", "--temperatures", "0.6", "--vanilla_steps", "6", "--steps", "4", "--save_every", "2"]
+    return [*command, "--arms", "control", "exact_kl", "--long_steps", "4", "--curve_every", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +186,14 @@ def test_the_study_goes_on_after_a_kill(study, tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     table = (tmp_path / "killed" / "study.md").read_text()
     assert table == (study / "study.md").read_text()
-    assert "| exact-kl-0 |" in table
+    assert "| exact_kl-0 |" in table and "| head after 2 steps |" in table
 
 
 @pytest.mark.matrix
 def test_the_studys_heads_are_served_and_timed(study):
     """Plain and drafting by a real SGLang, in turns: the same tokens, and every round counted."""
     command = [sys.executable, str(ROOT / "benchmarks/smollm2/clock.py"), "--work", str(study)]
-    command += ["--questions", str(EVAL), "--heads", "exact-kl-0", "--map", "3000", "--num_steps", "2"]
+    command += ["--questions", str(EVAL), "--heads", "exact_kl-0", "--map", "1024", "--num_steps", "2"]
     subprocess.run([*command, "--num_questions", "2", "--max_new_tokens", "12", "--rounds", "2"], check=True)
     results = json.loads((study / "clock-float32" / "bench" / "results.json").read_text())
     drafting = [run for run in results["runs"] if run["server"] != "plain"]

@@ -26,6 +26,7 @@ from swift_fastmtp.export.graft import ADDED_FILE, graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -95,6 +96,23 @@ def test_logits_are_the_same_bits(kind, tied, tmp_path):
     assert len(added) == biases + tied
     # What the model had is linked, not written again.
     assert (model / "model.safetensors").stat().st_nlink == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_trained_head_alone_is_a_donor(kind, tmp_path):
+    """What `swift sft` writes is a few MB; with the plain model it makes the model that is served."""
+    model = saved(tmp_path / "model", kind, tie_word_embeddings=True)
+    graft(model, tmp_path / "out", init_from_last_layer=True)
+    trained = load_model(tmp_path / "out", torch.float32)
+    with torch.no_grad():
+        for parameter in trained.head_parameters().values():
+            parameter.normal_()
+    trained.model_dir = str(tmp_path / "out")
+    FastMTPTuner.save_pretrained(trained, str(tmp_path / "head"))
+    graft(model, tmp_path / "again", donor=tmp_path / "head")
+    again = load_model(tmp_path / "again", torch.float32)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, trained.state_dict()[name]), name
 
 
 def test_keys_that_config_json_leaves_out_mean_what_they_meant(tmp_path):

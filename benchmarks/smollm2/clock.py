@@ -1,9 +1,9 @@
 """Is it faster by the clock? Plain against drafting, behind a real SGLang on this machine's CPU, in turns.
 
-    python benchmarks/smollm2/clock.py --work output/smollm2 --heads vanilla exact-kl-0 --map 8192
+    python benchmarks/smollm2/clock.py --work output/smollm2 --heads vanilla head --map 8192
 
 `--work` is the folder of `study.py`, whose heads are served. A plan for `fastmtp bench` is written there: the model
-without drafts as baseline, and each head with every `--num_steps`, with and without a map of its most frequent tokens.
+without drafts as baseline, and each head with every `--num_steps`, with and without a map of the study.
 All servers are up at once, about 1.5 GB each, and take turns, so the machine's moods hit all of them. Answers are
 greedy and compared with the baseline's, token by token. In float32 they must be the same; in bfloat16 near-ties fall
 differently for one row and for several.
@@ -22,7 +22,6 @@ from helpers.engine import engine_python  # noqa: E402
 
 from swift_fastmtp.bench.bench import bench  # noqa: E402
 from swift_fastmtp.export.folders import export_full  # noqa: E402
-from swift_fastmtp.vocab.build import vocab  # noqa: E402
 
 CPU = ROOT / "tests" / "serving" / "cpu_plan.yaml"
 
@@ -32,7 +31,7 @@ def main():
     parser.add_argument("--work", required=True)
     parser.add_argument("--questions", required=True, help="JSONL with messages")
     parser.add_argument("--heads", nargs="+", required=True, help="names of the study's")
-    parser.add_argument("--map", type=int, default=8192, help="tokens of the map; 0: none")
+    parser.add_argument("--map", type=int, default=8192, help="one of the study's; 0: none")
     parser.add_argument("--num_steps", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--num_questions", type=int, default=24)
     parser.add_argument("--max_new_tokens", type=int, default=192)
@@ -41,7 +40,7 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)  # the plan's paths
     work = Path(args.work)
-    maps = ["none", *([vocabulary(work, args.map)] if args.map else [])]
+    maps = ["none", *([str(work / "maps" / f"mixed-{args.map}.pt")] if args.map else [])]
     servers = {"plain": {"method": "baseline"}}
     for head in args.heads:
         method = "vanilla" if head == "vanilla" else "tuned"
@@ -71,15 +70,6 @@ def served(work, head):
     if not folder.exists():
         export_full(work / "heads" / head, folder)
     return folder
-
-
-def vocabulary(work, size):
-    """A map of the tokens that its self-distilled responses hold most often."""
-    folder = work / "maps"
-    if not folder.exists():
-        answers = sorted(str(path) for path in (work / "answers").glob("[0-9][0-9][0-9].jsonl"))
-        vocab(answers, str(work / "fitted"), str(folder), sizes=[size])
-    return str(folder / f"mixed-{size}.pt")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ ARMS = {
     "on_policy_kl": Arm({"loss": "kl", "inputs": "draft"}),
     "whole_kl": Arm({"loss": "kl", "token_map": ""}),
     "original_kl": Arm({"loss": "kl"}, data="original"),
+    "both_kl": Arm({"loss": "kl"}, data="both"),
     "half_kl": Arm({"loss": "kl"}, share=0.5),
     "quarter_kl": Arm({"loss": "kl"}, share=0.25),
     "from_random": Arm({"loss": "kl"}, start="random"),
@@ -113,7 +114,7 @@ def main():
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla; arms have half of it")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--long", default="exact_kl", choices=ARMS)
+    parser.add_argument("--long", default="both_kl", choices=ARMS)
     parser.add_argument("--long_steps", type=int, default=0)
     parser.add_argument("--curve_every", type=int, default=0, help="steps between measurements of vanilla and head")
     parser.add_argument("--save_every", type=int, default=50, help="steps")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
-from ..families.family import config_value
+from ..families.family import Family, config_value
 
 if TYPE_CHECKING:
     import torch  # takes seconds, and `fastmtp inspect` needs only the names
@@ -69,6 +69,11 @@ class Dense:
         if name not in self.added:
             return self.model.read(name)
         return self.model.read(_EMBEDDING) if name == _OUTPUT else torch.zeros(self.added[name])
+
+
+def is_qwen2s(family: Family) -> bool:
+    """Whether it is a head for Qwen2's backbone, which the models here can be given."""
+    return family.backbone.endswith(f":{_BACKBONE}")
 
 
 def as_qwen2(model: Checkpoint) -> Dense | None:

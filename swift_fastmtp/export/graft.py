@@ -27,7 +27,7 @@ from ..families.table import FAMILIES, match_family
 from ..files.copies import file_hash, link_or_copy
 from ..files.paths import check_link, files_of
 from ..files.staging import new_folder, try_output, write_json
-from .dense import Dense, as_qwen2
+from .dense import Dense, as_qwen2, is_qwen2s
 from .folders import RUN_FILES, write_index
 from .inspection import size
 
@@ -63,7 +63,7 @@ def graft(
     Args:
         model: folder of the fine-tuned, merged or RL-trained model, full weights in safetensors files
         output_dir: folder to write; must not exist
-        donor: folder of a model of the same sizes that has the layer: the base model
+        donor: folder of a model of the same sizes that has the layer: the base model, or a head that was trained
         init_from_last_layer: where there is no donor, make a layer from the backbone's last one (`init_head.py`)
         fit_on: conversations with answers, the model's own at best: with --init_from_last_layer, on which the layer's
             projection is fitted (`fit_head.py`; the model is loaded in float32)
@@ -88,7 +88,7 @@ def graft(
         raise FastMTPError(f"{model}: is quantized; graft into the unquantized checkpoint and quantize the result")
     theirs = giver.config if giver else None
     # A dense model of a layout that no engine drafts with becomes one of a layout that they do.
-    dense = None if giver else as_qwen2(tuned)
+    dense = as_qwen2(tuned) if not giver or is_qwen2s(giver.trainable_family) else None
     config = dense.config if dense else tuned.config
     family = giver.trainable_family if giver else _family_of(config, tuned.config_file)
     new_config = _with_head(config, theirs, family, tuned.folder)
