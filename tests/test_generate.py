@@ -8,9 +8,10 @@ import torch
 from helpers.models import RANDOM
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from swift_fastmtp.data.generate import Decoding, Request, answer_all, draw
+from swift_fastmtp.data.generate import Decoding, Request, _prefill, answer_all, draw
 
 NO_PADDING = SimpleNamespace(pad_token_id=None)
 MIMO = RANDOM["mimo"](1)
@@ -47,6 +48,27 @@ def test_slots_that_are_taken_over_answer_as_transformers_does(kind):
     cut = [next((w[: n + 1] for n, token in enumerate(w) if token in ends), w) for w in want]
     assert min(map(len, cut)) < 4 and max(map(len, cut)) > 4
     assert answers(model, requests_of(lengths), Decoding(12, ends=ends), num_slots=3) == cut
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+def test_many_prompts_take_one_output_matrix():
+    """torch copies a matrix once for each prompt where the states that it multiplies do not lie side by side."""
+    model = RANDOM["mimo"](1).requires_grad_(False)  # it does not where the matrix has a gradient
+    prompts = [request.prompt for request in requests_of([5, 3, 9, 4, 2, 6, 3, 7] * 4)]
+    with torch.no_grad(), LargestResult() as largest:
+        _prefill(model, 0, prompts)
+    assert largest.elements < len(prompts) * model.lm_head.weight.numel()
 
 
 @settings(max_examples=20, deadline=None)
