@@ -159,7 +159,8 @@ def greedy_acceptance(
             share one pass, because a chain goes on only from drafts that equal the text.
 
     Returns, per map and text, bool [K, A]: `[k-1, t]`: with answer token t just committed, depth k's draft is the
-    text's token t + k. After a draft that is rejected all are False: no server gets there. Drafts past the end of an answer count where the text says what would have followed.
+    text's token t + k. After a draft that is rejected all are False: no server gets there. Drafts past the end of an
+    answer count where the text says what would have followed.
     """
     vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
