@@ -4,12 +4,15 @@ Every rate is of teacher-forced texts that the model itself gave (`swift_fastmtp
 would accept, at every depth, in every token map, with greedy and with sampled drafts.
 """
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from operator import mul
+from types import SimpleNamespace
 
 import torch
 
 from swift_fastmtp.method.metrics import expected_rounds, text_counts
 from swift_fastmtp.simulate.acceptance import greedy_acceptance, sampled_acceptance
+from swift_fastmtp.simulate.plots import plot_acceptance
 
 DEPTH = 7
 """Measured; the paper's tables stop at 3."""
@@ -73,6 +76,17 @@ def tau_interval(found, other=None):
     taus = [r[drawn, 0].sum(1) / r[drawn, 1].sum(1) for r in rounds]
     value = taus[0] - taus[1] if other else taus[0]
     return [float(value.quantile(q)) for q in (0.025, 0.975)]
+
+
+def plot(heads, names, path):
+    """Acceptance by depth, up to 5, and tau by K, of the heads with these names, drafting from the whole vocabulary."""
+    results = []
+    for head in heads:
+        if head["name"] in names:
+            found = cell_of(head, 0)
+            marginal = list(accumulate(found["conditional"][:5], mul))
+            results.append(SimpleNamespace(name=head["name"], marginal=marginal, tau_micro=found["tau"][:5]))
+    plot_acceptance(results, path)
 
 
 def tables(heads, trained_in):

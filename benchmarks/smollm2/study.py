@@ -13,7 +13,7 @@
                 `--original`, answers that came with prompts: general text, which no model had to generate
     arms        from vanilla, at equal data and steps: K = 1 goes on (the control), then rollouts and losses, K = 3
     head        the first arm of `--long`, from vanilla, `--long_steps` steps
-    tables      study.json and study.md (`measure.py`)
+    tables      study.json, study.md and study.png (`measure.py`)
 
 Everything finished is a file below `--work`. A run that was killed goes on, at most `--save_every` steps back; one that
 is given more prompts, steps, arms or seeds adds what is missing.
@@ -52,7 +52,7 @@ from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import collate
-from measure import DEPTH, measure_greedy, measure_sampled, tables
+from measure import DEPTH, measure_greedy, measure_sampled, plot, tables
 
 TOKENS_PER_BATCH = 4096
 
@@ -326,6 +326,8 @@ class Study:
         write_json(record, self.work / "study.json")
         page = tables(found, self.args.map)
         (self.work / "study.md").write_text(page)
+        shown = ("fitted", "vanilla", f"control-{self.args.seeds[0]}", f"exact_kl-{self.args.seeds[0]}", "head")
+        plot(found, shown, self.work / "study.png")
         print(page)
 
 
