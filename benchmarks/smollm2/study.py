@@ -12,7 +12,7 @@
     vanilla     the head trained as shipped ones are: K = 1, labels, `--vanilla_steps` steps, on the answers and on
                 `--original`, answers that came with prompts: general text, which no model had to generate
     arms        from vanilla, at equal data and steps: K = 1 goes on (the control), then rollouts and losses, K = 3
-    head        the first arm of `--long`, from vanilla, `--long_steps` steps
+    head        the arm `--long`, from vanilla, `--long_steps` steps; published/ is the layer alone, with its map
     tables      study.json, study.md and study.png (`measure.py`)
 
 Everything finished is a file below `--work`. A run that was killed goes on, at most `--save_every` steps back; one that
@@ -38,10 +38,11 @@ from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import turns
 from swift_fastmtp.data.generate import padding_id
+from swift_fastmtp.export.folders import export_draft
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import read_rows
-from swift_fastmtp.files.staging import staged, write_json
+from swift_fastmtp.files.staging import new_folder, staged, write_json
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.model.hidden_cache import HiddenCache
@@ -135,6 +136,7 @@ def main():
             study.train(f"{arm}-{seed}", ARMS[arm], args.steps, args.rate / 2, seed)
     if args.long_steps:
         study.train("head", ARMS[args.long], args.long_steps, args.rate / 2, 0, args.curve_every)
+        study.publish()
     study.write_tables()
 
 
@@ -317,6 +319,23 @@ class Study:
 
     def sampled_heads(self):
         return {"vanilla", "head", *(f"{arm}-{self.args.seeds[0]}" for arm in self.args.arms)}
+
+    def publish(self):
+        """The trained layer alone, and its map: with the plain model all that `fastmtp graft` needs."""
+        folder = self.work / "published"
+        if folder.exists():
+            return
+        whole = self.work / "draft"
+        export_draft(self.head("head"), whole)
+        settings = json.loads((whole / "fastmtp.json").read_text())
+        settings["base_model"] = "SmolLM2-135M-Instruct"
+        with new_folder(folder) as out:
+            if self.args.map:
+                shutil.copyfile(self.maps[self.args.map], out / f"map-{self.args.map}.pt")
+                settings["token_map"] = f"map-{self.args.map}.pt"
+            write_json(settings, out / "fastmtp.json")
+            for name in ("config.json", "model.safetensors"):
+                shutil.copyfile(whole / name, out / name)
 
     def write_tables(self):
         """Of all heads that were measured, in the order of training."""
