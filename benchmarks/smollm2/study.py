@@ -112,7 +112,7 @@ def main():
     parser.add_argument("--map", type=int, default=8192, help="the arms train inside; 0: none")
     parser.add_argument("--vanilla_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla; arms have half of it")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla and of the head; arms have half of it")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long", default="both_kl", choices=ARMS)
@@ -135,7 +135,7 @@ def main():
         for arm in args.arms:
             study.train(f"{arm}-{seed}", ARMS[arm], args.steps, args.rate / 2, seed)
     if args.long_steps:
-        study.train("head", ARMS[args.long], args.long_steps, args.rate / 2, 0, args.curve_every)
+        study.train("head", ARMS[args.long], args.long_steps, args.rate, 0, args.curve_every)
         study.publish()
     study.write_tables()
 

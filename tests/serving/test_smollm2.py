@@ -18,6 +18,6 @@ def test_smollm2_drafts_with_the_repositorys_head(tmp_path):
     done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = {run["server"]: run for run in json.loads((tmp_path / "bench/results.json").read_text())["runs"]}
-    drafting = runs["drafting-k3-map-8192"]
+    drafting = runs["drafting-k2"]
     assert drafting["lossless"]["equal"] == drafting["lossless"]["compared"] == 6
-    assert drafting["tau_micro"] > 1.3
+    assert drafting["tau_micro"] > 1.25
