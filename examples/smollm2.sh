@@ -31,5 +31,6 @@ export SGLANG
 
 echo "== 4/4 plain and drafting, greedy, in turns"
 grep '"category": "en"' examples/prompts/eval.jsonl > "$OUT/questions.jsonl"
-fastmtp bench --plan examples/smollm2_plan.yaml tests/serving/cpu_plan.yaml --num_questions "${QUESTIONS:-24}" \
+export THREADS=${THREADS:-$(nproc)}
+fastmtp bench --plan tests/serving/cpu_plan.yaml examples/smollm2_plan.yaml --num_questions "${QUESTIONS:-24}" \
   --output_dir "$OUT/bench"

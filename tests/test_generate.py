@@ -8,9 +8,10 @@ import torch
 from helpers.models import RANDOM
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from swift_fastmtp.data.generate import Decoding, Request, answer_all, draw
+from swift_fastmtp.data.generate import Decoding, Request, _prefill, answer_all, draw
 
 NO_PADDING = SimpleNamespace(pad_token_id=None)
 MIMO = RANDOM["mimo"](1)
@@ -47,6 +48,29 @@ def test_slots_that_are_taken_over_answer_as_transformers_does(kind):
     cut = [next((w[: n + 1] for n, token in enumerate(w) if token in ends), w) for w in want]
     assert min(map(len, cut)) < 4 and max(map(len, cut)) > 4
     assert answers(model, requests_of(lengths), Decoding(12, ends=ends), num_slots=3) == cut
+
+
+class Products(TorchDispatchMode):
+    """Which matrix products gave results of a width."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.names = width, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape[-1:] == (self.width,) and "mm" in str(func):
+            self.names.append(str(func))
+        return out
+
+
+def test_many_prompts_are_one_product_with_the_output_matrix():
+    """A batch of products, which torch makes of states that do not lie side by side, copies the matrix for each in
+    bfloat16."""
+    model = RANDOM["mimo"](1).requires_grad_(False)
+    with torch.no_grad(), Products(model.config.vocab_size) as products:
+        _prefill(model, 0, [request.prompt for request in requests_of([5, 3, 9])])
+    assert products.names == ["aten.mm.default"]
 
 
 @settings(max_examples=20, deadline=None)

@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--max_new_tokens", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=1, help="of each server; only one of them works at a time")
     args = parser.parse_args()
     os.chdir(ROOT)  # the plan's paths
     work = Path(args.work)
@@ -54,6 +55,7 @@ def main():
         "rounds": args.rounds,
         "together": True,
         "python": engine_python(),
+        "environment": {"OMP_NUM_THREADS": str(args.threads)},
         "flags": ["--dtype", args.dtype, "--mem-fraction-static", "0.05"],
         "servers": servers,
     }

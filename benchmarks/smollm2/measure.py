@@ -46,10 +46,10 @@ def measure_sampled(model, texts, pad, temperature, maps):
 def cell(accepted):
     """Rates by depth, tau by K, and each text's tokens and rounds at K = 3, which intervals are drawn from.
 
-    `accepted` are tensors [DEPTH, answer tokens], of 0 and 1 or of probabilities.
+    `accepted` are tensors [depth, answer tokens], of 0 and 1 or of probabilities.
     """
     counts = text_counts(accepted)
-    rounds = {k: [expected_rounds(a, k) for a in accepted] for k in range(1, DEPTH + 1)}
+    rounds = {k: [expected_rounds(a, k) for a in accepted] for k in range(1, len(accepted[0]) + 1)}
     tau = [sum(tokens for tokens, _ in rounds[k]) / max(1.0, sum(steps for _, steps in rounds[k])) for k in rounds]
     return {"answers": len(accepted), "conditional": counts.conditional, "tau": tau, "rounds": rounds[3]}
 

@@ -208,12 +208,12 @@ class Study:
         return {size: folder / f"mixed-{size}.pt" for size in sizes}
 
     def evaluation_texts(self, temperature):
-        """The model's answers to the questions; greedy at temperature 0."""
+        """The model's answers to the questions; greedy at temperature 0, else to every third question."""
         path = self.work / f"texts-{self.args.answer_tokens}-{temperature}.json"
         if not path.exists():
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
-            tokens = self.args.answer_tokens
-            made = make_texts(self.model, self.tokenizer, self.questions, tokens, "generate", 64, temperature)
+            tokens, questions = self.args.answer_tokens, self.questions[:: 3 if temperature else 1]
+            made = make_texts(self.model, self.tokenizer, questions, tokens, "generate", 64, temperature)
             write_json([list(text) for text in made], path)
         return [Text(*text) for text in json.loads(path.read_text())]
 
@@ -300,13 +300,15 @@ class Study:
             return
         path.parent.mkdir(exist_ok=True)
         self.model.eval()
-        self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
+        temperatures = self.args.temperatures if name in self.sampled_heads() else []
+        drawn = {temperature: self.evaluation_texts(temperature) for temperature in temperatures}
         maps = {size: read_token_map(file, self.model.config.vocab_size) for size, file in self.maps.items()}
+        sampled = {}
         with self.autocast():
+            self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
             greedy = measure_greedy(self.model, self.texts, self.kinds, self.pad, {**maps, 0: None})
-            sampled = {}
-            for temperature in self.args.temperatures if name in self.sampled_heads() else []:
-                texts = self.evaluation_texts(temperature)
+            self.model.fastmtp = FastMTPConfig(num_speculative_steps=3)
+            for temperature, texts in drawn.items():
                 chosen = {size: maps.get(size) for size in {0, self.args.map}}
                 sampled[temperature] = measure_sampled(self.model, texts, self.pad, temperature, chosen)
         write_json({"name": name, "tokens": tokens, "greedy": greedy, "sampled": sampled}, path)

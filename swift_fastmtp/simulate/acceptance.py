@@ -159,7 +159,7 @@ def greedy_acceptance(
             share one pass, because a chain goes on only from drafts that equal the text.
 
     Returns, per map and text, bool [K, A]: `[k-1, t]`: with answer token t just committed, depth k's draft is the
-    text's token t + k. Drafts past the end of an answer count where the text says what would have followed.
+    text's token t + k. After a draft that is rejected all are False: no server gets there. Drafts past the end of an answer count where the text says what would have followed.
     """
     vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
@@ -258,14 +258,19 @@ def _acceptance(
     per_text: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
     for batch in _batches(model, texts, pad, batch_size, label):
         hidden = model.normed(batch.hidden).flatten(0, 1)
-        accepted = torch.zeros((num_maps, *batch.exists.shape), dtype=dtype, device=hidden.device)
+        flat = torch.zeros(num_maps, *batch.exists.flatten(1).shape, dtype=dtype, device=hidden.device)
+        going_on = batch.wanted[:1].expand(num_maps, -1)
         for k, wanted in enumerate(batch.wanted):
-            states, teacher = batch.outputs[k][wanted], hidden[batch.rows[wanted] + k + 1]
-            tokens = batch.targets[k][batch.exists[k]]
+            # A chain ends where a draft is rejected: what would come after is drafted by nobody.
+            chosen = wanted & going_on.any(0)
+            rows = batch.rows[chosen]
+            states, teacher = batch.outputs[k][chosen], hidden[rows + k + 1]
+            tokens = batch.targets[k].flatten()[rows]
             parts = zip(states.split(chunk), teacher.split(chunk), tokens.split(chunk), strict=True)
             if len(tokens):
-                accepted[:, k, batch.exists[k]] = torch.cat([function(*part) for part in parts], 1)
-        accepted = accepted.cpu()
+                flat[:, k, rows] = torch.cat([function(*part) for part in parts], 1) * going_on[:, chosen]
+            going_on = flat[:, k, batch.rows] > 0
+        accepted = flat.view(num_maps, *batch.exists.shape).cpu()
         for row, i in enumerate(batch.places):
             for number in range(num_maps):
                 per_text[number][i] = accepted[number, :, row, texts[i].start - 1 : texts[i].end - 1].clone()
