@@ -115,10 +115,10 @@ def test_a_recipe_that_names_lora(rows, tmp_path):
 
 
 def test_knobs_are_those_of_the_run(monkeypatch):
-    monkeypatch.setattr(os, "environ", {"FASTMTP_BETA": "0.5", "FASTMTP_HOME": "/home", "FASTMTP_TOP_K": "7"})
-    assert FastMTPConfig.from_env() == FastMTPConfig(beta=0.5, top_k=7)
+    monkeypatch.setattr(os, "environ", {"FASTMTP_BETA": "0.5", "FASTMTP_HOME": "/home", "FASTMTP_LK_ETA": "7"})
+    assert FastMTPConfig.from_env() == FastMTPConfig(beta=0.5, lk_eta=7)
     both = FastMTPConfig.from_run({"fastmtp_beta": 0.25, "FASTMTP_LOSS": "ce"}, os.environ)
-    assert both == FastMTPConfig(beta=0.25, top_k=7, loss="ce")
+    assert both == FastMTPConfig(beta=0.25, lk_eta=7, loss="ce")
     with pytest.raises(FastMTPError, match="unknown knob 'fastmtp_home'"):
         FastMTPConfig.from_run({"fastmtp_home": "/home"}, {})
     with pytest.raises(FastMTPError, match="unknown knob 'beta'"):

@@ -86,45 +86,6 @@ def test_startup_benchmark(monkeypatch, tmp_path):
 
 
 @pytest.mark.matrix
-def test_ablation(monkeypatch, tmp_path):
-    """Two losses, one seed, two training steps: every stage of the real thing, and its report."""
-    run, report = load("ablation/run.py"), load("ablation/report.py")
-    settings = {
-        "SPLIT": {"train": 8, "dev": 2, "test": 3}, "ANSWER": 60, "STEPS": 2, "RATES": (1e-3, 2e-3), "SEEDS": (0, 1),
-        "LOSSES": ("ce", "lk"), "ROLLOUTS": {"exact": {"rollout": "exact"}},
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setattr(run, name, value)
-    with open(tmp_path / "data.jsonl", "w") as file:
-        for lang, words in (
-            ("en", "the old house by the river"),
-            ("zh", "北京的历史和文化"),
-            ("code", "def f(x): return x"),
-        ):
-            for i in range(13):
-                row = {"messages": [{"role": "user", "content": f"{words} {i}"}], "response": f"{words} " * (8 + i % 3)}
-                row |= {
-                    "category": "code" if lang == "code" else "general",
-                    "language": "en" if lang == "code" else lang,
-                }
-                file.write(json.dumps(row) + "\n")
-    monkeypatch.setattr(
-        sys, "argv", ["run", "--data", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / "out")]
-    )
-    run.main()
-    runs = sorted(p.stem for p in (tmp_path / "out" / "runs").glob("*.json"))
-    assert len(runs) == 2 * 2 * 2 + 1
-    output = tmp_path / "losses"
-    monkeypatch.setattr(sys, "argv", ["report", "--output_dir", str(tmp_path / "out"), "--output", str(output)])
-    report.main()
-    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
-    assert len(rows) == 5 and output.with_suffix(".png").stat().st_size > 10_000
-    for row in rows:
-        value, low, high = row["greedy"]
-        assert 1 <= low <= value <= high <= 4 and row["marginal"] == sorted(row["marginal"], reverse=True)
-
-
-@pytest.mark.matrix
 def test_the_gpu_script_runs_its_parts_in_small_on_a_cpu(tmp_path):
     environment = {**os.environ, "DEVICE": "cpu", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
     script = ["bash", str(ROOT / "benchmarks/gpu/run.sh"), str(tmp_path)]

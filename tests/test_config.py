@@ -24,11 +24,6 @@ def test_the_papers_weights():
     assert FastMTPConfig().step_weights == pytest.approx([0.51, 0.31, 0.18], abs=0.005)
 
 
-def test_end_to_end_loss_weighs_its_steps_alike():
-    """1 - a_1 .. a_k decays by itself (Bebop); a second decay would count depth twice."""
-    assert FastMTPConfig(loss="e2e").step_weights == pytest.approx([1 / 3] * 3)
-
-
 def test_environment_strings_are_parsed():
     env = {"FASTMTP_NUM_SPECULATIVE_STEPS": "5", "FASTMTP_BETA": "0.5", "FASTMTP_ROLLOUT": "paper", "PATH": "/bin"}
     assert FastMTPConfig.from_env(env) == FastMTPConfig(num_speculative_steps=5, beta=0.5, rollout="paper")
@@ -51,10 +46,8 @@ def test_environment_strings_are_parsed():
         ("rollout", "Exact"),
         ("loss", "mse"),
         ("loss_chunk_size", -1),
-        ("inputs", "own"),
         ("engine", "tgi"),
         ("temperature", 0),
-        ("top_k", 0),
         ("lk_eta", -1),
         ("hidden_cache_gb", "much"),
     ],

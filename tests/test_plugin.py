@@ -336,10 +336,10 @@ def test_distilled_rows_train_however_they_are_loaded(way, distilled, tmp_path):
     assert logged(tmp_path / "run", "mtp_loss_1") == [pytest.approx(loss, rel=1e-4)]
 
 
-def test_soft_loss_token_map_and_on_policy_inputs(rows, tmp_path):
+def test_soft_loss_and_token_map(rows, tmp_path):
     """The other ways to train, at once: rates of the map while training, with and without it in evaluation."""
     torch.save(list(range(3000)), tmp_path / "map.pt")
-    knobs = {"loss": "lk", "inputs": "draft", "temperature": 0.6, "token_map": str(tmp_path / "map.pt")}
+    knobs = {"loss": "lk", "temperature": 0.6, "token_map": str(tmp_path / "map.pt")}
     kwargs = json.dumps({f"fastmtp_{name}": value for name, value in knobs.items()})
     args = sft_args(TINY, rows, tmp_path / "run", model_kwargs=kwargs, val_dataset=f"{rows}#8", eval_steps=6)
     swift(*args)

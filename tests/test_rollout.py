@@ -214,37 +214,3 @@ def test_rows_not_asked_for_change_nothing(lengths, heads, steps, mode, data):
     want = torch.autograd.grad((every[:, rows] * upstream).sum(), parameters)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-
-
-def own_embeds(model):
-    return lambda g: model.model.embed_tokens((g @ model.lm_head.weight.T).argmax(-1))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_on_policy_inputs_are_the_drafts_of_a_server(exact_norms, seed):
-    """The chain of a row equals a server's that drafts from there and feeds itself its own tokens."""
-    model, hidden, _ = case([11], (4, 2), seed)
-    ids = torch.randint(0, 97, (11,))
-    embed = model.model.embed_tokens
-    outputs = run(model, hidden, embed(ids)[None], [11], 4, "exact", own_embeds=own_embeds(model))
-    head, differs = Head(model.head, model.config), 0
-    for base in range(6):
-        embeds = embed(ids).clone()
-        for k in range(1, 5):
-            g = draft_with_cache(head, hidden[0], embeds, base, k, model.head.graph)[-1]
-            assert float((outputs[k - 1, base] - g).detach().abs().max()) <= 1e-9
-            draft = (g @ model.lm_head.weight.T).argmax()
-            differs += int(draft != ids[base + k + 1]) if base + k + 1 < 11 else 0
-            embeds = torch.cat([embeds[: base + k + 1], embed(draft)[None]])
-    assert differs > 10  # the drafts are not the text, or this shows nothing
-
-
-def test_on_policy_paper_rollout_replaces_chosen_rows_only(exact_norms):
-    model, hidden, embeds = case([9], (4, 2), 0)
-    rows = torch.tensor([3, 4, 6])
-    text = run(model, hidden, embeds, [9], 2, "paper")
-    own = run(model, hidden, embeds, [9], 2, "paper", rows=rows, own_embeds=own_embeds(model))
-    assert float((own[1] - text[1, rows]).detach().abs().max()) > 1e-3
-    # Reading the text through the same door changes nothing.
-    same = run(model, hidden, embeds, [9], 2, "paper", rows=rows, own_embeds=lambda g: embeds[0, rows + 2])
-    torch.testing.assert_close(same, text[:, rows], atol=1e-12, rtol=1e-12)

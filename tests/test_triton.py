@@ -37,7 +37,7 @@ def results(monkeypatch, head, inputs, config):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize(("vocab", "chunk"), [(2, 3), (16, 1000), (45, 4)])
 def test_equals_the_plain_form_in_float32(monkeypatch, fused, loss, temperature, vocab, chunk):
-    config = FastMTPConfig(loss=loss, temperature=temperature, top_k=5, loss_chunk_size=chunk)
+    config = FastMTPConfig(loss=loss, temperature=temperature, loss_chunk_size=chunk)
     inputs = case(3, 9, 13, 6, vocab, 0, torch.float32)
     want = results(monkeypatch, frozen_head.FrozenHead, inputs, config)
     got = results(monkeypatch, fused, inputs, config)
@@ -51,7 +51,7 @@ def test_equals_the_plain_form_in_float32(monkeypatch, fused, loss, temperature,
 @pytest.mark.parametrize("loss", LOSSES)
 def test_half_precision_logits_are_rounded_as_in_the_plain_form(monkeypatch, fused, loss):
     """bf16 logits, bf16 gradient: both forms round them once; sums are float32 in both."""
-    config = FastMTPConfig(loss=loss, top_k=5)
+    config = FastMTPConfig(loss=loss)
     inputs = tuple(x.bfloat16() if x.is_floating_point() else x for x in case(3, 9, 13, 6, 45, 0))
     want = results(monkeypatch, frozen_head.FrozenHead, inputs, config)
     got = results(monkeypatch, fused, inputs, config)

@@ -41,11 +41,8 @@ SUPERVISED = 0.75
 OURS = {
     "exact, ce": {"loss": "ce"},
     "paper, ce": {"loss": "ce", "rollout": "paper"},
-    "exact, ce, on-policy": {"loss": "ce", "inputs": "draft"},
     "exact, kl": {"loss": "kl"},
-    "exact, topk_kl": {"loss": "topk_kl"},
     "exact, lk": {"loss": "lk"},
-    "exact, tv": {"loss": "tv"},
     "exact, ce, in the map": {"loss": "ce", "token_map": True},
     "exact, kl, in the map": {"loss": "kl", "token_map": True},
 }

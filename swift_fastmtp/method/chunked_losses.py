@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import SOFT_LOSSES, FastMTPConfig
 from .frozen_head import FrozenHead, chunk_size, chunks, even, project
-from .losses import StepLosses, first_rejections
+from .losses import StepLosses
 
 
 def step_losses(
@@ -32,19 +32,15 @@ def step_losses(
         weight_VD: frozen output matrix, or the part of it in a token map.
         targets_KN: row of `weight` each step should predict.
         valid_KN: bool; other rows are never projected.
-        config: loss, temperature, top_k, lk_eta and loss_chunk_size count.
+        config: loss, temperature, lk_eta and loss_chunk_size count.
         hidden_RD, rows_N: the backbone's hidden states, flat, and which of them the N rows are: `hidden[rows + k]`
             projects to p of step k. Only the soft losses need them.
-
-    With `e2e`, step k holds 1 - a_1 .. a_k, so that the mean over steps is the loss.
     """
     soft = config.loss in SOFT_LOSSES
     teacher = (hidden_RD, rows_N) if soft else (None, None)
     loss, match, accept_prob = ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         outputs_KND, weight_VD, targets_KN, valid_KN, config, *teacher
     )
-    if config.loss == "e2e":
-        loss = first_rejections(loss, valid_KN) * valid_KN
     return StepLosses(loss, match, accept_prob if soft else None)
 
 

@@ -17,9 +17,8 @@ from ..families.family import ENGINE_NAMES
 ENV_PREFIX = "FASTMTP_"
 ROLLOUTS = ("exact", "paper")
 # Against the frozen model's own distribution, not the text's token.
-SOFT_LOSSES = ("kl", "topk_kl", "lk", "tv", "e2e")
+SOFT_LOSSES = ("kl", "lk")
 LOSSES = ("ce", *SOFT_LOSSES)
-INPUTS = ("text", "draft")
 BAD_ROWS = ("stop", "skip")
 HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
 
@@ -50,32 +49,20 @@ class FastMTPConfig:
             "else with the same MTP layer (docs/engines.md)."
         },
     )
-    inputs: str = field(
-        default="text",
-        metadata={
-            "help": "What steps 2..K read: `text`, the training text's token, or `draft`, the head's own argmax "
-            "(on-policy; K-1 more projections)."
-        },
-    )
     loss: str = field(
         default="kl",
         metadata={
-            "help": "Loss of each step, against the frozen model's own distribution: `kl`, `topk_kl`, `tv` (1 - "
-            "acceptance), `lk` (KL turning into TV), `e2e` (all K at once); or `ce`, against the text's token (paper "
-            "Eq. 1)."
+            "help": "Loss of each step: `kl`, against the frozen model's own distribution, `lk`, the same and turning "
+            "into 1 - acceptance, or `ce`, against the text's token (paper Eq. 1)."
         },
     )
     temperature: float = field(
         default=1.0,
         metadata={"help": "Sampling temperature at which the soft losses compare head and model."},
     )
-    top_k: int = field(
-        default=20,
-        metadata={"help": "`topk_kl`: tokens of the model's distribution that are kept (the paper samples with 20)."},
-    )
     lk_eta: float = field(
         default=3.0,
-        metadata={"help": "`lk`: how fast KL gives way to TV, weight exp(-eta x acceptance) (arXiv 2602.23881: 3)."},
+        metadata={"help": "`lk`: how fast KL gives way to it, weight exp(-eta x acceptance) (arXiv 2602.23881: 3)."},
     )
     token_map: str = field(
         default="",
@@ -114,9 +101,7 @@ class FastMTPConfig:
         _check(self.engine in ENGINE_NAMES, "engine", self.engine, f"one of {', '.join(ENGINE_NAMES)}")
         engines = "sglang where fastmtp_rollout is paper, which no engine runs"
         _check(self.rollout == "exact" or self.engine == "sglang", "engine", self.engine, engines)
-        _check(self.inputs in INPUTS, "inputs", self.inputs, f"one of {', '.join(INPUTS)}")
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
-        _check(self.top_k >= 1, "top_k", self.top_k, "at least 1")
         _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
         _check(self.on_bad_row in BAD_ROWS, "on_bad_row", self.on_bad_row, f"one of {', '.join(BAD_ROWS)}")
         _check(0.0 <= self.hidden_cache_gb < float("inf"), "hidden_cache_gb", self.hidden_cache_gb, "at least 0")
@@ -124,9 +109,7 @@ class FastMTPConfig:
 
     @property
     def step_weights(self) -> list[float]:
-        """alpha_1..alpha_K of paper Eq. 2; they sum to 1. `e2e` weighs its steps itself: all 1/K."""
-        if self.loss == "e2e":
-            return [1 / self.num_speculative_steps] * self.num_speculative_steps
+        """alpha_1..alpha_K of paper Eq. 2; they sum to 1."""
         powers = [self.beta**k for k in range(self.num_speculative_steps)]
         return [p / sum(powers) for p in powers]
 

@@ -73,10 +73,10 @@ def chunks(valid_KN: Tensor, rows_N: Tensor | None, size: int) -> Iterator[Chunk
 
 
 class Teacher(NamedTuple):
-    """p of some positions: dense probabilities [P, V], or those of its top_k tokens [P, k] and their ids."""
+    """p of some positions."""
 
     probs: Tensor
-    ids: Tensor | None
+    """[P, V]."""
     entropy: Tensor
     """-sum p log p, [P, 1]."""
     log_z: Tensor | None = None
@@ -104,7 +104,6 @@ class FrozenHead:
         """For outputs of `dtype`."""
         self.weight, self.config = weight, config
         self.wide = torch.promote_types(dtype, torch.float32)
-        self.dense_teacher = config.loss in SOFT_LOSSES and config.loss != "topk_kl"
         self.temperature = config.temperature if config.loss in SOFT_LOSSES else 1.0
 
     def project(self, states: Tensor) -> Tensor:
@@ -119,17 +118,13 @@ class FrozenHead:
 
     def teacher(self, z: Tensor) -> Teacher:
         """Of logits [P, V], which become probabilities."""
-        if not self.dense_teacher:
-            top, ids = z.div_(self.temperature).topk(min(self.config.top_k, z.shape[-1]))
-            probs = top.softmax(-1)
-            return Teacher(probs, ids, _entropy(top, probs))
         entropy = z.new_empty(len(z), 1)
         for here in self.blocks(len(z)):
             scaled = z[here].div_(self.temperature)
             probs = torch.softmax(scaled, -1, out=self.probs[: len(scaled)])
             entropy[here] = _entropy(scaled, probs)
             z[here] = probs
-        return Teacher(z, None, entropy)
+        return Teacher(z, entropy)
 
     def row_losses(
         self, z: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None
@@ -152,46 +147,33 @@ class FrozenHead:
         best = z.argmax(-1, keepdim=True)
         q = torch.softmax(z, -1, out=self.probs[: len(z)])
         log_z = _log_z(z.gather(1, best), q.gather(1, best))
-        config = self.config
-        if teacher is None or teacher.ids is not None:
-            ids = target if teacher is None or teacher.ids is None else teacher.ids
-            loss, accept_prob = sparse_teacher_loss(q, z.gather(1, ids), log_z, ids, teacher)
-            torch.div(q, self.temperature, out=z)
+        if teacher is None:
+            loss, accept_prob = label_loss(q, z.gather(1, target), log_z, target)
+            z.copy_(q)
             return loss, accept_prob, best
         p = teacher.probs
         accept_prob = _rowsum(torch.minimum(p, q))
         kl = log_z - _rowsum(p * z) - teacher.entropy
         loss, grad = kl, torch.sub(q, p, out=z)
-        if config.loss != "kl":
-            # d TV / d logits = q (mass - [q < p]), mass = the part of q that lies below p
+        if self.config.loss == "lk":
+            # d (1 - a) / d logits = q (mass - [q < p]), mass = the part of q that lies below p
             below = torch.lt(grad, 0, out=z)
             mass = _rowsum(q * below)
-            loss, grad = 1 - accept_prob, below.neg_().add_(mass).mul_(q)
-        if config.loss == "lk":
-            w = (-config.lk_eta * accept_prob).exp()
-            loss = w * kl + (1 - w) * loss
-            grad.mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
+            w = (-self.config.lk_eta * accept_prob).exp()
+            loss = w * kl + (1 - w) * (1 - accept_prob)
+            grad = below.neg_().add_(mass).mul_(q).mul_(1 - w).addcmul_(q, w).addcmul_(p, -w)
         if self.temperature != 1:
             grad.div_(self.temperature)
         return loss, accept_prob, best
 
 
-def sparse_teacher_loss(
-    q: Tensor, chosen: Tensor, log_z: Tensor, ids: Tensor, teacher: Teacher | None
-) -> tuple[Tensor, Tensor]:
-    """Loss and accept_prob, each [C, 1], of q [C, V] against a teacher on few ids [C, k]: a label (None), or the top_k
-    of a distribution.
+def label_loss(q: Tensor, chosen: Tensor, log_z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and the target's probability, each [C, 1], of q [C, V] against labels [C, 1].
 
-    `chosen` are the logits at `ids` over the temperature; q is overwritten with the gradient with respect to those.
+    `chosen` are the targets' logits; q is overwritten with the logits' gradient.
     """
-    if teacher is None:
-        loss, p = log_z - chosen, torch.ones_like(chosen)
-    else:
-        p = teacher.probs
-        loss = log_z - _rowsum(p * chosen) - teacher.entropy
-    accept_prob = _rowsum(torch.minimum(p, (chosen - log_z).exp()))
-    q.scatter_add_(1, ids, -p.to(q.dtype))
-    return loss, accept_prob
+    q.scatter_add_(1, target, -torch.ones_like(chosen, dtype=q.dtype))
+    return log_z - chosen, (chosen - log_z).exp()
 
 
 def even(rows: Tensor, chunk: int) -> tuple[Tensor, ...]:

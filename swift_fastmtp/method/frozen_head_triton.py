@@ -14,10 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import FastMTPConfig
-from .frozen_head import FrozenHead, Teacher, sparse_teacher_loss
+from .frozen_head import FrozenHead, Teacher, label_loss
 
 _BLOCK = 4096
-_KINDS = {"kl": 0, "lk": 1, "tv": 2, "e2e": 2}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -62,7 +61,7 @@ def _soft_loss(  # type: ignore[no-untyped-def]
     width,
     scale,
     eta,
-    KIND: tl.constexpr,
+    LK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Loss, accept_prob and argmax of one row against its teacher's logits; the row becomes its gradient."""
@@ -93,16 +92,13 @@ def _soft_loss(  # type: ignore[no-untyped-def]
         cross += tl.sum(tl.where(at < width, p * log_q, 0.0), 0)
         accept_prob += tl.sum(tl.minimum(p, q), 0)
         mass += tl.sum(tl.where(q < p, q, 0.0), 0)
-        if KIND == 0:
+        if not LK:
             tl.store(base + at, (q - p) * scale, mask=at < width)
     kl = -cross - tl.load(entropy_ptr + place)
     weight = 1.0
-    if KIND == 1:
+    # Third pass, for the loss with acceptance in it: the gradient needs the sums of the second.
+    if LK:
         weight = tl.exp(-eta * accept_prob)
-    if KIND == 2:
-        weight = 0.0
-    # Third pass, for losses with total variation in them: the gradient needs the sums of the second.
-    if KIND != 0:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
             q = tl.exp(tl.load(base + at, mask=at < width, other=float("-inf")).to(tl.float32) * scale - log_z)
@@ -136,27 +132,19 @@ class FusedHead(FrozenHead):
         return 1 / self.temperature
 
     def teacher(self, z: Tensor) -> Teacher:
-        if not self.dense_teacher:
-            values, ids = z.topk(min(self.config.top_k, z.shape[-1]))
-            log_p = (values.float() * self.scale).log_softmax(-1)
-            return Teacher(log_p.exp(), ids, -(log_p.exp() * log_p).sum(-1, keepdim=True))
         log_z, _, entropy = self.softmax(z, write=False)
-        return Teacher(z, None, entropy, log_z)
+        return Teacher(z, entropy, log_z)
 
     def row_losses(self, z: Tensor, target: Tensor, teacher: Teacher | None, place: Tensor | None) -> Any:
-        if teacher is None or teacher.ids is not None:
-            own = None if teacher is None or place is None else teacher.take(place)
-            ids = target if own is None or own.ids is None else own.ids
-            chosen = z.gather(1, ids).float() * self.scale
+        if teacher is None:
+            chosen = z.gather(1, target).float()
             log_z, best, _ = self.softmax(z, write=True)
-            loss, accept_prob = sparse_teacher_loss(z, chosen, log_z, ids, own)
-            if self.temperature != 1:
-                z.mul_(self.scale)
+            loss, accept_prob = label_loss(z, chosen, log_z, target)
             return loss.squeeze(1), accept_prob.squeeze(1), best.squeeze(1)
         loss, accept_prob = (torch.empty(len(z), dtype=torch.float32, device=z.device) for _ in range(2))
         best = torch.empty(len(z), dtype=torch.long, device=z.device)
         theirs = (teacher.probs, place, teacher.log_z, teacher.entropy)
-        options: dict[str, Any] = {"eta": self.config.lk_eta, "KIND": _KINDS[self.config.loss], "BLOCK": _block(z)}
+        options: dict[str, Any] = {"eta": self.config.lk_eta, "LK": self.config.loss == "lk", "BLOCK": _block(z)}
         _soft_loss[(len(z),)](z, *theirs, loss, accept_prob, best, z.shape[1], self.scale, **options)
         return loss, accept_prob, best
 

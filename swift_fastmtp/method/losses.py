@@ -7,11 +7,8 @@ With p the frozen model's own next-token distribution at the position a step pre
 
     ce        -log q(x), x the text's token                                    paper Eq. 1
     kl        KL(p || q) = sum p (log p - log q)                               Hinton et al. 2015
-    topk_kl   KL(p' || q), p' = p cut to its top_k tokens and renormalized: what a server samples from with top_k
-    tv        TV(p, q) = 1 - a, a = sum min(p, q)                              a: acceptance of speculative sampling,
-                                                                               Leviathan et al. 2023, Theorem 3.5
-    lk        w KL + (1 - w) TV, w = exp(-eta a), per row, no gradient in w    LK losses, arXiv 2602.23881
-    e2e       mean over k of 1 - a_1 .. a_k: drafts not accepted, of K         Bebop, arXiv 2606.12370
+    lk        w KL + (1 - w) (1 - a), w = exp(-eta a), no gradient in w        LK losses, arXiv 2602.23881
+              a = sum min(p, q): acceptance of speculative sampling            Leviathan et al. 2023, Theorem 3.5
 
 p needs no second model: it is the same lm_head on the backbone's hidden state k rows further on, which step 1 of
 another row reads anyway. One projection of it serves the K rows that predict that position.
@@ -97,31 +94,14 @@ def plain_step_losses(
         loss_N, accept_prob_N = soft_loss(p_NV, log_q_NV, config)
         losses.append(loss_N)
         accept_probs.append(accept_prob_N)
-    loss_KN = torch.stack(losses)
-    if config.loss == "e2e":
-        loss_KN = first_rejections(loss_KN, valid_KN)
-    return StepLosses(loss_KN * valid_KN, match_KN, torch.stack(accept_probs) * valid_KN)
+    return StepLosses(torch.stack(losses) * valid_KN, match_KN, torch.stack(accept_probs) * valid_KN)
 
 
 def soft_loss(p_NV: Tensor, log_q_NV: Tensor, config: FastMTPConfig) -> tuple[Tensor, Tensor]:
     """A loss of one step against the model's own distribution, and the acceptance a = sum min(p, q); both [N]."""
-    if config.loss == "topk_kl":
-        top_k = min(config.top_k, p_NV.shape[-1])
-        smallest_N1 = p_NV.topk(top_k).values[:, -1:]
-        p_NV = p_NV * (p_NV >= smallest_N1)
-        p_NV = p_NV / p_NV.sum(-1, keepdim=True)
     kl_N = (torch.special.xlogy(p_NV, p_NV) - p_NV * log_q_NV).sum(-1)
     accept_prob_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
-    tv_N = 1 - accept_prob_N
-    if config.loss in ("kl", "topk_kl"):
+    if config.loss == "kl":
         return kl_N, accept_prob_N
-    if config.loss == "lk":
-        w_N = (-config.lk_eta * accept_prob_N.detach()).exp()
-        return w_N * kl_N + (1 - w_N) * tv_N, accept_prob_N
-    return tv_N, accept_prob_N
-
-
-def first_rejections(tv_KN: Tensor, valid_KN: Tensor) -> Tensor:
-    """1 - a_1 .. a_k from 1 - a_k, [K, N]: the probability that a draft up to step k is rejected."""
-    accepted_KN = torch.where(valid_KN, 1 - tv_KN, 1).cumprod(0)
-    return (1 - accepted_KN).to(tv_KN.dtype)
+    w_N = (-config.lk_eta * accept_prob_N.detach()).exp()
+    return w_N * kl_N + (1 - w_N) * (1 - accept_prob_N), accept_prob_N

@@ -21,7 +21,6 @@ from .attention import RolloutState
 from .flash import Documents
 
 RotaryEmbedding = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-OwnEmbeds = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MTPLayer(Protocol):
@@ -94,7 +93,6 @@ def rollout(  # noqa: PLR0913
     num_steps: int,
     mode: str,
     rows: torch.Tensor | None = None,
-    own_embeds: OwnEmbeds | None = None,
 ) -> torch.Tensor:
     """g^1..g^K of the rows asked for, [K, N, D].
 
@@ -108,8 +106,6 @@ def rollout(  # noqa: PLR0913
         mode: `exact` or `paper`.
         rows: flat indices into [B * T]; None is all B * T. In `exact` no other row is computed past the keys and
             values of step 1, because no other row sees more of it; `paper` needs them all.
-        own_embeds: g^{k-1} of the rows → embeddings of the head's own drafts, which step k then reads instead of
-            embed(x_{i+k}) (on-policy inputs). In `paper` the rows not asked for keep reading the text.
     """
     exact = mode == "exact"
     flat = rows if exact else None
@@ -121,10 +117,6 @@ def rollout(  # noqa: PLR0913
         embeds = shift_left(embeds_BTD, k)
         if k > 1 and flat is not None:
             positions, embeds = positions.flatten()[flat][None], embeds.flatten(0, 1)[flat][None]
-        if k > 1 and own_embeds is not None:
-            own = own_embeds(outputs[-1])
-            inside = exact or rows is None
-            embeds = own.view_as(embeds) if inside else _replace(embeds, rows, own)
         if exact and mtp.graph.mask_position_zero:
             embeds = embeds.masked_fill((positions == 0)[..., None], 0)
         normed, before_norm = mtp(hidden, embeds, rotary_emb(hidden_BTD, positions), state, flat if k == 1 else None)
@@ -132,7 +124,3 @@ def rollout(  # noqa: PLR0913
         chosen = normed.flatten(0, 1)
         outputs.append(chosen if exact or rows is None else chosen[rows])
     return torch.stack(outputs)
-
-
-def _replace(embeds_BTD: torch.Tensor, rows: torch.Tensor | None, own_ND: torch.Tensor) -> torch.Tensor:
-    return embeds_BTD.flatten(0, 1).index_put((rows,), own_ND).view_as(embeds_BTD)

@@ -354,7 +354,6 @@ class FastMTPMixin:
             self.fastmtp.num_speculative_steps,
             self.fastmtp.rollout,
             rows,
-            self._own_embeds if self.fastmtp.inputs == "draft" else None,
         )
 
     @property
@@ -370,12 +369,6 @@ class FastMTPMixin:
             weight = self.lm_head.weight.detach()
             self._mapped = DraftVocabulary(weight, read_token_map(self.fastmtp.token_map, weight.shape[0]))
         return self._mapped
-
-    @torch.no_grad()
-    def _own_embeds(self, outputs_ND: torch.Tensor) -> torch.Tensor:
-        vocabulary = self.draft_vocabulary
-        best = greedy_tokens(outputs_ND, vocabulary.weight, self.fastmtp)
-        return cast(torch.Tensor, self.model.embed_tokens(vocabulary.decode(best)))
 
     def _step_results(
         self,
