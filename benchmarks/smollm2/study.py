@@ -108,7 +108,7 @@ def main():
     parser.add_argument("--map", type=int, default=8192, help="the arms train inside; 0: none")
     parser.add_argument("--vanilla_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of vanilla and of the head; arms have half of it")
+    parser.add_argument("--rate", type=float, default=1e-3, help="of vanilla and of the head; arms: half of it")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--long", default="both_kl", choices=ARMS)
