@@ -56,7 +56,7 @@ def main():
         "together": True,
         "python": engine_python(),
         "environment": {"OMP_NUM_THREADS": str(args.threads)},
-        "flags": ["--dtype", args.dtype, "--mem-fraction-static", "0.05"],
+        "flags": ["--dtype", args.dtype, "--mem-fraction-static", "0.2", "--max-total-tokens", "4096"],
         "servers": servers,
     }
     folder = work / f"clock-{args.dtype}"
