@@ -37,4 +37,4 @@ fast=float32
 if grep -q -m1 -E 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then fast=bfloat16; fi
 export DTYPE=${DTYPE:-$fast} THREADS=${THREADS:-$(nproc)}
 fastmtp bench --plan tests/serving/cpu_plan.yaml examples/smollm2_plan.yaml --num_questions "${QUESTIONS:-8}" \
-  --output_dir "$OUT/bench"
+  --rounds "${ROUNDS:-3}" --output_dir "$OUT/bench"
