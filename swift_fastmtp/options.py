@@ -131,7 +131,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "dict": _json_object,
     "TokenCount": tokens,
     # Of a plan's keys (`bench/plan_keys.py`).
-    **dict.fromkeys(("Number", "Concurrency", "DraftSteps", "Count", "Whole"), int),
+    **dict.fromkeys(("Number", "Concurrency", "DraftSteps", "Positive", "Count", "Whole"), int),
     **dict.fromkeys(("Temperature", "Rate", "Seconds"), number),
 }
 """Name in an annotation → what reads a word of the command line. argparse's errors name the latter."""

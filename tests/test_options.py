@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import re
 import subprocess
 import sys
 from dataclasses import MISSING, fields, is_dataclass
@@ -10,6 +11,7 @@ from importlib import import_module
 
 import pytest
 
+from swift_fastmtp.bench.plan_keys import PlanValues
 from swift_fastmtp.cli import VERBS, _parser, main
 from swift_fastmtp.data.clean import FILTERS, ROW_FILTERS, _parameters, clean
 from swift_fastmtp.options import add_options
@@ -62,6 +64,17 @@ def test_every_option_has_its_help(verb):
     for place in VERBS[verb].places:
         for action in options_of(place, VERBS[verb].words, VERBS[verb].names).values():
             assert action.help and not action.help.startswith("; default"), action.dest
+
+
+def test_numbers_of_a_plan_are_numbers_on_the_command_line():
+    options = {}
+    for place in VERBS["bench"].places:
+        options |= options_of(place, VERBS["bench"].words, VERBS["bench"].names)
+    numbers = [
+        name for name, key in PlanValues.model_fields.items() if re.search(r"\b(int|float)\b", str(key.annotation))
+    ]
+    assert {"rounds", "warmup", "top_p", "concurrency"} <= set(numbers)
+    assert [name for name in numbers if options[name].type in (None, str)] == []
 
 
 def test_an_option_that_is_left_out_has_no_value():
