@@ -147,7 +147,8 @@ def test_the_study_goes_on_after_a_kill(study, tmp_path):
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     table = (tmp_path / "killed" / "study.md").read_text()
     assert table == (study / "study.md").read_text()
-    assert "| exact_kl-0 |" in table and "| head after 2 steps |" in table
+    names = {line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")}
+    assert {"exact_kl-0", "head after 2 steps"} <= names
 
 
 @pytest.mark.matrix

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from swift_fastmtp.files.table import markdown_table
 from swift_fastmtp.method.metrics import expected_rounds, text_counts
 from swift_fastmtp.simulate.acceptance import greedy_acceptance, sampled_acceptance
 from swift_fastmtp.simulate.plots import plot_acceptance
@@ -128,7 +129,8 @@ def heads_table(heads, size):
         low, high = tau_interval(found)
         gain = "{:+.3f} to {:+.3f}".format(*tau_interval(found, control)) if control else ""
         lines.append([*rates, *(f"{found['tau'][k - 1]:.3f}" for k in taus), f"{low:.2f} to {high:.2f}", gain])
-    return table(["head", *lines[0]], [[head["name"], *line] for head, line in zip(heads, lines[1:], strict=True)])
+    rows = [[head["name"], *line] for head, line in zip(heads, lines[1:], strict=True)]
+    return markdown_table(["head", *lines[0]], rows, raw=True)
 
 
 def kinds_table(heads):
@@ -136,7 +138,7 @@ def kinds_table(heads):
     rows = []
     for head in heads:
         rows.append([head["name"], *(f"{head['greedy']['kinds'][kind]['tau'][2]:.3f}" for kind in kinds)])
-    return table(["head", *kinds], rows)
+    return markdown_table(["head", *kinds], rows, raw=True)
 
 
 def maps_table(heads):
@@ -145,7 +147,7 @@ def maps_table(heads):
     for head in heads:
         taus = [head["greedy"]["maps"][size]["tau"][2] for size in sizes]
         rows.append([head["name"], *(f"{tau:.3f}" for tau in taus), f"{head['greedy']['kinds']['all']['tau'][2]:.3f}"])
-    return table(["head", *sizes, "all"], rows)
+    return markdown_table(["head", *sizes, "all"], rows, raw=True)
 
 
 def position_table(heads):
@@ -154,7 +156,7 @@ def position_table(heads):
     for head in heads:
         parts = head["greedy"]["positions"]
         rows.append([head["name"], *(f"{100 * p['marginal'][0]:.1f} %, {sum(p['marginal']):.2f}" for p in parts)])
-    return table(["head", *columns], rows)
+    return markdown_table(["head", *columns], rows, raw=True)
 
 
 def sampled_table(heads):
@@ -166,9 +168,4 @@ def sampled_table(heads):
     for head in heads:
         taus = [head["sampled"][t][size]["tau"][2] for t in temperatures for size in sizes]
         rows.append([head["name"], *(f"{tau:.3f}" for tau in taus)])
-    return table(["head", *columns], rows)
-
-
-def table(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown_table(["head", *columns], rows, raw=True)
