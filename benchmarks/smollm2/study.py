@@ -16,16 +16,18 @@
     tables      study.json, study.md and study.png (`measure.py`)
 
 Everything finished is a file below `--work`. A run that was killed goes on, at most `--save_every` steps back; one that
-is given more prompts, steps, arms or seeds adds what is missing.
+is given more prompts, steps, arms or seeds adds what is missing. Where there is a GPU it runs there.
 """
 
 import argparse
 import json
+import os
 import random
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +37,9 @@ from transformers import get_cosine_schedule_with_warmup
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.data.chat_template import load_tokenizer
-from swift_fastmtp.data.distill import distill
 from swift_fastmtp.data.examples import turns
 from swift_fastmtp.data.generate import padding_id
-from swift_fastmtp.export.folders import export_draft
+from swift_fastmtp.export.folders import export_draft, save_trained
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import read_rows
@@ -48,14 +49,13 @@ from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.model.hidden_cache import HiddenCache
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import Text, make_texts
-from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import collate
 from measure import DEPTH, measure_greedy, measure_sampled, plot, tables
 
-TOKENS_PER_BATCH = 4096
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Arm(NamedTuple):
@@ -99,13 +99,17 @@ def main():
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="matrix products' (autocast)"
     )
     parser.add_argument("--parts", type=int, default=8, help="files of answers")
-    parser.add_argument("--part", type=int, default=256, help="prompts of each")
+    parser.add_argument("--part", type=int, default=256, help="prompts of each; after the last comes the first again")
+    parser.add_argument("--slots", type=int, default=64, help="answers that are generated side by side")
+    parser.add_argument("--processes", type=int, default=1, help="that generate, each a part")
     parser.add_argument("--fit_rows", type=int, default=256)
     parser.add_argument("--train_tokens", type=int, default=384, help="of the answers to train on, at most")
     parser.add_argument("--answer_tokens", type=int, default=256, help="of the answers to the questions, at most")
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.6, 1.0], help="of sampled drafts")
     parser.add_argument("--maps", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], help="sizes")
     parser.add_argument("--map", type=int, default=8192, help="the arms train inside; 0: none")
+    parser.add_argument("--batch_tokens", type=int, default=4096, help="of a step's batch, padded")
+    parser.add_argument("--no_hidden_cache", action="store_true", help="the backbone computes every batch again")
     parser.add_argument("--vanilla_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
     parser.add_argument("--rate", type=float, default=1e-3, help="of vanilla and of the head; arms: half of it")
@@ -146,10 +150,10 @@ class Study:
         self.dtype = getattr(torch, args.dtype)
         self.base = Path(args.model) if args.model else make_model(self.work)
         self.tokenizer = load_tokenizer(str(self.base))
-        self.answers = [self.answer_part(number) for number in range(args.parts)]
+        self.answers = self.make_answers()
         self.fitted = self.fit()
         self.maps = self.make_maps()
-        self.model = load_model(self.fitted, self.dtype)
+        self.model = load_model(self.fitted, self.dtype, DEVICE)
         self.model.model_dir = str(self.fitted)  # what heads are saved as trained for
         for parameter in self.model.head_parameters().values():
             parameter.data = parameter.data.float()  # as `swift sft` trains it (swift_plugin/tuner.py)
@@ -163,30 +167,45 @@ class Study:
         self.data["both"] = self.data["own"] + self.data["original"]
         for name, texts in self.data.items():
             print(f"{name}: {len(texts)} answers, {answer_tokens(texts)} tokens to train on", flush=True)
-        key = {"model": Checkpoint(self.fitted).fingerprint, "dtype": args.dtype}
-        room = shutil.disk_usage(self.work).free // 2
-        width = self.model.config.hidden_size
-        self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, self.dtype, room)
+        if not args.no_hidden_cache:
+            key = {"model": Checkpoint(self.fitted).fingerprint, "dtype": args.dtype}
+            room = shutil.disk_usage(self.work).free // 2
+            width = self.model.config.hidden_size
+            self.model.hidden_cache = HiddenCache(self.work / "hidden", key, width, self.dtype, room)
 
-    def answer_part(self, number):
-        """The file with the model's answers to some of the prompts."""
-        path = self.work / "answers" / f"{number:03d}.jsonl"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            rows = read_rows(self.args.prompts)[number * self.args.part : (number + 1) * self.args.part]
-            prompts = path.with_suffix(".prompts.jsonl")
-            prompts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            tokens, dtype = self.args.train_tokens, self.args.dtype
-            distill(
-                str(self.base),
-                str(prompts),
-                str(path),
-                max_new_tokens=tokens,
-                seed=number,
-                batch_size=64,
-                torch_dtype=dtype,
-            )
-        return path
+    def make_answers(self):
+        """The files with the model's answers to the prompts; a prompt's second answer has another seed."""
+        folder = self.work / "answers"
+        folder.mkdir(exist_ok=True)
+        rows = read_rows(self.args.prompts)
+        paths = [folder / f"{number:03d}.jsonl" for number in range(self.args.parts)]
+        with ThreadPoolExecutor(self.args.processes) as pool:
+            jobs = [pool.submit(self.answer, n, path, rows) for n, path in enumerate(paths) if not path.exists()]
+            for job in jobs:
+                job.result()
+        return paths
+
+    def answer(self, number, path, rows):
+        """One of these files."""
+        first = number * self.args.part
+        prompts = path.with_suffix(".prompts.jsonl")
+        with open(prompts, "w") as file:
+            for i in range(first, first + self.args.part):
+                file.write(json.dumps(rows[i % len(rows)], ensure_ascii=False) + "\n")
+        options = {
+            "model": self.base,
+            "prompts": prompts,
+            "output": path,
+            "max_new_tokens": self.args.train_tokens,
+            "batch_size": self.args.slots,
+            "torch_dtype": self.args.dtype,
+            "seed": number,
+        }
+        command = [sys.executable, "-m", "swift_fastmtp.cli", "distill"]
+        for name, value in options.items():
+            command += [f"--{name}", str(value)]
+        threads = max(1, torch.get_num_threads() // self.args.processes)
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
     def fit(self):
         folder = self.work / "fitted"
@@ -211,7 +230,7 @@ class Study:
         if not path.exists():
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
             tokens, questions = self.args.answer_tokens, self.questions[:: 3 if temperature else 1]
-            made = make_texts(self.model, self.tokenizer, questions, tokens, "generate", 64, temperature)
+            made = make_texts(self.model, self.tokenizer, questions, tokens, "generate", self.args.slots, temperature)
             write_json([list(text) for text in made], path)
         return [Text(*text) for text in json.loads(path.read_text())]
 
@@ -246,14 +265,14 @@ class Study:
         parameters = list(model.head_parameters().values())
         optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
-        batches = order_of_batches(texts, steps, seed)
+        batches = order_of_batches(texts, steps, seed, self.args.batch_tokens)
         begun, seconds, tokens, losses = resume(part, model, optimizer, schedule)
         started = time.time()
         for step in range(begun, steps):
             if model.fastmtp is not settings:  # at first, and after a measurement
                 model.fastmtp = settings
                 model.train()
-            ids, mask, labels = collate(batches[step], self.pad)
+            ids, mask, labels = (x.to(DEVICE) for x in collate(batches[step], self.pad))
             with self.autocast():
                 loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
             optimizer.zero_grad()
@@ -261,9 +280,10 @@ class Study:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
             tokens += answer_tokens(batches[step])
             if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
+                losses = [float(each) for each in losses]  # not at every step: a GPU would be waited for
                 spent = seconds + time.time() - started
                 mean = sum(losses[-20:]) / len(losses[-20:])
                 print(f"{name}: step {step + 1}/{steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
@@ -274,14 +294,14 @@ class Study:
                 started += time.time() - before
         spent = seconds + time.time() - started
         model.requires_grad_(False).eval()
-        FastMTPTuner.save_pretrained(model, str(self.head(name)))
+        save_trained(model, self.head(name))
         self.measure(name, tokens)
         record = {"arm": arm._asdict(), "steps": steps, "rate": rate, "seed": seed, "tokens": tokens}
         write_json({**record, "seconds": round(spent, 1), "losses": losses[:: max(1, steps // 50)]}, done)
         part.unlink(missing_ok=True)
 
     def autocast(self):
-        return torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(DEVICE, self.dtype, enabled=self.dtype != torch.float32)
 
     def measure_start(self, name):
         if not self.measured(name).exists():
@@ -370,14 +390,14 @@ def answer_tokens(texts):
     return sum(text.end - text.start for text in texts)
 
 
-def order_of_batches(texts, steps, seed):
+def order_of_batches(texts, steps, seed, batch_tokens):
     """For each step a batch of texts of similar length; the same, however often a run is begun again."""
     rng, batches = random.Random(seed), []
     while len(batches) < steps:
         order = sorted(texts, key=lambda text: len(text.ids) + 60 * rng.random())
         epoch, batch = [], []
         for text in order:
-            if batch and (len(batch) + 1) * len(text.ids) > TOKENS_PER_BATCH:
+            if batch and (len(batch) + 1) * len(text.ids) > batch_tokens:
                 epoch.append(batch)
                 batch = []
             batch.append(text)
@@ -402,7 +422,7 @@ def resume(path, model, optimizer, schedule):
     """Steps done, seconds, tokens and losses of a run that was cut off; the state of the first step otherwise."""
     if not path.exists():
         return 0, 0.0, 0, []
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=DEVICE)
     load_head(model, state["head"])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])

@@ -15,6 +15,8 @@ import torch
 from ..checkpoint.finite import NotFiniteError, not_finite, output_matrix
 from ..model.slots import Slots, grouped_attention_in, prompt_cache
 
+REFILL = 1 / 16
+"""Share of slots without an answer at which prompts take them over: a few prompts cost a GPU as much as many do."""
 EMPTY = 0.25
 """Share of slots without an answer at which they are dropped, when there are no more prompts to put into them."""
 
@@ -99,6 +101,8 @@ def answer_all(
     with grouped_attention_in(model):
         while True:
             free = num_slots if batch.slots is None else batch.running.count(None)
+            if free < REFILL * len(batch.running) and batch.live:
+                free = 0
             batch.begin([requests.popleft() for _ in range(min(free, len(requests)))])
             tokens = len(batch.live)
             if not tokens:
@@ -143,9 +147,10 @@ class _Batch:
         """One more token for each answer; those that end with it."""
         self._check_finite()
         tokens_B = self._choose()
+        tokens = tokens_B.tolist()  # at once: every look at a GPU waits for it
         for slot in self.live:
             request: Any = self.running[slot]
-            request.token_ids.append(int(tokens_B[slot]))
+            request.token_ids.append(tokens[slot])
             reason = request.finish_reason(self.decoding)
             if reason:
                 self.running[slot] = None
@@ -161,9 +166,9 @@ class _Batch:
         return draw(self.logits_BV, torch.tensor(uniform, device=self.logits_BV.device), self.decoding)
 
     def _check_finite(self) -> None:
-        bad_B = not_finite(self.logits_BV)
+        bad = not_finite(self.logits_BV).tolist()
         for slot in self.live:
-            if bool(bad_B[slot]):
+            if bad[slot]:
                 request: Any = self.running[slot]
                 source = _source(self.model, request)
                 token = len(request.prompt) + len(request.token_ids)

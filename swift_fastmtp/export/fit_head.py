@@ -48,6 +48,9 @@ class Sums(NamedTuple):
         predicted = (weight_OI @ self.inputs_II * weight_OI).sum()
         return float((self.squares - 2 * (weight_OI.T * self.products_IO).sum() + predicted) / self.squares)
 
+    def on_cpu(self) -> "Sums":
+        return self._replace(inputs_II=self.inputs_II.cpu(), products_IO=self.products_IO.cpu())
+
 
 class Fit(NamedTuple):
     """The projection and how well it fits."""
@@ -85,18 +88,19 @@ def fit_projection(folder: str | Path, rows: str, max_rows: int | None = None) -
 
     Raises `FastMTPError` for rows that cannot be read or are too few.
     """
-    model = load_model(folder, torch.float32)
+    model = load_model(folder, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     fitted, held_out = None, None
     for number, ids in enumerate(tqdm(texts_of(folder, rows, max_rows), desc="fit", unit="text")):
         if len(ids) < 2:
             continue
-        sums = _sums(model, torch.tensor([ids]))
+        sums = _sums(model, torch.tensor([ids], device=model.device))
         if number % HELD_OUT == HELD_OUT - 1:
             held_out = _added(held_out, sums)
         else:
             fitted = _added(fitted, sums)
     if fitted is None or held_out is None:
         raise FastMTPError(f"{rows}: a fit needs at least {HELD_OUT} rows with answers")
+    fitted, held_out = fitted.on_cpu(), held_out.on_cpu()
     fits = []
     for ridge in RIDGES:
         weight = solve(fitted, ridge)
@@ -116,7 +120,7 @@ def solve(sums: Sums, ridge: float) -> torch.Tensor:
 def _sums(model: Any, ids_BT: torch.Tensor) -> Sums:
     """Of one text."""
     head, names = model.head, model.family.names
-    positions = torch.arange(ids_BT.shape[1])[None]
+    positions = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None]
     states: list[torch.Tensor] = []
 
     def keep(_module: Any, args: Any, kwargs: Any) -> None:

@@ -24,9 +24,9 @@ from .. import __version__
 from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
 from ..checkpoint.config_file import TOKEN_MAPS_KEY
 from ..checkpoint.fp8 import requantize
-from ..checkpoint.fp8_config import SCALE
+from ..checkpoint.fp8_config import SCALE, without_quantization
 from ..checkpoint.headers import Headers, entries_of
-from ..checkpoint.mtp_tensors import head_reader
+from ..checkpoint.mtp_tensors import head_reader, save_tensors
 from ..checkpoint.shards import TORCH, overwrite_tensors, tensor_hashes, write_tensors
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
@@ -63,6 +63,32 @@ def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> d
         "base_model": base_model,
         "base_fingerprint": base_fingerprint,
     }
+
+
+def save_trained(model: Any, folder: str | Path, state_dict: dict[str, Any] | None = None) -> None:
+    """Write what is trained of a model, the head, as a checkpoint of `swift sft`.
+
+    Args:
+        model: the model; its `model_dir` is the base that it was loaded from
+        folder: to write into
+        state_dict: the head's tensors, if the model's own are partitioned
+    """
+    from ..model.head import as_stored  # torch models only from here on
+    from ..model.loading import head_shapes
+
+    folder, base = Path(folder), Checkpoint(model.model_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = model.head_tensors()
+    tensors = as_stored({n: (state_dict or named)[n] for n in named}, head_shapes(base))
+    for source in (base.config_file, *base.folder.glob("*.py")):
+        shutil.copyfile(source, folder / source.name)
+    if base.blocks:
+        # The trained values, unrounded: resuming needs them, and engines then draft with an unquantized layer.
+        write_json(without_quantization(base.config), folder / "config.json")
+    if not hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = base.fingerprint
+    write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
+    save_tensors(tensors, folder / WEIGHTS_FILE)
 
 
 def export_full(

@@ -4,21 +4,16 @@ The folder of a checkpoint is at once what training resumes from, what `--adapte
 SGLang's `--speculative-draft-model-path`.
 """
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from swift.tuner_plugin import Tuner
 from swift.utils import get_logger
 
-from ..checkpoint.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, Checkpoint
-from ..checkpoint.fp8_config import without_quantization
-from ..checkpoint.mtp_tensors import head_reader, save_tensors
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.mtp_tensors import head_reader
 from ..errors import FastMTPError
-from ..export.folders import settings
-from ..files.staging import write_json
-from ..model.head import as_stored
+from ..export.folders import save_trained
 from ..model.loading import head_shapes, load_head
 from .compat_swift import head_only_deepspeed_checkpoints
 
@@ -39,19 +34,7 @@ class FastMTPTuner(Tuner):
 
     @staticmethod
     def save_pretrained(model: Any, save_directory: str, state_dict: dict[str, Any] | None = None, **_: Any) -> None:
-        folder, base = Path(save_directory), Checkpoint(model.model_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        named = model.head_tensors()
-        tensors = as_stored({n: (state_dict or named)[n] for n in named}, head_shapes(base))
-        for source in (base.config_file, *base.folder.glob("*.py")):
-            shutil.copyfile(source, folder / source.name)
-        if base.blocks:
-            # The trained values, unrounded: resuming needs them, and engines then draft with an unquantized layer.
-            write_json(without_quantization(base.config), folder / "config.json")
-        if not hasattr(model, "base_fingerprint"):
-            model.base_fingerprint = base.fingerprint
-        write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
-        save_tensors(tensors, folder / WEIGHTS_FILE)
+        save_trained(model, save_directory, state_dict)
 
     @staticmethod
     def from_pretrained(model: Any, model_id: str, is_trainable: bool = False, **_: Any) -> Any:
