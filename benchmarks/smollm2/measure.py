@@ -25,7 +25,7 @@ DRAWS = 2000
 
 
 def measure_greedy(model, texts, kinds, pad, maps):
-    """Cells of greedy drafts: for all texts, for each kind, for each position, and inside each map.
+    """Cells of greedy drafts: for all texts, for each kind, and inside each map.
 
     Args:
         texts: greedy answers.
@@ -38,7 +38,13 @@ def measure_greedy(model, texts, kinds, pad, maps):
     for kind in sorted(set(kinds)):
         found[kind] = cell([a for a, k in zip(of_all, kinds, strict=True) if k == kind])
     inside = {size: cell(of_map) for size, of_map in zip(maps, by_map, strict=True) if size}
-    return {"kinds": found, "maps": inside, "positions": positions(of_all)}
+    return {"kinds": found, "maps": inside}
+
+
+def measure_positions(model, texts, pad):
+    """Greedy drafts by position in the answer, of long ones."""
+    (of_all,) = greedy_acceptance(model, texts, pad, BATCH)
+    return positions(of_all)
 
 
 def measure_sampled(model, texts, pad, temperature, maps):
@@ -98,11 +104,11 @@ def tables(heads, trained_in):
     parts.append(f"## By kind of question, tau at K = 3\n\n{kinds_table(heads)}")
     if any(head["greedy"]["maps"] for head in heads):
         parts.append(f"## By map, tau at K = 3\n\n{maps_table(heads)}")
-    parts.append(
-        f"## By position in the answer: first draft, and drafts of a chain of three\n\n{position_table(heads)}"
-    )
-    if any(head["sampled"] for head in heads):
-        parts.append(f"## Sampled drafts, tau at K = 3\n\n{sampled_table(heads)}")
+    if any("long" in head for head in heads):
+        title = "By position in a long answer: first draft, and drafts of a chain of three"
+        parts.append(f"## {title}\n\n{position_table(heads)}")
+    if temperatures := sorted({key for head in heads for key in head if key.startswith("T=")}):
+        parts.append(f"## Sampled drafts, tau at K = 3\n\n{sampled_table(heads, temperatures)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -151,21 +157,22 @@ def maps_table(heads):
 
 
 def position_table(heads):
-    columns = [f"{part['from']}-{part['to'] - 1}" for part in heads[0]["greedy"]["positions"]]
+    heads = [head for head in heads if "long" in head]
+    columns = [f"{part['from']}-{part['to'] - 1}" for part in heads[0]["long"]]
     rows = []
     for head in heads:
-        parts = head["greedy"]["positions"]
-        rows.append([head["name"], *(f"{100 * p['marginal'][0]:.1f} %, {sum(p['marginal']):.2f}" for p in parts)])
+        rows.append(
+            [head["name"], *(f"{100 * p['marginal'][0]:.1f} %, {sum(p['marginal']):.2f}" for p in head["long"])]
+        )
     return markdown_table(["head", *columns], rows, raw=True)
 
 
-def sampled_table(heads):
-    heads = [head for head in heads if head["sampled"]]
-    temperatures = list(heads[0]["sampled"])
-    sizes = list(heads[0]["sampled"][temperatures[0]])
-    columns = [f"T={t}, {'all' if size == '0' else size}" for t in temperatures for size in sizes]
+def sampled_table(heads, temperatures):
+    heads = [head for head in heads if all(t in head for t in temperatures)]
+    sizes = list(heads[0][temperatures[0]])
+    columns = [f"{t}, {'all' if size == '0' else size}" for t in temperatures for size in sizes]
     rows = []
     for head in heads:
-        taus = [head["sampled"][t][size]["tau"][2] for t in temperatures for size in sizes]
+        taus = [head[t][size]["tau"][2] for t in temperatures for size in sizes]
         rows.append([head["name"], *(f"{tau:.3f}" for tau in taus)])
     return markdown_table(["head", *columns], rows, raw=True)

@@ -53,7 +53,7 @@ from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import collate
-from measure import DEPTH, measure_greedy, measure_sampled, plot, tables
+from measure import DEPTH, measure_greedy, measure_positions, measure_sampled, plot, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -105,6 +105,9 @@ def main():
     parser.add_argument("--fit_rows", type=int, default=256)
     parser.add_argument("--train_tokens", type=int, default=384, help="of the answers to train on, at most")
     parser.add_argument("--answer_tokens", type=int, default=256, help="of the answers to the questions, at most")
+    parser.add_argument(
+        "--long_tokens", type=int, default=1024, help="of long answers, told apart by position; 0: none"
+    )
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.6, 1.0], help="of sampled drafts")
     parser.add_argument("--maps", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], help="sizes")
     parser.add_argument("--map", type=int, default=8192, help="the arms train inside; 0: none")
@@ -159,7 +162,7 @@ class Study:
             parameter.data = parameter.data.float()  # as `swift sft` trains it (swift_plugin/tuner.py)
         self.pad = padding_id(self.model, self.tokenizer)
         self.questions = read_rows(args.questions)
-        self.texts = self.evaluation_texts(0.0)
+        self.texts = self.evaluation_texts(args.answer_tokens, 0.0)
         self.kinds = [self.questions[text.row].get("category", "all") for text in self.texts]
         self.data = {"own": [], "original": training_texts(self.tokenizer, args.original) if args.original else []}
         for part in self.answers:
@@ -224,12 +227,13 @@ class Study:
             vocab([str(path) for path in self.answers], str(self.fitted), str(folder), sizes=sizes)
         return {size: folder / f"mixed-{size}.pt" for size in sizes}
 
-    def evaluation_texts(self, temperature):
-        """The model's answers to the questions; greedy at temperature 0, else to every third question."""
-        path = self.work / f"texts-{self.args.answer_tokens}-{temperature}.json"
+    def evaluation_texts(self, tokens, temperature):
+        """The model's answers to the questions, greedy at temperature 0; all but short greedy ones to a third."""
+        path = self.work / f"texts-{tokens}-{temperature}.json"
         if not path.exists():
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
-            tokens, questions = self.args.answer_tokens, self.questions[:: 3 if temperature else 1]
+            few = temperature or tokens != self.args.answer_tokens
+            questions = self.questions[:: 3 if few else 1]
             made = make_texts(self.model, self.tokenizer, questions, tokens, "generate", self.args.slots, temperature)
             write_json([list(text) for text in made], path)
         return [Text(*text) for text in json.loads(path.read_text())]
@@ -252,6 +256,9 @@ class Study:
         """AdamW, cosine schedule with warm-up, gradient clipping: what recipes/quickstart_cpu.yaml does, in a loop."""
         done = self.work / "heads" / f"{name}.json"
         if done.exists():
+            if self.missing(name):
+                self.load(name)
+                self.measure(name, json.loads(done.read_text())["tokens"])
             return
         done.parent.mkdir(exist_ok=True)
         part = done.with_suffix(".part")
@@ -304,36 +311,53 @@ class Study:
         return torch.autocast(DEVICE, self.dtype, enabled=self.dtype != torch.float32)
 
     def measure_start(self, name):
-        if not self.measured(name).exists():
+        if self.missing(name):
             self.load(name)
             self.measure(name, 0)
 
-    def measured(self, name):
+    def record_file(self, name):
         return self.work / "measured" / f"{name}.json"
 
+    def missing(self, name):
+        """What has not been measured of a head: keys of its record. Finished heads only are measured in full."""
+        path = self.record_file(name)
+        record = json.loads(path.read_text()) if path.exists() else {}
+        wanted = ["greedy"]
+        if name in self.finished_heads():
+            wanted += ["long"] * bool(self.args.long_tokens) + [f"T={t}" for t in self.args.temperatures]
+        return [key for key in wanted if key not in record]
+
     def measure(self, name, tokens):
-        """The model's head as it is now, after training on so many tokens; sampled drafts of finished ones only."""
-        path = self.measured(name)
-        if path.exists():
+        """The model's head as it is now, after training on so many tokens."""
+        keys = self.missing(name)
+        if not keys:
             return
+        path = self.record_file(name)
         path.parent.mkdir(exist_ok=True)
+        record = (
+            json.loads(path.read_text()) if path.exists() else {"name": name, "tokens": tokens, "time": time.time()}
+        )
         self.model.eval()
-        temperatures = self.args.temperatures if name in self.sampled_heads() else []
-        drawn = {temperature: self.evaluation_texts(temperature) for temperature in temperatures}
+        texts = {
+            t: self.evaluation_texts(self.args.answer_tokens, t) for t in self.args.temperatures if f"T={t}" in keys
+        }
+        long = self.evaluation_texts(self.args.long_tokens, 0.0) if "long" in keys else []
         maps = {size: read_token_map(file, self.model.config.vocab_size) for size, file in self.maps.items()}
-        sampled = {}
         with self.autocast():
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=DEPTH)
-            greedy = measure_greedy(self.model, self.texts, self.kinds, self.pad, {**maps, 0: None})
+            if "greedy" in keys:
+                record["greedy"] = measure_greedy(self.model, self.texts, self.kinds, self.pad, {**maps, 0: None})
             self.model.fastmtp = FastMTPConfig(num_speculative_steps=3)
-            for temperature, texts in drawn.items():
+            if long:
+                record["long"] = measure_positions(self.model, long, self.pad)
+            for temperature, drawn in texts.items():
                 chosen = {size: maps.get(size) for size in {0, self.args.map}}
-                sampled[temperature] = measure_sampled(self.model, texts, self.pad, temperature, chosen)
-        write_json({"name": name, "tokens": tokens, "greedy": greedy, "sampled": sampled}, path)
-        found = greedy["kinds"]["all"]
+                record[f"T={temperature}"] = measure_sampled(self.model, drawn, self.pad, temperature, chosen)
+        write_json(record, path)
+        found = record["greedy"]["kinds"]["all"]
         print(f"{name}: first draft {found['conditional'][0]:.1%}, tau K=3 {found['tau'][2]:.3f}", flush=True)
 
-    def sampled_heads(self):
+    def finished_heads(self):
         return {"vanilla", "head", *(f"{arm}-{self.args.seeds[0]}" for arm in self.args.arms)}
 
     def publish(self):
@@ -355,8 +379,8 @@ class Study:
 
     def write_tables(self):
         """Of all heads that were measured, in the order of training."""
-        files = sorted((self.work / "measured").glob("*.json"), key=lambda file: file.stat().st_mtime)
-        found = [json.loads(file.read_text()) for file in files]
+        found = [json.loads(file.read_text()) for file in (self.work / "measured").glob("*.json")]
+        found.sort(key=lambda record: record["time"])
         record = {"provenance": provenance(), "settings": vars(self.args), "heads": found}
         write_json(record, self.work / "study.json")
         page = tables(found, self.args.map)
