@@ -99,8 +99,13 @@ def _graft(model: str, output_dir: str, **options: Any) -> None:
     from .export.graft import graft
 
     done = graft(model, output_dir, **options)
-    print("\n".join((f"{output_dir}: {model} with a {done.family} head", *(f"  {note}" for note in done.notes))))
-    print(f"  heal it: swift sft --model_type fastmtp --model {output_dir} --dataset ...")
+    draft_only = options.get("draft_only", False)
+    what = f"a {done.family} layer for {model}" if draft_only else f"{model} with a {done.family} head"
+    print("\n".join((f"{output_dir}: {what}", *(f"  {note}" for note in done.notes))))
+    if draft_only:
+        print(f"  serve it: fastmtp serve-args {output_dir}")
+    else:
+        print(f"  heal it: swift sft --model_type fastmtp --model {output_dir} --dataset ...")
 
 
 def _export(

@@ -1,22 +1,13 @@
 """Dense models without a layout of their own get MiMo's layer, and compute what they computed, bit for bit."""
 
 import json
-import shutil
 
 import pytest
 import torch
 from helpers.engine import Server, VLLMServer
-from helpers.paths import TINY
+from helpers.models import DENSE, save_dense
 from helpers.swift_runs import sft_args, swift, write_rows
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
@@ -28,22 +19,6 @@ from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
-CLASSES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-}
-SIZES = {
-    "vocab_size": 6144,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": 2,
-}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -54,20 +29,6 @@ LLAMA3_ROPE = {
 }
 
 
-def saved(folder, kind, **changes):
-    """A random model with the tiny model's tokenizer, as transformers saves it."""
-    config_class, model_class = CLASSES[kind]
-    torch.manual_seed(0)
-    model = model_class(config_class(**{**SIZES, **changes})).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1 if parameter.ndim == 1 else 0, 0.2)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(TINY / name, folder / name)
-    return folder
-
-
 def forget(folder, *keys):
     """config.json without keys, which then mean what the model's own configuration class takes for them."""
     path = folder / "config.json"
@@ -76,14 +37,14 @@ def forget(folder, *keys):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("kind", DENSE)
 def test_logits_are_the_same_bits(kind, tied, tmp_path):
     changes = {"tie_word_embeddings": tied}
     if kind == "llama":
         changes["rope_parameters"] = LLAMA3_ROPE
     if kind == "mistral":
         changes["sliding_window"] = None
-    model = saved(tmp_path / "model", kind, **changes)
+    model = save_dense(tmp_path / "model", kind, **changes)
     report = graft(model, tmp_path / "out", init_from_last_layer=True)
     ids = torch.randint(0, 6144, (2, 40))
     with torch.no_grad():
@@ -101,7 +62,7 @@ def test_logits_are_the_same_bits(kind, tied, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_trained_head_alone_is_a_donor(kind, tmp_path):
     """What `swift sft` writes is a few MB; with the plain model it makes the model that is served."""
-    model = saved(tmp_path / "model", kind, tie_word_embeddings=True)
+    model = save_dense(tmp_path / "model", kind, tie_word_embeddings=True)
     graft(model, tmp_path / "out", init_from_last_layer=True)
     trained = load_model(tmp_path / "out", torch.float32)
     with torch.no_grad():
@@ -117,7 +78,7 @@ def test_a_trained_head_alone_is_a_donor(kind, tmp_path):
 
 def test_keys_that_config_json_leaves_out_mean_what_they_meant(tmp_path):
     """Llama takes the number of heads for a missing num_key_value_heads, Qwen2 takes 32."""
-    model = saved(tmp_path / "model", "llama", num_key_value_heads=2)
+    model = save_dense(tmp_path / "model", "llama", num_key_value_heads=2)
     forget(model, "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
     graft(model, tmp_path / "out", init_from_last_layer=True)
     config = Checkpoint(tmp_path / "out").config
@@ -134,21 +95,21 @@ def test_keys_that_config_json_leaves_out_mean_what_they_meant(tmp_path):
     ],
 )
 def test_what_is_no_qwen2_is_refused(kind, changes, message, tmp_path):
-    model = saved(tmp_path / "model", kind, **changes)
+    model = save_dense(tmp_path / "model", kind, **changes)
     with pytest.raises(FastMTPError, match=message) as error:
         graft(model, tmp_path / "out", init_from_last_layer=True)
     assert "config.json" in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_inspect_says_that_it_can_be_done(tmp_path):
-    (reason,) = inspect_model(saved(tmp_path / "model", "llama")).reasons
+    (reason,) = inspect_model(save_dense(tmp_path / "model", "llama")).reasons
     assert "fastmtp graft --init_from_last_layer" in reason
 
 
 @pytest.mark.matrix
 def test_a_llama_is_trained_and_served(tmp_path):
     """`swift sft`, export, stock vLLM and SGLang: the text is what transformers' own Llama writes."""
-    model = saved(tmp_path / "llama", "llama", tie_word_embeddings=True)
+    model = save_dense(tmp_path / "llama", "llama", tie_word_embeddings=True)
     graft(model, tmp_path / "grafted", init_from_last_layer=True)
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     swift(*sft_args(tmp_path / "grafted", rows, tmp_path / "run", max_steps=2, save_steps=2))

@@ -210,12 +210,13 @@ class Checkpoint:
 
 
 def engine_of(settings_file: Path) -> str | None:
-    """Whose graph the MTP layer beside a `fastmtp.json` was trained for; None where there is no such file.
+    """Whose graph the MTP layer beside a `fastmtp.json` was trained for; None where there is no such file, or one that
+    only says whose draft the layer is (`export/graft_draft.py`).
 
     Raises `FastMTPError` for one that names another engine than the knob knows.
     """
     settings = read_object(settings_file)
-    if not settings:
+    if not set(settings) - {"swift_fastmtp", "base_model"}:
         return None
     engine = settings.get("engine") or "sglang"  # before there was the knob, SGLang's was the only one
     if engine not in ENGINE_NAMES:

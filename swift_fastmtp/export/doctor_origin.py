@@ -10,6 +10,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8_config import SCALE
 from ..families.family import Family, config_value
+from .dense import as_qwen2, is_qwen2s
 from .finding import Finding
 
 # A draft that reads these otherwise than its target sees other positions, keys, experts, sizes or tokens. The value is
@@ -51,6 +52,8 @@ def check_origin(checkpoint: Checkpoint, family: Family, model: str | Path | Non
     if os.path.realpath(base.folder) == os.path.realpath(folder) or not base.config_file.exists():
         return
     here_config, base_config = checkpoint.config, base.config
+    if not checkpoint.has_backbone() and is_qwen2s(family) and (dense := as_qwen2(base)):
+        base_config = dense.config  # a Llama's layer is a Qwen2's
     for key in _differences(here_config, base_config):
         ours, theirs = config_value(here_config, key), config_value(base_config, key)
         yield Finding(

@@ -42,7 +42,7 @@ from ..vocab.languages import check_names
 
 # Written by trainers next to a model; they describe a run, not a model.
 RUN_FILES = ("args.json", "training_args.bin", "trainer_state.json", "optimizer.pt", "scheduler.pt", SETTINGS_FILE)
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -146,7 +146,7 @@ def export_draft(
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in files_of(base.folder):
-            if source.name == "config.json" or source.name in _TOKENIZER_FILES or source.suffix == ".py":
+            if source.name == "config.json" or source.name in TOKENIZER_FILES or source.suffix == ".py":
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
         if token_maps:

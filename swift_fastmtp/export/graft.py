@@ -8,27 +8,26 @@ hidden states than those it now gets, so a graft is a start, and `swift sft` hea
 Tensors are read, cast, checked and written one at a time: memory is the largest of them, whatever the model's size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import Headers
 from ..checkpoint.mtp_tensors import head_reader
+from ..checkpoint.quantization import read_quantization
 from ..checkpoint.refusals import find_family
 from ..checkpoint.shards import DTYPES, TORCH, copy_without, overwrite_tensors, tensor_hashes, write_tensors
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import Family, config_value, is_embedding
-from ..families.table import FAMILIES, match_family
-from ..files.copies import file_hash, link_or_copy
-from ..files.paths import check_link, files_of
+from ..files.copies import link_or_copy
+from ..files.paths import files_of
 from ..files.staging import new_folder, try_output, write_json
-from .dense import Dense, as_qwen2, is_qwen2s
+from .dense import as_qwen2, is_qwen2s
 from .folders import RUN_FILES, write_index
+from .graft_config import Graft, changes, compare, dtype_name, family_of, remote_code, with_head
+from .graft_draft import graft_draft
 from .inspection import size
 
 HEAD_FILE = "model-mtp.safetensors"
@@ -36,17 +35,6 @@ ADDED_FILE = "model-added.safetensors"
 """What `dense.as_qwen2` adds to the backbone."""
 _SINGLE = "model.safetensors"
 _RENAMED = "model-00001-of-00002.safetensors"
-_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
-
-
-@dataclass(frozen=True)
-class Graft:
-    """What was done, for people: the family, the head, and everything a reader should know."""
-
-    family: str
-    tensors: int
-    size: int
-    notes: list[str]
 
 
 def graft(
@@ -57,8 +45,9 @@ def graft(
     fit_on: str | None = None,
     max_rows: int | None = None,
     overwrite: bool = False,
+    draft_only: bool = False,
 ) -> Graft:
-    """Write `model` with an MTP layer to `output_dir`.
+    """Write `model` with an MTP layer to `output_dir`, or the layer alone.
 
     Args:
         model: folder of the fine-tuned, merged or RL-trained model, full weights in safetensors files
@@ -69,6 +58,7 @@ def graft(
             projection is fitted (`fit_head.py`; the model is loaded in float32)
         max_rows: of those, from the top; default: all
         overwrite: replace an MTP layer that the model has
+        draft_only: write the layer alone, beside the model, which may be quantized: engines serve it as a draft
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
@@ -84,15 +74,19 @@ def graft(
             f"{model}: holds a LoRA adapter, not a model; merge it first (swift export --merge_lora true)"
         )
     headers = _sound(tuned)
-    if tuned.blocks:
-        raise FastMTPError(f"{model}: is quantized; graft into the unquantized checkpoint and quantize the result")
+    if draft_only:
+        if fit_on:
+            raise FastMTPError("--fit_on needs the whole model; fit without --draft_only, and take that as --donor")
+        return graft_draft(tuned, giver, output_dir)
+    if quantization := read_quantization(tuned.config, tuned.folder):
+        raise FastMTPError(f"{model}: is quantized ({quantization.method}); --draft_only writes the layer beside it")
     theirs = giver.config if giver else None
     # A dense model of a layout that no engine drafts with becomes one of a layout that they do.
     dense = as_qwen2(tuned) if not giver or is_qwen2s(giver.trainable_family) else None
     config = dense.config if dense else tuned.config
-    family = giver.trainable_family if giver else _family_of(config, tuned.config_file)
-    new_config = _with_head(config, theirs, family, tuned.folder)
-    notes = _changes(tuned.config, new_config) + (dense.notes if dense else [])
+    family = giver.trainable_family if giver else family_of(config, tuned.config_file)
+    new_config = with_head(config, theirs, family, tuned.folder)
+    notes = changes(tuned.config, new_config) + (dense.notes if dense else [])
     if family.names.prefix != find_family(new_config, tuned.config_file).names.prefix:
         raise FastMTPError(
             f"{tuned.config_file}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
@@ -100,19 +94,24 @@ def graft(
         )
     stale, dropped = _stale(tuned, family, overwrite)
     if giver:
-        notes += _compare(tuned, giver)
+        notes += compare(tuned, giver)
     dtype = _dtype(tuned)
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
-        notes += _remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
-        from ..model.loading import head_shapes, keeps_float32  # builds the head on the meta device
+        notes += remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
+        from ..model.config import load_config  # transformers, and the head on the meta device
+        from ..model.loading import head_shapes, keeps_float32
+        from .init_head import initial_head
 
         result = Checkpoint(out)  # of its files, only config.json is there yet
         notes += _index_notes(tuned, result)
         expected = head_shapes(result, giver or tuned)
         dtypes = {n: torch.float32 if keeps_float32(family, n) else dtype for n in expected}
         weight_map = _copy_files(tuned.folder, out, headers, stale, dropped)
-        read = head_reader(giver, family, expected) if giver else _fresh(dense, tuned, result, family, expected)
+        if giver:
+            read = head_reader(giver, family, expected)
+        else:
+            read = initial_head(dense or tuned, load_config(result), family, expected)
         hashes = write_tensors(out / HEAD_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
         weight_map.update(dict.fromkeys(expected, HEAD_FILE))
         added = dense.added if dense else {}
@@ -132,7 +131,7 @@ def graft(
         _verify(out, headers, stale, expected, hashes, dtypes, added)
     nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {donor}" if donor else "made from the last decoder layer"
-    first = f"{len(expected)} MTP tensors, {size(nbytes)} of {_name(dtype)}, {come_from}"
+    first = f"{len(expected)} MTP tensors, {size(nbytes)} of {dtype_name(dtype)}, {come_from}"
     return Graft(family.name, len(expected), nbytes, [first, *notes])
 
 
@@ -165,15 +164,6 @@ def _index_notes(model: Checkpoint, result: Checkpoint) -> list[str]:
     return [f"{INDEX_FILE}: {len(lost)} tensors that no file holds, as {min(lost)}, are not listed any more"]
 
 
-def _family_of(config: dict[str, Any], config_file: Path) -> Family:
-    """The row of a model without a donor: by its architecture, or by the transformers class that runs the backbone."""
-    architectures = config.get("architectures") or []
-    rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
-    if len(rows) == 1:
-        config = {**config, "architectures": rows[0].architectures}
-    return match_family(config, config_file)
-
-
 def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str], set[Path]]:
     """Tensors of an MTP layer that the model has, wherever they are, and the unlisted files that hold some."""
     elsewhere = model.elsewhere(family)
@@ -191,141 +181,18 @@ def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str]
     return {*stale, *misnamed}, {path for path, _ in places if path not in loaded}
 
 
-def _with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path) -> dict[str, Any]:
-    """config.json with what a save through transformers lost.
-
-    Raises `FastMTPError` if the model's architecture is not the donor's, nor the one that runs its backbone.
-    """
-    new = dict(config)
-    architectures = config.get("architectures") or []
-    kept = any(a in family.architectures for a in architectures)
-    plain = family.backbone.split(":")[1]
-    if not kept and plain not in architectures:
-        raise FastMTPError(
-            f"{model / 'config.json'}: architectures {architectures}; a {family.name} head fits {plain} or "
-            f"{', '.join(family.architectures)} only"
-        )
-    if not kept:
-        new["architectures"] = (theirs or {}).get("architectures") or [family.architectures[0]]
-    lost_code = config.get("model_type") == (theirs or {}).get("model_type") and not config.get("auto_map")
-    if theirs and (not kept or lost_code):
-        new["model_type"] = theirs.get("model_type")
-        new.pop("auto_map", None)
-        if theirs.get("auto_map"):
-            new["auto_map"] = theirs["auto_map"]
-    elif not theirs and family.plain_model_type and any(not (model / n).exists() for n in _code_files(new)):
-        new.pop("auto_map")
-    if new.get("model_type") == family.model_type and not new.get("auto_map") and family.plain_model_type:
-        new["model_type"] = family.plain_model_type  # transformers does not know the other one without remote code
-    text = new.get("text_config")
-    lost = [k for k in family.engines.needed_keys if config_value(config, k) is None]
-    back = {k: value for k in lost if (value := config_value(theirs or {}, k)) is not None}
-    if not isinstance(text, dict):
-        new.update(back)
-        new[family.engines.num_layers_key] = 1
-    elif family.engines.num_layers_key in ((theirs or {}).get("text_config") or text):
-        new["text_config"] = {**text, **back, family.engines.num_layers_key: 1}
-    else:
-        new["text_config"] = {**text, **back}
-        new[family.engines.num_layers_key] = 1
-    return new
-
-
-def _changes(config: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A note for each key of config.json that changed."""
-    changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
-    return [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings, alike for transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-    rope.setdefault("rope_theta", config.get("rope_theta"))
-    return rope
-
-
-def _compare(model: Checkpoint, donor: Checkpoint) -> list[str]:
-    """Raises `FastMTPError` for another size; notes where the graft works, but the head starts from further away."""
-    ours, base = _text(model.config), _text(donor.config)
-    for key in _SIZES:
-        a, b = ours.get(key), base.get(key)
-        if a is not None and b is not None and a != b:
-            raise FastMTPError(f"{model.config_file}: {key} is {a}, in {donor} it is {b}; the head does not fit")
-    notes = []
-    if _rope(ours) != _rope(base):
-        notes.append(f"warning: RoPE is {_rope(ours)}, the donor's is {_rope(base)}; the head gets the model's")
-    if ours.get("rms_norm_eps") != base.get("rms_norm_eps"):
-        notes.append(f"warning: rms_norm_eps is {ours.get('rms_norm_eps')}, the donor's is {base.get('rms_norm_eps')}")
-    if ours.get("vocab_size") != base.get("vocab_size"):
-        notes.append(
-            f"vocab_size is {ours.get('vocab_size')}, the donor's is {base.get('vocab_size')}: the head has no row per "
-            "token, and shares the model's own matrices"
-        )
-    return notes + _compare_tokenizers(model.folder / "tokenizer.json", donor.folder / "tokenizer.json")
-
-
-def _compare_tokenizers(ours: Path, theirs: Path) -> list[str]:
-    if not ours.exists() or not theirs.exists() or file_hash(ours) == file_hash(theirs):
-        return []
-    from tokenizers import Tokenizer
-
-    try:
-        a, b = (Tokenizer.from_file(str(path)).get_vocab() for path in (ours, theirs))
-    except Exception as error:  # noqa: BLE001 (the tokenizers library raises plain exceptions)
-        raise FastMTPError(f"{ours}, {theirs}: cannot be read as tokenizers ({error})") from None
-    other = sum(a.get(token) != number for token, number in b.items())
-    if not other and len(a) == len(b):
-        return []  # written by another version of the library
-    return [
-        f"warning: tokenizer.json differs from the donor's: {other} of its {len(b)} tokens are gone or renumbered, "
-        f"{sum(t not in b for t in a)} are new; the head learnt the donor's"
-    ]
-
-
 def _dtype(model: Checkpoint) -> torch.dtype:
     """The backbone's dtype, by its embedding. Raises `FastMTPError` if that does not have config.json's rows."""
     name = next(filter(is_embedding, model.entries), None)
     if name is None:
         raise FastMTPError(f"{model}: no embedding matrix; graft into a full checkpoint")
-    entry, ours = model.entries[name], _text(model.config)
-    want = (ours.get("vocab_size"), ours.get("hidden_size"))
+    entry = model.entries[name]
+    want = (config_value(model.config, "vocab_size"), config_value(model.config, "hidden_size"))
     if entry.shape != want:
         raise FastMTPError(f"{model}: {name} has shape {list(entry.shape)}, config.json says {list(want)}")
     if entry.dtype not in TORCH or TORCH[entry.dtype].itemsize < 2:
-        raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}; graft into the unquantized checkpoint")
+        raise FastMTPError(f"{model}: {name} is stored as {entry.dtype}: --draft_only writes the layer beside it")
     return TORCH[entry.dtype]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _code_files(config: dict[str, Any]) -> set[str]:
-    """Files of the folder itself that auto_map names; a value may also point to another repository (`OWNER/NAME--`)."""
-    values = (config.get("auto_map") or {}).values()
-    named = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    return {f"{v.split('.')[0]}.py" for v in named if isinstance(v, str) and "--" not in v}
-
-
-def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: Path) -> list[str]:
-    """Copy the .py files that auto_map needs and the model lost. Raises `FastMTPError` if nobody has them."""
-    lost = sorted(n for n in _code_files(config) if not (model / n).exists())
-    if not lost:
-        return []
-    for name in lost:
-        if donor is None or not (donor / name).exists():
-            raise FastMTPError(f"{model / 'config.json'}: auto_map names {name}, which is not there; add the file")
-    files = sorted(p for p in donor.glob("*.py") if not (model / p.name).exists()) if donor else []
-    for source in files:  # remote code imports its neighbors
-        check_link(source, source.parent)
-        link_or_copy(source, out / source.name)
-    return [f"{', '.join(p.name for p in files)}: from the donor"]
 
 
 def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropped: set[Path]) -> dict[str, str]:
@@ -351,15 +218,6 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
         else:
             link_or_copy(source, target)
     return {n: names[e.file] for n, e in headers.entries.items() if n not in stale}
-
-
-def _fresh(
-    dense: Dense | None, model: Checkpoint, result: Checkpoint, family: Family, expected: dict[str, tuple[int, ...]]
-) -> Callable[[str], torch.Tensor]:
-    from ..model.config import load_config
-    from .init_head import initial_head
-
-    return initial_head(dense or model, load_config(result), family, expected)
 
 
 def _verify(

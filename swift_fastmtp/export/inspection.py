@@ -15,7 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER, Headers
 from ..checkpoint.layer_shapes import stated_shapes
-from ..checkpoint.quantization import left_out_in_words
+from ..checkpoint.quantization import left_out_in_words, read_quantization
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
@@ -117,7 +117,7 @@ def inspect_model(folder: str | Path) -> Inspection:
         mtp_dtypes=dict(Counter(_FLOATS.get(e.dtype, e.dtype) for e in head)),
         mtp_files=sorted({e.file.name for e in head}),
         own_matrices=[n for n in names if _OWN_HEAD.search(n)],
-        quantization=_quantization(config),
+        quantization=_quantization(checkpoint),
         tied_head=bool(config_value(config, "tie_word_embeddings")),
         backbone_tensors=len(rest),
         backbone_bytes=sum(e.size for e in rest),
@@ -175,7 +175,7 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
     broken = [Reason("draft", problem) for problem in headers.problems]
     if family is None:
         broken += [Reason("draft", line) for line in _lost(headers, [*headers.absent])]
-        return [Reason("training", layout.reason if layout else _unknown(config)), *broken]
+        return [Reason("training", layout.reason if layout else _unknown(checkpoint)), *broken]
     reasons = broken + [Reason(r.about, r.text) for r in refusals(config, family, checkpoint.config_file)]
     if fault := checkpoint.vocab_size_fault:
         reasons.append(Reason("draft", f"{checkpoint.config_file}: {fault}"))
@@ -193,6 +193,8 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
         missing = [n for n in missing if n not in elsewhere.names]
     elif not names and not any(family.owns(n) for n in headers.absent):
         how = "put the base model's back with `fastmtp graft`"
+        if _quantization(checkpoint):
+            how = "it is quantized, so put the base model's beside it: `fastmtp graft --donor BASE --draft_only`"
         return [
             *reasons,
             Reason("draft", f"no tensor under '{family.names.prefix}.': the checkpoint lost its MTP layer; {how}"),
@@ -255,10 +257,16 @@ def _notes(headers: Headers) -> list[str]:
     return notes
 
 
-def _unknown(config: dict[str, Any]) -> str:
+def _unknown(checkpoint: Checkpoint) -> str:
     """A save through transformers often renames the architecture to that of the class that ran the backbone."""
+    config = checkpoint.config
     architectures = config.get("architectures") or []
     rows = [f for f in FAMILIES if f.backbone.split(":")[1] in architectures]
+    if not rows and set(architectures) & set(AS_QWEN2) and _quantization(checkpoint):
+        return (
+            "holds no MTP layer, and is quantized; a layer that was trained for it is served beside it: "
+            "`fastmtp graft --donor HEAD --draft_only`"
+        )
     if not rows and set(architectures) & set(AS_QWEN2):
         return (
             "holds no MTP layer; `fastmtp graft --init_from_last_layer` gives it one of MiMo's layout, which engines "
@@ -269,7 +277,10 @@ def _unknown(config: dict[str, Any]) -> str:
     lost = any(isinstance(config_value(config, f.engines.num_layers_key), int) for f in rows)
     what = "the checkpoint lost its MTP layer, which config.json still counts" if lost else "holds no MTP layer"
     names = " or ".join(f.name for f in rows)
-    return f"{what}; this is the backbone of {names}: `fastmtp graft` puts a layer in"
+    how = "`fastmtp graft` puts a layer in"
+    if _quantization(checkpoint):
+        how = "it is quantized, so `fastmtp graft --donor BASE --draft_only` puts a layer beside it"
+    return f"{what}; this is the backbone of {names}: {how}"
 
 
 def _head_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -285,9 +296,15 @@ def _layers_by_config(config: dict[str, Any], family: Family | None) -> int | No
     return next((v for k in keys if isinstance(v := config_value(config, k), int)), None)
 
 
-def _quantization(config: dict[str, Any]) -> str | None:
-    quantization = config_value(config, "quantization_config")
-    return str(quantization.get("quant_method") or "yes") if isinstance(quantization, dict) and quantization else None
+def _quantization(checkpoint: Checkpoint) -> str | None:
+    """The method's own name for itself, as far as it has one."""
+    try:
+        quantization = read_quantization(checkpoint.config, checkpoint.folder)
+    except FastMTPError:
+        return None  # which is the doctor's to say
+    if quantization is None:
+        return None
+    return str(quantization.settings.get("quant_method") or quantization.method)
 
 
 def _lost_on_save(family: Family | None, layout: Layout | None) -> str:

@@ -67,7 +67,7 @@ def flags_for(
     by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if engine == "vllm":
-        flags = _vllm(bool(config.get("auto_map")), target, None if full else folder, steps)
+        flags = _vllm(bool(config.get("auto_map")), target, None if full else checkpoint, steps)
         flags[-1] = replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine))
         return _with_plugin(flags, config, token_map)
     if token_map and config_value(config, "tie_word_embeddings"):
@@ -86,7 +86,7 @@ def flags_for(
     ]
     if not full:
         flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
-        if read_object(target / "config.json").get("quantization_config") and not config.get("quantization_config"):
+        if read_quantization(read_object(target / "config.json"), target) and not read_quantization(config, folder):
             why = "the target is quantized, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     elif read_quantization(config, folder) and not _is_quantized(checkpoint, family):
@@ -144,16 +144,30 @@ def _is_quantized(checkpoint: Checkpoint, family: Family) -> bool:
     return any(dtype not in plain for name, dtype in checkpoint.dtypes().items() if family.owns(name))
 
 
-def _vllm(remote_code: bool, target: Path, draft: Path | None, steps: int) -> list[Flag]:
+def _vllm(remote_code: bool, target: Path, draft: Checkpoint | None, steps: int) -> list[Flag]:
     speculative: dict[str, Any] = {"method": "mtp", "num_speculative_tokens": steps}
+    overrides: dict[str, Any] = {}
     if draft:
         speculative["model"] = str(draft)
+        overrides = _missing_keys(draft, read_object(target / "config.json"))
     why = "the model the head was trained for" if draft else "the exported checkpoint"
+    missing = "vLLM builds the MTP layer by the target's config.json, which lacks this"
     return [
         Flag(("vllm", "serve", str(target)), why),
         *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
+        *([Flag(("--hf-overrides", json.dumps(overrides)), missing)] if overrides else []),
         Flag(("--speculative-config", json.dumps(speculative)), "K drafts, the one layer applied K times"),
     ]
+
+
+def _missing_keys(draft: Checkpoint, target: dict[str, Any]) -> dict[str, Any]:
+    """What a target's config.json must say for vLLM to draft for it, and does not: it lost its MTP layer, or never had
+    one (0.32.0 `mimo_mtp.py`: the layer is built by the target's configuration, not by the draft's)."""
+    key = draft.family.engines.num_layers_key
+    if config_value(target, key) is not None:
+        return {}
+    in_text = isinstance(target.get("text_config"), dict) and key in (draft.config.get("text_config") or {})
+    return {"text_config": {key: 1}} if in_text else {key: 1}
 
 
 def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | None) -> list[Flag]:

@@ -18,7 +18,13 @@ from transformers import (
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
     GlmMoeDsaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     LongcatFlashConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3MoeConfig,
@@ -390,6 +396,74 @@ def quantized(folder, target, size=(128, 128), plain=("norm", "embed_tokens", "l
     old = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**old, "quantization_config": settings, **config}, indent=2))
     return target
+
+
+DENSE = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+DENSE_SIZES = {
+    "vocab_size": 6144,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
+}
+
+
+def save_dense(folder, kind, **changes):
+    """A random model with the tiny model's tokenizer, as transformers saves it."""
+    config_class, model_class = DENSE[kind]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**DENSE_SIZES, **changes})).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1 if parameter.ndim == 1 else 0, 0.2)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+def gptq(folder, target, group=32):
+    """A copy of a checkpoint as GPTQ stores it, 4 bits, symmetric, rounded to the nearest; without its MTP layer.
+
+    Returns the tensors as the numbers that they stand for.
+    """
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    checkpoint = Checkpoint(folder)
+    stored, numbers = {}, {}
+    for name in checkpoint.names:
+        tensor = checkpoint.read(name)
+        if checkpoint.family.owns(name):
+            continue
+        if tensor.ndim != 2 or ".layers." not in name:
+            stored[name] = numbers[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        grouped = tensor.float().view(rows, columns // group, group)
+        scales = (grouped.abs().amax(-1) / 7).clamp(min=1e-6).half()
+        codes = (grouped / scales[..., None].float()).round().clamp(-8, 7)
+        numbers[name] = (codes * scales[..., None].float()).view(rows, columns).to(tensor.dtype)
+        # Eight codes of a column in an int32, the first in its lowest bits; zero is 8, and stored as one less.
+        codes = (codes + 8).view(rows, columns).long().T.reshape(columns // 8, 8, rows)
+        packed = (codes << torch.arange(0, 32, 4)[None, :, None]).sum(1)
+        module = name.removesuffix(".weight")
+        stored[f"{module}.qweight"] = torch.where(packed < 2**31, packed, packed - 2**32).int()
+        stored[f"{module}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
+        stored[f"{module}.scales"] = scales.T.contiguous()
+        stored[f"{module}.g_idx"] = (torch.arange(columns) // group).int()
+    save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
+    settings |= {"lm_head": False, "checkpoint_format": "gptq"}
+    config = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    return numbers
 
 
 # As Qwen3.5's renders a plain conversation.

@@ -1,0 +1,235 @@
+"""A layer beside a model that cannot take it: nothing of the model changes, and both engines draft with it."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.engine import Server
+from helpers.learning import learned
+from helpers.models import gptq, quantized, save_dense
+from helpers.paths import ROOT, TINY
+from helpers.vllm_jobs import VLLMJobs
+from safetensors.torch import load_file, save_file
+
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.mtp_tensors import read_plain
+from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.export.doctor import examine
+from swift_fastmtp.export.graft import graft
+from swift_fastmtp.export.inspection import inspect_model
+from swift_fastmtp.files.copies import file_hash
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import Text, draft_rounds
+
+STEPS = 3
+UNQUANTIZED = ["--speculative-draft-model-quantization", "unquant"]
+# What config.json says of a quantization whose tensors are not made here; none of them is read for a draft.
+DECLARED = {
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "ignore": ["lm_head"],
+    },
+    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "MXFP4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    "AutoRound": {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True},
+}
+
+
+def without_layer(folder):
+    """A copy of the tiny model that lost its MTP layer."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = {n: t for n, t in load_file(TINY / "model.safetensors").items() if "mtp" not in n}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def declare(folder, settings):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
+
+
+def make_target(kind, folder):
+    if kind == "GPTQ":
+        gptq(TINY, folder)
+    elif kind == "FP8":
+        quantized(without_layer(folder.with_name("plain")), folder, (64, 64))
+    elif kind == "ModelOpt":
+        without_layer(folder)
+        settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(settings))
+    else:
+        declare(without_layer(folder), DECLARED[kind])
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "FP8", "ModelOpt", *DECLARED])
+def test_a_quantized_target_stays_as_it_is(kind, tmp_path):
+    target = make_target(kind, tmp_path / "target")
+    before = {path.name: file_hash(path) for path in target.iterdir()}
+    assert any("--draft_only" in reason for reason in inspect_model(target).reasons)
+    with pytest.raises(FastMTPError, match=r"is quantized .*--draft_only"):
+        graft(target, tmp_path / "full", TINY)
+    report = graft(target, tmp_path / "draft", TINY, draft_only=True)
+    assert {path.name: file_hash(path) for path in target.iterdir()} == before
+    assert report.tensors == 16
+    draft, donor = Checkpoint(tmp_path / "draft"), Checkpoint(TINY)
+    names = [name for name in donor.names if donor.family.owns(name)]
+    assert sorted(draft.names) == sorted(names)
+    assert all(torch.equal(draft.read(name), donor.read(name)) for name in names)
+    assert "quantization_config" not in draft.config
+    assert examine(tmp_path / "draft") == [] and draft.trained_for is None
+    words = command(serve_flags(tmp_path / "draft"))
+    assert words[words.index("--model-path") + 1] == str(target)
+    assert words[words.index(UNQUANTIZED[0]) :][:2] == UNQUANTIZED
+    speculative = json.loads(command(serve_flags(tmp_path / "draft", "vllm"))[-1])
+    assert speculative == {"method": "mtp", "num_speculative_tokens": 3, "model": str(tmp_path / "draft")}
+
+
+def test_a_layer_from_the_last_one_of_an_fp8_model(tmp_path):
+    target = make_target("FP8", tmp_path / "target")
+    graft(target, tmp_path / "draft", init_from_last_layer=True, draft_only=True)
+    draft, model = Checkpoint(tmp_path / "draft"), Checkpoint(target)
+    last = read_plain(model, "model.layers.3.mlp.up_proj.weight").to(torch.bfloat16)
+    assert torch.equal(draft.read("model.mtp_layers.0.mlp.up_proj.weight"), last)
+
+
+def test_a_trained_donor_stays_trained(tmp_path):
+    """How the layer was trained comes along; for which backbone does not, and a map is a path somewhere else."""
+    donor = tmp_path / "donor"
+    shutil.copytree(TINY, donor)
+    trained = {"num_speculative_steps": 5, "engine": "vllm", "base_fingerprint": "v2:0", "token_map": "map.pt"}
+    (donor / "fastmtp.json").write_text(json.dumps(trained))
+    graft(without_layer(tmp_path / "target"), tmp_path / "draft", donor, draft_only=True)
+    draft = Checkpoint(tmp_path / "draft")
+    assert draft.trained_for == "vllm" and draft.settings["base_model"] == str(tmp_path / "target")
+    assert {"base_fingerprint", "token_map"}.isdisjoint(draft.settings)
+    assert command(serve_flags(tmp_path / "draft"))[-1] == "6"  # five drafts and the bonus token
+
+
+def test_a_dense_target_lacks_a_key(tmp_path):
+    """vLLM builds the layer by the target's config.json, and a Llama's does not count MTP layers."""
+    target = save_dense(tmp_path / "target", "llama", tie_word_embeddings=True)
+    graft(target, tmp_path / "draft", init_from_last_layer=True, draft_only=True)
+    assert examine(tmp_path / "draft") == []
+    assert UNQUANTIZED[0] not in command(serve_flags(tmp_path / "draft"))
+    words = command(serve_flags(tmp_path / "draft", "vllm"))
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == {"num_nextn_predict_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"init_from_last_layer": True},
+            r"is quantized \(gptq\), so no layer can be made from its last one; pass --donor",
+        ),
+        ({"init_from_last_layer": True, "fit_on": "rows.jsonl"}, "--fit_on needs the whole model"),
+        ({"donor": "other"}, "hidden_size is 192, in .* it is 96; the head does not fit"),
+    ],
+)
+def test_misfits_are_one_line_and_leave_nothing(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gptq(TINY, tmp_path / "target")
+    shutil.copytree(TINY, tmp_path / "other")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "hidden_size": 96}))
+    with pytest.raises(FastMTPError, match=message) as error:
+        graft("target", "draft", draft_only=True, **options)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "target"]
+
+
+def test_the_command(tmp_path):
+    gptq(TINY, tmp_path / "target")
+    words = [sys.executable, "-m", "swift_fastmtp.cli", "graft", "--model", tmp_path / "target", "--donor", TINY]
+    done = subprocess.run(
+        [*words, "--draft_only", "--output_dir", tmp_path / "draft"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and f"serve it: fastmtp serve-args {tmp_path / 'draft'}" in done.stdout, done.stderr
+
+
+# With real engines.
+
+PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sky blue?"]
+TOKENS = 24
+
+
+def beside(kind, tmp_path, engine):
+    """A dense model of random weights, a folder with a layer that has learned its responses, and the simulator's view.
+
+    The layer learns in the model that it can be put into, and is then served beside the one that it was made for.
+    """
+    target = save_dense(tmp_path / "target", kind, tie_word_embeddings=True)
+    graft(target, tmp_path / "whole", init_from_last_layer=True)
+    model, texts = learned(tmp_path / "whole", tmp_path, PROMPTS, TOKENS, 6, num_speculative_steps=STEPS, engine=engine)
+    graft(target, tmp_path / "draft", tmp_path / "checkpoint", draft_only=True)
+    return target, tmp_path / "draft", texts, draft_rounds(model, texts, 0, 8)[STEPS - 1]
+
+
+@pytest.mark.matrix
+def test_sglang_drafts_for_a_tied_llama(tmp_path):
+    _, draft, texts, rounds = beside("llama", tmp_path, "sglang")
+    with Server(command(serve_flags(draft)), tmp_path / "log") as server:
+        answers = server.generate([text.ids[: text.start] for text in texts], TOKENS)
+    for answer, text, accepted in zip(answers, texts, rounds, strict=True):
+        assert answer["output_ids"] == text.ids[text.start : text.end]
+        assert answer["meta_info"]["spec_verify_ct"] == len(accepted)
+        assert answer["meta_info"]["spec_num_correct_drafts"] == sum(accepted)
+    assert sum(map(sum, rounds)) > 0
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
+    target, draft, texts, rounds = beside(kind, tmp_path, "vllm")
+    words = command(serve_flags(draft, "vllm"))
+    overrides = json.loads(words[words.index("--hf-overrides") + 1])
+    with VLLMJobs(tmp_path / "log") as vllm:
+        (answers,) = vllm.run(
+            target, [[text.ids[: text.start] for text in texts]], TOKENS, STEPS, draft=draft, hf_overrides=overrides
+        )
+    assert [answer.ids for answer in answers] == [text.ids[text.start : text.end] for text in texts]
+    assert [answer.accepted for answer in answers] == rounds
+    assert sum(map(sum, rounds)) > 0
+
+
+@pytest.mark.matrix
+def test_vllm_drafts_for_a_gptq_model(tmp_path, shown):
+    """Its kernel computes in half precision, so texts are compared with its own, and rounds by their sum."""
+    numbers = gptq(TINY, tmp_path / "target")
+    graft(tmp_path / "target", tmp_path / "draft", TINY, draft_only=True)
+    tokenizer = load_tokenizer(str(TINY))
+    rows = read_rows(ROOT / "examples" / "prompts" / "eval.jsonl", 12)
+    asked = [encode_prompt(tokenizer, row["messages"], None, None) for row in rows]
+    options = {"dtype": "bfloat16", "trust_remote_code": True}
+    with VLLMJobs(tmp_path / "log") as vllm:
+        (plain,) = vllm.run(tmp_path / "target", [asked], 48, **options)
+        (drafted,) = vllm.run(tmp_path / "target", [asked], 48, STEPS, draft=tmp_path / "draft", **options)
+    same = [a.ids == b.ids for a, b in zip(plain, drafted, strict=True)]
+    assert sum(same) >= len(same) * 3 // 4
+    # The simulator's model has the numbers that GPTQ stands for, and the same layer.
+    model = load_model(TINY, torch.float32)
+    model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()}, strict=False)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine="vllm")
+    texts = [
+        Text(prompt + answer.ids, len(prompt), len(prompt) + len(answer.ids))
+        for prompt, answer in zip(asked, drafted, strict=True)
+    ]
+    simulated = draft_rounds(model, texts, 0, 8)[STEPS - 1]
+    rounds, expected = sum(len(answer.accepted) for answer in drafted), sum(map(len, simulated))
+    shown("rounds", rounds, "simulated", expected)
+    assert rounds == pytest.approx(expected, rel=0.1)
+    assert rounds < 0.6 * sum(len(answer.ids) for answer in drafted)
