@@ -80,7 +80,12 @@ def examine(
     findings += check_backbone(checkpoint, family)
     findings += check_origin(checkpoint, family, model)
     trained_for = checkpoint.trained_for
-    if trained_for and (mismatch := family.mismatch(trained_for, engine)):
+    target_config = config
+    if not checkpoint.has_backbone():
+        target_config = read_object(
+            Path(model or checkpoint.settings.get("base_model") or "/nonexistent") / "config.json"
+        )
+    if trained_for and (mismatch := family.mismatch(trained_for, engine, target_config)):
         how = f"train it with fastmtp_engine {engine}, or serve it with the engine that it was trained for"
         findings.append(Finding("warning", f"the head meets another graph in {ENGINE_NAMES[engine]}", mismatch, how))
     if token_map:

@@ -184,15 +184,36 @@ class Family:
             )
         return vllm
 
-    def mismatch(self, trained_for: str, served_by: str) -> str | None:
+    def mismatch(self, trained_for: str, served_by: str, target: dict[str, Any] | None = None) -> str | None:
         """What is lost when a head that was trained for one engine's graph is served by another, as one sentence; None
-        where nothing is, or where an engine does not draft with such a checkpoint at all."""
-        if self.engines.vllm is None or self.graph(trained_for) == self.graph(served_by):
+        where nothing is, or where an engine does not draft with such a checkpoint at all.
+
+        Args:
+            trained_for: one of `ENGINES`.
+            served_by: likewise.
+            target: config.json of the model that a draft-only folder is served beside.
+        """
+        if self.engines.vllm is None or self.graph(trained_for) == self.graph_beside(target, served_by):
             return None
+        if self.graph(trained_for) == self.graph(served_by):
+            what = "beside a model of another class vLLM drafts from the hidden state after its final norm"
+        else:
+            what = "; ".join(self.differences)
         return (
-            f"trained for {ENGINE_NAMES[trained_for]}'s graph, and {'; '.join(self.differences)}: text stays the "
-            "same, fewer drafts are accepted than were in training"
+            f"trained for {ENGINE_NAMES[trained_for]}'s graph, and {what}: text stays the same, fewer drafts are "
+            "accepted than were in training"
         )
+
+    def graph_beside(self, target: dict[str, Any] | None, engine: str) -> Graph:
+        """`graph`, where the layer drafts for a target with that config.json, which may be of another class.
+
+        The state before the final norm comes from the target's class (vLLM `mimo.py`); all others give the one after.
+        """
+        graph = self.graph(engine)
+        architectures = (target or {}).get("architectures") or self.architectures
+        if set(architectures) & set(self.architectures):
+            return graph
+        return replace(graph, hidden_before_norm=False)
 
     @property
     def differences(self) -> list[str]:

@@ -168,9 +168,12 @@ def make_card(
 def _mismatches(checkpoint: Checkpoint) -> list[str]:
     """A sentence for each engine that computes something else with this layer than what it was trained for."""
     trained_for = checkpoint.trained_for or "sglang"
+    target = checkpoint.config
+    if not checkpoint.has_backbone():
+        target = read_object(Path(checkpoint.settings.get("base_model") or "/nonexistent") / "config.json")
     sentences = []
     for server in ENGINES:
-        if mismatch := checkpoint.family.mismatch(trained_for, server):
+        if mismatch := checkpoint.family.mismatch(trained_for, server, target):
             sentences.append(f"In {ENGINE_NAMES[server]} it drafts worse: it was {mismatch}.")
     return sentences
 

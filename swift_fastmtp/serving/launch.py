@@ -64,11 +64,12 @@ def flags_for(
     target = folder if full else Path(model or settings.get("base_model") or "")
     if not full and not model and not settings.get("base_model"):
         raise FastMTPError(f"{folder}: holds only the draft; name the model it drafts for with --model")
+    target_config = read_object(target / "config.json")
     by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
     if engine == "vllm":
         flags = _vllm(bool(config.get("auto_map")), target, None if full else checkpoint, steps)
-        flags[-1] = replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine))
+        flags[-1] = replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine, target_config))
         return _with_plugin(flags, config, token_map)
     if token_map and config_value(config, "tie_word_embeddings"):
         raise FastMTPError(
@@ -86,7 +87,7 @@ def flags_for(
     ]
     if not full:
         flags.append(Flag(("--speculative-draft-model-path", str(folder)), "only the MTP layer; the rest is shared"))
-        if read_quantization(read_object(target / "config.json"), target) and not read_quantization(config, folder):
+        if read_quantization(target_config, target) and not read_quantization(config, folder):
             why = "the target is quantized, these tensors are not"
             flags.append(Flag(("--speculative-draft-model-quantization", "unquant"), why))
     elif read_quantization(config, folder) and not _is_quantized(checkpoint, family):
@@ -98,7 +99,7 @@ def flags_for(
         Flag(
             ("--speculative-algorithm", "NEXTN"),
             family.engines.sglang_gap
-            or "the MTP layer drafts; the same code path as EAGLE" + _lost(checkpoint, engine),
+            or "the MTP layer drafts; the same code path as EAGLE" + _lost(checkpoint, engine, target_config),
         ),
         Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
         Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
@@ -128,10 +129,13 @@ def _check_servable(checkpoint: Checkpoint, engine: str) -> None:
         raise FastMTPError(f"{folder}: vLLM has no MTP for {family.architectures[0]}; serve with SGLang")
 
 
-def _lost(checkpoint: Checkpoint, engine: str) -> str:
-    """What to add to the reason for a flag where the head was trained for another engine's graph."""
+def _lost(checkpoint: Checkpoint, engine: str, target: dict[str, Any]) -> str:
+    """What to add to the reason for a flag where the head was trained for another engine's graph.
+
+    `target` is the config.json of the model that it drafts for.
+    """
     trained_for = checkpoint.trained_for
-    mismatch = checkpoint.family.mismatch(trained_for, engine) if trained_for else None
+    mismatch = checkpoint.family.mismatch(trained_for, engine, target) if trained_for else None
     if not mismatch:
         return ""
     corrected = "; with this package beside vLLM, it computes what docs/engines.md says" if engine == "vllm" else ""

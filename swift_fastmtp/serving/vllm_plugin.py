@@ -74,6 +74,8 @@ def _correct_graph(drafter: Any, target: Any) -> None:
         return
     check_version(f"an MTP layer that was trained for SGLang ({ENGINE_VARIABLE}=none leaves vLLM as it is)")
     corrected, kept = split_differences(family, server.draft)
+    if type(target).__name__ not in family.architectures and "hidden_before_norm" in corrected:
+        corrected.remove("hidden_before_norm")  # which the target's own class does (`Family.graph_beside`)
     for name in corrected:
         _CORRECTED[name](target, drafter.model)
         logger.info("swift_fastmtp: %s as SGLang computes it, for which the MTP layer was trained", name)
