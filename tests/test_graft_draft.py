@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from helpers.engine import Server
-from helpers.learning import learned
+from helpers.learning import learned_beside
 from helpers.models import gptq, quantized, save_dense
 from helpers.paths import ROOT, TINY
 from helpers.vllm_jobs import VLLMJobs
@@ -190,21 +190,9 @@ PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sk
 TOKENS = 24
 
 
-def beside(kind, tmp_path, engine):
-    """A dense model of random weights, a folder with a layer that has learned its responses, and the simulator's view.
-
-    The layer learns in the model that it can be put into, and is then served beside the one that it was made for.
-    """
-    target = save_dense(tmp_path / "target", kind, tie_word_embeddings=True)
-    graft(target, tmp_path / "whole", init_from_last_layer=True)
-    model, texts = learned(tmp_path / "whole", tmp_path, PROMPTS, TOKENS, 6, num_speculative_steps=STEPS, engine=engine)
-    graft(target, tmp_path / "draft", tmp_path / "checkpoint", draft_only=True)
-    return target, tmp_path / "draft", texts, draft_rounds(model, texts, 0, 8)[STEPS - 1]
-
-
 @pytest.mark.matrix
 def test_sglang_drafts_for_a_tied_llama(tmp_path):
-    _, draft, texts, rounds = beside("llama", tmp_path, "sglang")
+    _, draft, texts, rounds = learned_beside("llama", tmp_path, PROMPTS, TOKENS, STEPS)
     with Server(command(serve_flags(draft)), tmp_path / "log") as server:
         answers = server.generate([text.ids[: text.start] for text in texts], TOKENS)
     for answer, text, accepted in zip(answers, texts, rounds, strict=True):
@@ -218,7 +206,7 @@ def test_sglang_drafts_for_a_tied_llama(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
     """A layer of MiMo's that was trained for SGLang: beside a model of another class vLLM computes SGLang's graph."""
-    target, draft, texts, rounds = beside(kind, tmp_path, "sglang")
+    target, draft, texts, rounds = learned_beside(kind, tmp_path, PROMPTS, TOKENS, STEPS)
     assert examine(draft, engine="vllm") == []
     words = command(serve_flags(draft, "vllm"))
     overrides = json.loads(words[words.index("--hf-overrides") + 1])

@@ -6,13 +6,15 @@ Random models say nothing that a draft could learn but by heart.
 import torch
 from transformers import AutoTokenizer
 
+from helpers.models import save_dense
 from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_full
+from swift_fastmtp.export.graft import graft
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.simulate.acceptance import make_texts
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 
@@ -32,6 +34,19 @@ def learned(base, folder, prompts, tokens, learn_steps, chat_template="{{ messag
     export_full(folder / "checkpoint", folder / "full")
     load_head(model, read_head(Checkpoint(folder / "full"), model.family, head_shapes(Checkpoint(base))))
     return model, texts
+
+
+def learned_beside(kind, folder, prompts, tokens, steps):
+    """A dense model of random weights, a draft-only folder with a layer that has learned its responses, these texts,
+    and the drafts that the simulator accepts in each round of them, `steps` to a round.
+
+    The layer learns in the model that it can be put into, and is served beside the one that it was made for.
+    """
+    target = save_dense(folder / "target", kind, tie_word_embeddings=True)
+    graft(target, folder / "whole", init_from_last_layer=True)
+    model, texts = learned(folder / "whole", folder, prompts, tokens, 6, num_speculative_steps=steps)
+    graft(target, folder / "draft", folder / "checkpoint", draft_only=True)
+    return target, folder / "draft", texts, draft_rounds(model, texts, 0, 8)[steps - 1]
 
 
 def learn(model, texts, steps):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.engine import VLLMServer
-from helpers.learning import learned
+from helpers.learning import learned, learned_beside
 from helpers.models import WIDE_HEADS, random_ernie, random_glm4_moe, save_checkpoint
 from helpers.paths import ROOT, TINY
 from transformers import AutoTokenizer
@@ -202,3 +202,13 @@ def test_a_graph_that_cannot_be_corrected_stops_the_start(installed, tmp_path):
     folder = save_checkpoint(random_ernie, tmp_path / "ernie")
     line = stops(installed, folder, tmp_path, SWIFT_FASTMTP_ENGINE="sglang")
     assert "trained for SGLang" in line and "SWIFT_FASTMTP_ENGINE=none" in line
+
+
+def test_beside_a_model_of_another_class_nothing_is_corrected(installed, tmp_path):
+    """The state before the final norm comes from MiMo's own class; a Llama gives the one after it."""
+    prompts = ["Write a haiku.", "def main():"]
+    target, draft, texts, expected = learned_beside("llama", tmp_path, prompts, TOKENS, STEPS)
+    with server(installed, draft, tmp_path / "log") as running:
+        answers, accepted = answers_at_once(running, target, texts)
+        assert "mask_position_zero" not in running.tail() and "hidden_before_norm as SGLang" not in running.tail()
+    assert answers == own_texts(texts) and accepted == expected
