@@ -15,6 +15,7 @@ from helpers.vllm_jobs import VLLMJobs
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.checkpoint.fp8_config import SCALE
 from swift_fastmtp.checkpoint.mtp_tensors import read_plain
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
@@ -219,30 +220,59 @@ def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
     assert sum(map(sum, rounds)) > 0
 
 
+class HalfServer(Server):
+    """SGLang computes FP8 in 16 bits only."""
+
+    def words(self, command):
+        return [*super().words(command), "--dtype", "bfloat16"]
+
+
+def asked():
+    tokenizer = load_tokenizer(str(TINY))
+    rows = read_rows(ROOT / "examples" / "prompts" / "eval.jsonl", 12)
+    return [encode_prompt(tokenizer, row["messages"], None, None) for row in rows]
+
+
+def simulated_rounds(numbers, prompts, answers, engine):
+    """How many rounds the simulator has for texts of a quantized tiny model, whose tensors stand for `numbers`."""
+    model = load_model(TINY, torch.float32)
+    model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()}, strict=False)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine=engine)
+    texts = [
+        Text(prompt + ids, len(prompt), len(prompt) + len(ids)) for prompt, ids in zip(prompts, answers, strict=True)
+    ]
+    return sum(map(len, draft_rounds(model, texts, 0, 8)[STEPS - 1]))
+
+
+@pytest.mark.matrix
+def test_sglang_drafts_for_an_fp8_model(tmp_path):
+    """It computes in half precision, so rounds are compared by their sum."""
+    target = make_target("FP8", tmp_path / "target")
+    graft(target, tmp_path / "draft", TINY, draft_only=True)
+    prompts = asked()
+    with HalfServer(command(serve_flags(tmp_path / "draft")), tmp_path / "log") as server:
+        served = server.generate(prompts, 48)
+    model = Checkpoint(target)
+    numbers = {name: read_plain(model, name) for name in model.names if not name.endswith(SCALE)}
+    answers = [answer["output_ids"] for answer in served]
+    rounds = sum(answer["meta_info"]["spec_verify_ct"] for answer in served)
+    assert rounds == pytest.approx(simulated_rounds(numbers, prompts, answers, "sglang"), rel=0.1)
+    assert rounds < 0.6 * sum(map(len, answers))
+
+
 @pytest.mark.matrix
 def test_vllm_drafts_for_a_gptq_model(tmp_path):
     """Its kernel computes in half precision, so texts are compared with its own, and rounds by their sum."""
     numbers = gptq(TINY, tmp_path / "target")
     graft(tmp_path / "target", tmp_path / "draft", TINY, draft_only=True)
-    tokenizer = load_tokenizer(str(TINY))
-    rows = read_rows(ROOT / "examples" / "prompts" / "eval.jsonl", 12)
-    asked = [encode_prompt(tokenizer, row["messages"], None, None) for row in rows]
+    prompts = asked()
     options = {"dtype": "bfloat16", "trust_remote_code": True}
     with VLLMJobs(tmp_path / "log") as vllm:
-        (plain,) = vllm.run(tmp_path / "target", [asked], 48, **options)
-        (drafted,) = vllm.run(tmp_path / "target", [asked], 48, STEPS, draft=tmp_path / "draft", **options)
+        (plain,) = vllm.run(tmp_path / "target", [prompts], 48, **options)
+        (drafted,) = vllm.run(tmp_path / "target", [prompts], 48, STEPS, draft=tmp_path / "draft", **options)
     same = [a.ids == b.ids for a, b in zip(plain, drafted, strict=True)]
     assert sum(same) >= len(same) * 3 // 4
-    # The simulator's model has the numbers that GPTQ stands for, and the same layer.
-    model = load_model(TINY, torch.float32)
-    model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()}, strict=False)
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine="vllm")
-    texts = [
-        Text(prompt + answer.ids, len(prompt), len(prompt) + len(answer.ids))
-        for prompt, answer in zip(asked, drafted, strict=True)
-    ]
-    simulated = draft_rounds(model, texts, 0, 8)[STEPS - 1]
-    rounds, expected = sum(len(answer.accepted) for answer in drafted), sum(map(len, simulated))
-    print(f"rounds {rounds}, simulated {expected}, texts {sum(same)} of {len(same)} the same")
-    assert rounds == pytest.approx(expected, rel=0.1)
-    assert rounds < 0.6 * sum(len(answer.ids) for answer in drafted)
+    answers = [answer.ids for answer in drafted]
+    rounds = sum(len(answer.accepted) for answer in drafted)
+    assert rounds == pytest.approx(simulated_rounds(numbers, prompts, answers, "vllm"), rel=0.1)
+    assert rounds < 0.6 * sum(map(len, answers))

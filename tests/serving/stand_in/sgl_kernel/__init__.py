@@ -1,6 +1,6 @@
 """Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantized model with plain, latent
 or linear attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU (linear attention: 0.5.23), including
-EAGLE/NEXTN speculative decoding.
+EAGLE/NEXTN speculative decoding; and a dense model with plain attention in FP8 blocks.
 
 PyPI only carries the CUDA builds (sgl-kernel / sglang-kernel).  SGLang's own CPU path
 (``SGLANG_USE_CPU_ENGINE=1``, ``--device cpu``, attention backend ``intel_amx``) needs a small set of
@@ -44,6 +44,14 @@ def convert_weight_packed(weight):  # its presence is SGLang's test for "CPU ker
 @_op
 def weight_packed_linear(x, weight, bias, is_vnni):
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@_op
+def fp8_scaled_mm_cpu(x, weight, scales, block_size, bias, out_dtype, is_vnni):
+    """FP8 in blocks, of which the weight is dequantized; activations are not quantized."""
+    rows, columns = (torch.arange(size) // block for size, block in zip(weight.shape, block_size, strict=True))
+    numbers = weight.float() * scales[rows[:, None], columns]
+    return weight_packed_linear(x, numbers.to(x.dtype), bias, is_vnni).to(out_dtype)
 
 
 @_op
