@@ -1,10 +1,14 @@
 """The GPU's kernels give the plain form's numbers, under Triton's interpreter; where there is a GPU, on it."""
 
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from helpers.loss_cases import case
+from helpers.paths import ROOT
 
 from swift_fastmtp.method import chunked_losses, frozen_head
 from swift_fastmtp.method.chunked_losses import step_losses
@@ -61,3 +65,33 @@ def test_half_precision_logits_are_rounded_as_in_the_plain_form(monkeypatch, fus
 
 def test_only_gpu_tensors_take_the_kernels():
     assert chunked_losses._head_type(torch.empty(2, 2)) is frozen_head.FrozenHead
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from swift_fastmtp.method import frozen_head_triton as module
+
+POINTERS = {"place_ptr": "*i64", "best_ptr": "*i64", "teacher_log_z_ptr": "*fp32", "log_z_ptr": "*fp32"}
+POINTERS |= {"entropy_ptr": "*fp32", "loss_ptr": "*fp32", "accept_prob_ptr": "*fp32"}
+NUMBERS = {"width": "i32", "scale": "fp32", "eta": "fp32"}
+for dtype in ("bf16", "fp32"):
+    for kernel, flag in ((module._softmax, "WRITE"), (module._soft_loss, "LK")):
+        types = {"logits": f"*{dtype}", "teacher": f"*{dtype}", flag: "constexpr", "BLOCK": "constexpr"}
+        types |= POINTERS | NUMBERS
+        signature = {name: types[name] for name in kernel.arg_names}
+        for value in (True, False):
+            source = ASTSource(kernel, signature, {flag: value, "BLOCK": module._BLOCK})
+            assert "cubin" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm
+print("compiled")
+"""
+
+
+@pytest.mark.matrix
+def test_the_kernels_compile_for_gpus(tmp_path):
+    """The interpreter forgives what the compiler does not."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
