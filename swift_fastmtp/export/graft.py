@@ -34,8 +34,9 @@ from .inspection import size
 HEAD_FILE = "model-mtp.safetensors"
 ADDED_FILE = "model-added.safetensors"
 """What `dense.as_qwen2` adds to the backbone."""
-_SINGLE = "model.safetensors"
-_RENAMED = "model-00001-of-00002.safetensors"
+SINGLE = "model.safetensors"
+"""What transformers loads without a look at an index."""
+RENAMED = "model-00001-of-00002.safetensors"
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act")
 
 
@@ -91,8 +92,8 @@ def graft(
     dense = as_qwen2(tuned) if not giver or is_qwen2s(giver.trainable_family) else None
     config = dense.config if dense else tuned.config
     family = giver.trainable_family if giver else _family_of(config, tuned.config_file)
-    new_config = _with_head(config, theirs, family, tuned.folder)
-    notes = _changes(tuned.config, new_config) + (dense.notes if dense else [])
+    new_config = with_head(config, theirs, family, tuned.folder)
+    notes = changes(tuned.config, new_config) + (dense.notes if dense else [])
     if family.names.prefix != find_family(new_config, tuned.config_file).names.prefix:
         raise FastMTPError(
             f"{tuned.config_file}: num_hidden_layers is {config.get('num_hidden_layers')}, in {donor} it is "
@@ -104,7 +105,7 @@ def graft(
     dtype = _dtype(tuned)
     with new_folder(output_dir) as out:
         write_json(new_config, out / "config.json")
-        notes += _remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
+        notes += remote_code(new_config, tuned.folder, giver.folder if giver else None, out)
         from ..model.loading import head_shapes, keeps_float32  # builds the head on the meta device
 
         result = Checkpoint(out)  # of its files, only config.json is there yet
@@ -139,9 +140,9 @@ def graft(
 def _sound(model: Checkpoint) -> Headers:
     _ = model.entries  # raises where a file is damaged
     headers = model.headers
-    if _SINGLE not in {f.name for f in headers.files} and (model.folder / _SINGLE).exists():
+    if SINGLE not in {f.name for f in headers.files} and (model.folder / SINGLE).exists():
         raise FastMTPError(
-            f"{model.folder / _SINGLE}: is not in the index, but transformers loads it instead; remove one"
+            f"{model.folder / SINGLE}: is not in the index, but transformers loads it instead; remove one"
         )
     return headers
 
@@ -191,8 +192,10 @@ def _stale(model: Checkpoint, family: Family, overwrite: bool) -> tuple[set[str]
     return {*stale, *misnamed}, {path for path, _ in places if path not in loaded}
 
 
-def _with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path) -> dict[str, Any]:
-    """config.json with what a save through transformers lost.
+def with_head(
+    config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path, layers: int = 1
+) -> dict[str, Any]:
+    """config.json with what a save through transformers lost, and the number of MTP layers.
 
     Raises `FastMTPError` if the model's architecture is not the donor's, nor the one that runs its backbone.
     """
@@ -222,16 +225,16 @@ def _with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Fa
     back = {k: value for k in lost if (value := config_value(theirs or {}, k)) is not None}
     if not isinstance(text, dict):
         new.update(back)
-        new[family.engines.num_layers_key] = 1
+        new[family.engines.num_layers_key] = layers
     elif family.engines.num_layers_key in ((theirs or {}).get("text_config") or text):
-        new["text_config"] = {**text, **back, family.engines.num_layers_key: 1}
+        new["text_config"] = {**text, **back, family.engines.num_layers_key: layers}
     else:
         new["text_config"] = {**text, **back}
-        new[family.engines.num_layers_key] = 1
+        new[family.engines.num_layers_key] = layers
     return new
 
 
-def _changes(config: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def changes(config: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """A note for each key of config.json that changed."""
     changed = [k for k in {**config, **new} if config.get(k) != new.get(k)]
     return [f"config.json: {k} is {new.get(k)}, was {config.get(k)}" for k in changed]
@@ -313,7 +316,7 @@ def _code_files(config: dict[str, Any]) -> set[str]:
     return {f"{v.split('.')[0]}.py" for v in named if isinstance(v, str) and "--" not in v}
 
 
-def _remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: Path) -> list[str]:
+def remote_code(config: dict[str, Any], model: Path, donor: Path | None, out: Path) -> list[str]:
     """Copy the .py files that auto_map needs and the model lost. Raises `FastMTPError` if nobody has them."""
     lost = sorted(n for n in _code_files(config) if not (model / n).exists())
     if not lost:
@@ -335,8 +338,8 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
     A lone `model.safetensors` gets the name of a shard: transformers would load it and never look at the index.
     """
     names = {path: path.name for path in headers.files}
-    if set(names.values()) == {_SINGLE}:
-        names[headers.files[0]] = _RENAMED
+    if set(names.values()) == {SINGLE}:
+        names[headers.files[0]] = RENAMED
     if HEAD_FILE in {names[e.file] for n, e in headers.entries.items() if n not in stale}:
         raise FastMTPError(f"{model / HEAD_FILE}: holds other tensors than MTP ones; give that file another name")
     touched = {headers.entries[n].file for n in stale}
