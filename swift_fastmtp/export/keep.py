@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.headers import Entry, entries_of
+from ..checkpoint.headers import Entry, whole_entries
 from ..checkpoint.quantization import read_quantization
 from ..checkpoint.shards import copy_tensors, tensor_hashes
 from ..checkpoint.weight_files import INDEX_FILE
@@ -93,7 +93,7 @@ def _stored(base: Checkpoint, family: Family | None, layout: Layout | None) -> d
             raise FastMTPError(f"{base}: {elsewhere.text}; so they cannot be kept")
         if name in entries:
             raise FastMTPError(f"{base}: {name} is in {entries[name].file.name} and in {path.name}; remove one")
-        entries[name] = entries_of(path)[name]
+        entries[name] = whole_entries(path)[name]
     lost = sorted(name for name in base.lost if family.owns(name) and name not in entries)
     if lost:
         raise FastMTPError(
@@ -151,7 +151,7 @@ def _saved(checkpoint: Checkpoint) -> tuple[dict[str, Entry], Path | None]:
     """
     single = checkpoint.folder / SINGLE
     if single.exists():
-        return entries_of(single), single
+        return whole_entries(single), single
     if not any(checkpoint.folder.glob("*.safetensors")):
         raise FastMTPError(
             f"{checkpoint}: no *.safetensors file was saved, beside which the MTP layer could be kept; save as "

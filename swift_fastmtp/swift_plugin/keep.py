@@ -66,8 +66,9 @@ class KeepMTP(TrainerCallback):
         if self.faults:
             number = len(self.faults)
             raise FastMTPError(
-                f"training is finished and saved, but {number} {'checkpoint is' if number == 1 else 'checkpoints are'} "
-                f"without the MTP layer ({self.faults[-1]}); `fastmtp graft` puts it in"
+                f"--callbacks {KEEP}: training is finished and saved, but {number} "
+                f"{'checkpoint is' if number == 1 else 'checkpoints are'} without the MTP layer ({self.faults[-1]}); "
+                "`fastmtp graft` puts it in"
             )
 
 
