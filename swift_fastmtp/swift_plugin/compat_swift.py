@@ -167,6 +167,12 @@ OVERRIDDEN = (
 
 # --- Names that are called or replaced.
 
+SAVE_MODEL = Name(
+    "transformers",
+    "transformers.trainer:Trainer.save_model",
+    "a saved model keeps its MTP layer",
+    first=("self", "output_dir", "_internal_call"),
+)
 CALLED = (
     Name("ms-swift", "swift.model.model_meta:AutoConfig", "replaced by one that runs no code, for a moment"),
     Name("ms-swift", "swift.model.model_meta:logger", "it warns of code that is not run"),
@@ -195,12 +201,7 @@ CALLED = (
         among=("num_items_in_batch",),
     ),
     Name("modelscope", "modelscope.hub.utils.utils:get_cache_dir", "where ms-swift caches datasets"),
-    Name(
-        "transformers",
-        "transformers.trainer:Trainer.save_model",
-        "a saved model keeps its MTP layer",
-        first=("self", "output_dir", "_internal_call"),
-    ),
+    SAVE_MODEL,
     Name(
         "transformers",
         "transformers.trainer:Trainer._get_grad_norm",
@@ -427,7 +428,11 @@ def link_last_checkpoint(trainer: Any) -> None:
 
 def after_saving(trainer: Any, complete: Callable[[Path], None]) -> None:
     """`complete(folder)` in the process that saves, each time one trainer has saved its model: before older checkpoints
-    are removed and anything is uploaded, where a callback's `on_save` comes after both."""
+    are removed and anything is uploaded, where a callback's `on_save` comes after both.
+
+    Raises `FastMTPError` if trainers save otherwise than they did.
+    """
+    find(SAVE_MODEL)
     save = trainer.save_model
 
     def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
