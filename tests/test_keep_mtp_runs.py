@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.keep import assert_kept, hashes_of, save_through_transformers
+from helpers.keep import assert_kept, hashes_of, save_through_transformers, stock_args, stock_mimo
 from helpers.models import tensors_of
 from helpers.paths import TINY
 from helpers.swift_runs import logged, sft_args, swift
@@ -25,28 +25,8 @@ NAMES = ("mimo", "qwen3_next")
 @pytest.fixture(scope="module")
 def stock(bases, tmp_path_factory):
     """A function from a name to a base that stock ms-swift loads without code of the folder."""
-    mimo = shutil.copytree(TINY, tmp_path_factory.mktemp("stock") / "mimo")
-    config = json.loads((mimo / "config.json").read_text())
-    del config["auto_map"]
-    (mimo / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
-    (mimo / "configuration_mimo.py").unlink()
+    mimo = stock_mimo(tmp_path_factory.mktemp("stock") / "mimo")
     return lambda name: mimo if name == "mimo" else bases(name)
-
-
-def stock_args(name, base, rows, output_dir, **changes):
-    """A short run of ms-swift's own model type."""
-    own = {
-        "model_type": name,
-        "template": "qwen",
-        "tuner_type": "full",
-        "torch_dtype": "bfloat16",
-        "bf16": "false",
-        "use_cpu": "true",
-        "learning_rate": "1e-3",
-        "max_steps": 4,
-        "callbacks": KEEP,
-    }
-    return sft_args(base, rows, output_dir, **{**own, **changes})
 
 
 def kept_lines(done):

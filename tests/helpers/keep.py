@@ -1,16 +1,46 @@
 """What a saved model looks like that kept its MTP layers, and how a save through transformers loses them."""
 
 import json
+import shutil
 
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
 
+from helpers.paths import TINY
+from helpers.swift_runs import sft_args
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.shards import tensor_hashes
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import HEAD_FILE
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.model.head import import_class
+from swift_fastmtp.swift_plugin.keep_asked import KEEP
+
+
+def stock_mimo(folder):
+    """The tiny model under the type of its backbone, which stock ms-swift loads without code of the folder."""
+    shutil.copytree(TINY, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    (folder / "configuration_mimo.py").unlink()
+    return folder
+
+
+def stock_args(name, base, rows, output_dir, **changes):
+    """A short run of ms-swift's own model type."""
+    own = {
+        "model_type": name,
+        "template": "qwen",
+        "tuner_type": "full",
+        "torch_dtype": "bfloat16",
+        "bf16": "false",
+        "use_cpu": "true",
+        "learning_rate": "1e-3",
+        "max_steps": 4,
+        "callbacks": KEEP,
+    }
+    return sft_args(base, rows, output_dir, **{**own, **changes})
 
 
 def save_through_transformers(base, folder, **options):
