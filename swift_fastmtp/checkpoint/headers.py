@@ -139,6 +139,15 @@ def entries_of(path: Path) -> dict[str, Entry]:
     return {n: Entry(path, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in read_header(path)[1].items()}
 
 
+def whole_entries(path: Path) -> dict[str, Entry]:
+    """The tensors of one file. Raises as `read_header`, and if the file was cut off."""
+    offset, header = read_header(path)
+    end = offset + max((e["data_offsets"][1] for e in header.values()), default=0)
+    if path.stat().st_size != end:
+        raise FastMTPError(f"{path}: {path.stat().st_size} bytes, its header says {end}; download or save it again")
+    return entries_of(path)
+
+
 def read_headers(folder: str | Path) -> Headers:
     """All tensors of a checkpoint folder, from the files that are loaded (`weight_files.resolve`).
 

@@ -15,7 +15,7 @@ import torch
 from ..errors import FastMTPError
 from . import fp8
 from .finite import is_finite
-from .headers import read_header
+from .headers import Entry, read_header
 
 _BLOCK = 2**24  # bytes copied at a time
 DTYPES = {
@@ -110,6 +110,34 @@ def copy_without(source: Path, target: Path, names: set[str]) -> None:
             old.seek(offset + start)
             for block in _blocks(old, end - start):
                 new.write(block)
+
+
+def copy_tensors(entries: dict[str, Entry], target: Path) -> dict[str, str]:
+    """Write a file of tensors of other files, byte for byte, whatever their dtype. Returns the SHA-256 of each one.
+
+    Args:
+        entries: name → where it is stored; in the order they are written.
+        target: the file to write.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, entry in entries.items():
+        end = position + entry.size
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
+        position = end
+    begins = {file: read_header(file)[0] for file in {entry.file for entry in entries.values()}}
+    hashes = {}
+    with open(target, "wb") as new:
+        new.write(pack_header(header))
+        for name, entry in entries.items():
+            digest = hashlib.sha256()
+            with open(entry.file, "rb") as old:
+                old.seek(begins[entry.file] + entry.start)
+                for block in _blocks(old, entry.size):
+                    new.write(block)
+                    digest.update(block)
+            hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def pack_header(header: dict[str, Any]) -> bytes:

@@ -181,9 +181,16 @@ def _finish_index(headers: Headers, out: Path) -> None:
     write_index(out, {name: entry.file.name for name, entry in headers.entries.items()})
 
 
-def write_index(folder: Path, weight_map: dict[str, str]) -> None:
-    """Write an index of the tensors of a folder, name → file. Raises as `write_json`."""
-    total = sum(e.size for name in set(weight_map.values()) for e in entries_of(folder / name).values())
+def write_index(folder: Path, weight_map: dict[str, str], total: int | None = None) -> None:
+    """Write an index of the tensors of a folder, name → file. Raises as `write_json`.
+
+    Args:
+        folder: to write into.
+        weight_map: name → file.
+        total: bytes of all tensors, where the files are not in the folder yet.
+    """
+    if total is None:
+        total = sum(e.size for name in set(weight_map.values()) for e in entries_of(folder / name).values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(index, folder / INDEX_FILE)
 

@@ -33,8 +33,9 @@ from .inspection import size
 HEAD_FILE = "model-mtp.safetensors"
 ADDED_FILE = "model-added.safetensors"
 """What `dense.as_qwen2` adds to the backbone."""
-_SINGLE = "model.safetensors"
-_RENAMED = "model-00001-of-00002.safetensors"
+SINGLE = "model.safetensors"
+"""What transformers loads without a look at an index."""
+RENAMED = "model-00001-of-00002.safetensors"
 
 
 def graft(
@@ -138,9 +139,9 @@ def graft(
 def _sound(model: Checkpoint) -> Headers:
     _ = model.entries  # raises where a file is damaged
     headers = model.headers
-    if _SINGLE not in {f.name for f in headers.files} and (model.folder / _SINGLE).exists():
+    if SINGLE not in {f.name for f in headers.files} and (model.folder / SINGLE).exists():
         raise FastMTPError(
-            f"{model.folder / _SINGLE}: is not in the index, but transformers loads it instead; remove one"
+            f"{model.folder / SINGLE}: is not in the index, but transformers loads it instead; remove one"
         )
     return headers
 
@@ -202,8 +203,8 @@ def _copy_files(model: Path, out: Path, headers: Headers, stale: set[str], dropp
     A lone `model.safetensors` gets the name of a shard: transformers would load it and never look at the index.
     """
     names = {path: path.name for path in headers.files}
-    if set(names.values()) == {_SINGLE}:
-        names[headers.files[0]] = _RENAMED
+    if set(names.values()) == {SINGLE}:
+        names[headers.files[0]] = RENAMED
     if HEAD_FILE in {names[e.file] for n, e in headers.entries.items() if n not in stale}:
         raise FastMTPError(f"{model / HEAD_FILE}: holds other tensors than MTP ones; give that file another name")
     touched = {headers.entries[n].file for n in stale}

@@ -39,8 +39,10 @@ def family_of(config: dict[str, Any], config_file: Path) -> Family:
     return match_family(config, config_file)
 
 
-def with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path) -> dict[str, Any]:
-    """config.json with what a save through transformers lost.
+def with_head(
+    config: dict[str, Any], theirs: dict[str, Any] | None, family: Family, model: Path, layers: int = 1
+) -> dict[str, Any]:
+    """config.json with what a save through transformers lost, and the number of MTP layers.
 
     Raises `FastMTPError` if the model's architecture is not the donor's, nor the one that runs its backbone.
     """
@@ -70,12 +72,12 @@ def with_head(config: dict[str, Any], theirs: dict[str, Any] | None, family: Fam
     back = {k: value for k in lost if (value := config_value(theirs or {}, k)) is not None}
     if not isinstance(text, dict):
         new.update(back)
-        new[family.engines.num_layers_key] = 1
+        new[family.engines.num_layers_key] = layers
     elif family.engines.num_layers_key in ((theirs or {}).get("text_config") or text):
-        new["text_config"] = {**text, **back, family.engines.num_layers_key: 1}
+        new["text_config"] = {**text, **back, family.engines.num_layers_key: layers}
     else:
         new["text_config"] = {**text, **back}
-        new[family.engines.num_layers_key] = 1
+        new[family.engines.num_layers_key] = layers
     return new
 
 

@@ -98,7 +98,7 @@ def inspect_model(folder: str | Path) -> Inspection:
     family = checkpoint.family if known else None
     layout = None if family else known_layout(architectures)
     suspicious = odd_names(headers.entries, config)
-    names = _mtp_names(headers, config, family, layout, suspicious)
+    names = mtp_names(headers, config, family, layout, suspicious)
     mtp = set(names)
     head = [headers.entries[n] for n in names]
     rest = [e for n, e in headers.entries.items() if n not in mtp]
@@ -151,9 +151,10 @@ def count_layers(names: list[str]) -> int:
     return len(numbers) or int(bool(names))
 
 
-def _mtp_names(
+def mtp_names(
     headers: Headers, config: dict[str, Any], family: Family | None, layout: Layout | None, suspicious: list[str]
 ) -> list[str]:
+    """The tensors of all MTP layers, sorted. `suspicious`: what to take where a refused layout's paths hold none."""
     if family:
         return sorted(n for n in headers.entries if family.owns(n))
     if layout is None:

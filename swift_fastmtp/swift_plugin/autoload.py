@@ -3,7 +3,8 @@
 `swift_fastmtp_autoload.pth`, or from Python 3.15 on `swift_fastmtp_autoload.start` (PEP 829), calls `install` when
 Python starts. It adds one finder that waits for ms-swift's argument class to be imported; a process that never imports
 ms-swift pays for one string comparison per import.
-When that class is about to load external plugins and the arguments name `fastmtp`, the plugin is one of them.
+When that class is about to load external plugins and the arguments name `fastmtp`, the plugin is one of them. Where
+they ask for no more than `fastmtp_keep_mtp`, only that is registered (`keep.py`), and the model stays ms-swift's own.
 `SWIFT_FASTMTP_AUTOLOAD=0` switches all of it off.
 """
 
@@ -37,11 +38,19 @@ class _Finder:
 
 
 def _hook(arguments_class) -> None:  # type: ignore[no-untyped-def]
-    from .compat_swift import load_among_plugins
+    from .compat_swift import before_plugins, load_among_plugins
+    from .keep_asked import keeps_mtp
     from .typed import watch
 
     watch(arguments_class)
     load_among_plugins(arguments_class, names_fastmtp)
+    before_plugins(arguments_class, keeps_mtp, _register_keep)
+
+
+def _register_keep() -> None:
+    from .keep import register_keep
+
+    register_keep()
 
 
 def names_fastmtp(args) -> bool:  # type: ignore[no-untyped-def]

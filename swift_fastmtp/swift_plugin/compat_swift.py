@@ -81,6 +81,12 @@ LINK_CHECKPOINTS = Name(
 EXPORT = Name(
     "ms-swift", "swift.pipelines.export.export:SwiftExport.run", "export is a full checkpoint", first=("self",)
 )
+MERGE_LORA = Name(
+    "ms-swift",
+    "swift.pipelines.export.export:merge_lora",
+    "a merged model keeps its MTP layer",
+    first=("args",),
+)
 SAVE_CHECKPOINT = Name(
     "transformers",
     "transformers.trainer:Trainer._save_checkpoint",
@@ -110,6 +116,7 @@ WRAPPED = (
     READ_ROWS,
     LINK_CHECKPOINTS,
     EXPORT,
+    MERGE_LORA,
     SAVE_CHECKPOINT,
     INIT_STATE,
     RUN_EPOCH,
@@ -160,6 +167,12 @@ OVERRIDDEN = (
 
 # --- Names that are called or replaced.
 
+SAVE_MODEL = Name(
+    "transformers",
+    "transformers.trainer:Trainer.save_model",
+    "a saved model keeps its MTP layer",
+    first=("self", "output_dir", "_internal_call"),
+)
 CALLED = (
     Name("ms-swift", "swift.model.model_meta:AutoConfig", "replaced by one that runs no code, for a moment"),
     Name("ms-swift", "swift.model.model_meta:logger", "it warns of code that is not run"),
@@ -188,6 +201,7 @@ CALLED = (
         among=("num_items_in_batch",),
     ),
     Name("modelscope", "modelscope.hub.utils.utils:get_cache_dir", "where ms-swift caches datasets"),
+    SAVE_MODEL,
     Name(
         "transformers",
         "transformers.trainer:Trainer._get_grad_norm",
@@ -272,6 +286,23 @@ def load_among_plugins(arguments_class: Any, is_asked_for: Callable[[Any], bool]
         original(self)
         # Not for args.json: another machine, or another environment, has the file elsewhere.
         self.external_plugins = [file for file in self.external_plugins if file != str(PLUGIN_FILE)]
+
+    setattr(arguments_class, name, import_plugins)
+
+
+def before_plugins(arguments_class: Any, is_asked_for: Callable[[Any], bool], register: Callable[[], None]) -> None:
+    """Arguments that ask for something that is no plugin have it registered where plugins are loaded."""
+    name = IMPORT_PLUGINS.path.rpartition(".")[2]
+    original = getattr(arguments_class, name, None)
+    if original is None:
+        _refuse_when_asked_for(arguments_class, is_asked_for)
+        return
+
+    @functools.wraps(original)
+    def import_plugins(self: Any) -> None:
+        if is_asked_for(self):
+            register()
+        original(self)
 
     setattr(arguments_class, name, import_plugins)
 
@@ -393,6 +424,23 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
 def link_last_checkpoint(trainer: Any) -> None:
     """ms-swift's link to the newest checkpoint."""
     trainer._update_last_checkpoint_symlink()
+
+
+def after_saving(trainer: Any, complete: Callable[[Path], None]) -> None:
+    """`complete(folder)` in the process that saves, each time one trainer has saved its model: before older checkpoints
+    are removed and anything is uploaded, where a callback's `on_save` comes after both.
+
+    Raises `FastMTPError` if trainers save otherwise than they did.
+    """
+    find(SAVE_MODEL)
+    save = trainer.save_model
+
+    def save_model(output_dir: str | None = None, _internal_call: bool = False) -> None:
+        save(output_dir, _internal_call)
+        if trainer.args.should_save:
+            complete(Path(output_dir or trainer.args.output_dir))
+
+    trainer.save_model = save_model
 
 
 def around_loss(trainer: Any, compute_loss: Callable[..., Any]) -> None:

@@ -24,6 +24,7 @@ from .cache import attach_hidden_cache
 from .compat_swift import wrap
 from .dataset import NAME, SelfDistillLoader
 from .export import export_checkpoint
+from .keep import register_keep
 from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta, without_folder_code
@@ -47,7 +48,8 @@ _registered = False
 
 
 def register() -> None:
-    """Model type, loss type and tuner type `fastmtp`, dataset `fastmtp-self-distill`, `swift export`."""
+    """Model type, loss type and tuner type `fastmtp`, dataset `fastmtp-self-distill`, `swift export`; the callback
+    `fastmtp_keep_mtp`."""
     global _registered
     if _registered:
         return
@@ -65,6 +67,7 @@ def register() -> None:
     _hook_sft()
     _hook_export()
     _hook_resume()
+    register_keep()
     _registered = True
 
 
