@@ -1,0 +1,241 @@
+"""`fastmtp doctor --probe`: is the MTP layer that is there any good?
+
+Names, shapes and finite numbers do not tell. So the model answers a few prompts greedily, and the layer's drafts are
+compared with these answers, as `fastmtp simulate` does: as the layer is, with each known fault taken back
+(`repairs.py`), and beside layers that learned nothing. `verdict.py` reads the numbers.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.mtp_tensors import head_reader
+from ..data.chat_template import load_tokenizer
+from ..data.generate import padding_id
+from ..errors import FastMTPError, detail
+from ..families.family import ENGINE_NAMES
+from ..files.rows import read_rows
+from ..files.table import NOTHING, terminal_table
+from ..method.config import FastMTPConfig
+from ..method.metrics import micro_tau, text_counts, verify_rounds
+from ..model.loading import head_shapes, load_head, load_model
+from .acceptance import Text, greedy_acceptance, make_texts
+from .repairs import known_repairs, norm_names, repaired
+from .states import States
+from .verdict import Measured, Verdict, judge
+
+PROMPTS = (
+    "Explain in a few sentences why the sky is blue.",
+    "Write a short story about a lost dog.",
+    "How do I boil an egg? Give the steps.",
+    "Write a Python function that checks whether a number is prime.",
+    "What is the capital of France, and what is it known for?",
+    "List five fruits and say what each tastes like.",
+    "Write a short letter to a friend who has moved to another city.",
+    "Explain what a bank does.",
+    "A train covers 120 km in two hours. What is its average speed?",
+    "Summarize what happens in a year on a farm.",
+    "Was ist der Unterschied zwischen Wetter und Klima?",
+    "Translate into French: Good morning, how are you?",
+)
+NUM_STEPS = 3
+MAX_NEW_TOKENS = 40
+"""Of an answer: short, because small models soon repeat themselves, and repeated text is drafted too well."""
+BATCH_SIZE = 16
+RANDOM_HEADS = 3
+SHARE = 0.8
+"""Of the free memory that a model may take; the rest is for its cache, states and logits."""
+# So that a base model, which has no chat template, continues the prompt.
+_PLAIN_TEMPLATE = "{{ bos_token or '' }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+Start = Callable[[Any, Any, Any, dict[str, tuple[int, ...]]], Callable[[str], torch.Tensor]]
+"""Backbone, configuration, family, shapes → what reads the tensors of an untrained layer (`export/init_head.py`)."""
+
+
+@dataclass
+class Probe:
+    """What was measured, for people."""
+
+    text: str
+    """The table, or one line that says why nothing was measured."""
+    verdicts: list[Verdict] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+    """In the order of the table: the layer as it is first. Empty if nothing was measured."""
+
+
+def probe(
+    folder: str | Path,
+    model: str | Path | None = None,
+    prompts: str | Path | None = None,
+    engine: str = "sglang",
+    start: Start | None = None,
+) -> Probe:
+    """Measure the MTP layer of a full checkpoint, a draft-only folder or a training checkpoint.
+
+    Args:
+        folder: that is probed.
+        model: its base model, where `folder` holds the layer alone; default: the one that it was trained for.
+        prompts: file of rows to answer instead of `PROMPTS`.
+        engine: whose graph is computed.
+        start: makes an untrained layer to compare with.
+
+    A checkpoint that cannot be loaded is no error: the result says why. Raises `FastMTPError` for bad prompts.
+    """
+    rows = read_rows(prompts) if prompts else [{"messages": [{"role": "user", "content": text}]} for text in PROMPTS]
+    checkpoint = Checkpoint(folder)
+    try:
+        base = _base(checkpoint, model)
+        loaded, device = _load(base)
+        return _probe(loaded, device, checkpoint, base, rows, engine, start)
+    except FastMTPError as error:
+        return Probe(f"probe: nothing was measured: {error}")
+    except torch.OutOfMemoryError:
+        return Probe(f"probe: nothing was measured: {base} does not fit into the memory of {device}")
+
+
+def _base(checkpoint: Checkpoint, model: str | Path | None) -> Checkpoint:
+    """The folder whose backbone is run."""
+    if checkpoint.has_backbone():
+        return checkpoint
+    base = model or checkpoint.settings.get("base_model")
+    if not base:
+        raise FastMTPError(f"{checkpoint} holds an MTP layer alone; name its model with --model")
+    return Checkpoint(base)
+
+
+def _load(base: Checkpoint) -> tuple[Any, str]:
+    """The model, on a GPU where there is one, and the device's name: in float32, or in bfloat16 where it does not fit.
+
+    Raises `FastMTPError` where it fits in neither, or cannot be loaded.
+    """
+    dtype, device = _place(base)
+    try:
+        return load_model(base.folder, dtype, device), device
+    except FastMTPError:
+        raise
+    except Exception as error:  # noqa: BLE001 (transformers and its quantizers raise what they like)
+        raise FastMTPError(f"{base}: transformers cannot load it here ({detail(error)})") from None
+
+
+def _place(base: Checkpoint) -> tuple[torch.dtype, str]:
+    from accelerate.utils import get_max_memory
+
+    elements = sum(torch.Size(entry.shape).numel() for entry in base.entries.values())
+    free = get_max_memory()
+    devices = {"cuda": free.get(0, 0), "cpu": free.get("cpu", 0)}
+    for device, room in devices.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            if elements * dtype.itemsize <= SHARE * room:
+                return dtype, device
+    most = max(devices.values())
+    raise FastMTPError(f"{base} takes {elements * 2 / 1e9:.1f} GB in bfloat16, and {most / 1e9:.1f} GB are free here")
+
+
+def _probe(
+    model: Any,
+    device: str,
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    rows: list[dict[str, Any]],
+    engine: str,
+    start: Start | None,
+) -> Probe:
+    model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=NUM_STEPS, engine=engine)
+    expected = head_shapes(base)
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.chat_template = tokenizer.chat_template or _PLAIN_TEMPLATE
+    texts = make_texts(model, tokenizer, rows, MAX_NEW_TOKENS, "generate", BATCH_SIZE)
+    # The backbone runs once over each text; what differs between the passes is the layer.
+    with torch.no_grad(), States(passes=2) as states:
+        measurement = _Measurement(model, texts, padding_id(model, tokenizer), states)
+        others = []
+        if base is not checkpoint:
+            others.append(measurement.of(f"{base.folder.name}'s own"))
+            load_head(model, head_reader(checkpoint, model.family, expected), expected)
+        as_it_is = measurement.of("as it is")
+        # Each known fault taken back.
+        tried = []
+        for repair in known_repairs(model, engine):
+            with repaired(model, repair):
+                try:
+                    tried.append((repair, measurement.of(repair.name)))
+                except FastMTPError:  # numbers that are not finite: not that one
+                    continue
+        # Layers that learned nothing; the model's own is not needed any more.
+        untrained = None
+        if start:
+            try:
+                load_head(model, start(base, model.config, model.family, expected), expected)
+                untrained = measurement.of("last decoder layer, untrained")
+            except FastMTPError:  # that layer is of another kind than the MTP layer's block
+                untrained = None
+        random = []
+        for seed in range(RANDOM_HEADS):
+            _randomize(model, seed)
+            random.append(measurement.of("random weights"))
+    verdicts, helped = judge(as_it_is, tried, random, untrained, str(base))
+    chance = max(random, key=lambda each: each.rate)
+    shown = [each for each in (as_it_is, helped, *others, untrained, chance) if each]
+    tokens = sum(text.end - text.start for text in texts)
+    dtype = str(model.dtype).removeprefix("torch.")
+    setting = f"{dtype} on {device}, {ENGINE_NAMES[engine]}'s graph"
+    first = f"probe: {len(texts)} greedy answers, {tokens} tokens; {setting}"
+    return Probe(f"{first}\n{table(shown)}", verdicts, shown)
+
+
+@dataclass
+class _Measurement:
+    """What is the same for every layer that is measured."""
+
+    model: Any
+    texts: list[Text]
+    pad: int
+    states: States
+
+    def of(self, name: str) -> Measured:
+        """The layer that is in the model now."""
+        self.states.keep_of(self.model)
+        (accepted,) = greedy_acceptance(self.model, self.texts, self.pad, BATCH_SIZE, label="")
+        counts = text_counts(accepted)
+        tau = micro_tau([verify_rounds(accepted_KA, NUM_STEPS) for accepted_KA in accepted])
+        lengths = torch.cat([accepted_KA.sum(0) for accepted_KA in accepted])
+        return Measured(name, counts, tau, lengths)
+
+
+def _randomize(model: Any, seed: int) -> None:
+    """Weights as an untrained model has them; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    std = getattr(model.config, "initializer_range", None) or 0.02
+    tensors = model.head.state_dict()
+    norms = set(norm_names(list(tensors)))
+    for name, tensor in tensors.items():
+        if name in norms:
+            tensor.fill_(0.0 if model.family.fusion.zero_centered_norms else 1.0)
+        elif tensor.ndim > 1:
+            tensor.copy_(std * torch.randn(tensor.shape, generator=generator))
+        elif name.endswith("bias"):
+            tensor.zero_()
+
+
+def table(measured: list[Measured]) -> str:
+    """Marginal and conditional rate per depth with the counts behind them, and tau, as `fastmtp simulate` has them."""
+    header = ["head", "rate", *(f"depth {k}" for k in range(1, NUM_STEPS + 1)), f"tau K={NUM_STEPS}"]
+    lines = []
+    for each in measured:
+        counts = each.counts
+        marginal = _cells(counts.marginal, counts.accepted, counts.eligible)
+        conditional = _cells(counts.conditional, counts.accepted, counts.reached)
+        lines.append([each.name, "marginal", *marginal, f"{each.tau:.2f}"])
+        lines.append(["", "conditional", *conditional])
+    return terminal_table(header, lines, num_text=2)
+
+
+def _cells(rates: list[float], parts: torch.Tensor, wholes: torch.Tensor) -> list[str]:
+    cells = []
+    for rate, part, whole in zip(rates, parts.tolist(), wholes.tolist(), strict=True):
+        cells.append(f"{rate:.1%} ({part:.0f}/{whole:.0f})" if whole else NOTHING)
+    return cells
