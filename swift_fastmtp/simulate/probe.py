@@ -89,12 +89,13 @@ def probe(
     checkpoint = Checkpoint(folder)
     try:
         base = _base(checkpoint, model)
-        loaded, device = _load(base)
-        return _probe(loaded, device, checkpoint, base, rows, engine, start)
+        has_own = base is checkpoint or any(checkpoint.family.owns(name) for name in base.file_of)
+        loaded = _load(base, None if has_own else checkpoint)
+        return _probe(loaded, checkpoint, base, has_own, rows, engine, start)
     except FastMTPError as error:
         return Probe(f"probe: nothing was measured: {error}")
     except torch.OutOfMemoryError:
-        return Probe(f"probe: nothing was measured: {base} does not fit into the memory of {device}")
+        return Probe(f"probe: nothing was measured: {checkpoint} and its model do not fit into the memory here")
 
 
 def _base(checkpoint: Checkpoint, model: str | Path | None) -> Checkpoint:
@@ -107,21 +108,8 @@ def _base(checkpoint: Checkpoint, model: str | Path | None) -> Checkpoint:
     return Checkpoint(base)
 
 
-def _load(base: Checkpoint) -> tuple[Any, str]:
-    """The model, on a GPU where there is one, and the device's name: in float32, or in bfloat16 where it does not fit.
-
-    Raises `FastMTPError` where it fits in neither, or cannot be loaded.
-    """
-    dtype, device = _place(base)
-    try:
-        return load_model(base.folder, dtype, device), device
-    except FastMTPError:
-        raise
-    except Exception as error:  # noqa: BLE001 (transformers and its quantizers raise what they like)
-        raise FastMTPError(f"{base}: transformers cannot load it here ({detail(error)})") from None
-
-
 def _place(base: Checkpoint) -> tuple[torch.dtype, str]:
+    """A GPU where there is one, float32 where it fits. Raises `FastMTPError` if nothing does."""
     from accelerate.utils import get_max_memory
 
     elements = sum(torch.Size(entry.shape).numel() for entry in base.entries.values())
@@ -135,26 +123,49 @@ def _place(base: Checkpoint) -> tuple[torch.dtype, str]:
     raise FastMTPError(f"{base} takes {elements * 2 / 1e9:.1f} GB in bfloat16, and {most / 1e9:.1f} GB are free here")
 
 
+def _load(base: Checkpoint, layer: Checkpoint | None) -> Any:
+    """The model; with the MTP layer of another folder if it has none.
+
+    Raises `FastMTPError` where that cannot be done here.
+    """
+    if layer:
+        architecture = (base.config.get("architectures") or [None])[0]
+        runs = layer.family.backbone.split(":")[1]
+        if architecture not in (*layer.family.architectures, runs):
+            raise FastMTPError(
+                f"{base} has no MTP layer and is a {architecture}, which is not run as a {runs} here; `fastmtp graft` "
+                "puts the layer into it, and that can be probed"
+            )
+    dtype, device = _place(base)
+    try:
+        return load_model(base.folder, dtype, device, layer)
+    except FastMTPError:
+        raise
+    except Exception as error:  # noqa: BLE001 (transformers and its quantizers raise what they like)
+        raise FastMTPError(f"{base}: transformers cannot load it here ({detail(error)})") from None
+
+
 def _probe(
     model: Any,
-    device: str,
     checkpoint: Checkpoint,
     base: Checkpoint,
+    has_own: bool,
     rows: list[dict[str, Any]],
     engine: str,
     start: Start | None,
 ) -> Probe:
+    """Of the model that was loaded from `base`, with the layer of `checkpoint`; `has_own` if the base has one too."""
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=NUM_STEPS, engine=engine)
-    expected = head_shapes(base)
+    expected = head_shapes(base if has_own else checkpoint)
     tokenizer = load_tokenizer(str(base))
     tokenizer.chat_template = tokenizer.chat_template or _PLAIN_TEMPLATE
     texts = make_texts(model, tokenizer, rows, MAX_NEW_TOKENS, "generate", BATCH_SIZE)
     # The backbone runs once over each text; what differs between the passes is the layer.
     with torch.no_grad(), States(passes=2) as states:
         measurement = _Measurement(model, texts, padding_id(model, tokenizer), states)
-        others = []
-        if base is not checkpoint:
-            others.append(measurement.of(f"{base.folder.name}'s own"))
+        own = None
+        if has_own and base is not checkpoint:
+            own = measurement.of("the base's own")
             load_head(model, head_reader(checkpoint, model.family, expected), expected)
         as_it_is = measurement.of("as it is")
         # Each known fault taken back.
@@ -177,12 +188,12 @@ def _probe(
         for seed in range(RANDOM_HEADS):
             _randomize(model, seed)
             random.append(measurement.of("random weights"))
-    verdicts, helped = judge(as_it_is, tried, random, untrained, str(base))
-    chance = max(random, key=lambda each: each.rate)
-    shown = [each for each in (as_it_is, helped, *others, untrained, chance) if each]
+        chance = max(random, key=lambda each: each.rate)
+    verdicts, helped = judge(as_it_is, tried, chance, untrained, own, str(base))
+    shown = [each for each in (as_it_is, helped, own, untrained, chance) if each]
     tokens = sum(text.end - text.start for text in texts)
     dtype = str(model.dtype).removeprefix("torch.")
-    setting = f"{dtype} on {device}, {ENGINE_NAMES[engine]}'s graph"
+    setting = f"{dtype} on {model.device}, {ENGINE_NAMES[engine]}'s graph"
     first = f"probe: {len(texts)} greedy answers, {tokens} tokens; {setting}"
     return Probe(f"{first}\n{table(shown)}", verdicts, shown)
 

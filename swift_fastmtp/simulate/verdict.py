@@ -42,7 +42,7 @@ class Measured:
     @property
     def text(self) -> str:
         """The rate with the numbers behind it."""
-        return f"{self.rate:.1%} ({int(self.counts.accepted[0])} of {int(self.counts.eligible[0])})"
+        return f"{self.rate:.1%} of the time ({int(self.counts.accepted[0])} of {int(self.counts.eligible[0])})"
 
 
 class Verdict(NamedTuple):
@@ -65,8 +65,9 @@ def helps(before: Measured, after: Measured) -> bool:
 def judge(
     as_it_is: Measured,
     tried: list[tuple[Repair, Measured]],
-    random: list[Measured],
+    random: Measured,
     start: Measured | None,
+    own: Measured | None,
     base: str,
 ) -> tuple[list[Verdict], Measured | None]:
     """Findings, and the repair that helps most, if one does.
@@ -74,30 +75,36 @@ def judge(
     Args:
         as_it_is: the layer as it is stored.
         tried: each known repair, and what the layer reached with it.
-        random: layers of the same shape with random weights.
+        random: a layer of the same shape with random weights.
         start: one made of the last decoder layer, untrained; None where it cannot be made.
+        own: the one that the base model has, where the layer is kept apart from it.
         base: the model's folder, for the command that trains.
     """
-    chance = max(random, key=lambda measured: measured.rate)
-    as_random = as_it_is.rate < chance.rate + OVER_RANDOM
+    as_random = as_it_is.rate < random.rate + OVER_RANDOM
     helping = [(repair, after) for repair, after in tried if helps(as_it_is, after)]
     train = f"swift sft --model_type fastmtp --model {base} --dataset ..."
-    first = f"the head's first draft is accepted in {as_it_is.text}"
+    first = f"the head's first draft is accepted {as_it_is.text}"
+    verdicts = []
+    helped = None
     if helping:
-        repair, after = max(helping, key=lambda each: int(each[1].lengths.sum()))
+        repair, helped = max(helping, key=lambda each: int(each[1].lengths.sum()))
+        # What is computed is the engine's choice; what is stored is the checkpoint's fault.
         level = "error" if as_random or repair.change else "warning"
-        what = f"as it is, {first}, tau {as_it_is.tau:.2f}; {repair.name} in {after.text}, tau {after.tau:.2f}"
-        return [Verdict(level, what, repair.cause, repair.fix)], after
-    if as_random:
-        what = f"{first}: no better than random weights, {chance.text}"
+        what = f"as it is, {first}, tau {as_it_is.tau:.2f}; {repair.name} {helped.text}, tau {helped.tau:.2f}"
+        verdicts.append(Verdict(level, what, repair.cause, repair.fix))
+    elif as_random:
+        what = f"{first}: no better than random weights, {random.text}"
         why = f"it is random, or of another model: none of {len(tried)} known single faults explains it"
         fix = f"take the original model's MTP layer (`fastmtp graft`), then train it: {train}"
-        return [Verdict("error", what, why, fix)], None
-    if as_it_is.rate < WEAK:
-        why = (
-            "it drafts, but published heads reach 70 % and more: trained too little, or for another state of the model"
-        )
+        verdicts.append(Verdict("error", what, why, fix))
+    elif as_it_is.rate < WEAK:
+        why = "published heads reach 70 to 90 %: it was trained too little, or for another state of the model"
         if start and start.rate >= as_it_is.rate:
             why += f"; a copy of the last decoder layer, untrained, reaches {start.text}"
-        return [Verdict("warning", f"weak: {first}", why, f"heal it: {train}")], None
-    return [], None
+        verdicts.append(Verdict("warning", f"weak: {first}", why, f"heal it: {train}"))
+    if own and helps(as_it_is, own):
+        what = f"the base model's own head does better: its first draft is accepted {own.text}, tau {own.tau:.2f}"
+        verdicts.append(
+            Verdict("warning", what, "training made it worse", "serve the base model's own, or train again")
+        )
+    return verdicts, helped
