@@ -9,7 +9,7 @@ import torch
 from helpers.broken_models import HEAD
 from helpers.checkpoints import cut_vocabulary
 from helpers.learning import learned
-from helpers.models import RANDOM, random_mimo, save_checkpoint, tensors_of
+from helpers.models import CHECKPOINTS, RANDOM, random_mimo, save_checkpoint, tensors_of
 from helpers.paths import TINY
 from safetensors.torch import save_file
 
@@ -19,7 +19,8 @@ from swift_fastmtp.export.folders import export_draft
 from swift_fastmtp.export.init_head import initial_head
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.simulate import probe as module
-from swift_fastmtp.simulate.probe import MAX_NEW_TOKENS, PROMPTS, probe
+from swift_fastmtp.simulate.acceptance import Text
+from swift_fastmtp.simulate.probe import MAX_NEW_TOKENS, PROMPTS, distinct_positions, probe
 from swift_fastmtp.simulate.repairs import known_repairs, repaired
 from swift_fastmtp.simulate.simulate import simulate
 
@@ -228,19 +229,37 @@ def test_another_seeds_layer(gemma_norms, tmp_path, prompts):
     assert "no better than random weights" in only(probed).what
 
 
+def worn(layer):
+    """Noise in the projection: what much training of the backbone leaves of a layer."""
+    torch.manual_seed(5)
+    weight = layer["input_proj.weight"]
+    return {"input_proj.weight": weight + 1.3 * weight.std() * torch.randn_like(weight)}
+
+
 def test_a_stale_layer_is_weak(tmp_path, prompts):
-    """One that drafts, but not much: what more training of the backbone leaves of it."""
-
-    def change(layer):
-        torch.manual_seed(5)
-        weight = layer["input_proj.weight"]
-        return {"input_proj.weight": weight + 1.3 * weight.std() * torch.randn_like(weight)}
-
-    probed = probe(changed(TINY, tmp_path / "model", change), prompts=prompts, start=initial_head)
+    """One that drafts, but not much."""
+    probed = probe(changed(TINY, tmp_path / "model", worn), prompts=prompts, start=initial_head)
     verdict = only(probed)
     assert verdict.level == "warning" and verdict.what.startswith("weak: "), probed
     assert "swift sft --model_type fastmtp" in verdict.fix
     assert "last decoder layer, untrained" in probed.text
+
+
+def test_training_that_made_it_worse(tmp_path, prompts):
+    draft = changed(TINY, tmp_path / "draft", worn)
+    layer = {name: tensor for name, tensor in tensors_of(draft).items() if name.startswith(HEAD)}
+    save_file(layer, draft / "model.safetensors", metadata={"format": "pt"})
+    weak, worse = probe(draft, TINY, prompts).verdicts
+    assert weak.what.startswith("weak: ")
+    assert worse.level == "warning" and "the base model's own head does better" in worse.what
+
+
+def test_repeated_text_counts_once():
+    """`1 2 3 4` three times, and in another answer."""
+    repeated = Text([9, 8, 1, 2, 3, 4, 1, 2, 3, 4, 1, 2, 3, 4, 7, 7, 7], 2, 14)
+    again = Text([4, 1, 2, 3, 4, 1, 2], 1, 5)
+    new, old = [True], [False]
+    assert distinct_positions([repeated, again]).tolist() == 5 * new + 5 * old + 2 * new + 4 * old
 
 
 def test_trained_for_the_other_engine(tmp_path, prompts):
@@ -274,18 +293,26 @@ def test_every_repair_of_every_family_can_be_tried(family):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and model.head.graph == graph
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_random_layer_of_every_family(name, bases, prompts):
+    """Every family runs, with every repair and beside every yardstick that it has; no repair is taken for the cause."""
+    probed = probe(bases(name), prompts=prompts, start=initial_head)
+    assert probed.measured, probed.text
+    assert only(probed).level == "error" and "no better than random weights" in only(probed).what
+
+
 # The folders that may be given.
 
 
-def test_a_layer_alone(trained, tmp_path, prompts):
+def test_a_layer_alone(trained, tmp_path, prompts, sound):
     """A training checkpoint, and the draft-only folder that is made of it: the same layer on the same base."""
     shutil.copyfile(TINY / "config.json", trained / "config.json")
     export_draft(trained, tmp_path / "draft")
     of_checkpoint, of_draft = (probe(folder, prompts=prompts) for folder in (trained, tmp_path / "draft"))
     assert of_checkpoint.measured[0].counts.marginal == pytest.approx(of_draft.measured[0].counts.marginal, abs=0.02)
-    # That layer is a bad one, and its base has a good one.
     assert of_draft.measured[1].name == "the base's own"
-    assert "the base model's own head does better" in of_draft.verdicts[-1].what
+    assert of_draft.measured[1].counts.marginal == sound[TINY].measured[0].counts.marginal
     (trained / "fastmtp.json").unlink()
     assert "name its model with --model" in probe(trained).text
     named = probe(trained, model=TINY, prompts=prompts)

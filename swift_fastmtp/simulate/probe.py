@@ -194,18 +194,17 @@ def _probe(
     tokens = sum(text.end - text.start for text in texts)
     dtype = str(model.dtype).removeprefix("torch.")
     setting = f"{dtype} on {model.device}, {ENGINE_NAMES[engine]}'s graph"
-    first = f"probe: {len(texts)} greedy answers, {tokens} tokens; {setting}"
+    answers = f"{len(texts)} greedy answers, {tokens} tokens, {int(measurement.distinct.sum())} of them no repetition"
+    first = f"probe: {answers}; {setting}"
     return Probe(f"{first}\n{table(shown)}", verdicts, shown)
 
 
-@dataclass
 class _Measurement:
     """What is the same for every layer that is measured."""
 
-    model: Any
-    texts: list[Text]
-    pad: int
-    states: States
+    def __init__(self, model: Any, texts: list[Text], pad: int, states: States) -> None:
+        self.model, self.texts, self.pad, self.states = model, texts, pad, states
+        self.distinct = distinct_positions(texts)
 
     def of(self, name: str) -> Measured:
         """The layer that is in the model now."""
@@ -214,7 +213,23 @@ class _Measurement:
         counts = text_counts(accepted)
         tau = micro_tau([verify_rounds(accepted_KA, NUM_STEPS) for accepted_KA in accepted])
         lengths = torch.cat([accepted_KA.sum(0) for accepted_KA in accepted])
-        return Measured(name, counts, tau, lengths)
+        return Measured(name, counts, tau, lengths[self.distinct])
+
+
+def distinct_positions(texts: list[Text]) -> torch.Tensor:
+    """Which positions of the answers, all in a row, are the first with their tokens: bool.
+
+    A model that repeats itself gives the same draft again and again, which is one observation and not many. Positions
+    are alike where the two tokens before a draft and the two that it should be are.
+    """
+    seen: set[tuple[int, ...]] = set()
+    distinct = []
+    for text in texts:
+        for last in range(text.start, text.end):
+            tokens = tuple(text.ids[last - 1 : last + 3])
+            distinct.append(tokens not in seen)
+            seen.add(tokens)
+    return torch.tensor(distinct)
 
 
 def _randomize(model: Any, seed: int) -> None:

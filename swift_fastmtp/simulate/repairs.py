@@ -85,7 +85,9 @@ def _norm_repairs(family: Family, names: list[str]) -> Iterator[Repair]:
     norms = norm_names(names)
     beside = [name for name in norms if name.removesuffix(".weight") in own]
     in_block = [name for name in norms if name not in beside]
-    form = "the weight w of a norm that multiplies by 1 + w" if family.fusion.zero_centered_norms else "the factor"
+    form = (
+        "the weight w of a norm that multiplies by 1 + w" if family.fusion.zero_centered_norms else "the factor itself"
+    )
     groups = {"its norms": norms, "the norms of its block": in_block, "the norms beside its block": beside}
     for which, chosen in groups.items():
         listed = "" if chosen is norms else f" ({_listed(chosen)})"
@@ -114,7 +116,7 @@ def _listed(names: list[str]) -> str:
 def _backbone_norm(model: Any, name: str) -> Repair:
     return Repair(
         "with the backbone's final norm for its own",
-        "the MTP layer's final norm was lost, and is another one's or as a module starts",
+        "the MTP layer's final norm was lost: it is another's, or was never set",
         "take it from the original model, or put the backbone's there",
         lambda _: {name: model.model.norm.weight},
     )

@@ -20,7 +20,7 @@ GAIN = 1.25
 """A repair must multiply the number of accepted drafts by this."""
 DEVIATIONS = 4.0
 """By how many standard deviations a repair must have helped at more positions than it harmed, were both as likely.
-Strict, because some fifteen repairs are tried, and neighboring positions are alike."""
+Strict, because some fifteen repairs are tried, and neighboring positions share their drafts."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Measured:
     tau: float
     """Tokens per verification step, micro average (`metrics.micro_tau`)."""
     lengths: torch.Tensor
-    """Drafts accepted at each position of the texts, of the largest depth."""
+    """Drafts accepted at each position of the texts, of the largest depth; where positions are alike, at the first."""
 
     @property
     def rate(self) -> float:
@@ -102,7 +102,7 @@ def judge(
         if start and start.rate >= as_it_is.rate:
             why += f"; a copy of the last decoder layer, untrained, reaches {start.text}"
         verdicts.append(Verdict("warning", f"weak: {first}", why, f"heal it: {train}"))
-    if own and helps(as_it_is, own):
+    if own and not helping and not as_random and helps(as_it_is, own):
         what = f"the base model's own head does better: its first draft is accepted {own.text}, tau {own.tau:.2f}"
         verdicts.append(
             Verdict("warning", what, "training made it worse", "serve the base model's own, or train again")
