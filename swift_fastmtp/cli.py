@@ -146,11 +146,13 @@ def _serve_args(**options: Any) -> None:
     print(explain(serve_flags(**options)))
 
 
-def _doctor(*, data: str | None = None, **options: Any) -> None:
+def _doctor(*, data: str | None = None, probe: bool = False, probe_prompts: str | None = None, **options: Any) -> None:
     """what would make acceptance collapse silently; exit status 1 on errors
 
     Args:
         data: rows to train on: are they rendered as they were asked?
+        probe: run the model and measure its MTP layer: what is accepted, and if little is, why
+        probe_prompts: --probe with these rows (JSONL with `messages` or `prompt`) for the built-in ones
     """
     from .export.doctor import examine
 
@@ -161,6 +163,19 @@ def _doctor(*, data: str | None = None, **options: Any) -> None:
         findings += examine_data(folder, data)
     for finding in findings:
         print(finding)
+    if probe or probe_prompts:
+        from .export.finding import Finding
+        from .export.init_head import initial_head
+        from .simulate.probe import probe as measure
+
+        sys.stdout.flush()  # what the files told, before a minute of work
+        engine = options.get("engine", "sglang")
+        probed = measure(folder, options.get("model"), probe_prompts, engine, initial_head)
+        print(probed.text)
+        found = [Finding(*verdict) for verdict in probed.verdicts]
+        for finding in found:
+            print(finding)
+        findings += found
     errors = sum(f.level == "error" for f in findings)
     print(f"{folder}: {errors} errors, {len(findings) - errors} warnings")
     if errors:

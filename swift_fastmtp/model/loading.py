@@ -10,7 +10,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compat_deepspeed import is_partitioned, whole_shape
 from ..checkpoint.layer_shapes import experts_joined
-from ..checkpoint.mtp_tensors import check_head
+from ..checkpoint.mtp_tensors import check_head, head_reader
 from ..families.family import Family
 from ..families.table import FAMILIES
 from .compat_transformers import kept_in_float32, tied_names
@@ -19,16 +19,31 @@ from .head import MTPHead, as_stored, fill, import_class, split_experts
 from .modeling import build_class
 
 
-def load_model(model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+def load_model(
+    model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", layer: Checkpoint | None = None
+) -> Any:
     """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
+
+    Args:
+        model_dir: the folder.
+        dtype: of the model.
+        device: as torch calls it.
+        layer: holds the MTP layer of a folder that has none.
 
     Raises as `check_checkpoint`.
     """
-    checkpoint = Checkpoint(model_dir)
-    check_checkpoint(checkpoint)
-    cls: Any = model_class(checkpoint)
-    model = cls.from_pretrained(model_dir, dtype=dtype).to(device)
-    return model.requires_grad_(False).eval()
+    if layer is None:
+        checkpoint = Checkpoint(model_dir)
+        check_checkpoint(checkpoint)
+        cls: Any = model_class(checkpoint)
+        model = cls.from_pretrained(model_dir, dtype=dtype)
+    else:
+        expected = head_shapes(layer)
+        read = head_reader(layer, layer.trainable_family, expected)
+        cls = model_class(layer)
+        model = cls.from_pretrained(model_dir, dtype=dtype, without_layer=True)
+        load_head(model, read, expected)
+    return model.to(device).requires_grad_(False).eval()
 
 
 def model_class(checkpoint: Checkpoint) -> type:

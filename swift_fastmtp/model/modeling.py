@@ -124,7 +124,9 @@ class FastMTPMixin:
     def from_pretrained(cls, model_dir: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """As transformers', except that FP8 gives plain weights of the dtype asked for (`fp8_loading.py`), ZeRO-3 reads
         one parameter at a time (`partitioned.py`), an automatic device map keeps the head (`placement.py`), and a
-        tensor that no file holds is an error: it would be random, after a mere warning."""
+        tensor that no file holds is an error: it would be random, after a mere warning. With `without_layer` those of
+        the MTP layer may be missing, and are for the caller to fill."""
+        without_layer = kwargs.pop("without_layer", False)
         checkpoint = Checkpoint(model_dir)
         config = copy.deepcopy(config) or load_config(checkpoint)
         if isinstance(kwargs.get("dtype"), torch.dtype):
@@ -150,7 +152,10 @@ class FastMTPMixin:
         parent = super().from_pretrained  # type: ignore[misc]
         source = links.name if links else model_dir
         model, info = parent(source, *args, config=config, **{**kwargs, "output_loading_info": True})
-        if missing := sorted(info["missing_keys"]):
+        missing = sorted(info["missing_keys"])
+        if without_layer:
+            missing = [name for name in missing if not model.family.owns(name)]
+        if missing:
             raise FastMTPError(_missing(model_dir, missing, headers))
         # The model is that of the folder, whatever it was read through.
         if links:

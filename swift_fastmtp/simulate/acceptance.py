@@ -157,6 +157,7 @@ def greedy_acceptance(
     Args:
         token_maps: ids that the draft may choose from (SGLang's `--speculative-token-map`); None is all. All of them
             share one pass, because a chain goes on only from drafts that equal the text.
+        label: of the progress bar; empty is none.
 
     Returns, per map and text, bool [K, A]: `[k-1, t]`: with answer token t just committed, depth k's draft is the
     text's token t + k. After a draft that is rejected all are False: no server gets there. Drafts past the end of an
@@ -301,7 +302,8 @@ class _Batch(NamedTuple):
 def _batches(model: Any, texts: list[Text], pad: int, batch_size: int, label: str) -> Iterator[_Batch]:
     K = model.fastmtp.num_speculative_steps
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i].ids))
-    progress = tqdm(total=len(order), desc=f"acceptance of {Path(label).name}", unit="answer")
+    name = f"acceptance of {Path(label).name}"
+    progress = tqdm(total=len(order), desc=name, unit="answer", disable=not label)
     while order:
         # The longest first: if they do not fit, it is known at once.
         places = order[: max(1, min(batch_size, TOKENS_PER_BATCH // len(texts[order[0]].ids)))]
