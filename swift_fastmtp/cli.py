@@ -164,6 +164,10 @@ def _doctor(*, data: str | None = None, probe: bool = False, probe_prompts: str 
     """
     from .export.doctor import examine
 
+    if probe_prompts:
+        from .files.rows import read_rows
+
+        read_rows(probe_prompts)  # bad ones stop it before anything is loaded
     folder, findings = options["folder"], examine(**options)
     if data:
         from .export.data_check import examine_data

@@ -262,6 +262,7 @@ def test_repeated_text_counts_once():
     assert distinct_positions([repeated, again]).tolist() == 5 * new + 5 * old + 2 * new + 4 * old
 
 
+@pytest.mark.matrix
 def test_trained_for_the_other_engine(tmp_path, prompts):
     """The hidden state from before the final norm is what vLLM drafts MiMo's from."""
     base = save_checkpoint(lambda seed, std, **sizes: random_mimo(seed, **sizes), tmp_path / "base")

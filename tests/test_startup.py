@@ -86,6 +86,7 @@ NOTHING = "/nonexistent"
 REFUSED = {
     "doctor": (["doctor", NOTHING], "not found"),
     "doctor, no family": (["doctor", "{folder}"], "no known MTP layout"),
+    "doctor, no prompts": (["doctor", TINY, "--probe_prompts", NOTHING], "nonexistent"),
     "vocab": (["vocab", "--inputs", NOTHING, "--model", TINY, "--output_dir", "{folder}/out"], "nonexistent"),
     "vocab, no model": (
         ["vocab", "--inputs", PROMPTS, "--model", NOTHING, "--output_dir", "{folder}/out"],
