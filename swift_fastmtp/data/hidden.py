@@ -5,9 +5,9 @@ server computes the hidden states that drafts will see, of the same numbers; her
 hidden-state cache (`model/hidden_cache.py`). A run that finds all it needs in there loads embedding, output matrix and
 MTP layer, and never the layers of the backbone (`model/without_backbone.py`).
 
-SGLang returns the states of a whole prompt with `return_hidden_states` (`batch_result_processor.py`
-`_append_prefill_hidden_states`): after the final norm, one list for each chunk of the prefill. A prefix that it has
-cached is not computed again and is missing in them, so its radix cache must be off.
+SGLang returns the states of a prompt with `return_hidden_states`, after the final norm (`batch_result_processor.py`
+`_append_prefill_hidden_states`): those that the last step of the prefill computed. A prefix that it has cached, and
+earlier chunks of a long prompt, are missing in them, so its radix cache and chunks must be off.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from .chat_template import RenderError, load_tokenizer
 from .client import Hear, RefusedError, Sampling, Server, Servers, all_or_first_failure
 from .examples import check_vocabulary, training_examples
 
-_FLAGS = "--enable-return-hidden-states --disable-radix-cache"
+_FLAGS = "--enable-return-hidden-states --disable-radix-cache --chunked-prefill-size -1"
 
 
 def hidden(  # noqa: PLR0913
@@ -138,16 +138,14 @@ async def _states(server: Server, _hear: Hear, *, ids: tuple[int, ...], width: i
         "return_hidden_states": True,
     }
     answer = await server.post("/generate", body)
-    chunks = (answer.get("meta_info") or {}).get("hidden_states") or []
-    rows = [np.asarray(chunk, np.float32) for chunk in chunks]
-    whole = [chunk for chunk in rows if chunk.ndim == 2 and chunk.shape[1] == width]
-    count = sum(map(len, whole))
-    if count < len(ids):
+    prefill = ((answer.get("meta_info") or {}).get("hidden_states") or [[]])[0]
+    states = np.asarray(prefill, np.float32)
+    if states.shape != (len(ids), width):
         raise FastMTPError(
-            f"{server.url}: returns hidden states of width {width} of {count} of {len(ids)} tokens; start SGLang with "
-            f"{_FLAGS}, and the model whose folder is --model"
+            f"{server.url}: returns hidden states of shape {list(states.shape)} for a prompt of {len(ids)} tokens and "
+            f"width {width}; start SGLang with {_FLAGS}, and the model whose folder is --model"
         )
-    return torch.from_numpy(np.concatenate(whole)[: len(ids)])
+    return torch.from_numpy(states)
 
 
 async def _what_is_served(servers: Servers, target: Checkpoint) -> EngineStates:
