@@ -55,6 +55,14 @@ def _prompt_file(name: str, number: int, output: str, on_bad_row: str) -> str:
     return str(path)
 
 
+def _hidden(**options: Any) -> None:
+    """hidden states from the model's server, to train on without its backbone"""
+    from .data.hidden import hidden
+
+    count = hidden(**_with_api_key(options))
+    print(f"{options['hidden_cache']}: the hidden states of {count} documents")
+
+
 def _with_api_key(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "api_key": options.get("api_key") or os.environ.get("OPENAI_API_KEY")}
 
@@ -249,6 +257,7 @@ _BENCH = {"base_urls": "base_url", "temperatures": "temperature"}
 VERBS = {
     "plugin-path": Verb(_plugin_path),
     "distill": Verb(_distill, ("data.distill:distill",), names=_DISTILL),
+    "hidden": Verb(_hidden, ("data.hidden:hidden",), names={"model_dir": "model", "base_urls": "base_url"}),
     "clean": Verb(_clean, ("data.clean:clean", *_FILTERS)),
     "mix": Verb(_mix, ("data.mix:mix",)),
     "vocab": Verb(_vocab, ("vocab.build:vocab",)),

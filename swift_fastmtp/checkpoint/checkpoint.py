@@ -83,6 +83,21 @@ class Checkpoint:
         """`fastmtp.json`: how the MTP layer was trained, and for which backbone; {} where there is none."""
         return read_object(self.folder / SETTINGS_FILE)
 
+    @property
+    def target(self) -> "Checkpoint":
+        """The model whose backbone it is about: itself, or what a folder with the MTP layer alone names.
+
+        Raises `FastMTPError` if that names none.
+        """
+        if self.has_backbone():
+            return self
+        base = self.settings.get("base_model")
+        if not base:
+            raise FastMTPError(
+                f"{self.folder}: holds an MTP layer alone, and its {SETTINGS_FILE} names no model for it"
+            )
+        return Checkpoint(base)
+
     @cached_property
     def trained_for(self) -> str | None:
         """Whose graph the MTP layer was trained for (`FastMTPConfig.engine`); None where it was not trained here."""
@@ -140,7 +155,11 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the backbone, to tell later whether an MTP layer belongs to it (`fingerprint.py`)."""
-        return fingerprint(self.folder, self.entries, self.family)
+        try:
+            family = self.family
+        except FastMTPError:
+            family = None  # a target of another class than its draft, which has no MTP layer of its own
+        return fingerprint(self.folder, self.entries, family)
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether the backbone is the one of a fingerprint in a `fastmtp.json`, new or of before there was `v2:`."""

@@ -31,7 +31,7 @@ def is_new(recorded: str) -> bool:
     return str(recorded).startswith(_FINGERPRINT)
 
 
-def fingerprint(folder: Path, entries: Mapping[str, Entry], family: Family) -> str:
+def fingerprint(folder: Path, entries: Mapping[str, Entry], family: Family | None) -> str:
     """Identity of a checkpoint's backbone, to tell later whether a head belongs to it: `v2:` and 64 hexadecimal digits.
 
     It covers name, dtype, shape and values of every tensor outside the head, in the order of the names, so how they
@@ -45,7 +45,7 @@ def fingerprint(folder: Path, entries: Mapping[str, Entry], family: Family) -> s
       merged LoRA, a tuned layer or expert change nearly every value of a matrix, so each is noticed by any of its
       samples; an edit of a few rows of one such matrix may not be. 200 GB: 50 000 samples, 0.2 GB, seconds.
     """
-    names = sorted(n for n in entries if not family.owns(n))
+    names = sorted(n for n in entries if family is None or not family.owns(n))
     files = {entry.file for entry in entries.values()}
     starts = {file: read_header(file)[0] for file in files}
     whole = sum(entries[n].size for n in names) <= WHOLE_BELOW

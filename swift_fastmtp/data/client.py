@@ -176,11 +176,25 @@ class Servers:
             )
             return _read(answer)
 
-        async def ask_next() -> tuple[Reply, list[int] | int | None]:
+        return await self.ask_any(ask)
+
+    async def ask_any(self, ask: Callable[["Server", Hear], Awaitable[T]]) -> T:
+        """What `ask` gives of the server whose turn it is, asked again as `repeat` does it. Raises as `reply`."""
+
+        async def ask_next() -> T:
             server = next(self._turn)
             return await server.in_time(partial(ask, server), self._longest)
 
         return await self._repeat(ask_next)
+
+    async def ask_one(self, server: "Server", path: str) -> dict[str, Any]:
+        """A page of one server. Raises as `reply`."""
+        return await self._repeat(partial(server.get, path))
+
+    @property
+    def all(self) -> list["Server"]:
+        """Each address."""
+        return self._servers
 
     async def _repeat(self, ask: Callable[[], Awaitable[T]]) -> T:
         return await repeat(ask, self._urls, self.retry_seconds)
@@ -219,6 +233,14 @@ class Server:
             return {model.id for model in page.data}
         except (AttributeError, TypeError) as error:
             raise MalformedError(f"a list of models without {error}") from None
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """An engine's own page, in front of the protocol's; its object. Raises as the protocol's client does."""
+        return _object_of(await self.client.post(f"{self._root}{path}", cast_to=object, body=body))
+
+    async def get(self, path: str) -> dict[str, Any]:
+        """As `post`."""
+        return _object_of(await self.client.get(f"{self._root}{path}", cast_to=object))
 
     async def in_time(self, ask: Callable[[Hear], Awaitable[T]], longest: float) -> T:
         """What `ask` gives.
@@ -309,6 +331,12 @@ class Server:
                 return await asyncio.wait_for(client.get(url, headers=self.headers), limit)
         except (httpx.HTTPError, asyncio.TimeoutError):
             return None
+
+
+def _object_of(answer: object) -> dict[str, Any]:
+    if not isinstance(answer, dict):
+        raise MalformedError(f"a page that holds {type(answer).__name__}, not an object")
+    return answer
 
 
 def _http_client(timeout: float) -> httpx.AsyncClient:

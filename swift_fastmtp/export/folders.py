@@ -85,9 +85,10 @@ def save_trained(model: Any, folder: str | Path, state_dict: dict[str, Any] | No
     if base.blocks:
         # The trained values, unrounded: resuming needs them, and engines then draft with an unquantized layer.
         write_json(without_quantization(base.config), folder / "config.json")
+    target = base.target  # where the model was a layer beside another one
     if not hasattr(model, "base_fingerprint"):
-        model.base_fingerprint = base.fingerprint
-    write_json(settings(model.fastmtp, str(base), model.base_fingerprint), folder / SETTINGS_FILE)
+        model.base_fingerprint = target.fingerprint
+    write_json(settings(model.fastmtp, str(target), model.base_fingerprint), folder / SETTINGS_FILE)
     save_tensors(tensors, folder / WEIGHTS_FILE)
 
 

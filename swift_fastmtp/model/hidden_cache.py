@@ -21,7 +21,7 @@ import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +103,30 @@ def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None,
     return plain
 
 
+class EngineStates(NamedTuple):
+    """Where states came from that an engine computed."""
+
+    engine: str
+    version: str
+    dtype: str
+    """Of the engine's model, as torch calls it; states are kept in it."""
+    quantization: str | None
+    width: int
+
+    def __str__(self) -> str:
+        quantized = f", {self.quantization}" if self.quantization else ""
+        return f"{self.engine} {self.version}, {self.dtype}{quantized}"
+
+
+def engine_states(folder: str | Path) -> EngineStates | None:
+    """Where the states of a cache came from; None where a run of ours computed them, and for a folder that is none."""
+    stored = read_object(Path(folder) / _INFO).get("engine")
+    if not isinstance(stored, dict):
+        return None
+    values: list[Any] = [stored.get(name) for name in EngineStates._fields]
+    return EngineStates(*values)
+
+
 class HiddenCache:
     """Hidden states of documents, by content.
 
@@ -141,6 +165,20 @@ class HiddenCache:
         self._check_no_writer()
         self._refresh()
         self.full = False
+        self.states: EngineStates | None = None
+        """Where they came from; None: from the run's own backbone."""
+
+    @classmethod
+    def from_engine(cls, folder: str | Path, fingerprint: str, states: EngineStates, max_bytes: int) -> "HiddenCache":
+        """A cache of states that an engine computed for the backbone with that fingerprint.
+
+        They are the same whatever a run's autocast is. Raises as `HiddenCache`.
+        """
+        key = {"backbone": fingerprint, "engine": states._asdict()}
+        dtype = getattr(torch, states.dtype)
+        cache = cls(folder, key, states.width, dtype, max_bytes, named_by="--hidden_cache")
+        cache.states = states
+        return cache
 
     def _open_folder(self, info: dict[str, Any]) -> None:
         path = self.folder / _INFO
@@ -238,7 +276,7 @@ class HiddenCache:
 
     def get(self, documents: list[torch.Tensor]) -> list[torch.Tensor] | None:
         """States [T, D] of every document (token ids [T]), on the CPU, or None if any is missing."""
-        digests = [_digest(ids) for ids in documents]
+        digests = [self._digest(ids) for ids in documents]
         if any(d not in self._places for d in digests) and (
             not self._refresh() or any(d not in self._places for d in digests)
         ):
@@ -252,6 +290,17 @@ class HiddenCache:
             data = self._maps[path] = np.memmap(path, np.uint8, mode="r")
         return torch.from_numpy(np.array(data[first:last])).view(self.dtype).view(rows, self.width)
 
+    def _digest(self, ids: torch.Tensor) -> bytes:
+        """Of a document's token ids, and of what autocast computes with at the moment: a run's evaluation may differ.
+
+        An engine's states have nothing to do with that.
+        """
+        device = ids.device.type
+        in_autocast = self.states is None and torch.is_autocast_enabled(device)
+        autocast = str(torch.get_autocast_dtype(device)) if in_autocast else ""
+        data = ids.cpu().numpy().astype("<i8").tobytes() + autocast.encode()
+        return hashlib.blake2b(data, digest_size=16).digest()
+
     def put(self, documents: list[torch.Tensor], states: list[torch.Tensor]) -> None:
         """Append documents (token ids [T]) with their states [T, D], but none that is here or exceeds the limit.
 
@@ -260,7 +309,7 @@ class HiddenCache:
         if self.full:
             return
         for ids, rows in zip(documents, states, strict=True):
-            digest = _digest(ids)
+            digest = self._digest(ids)
             if digest in self._places:
                 continue
             if self.num_bytes + len(rows) * self.row_bytes > self.max_bytes:
@@ -315,11 +364,3 @@ def _flat(value: dict[str, Any], above: str = "") -> dict[str, Any]:
         else:
             flat[f"{above}{name}"] = inner
     return flat
-
-
-def _digest(ids: torch.Tensor) -> bytes:
-    """Of a document's token ids, and of what autocast computes with at the moment: a run's evaluation may differ."""
-    device = ids.device.type
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
-    data = ids.cpu().numpy().astype("<i8").tobytes() + autocast.encode()
-    return hashlib.blake2b(data, digest_size=16).digest()

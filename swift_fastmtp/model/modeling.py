@@ -296,7 +296,12 @@ class FastMTPMixin:
                 hidden[b, start:end] = states
             damaged = Source(f"it is from {cache.folder}; delete that folder")
             check_hidden_states(hidden, (segments >= 0).cpu(), lambda: damaged)
-            return hidden.to(input_ids.device, non_blocking=True)
+            return hidden.to(self.lm_head.weight.dtype).to(input_ids.device, non_blocking=True)
+        if cache and cache.states:
+            raise FastMTPError(
+                f"{cache.folder}: lacks the hidden states of a row of {len(documents[0])} tokens or one beside it; run "
+                "`fastmtp hidden` again with all rows of this run, and its --max_length"
+            )
         packed = {k: v for k, v in kwargs.items() if k.startswith(("cu_seq_lens", "max_length_"))}
         several = (segments >= 0) & (segments != segments.amax(1, keepdim=True))
         if self.family.recurrent_backbone and bool(several.any()):

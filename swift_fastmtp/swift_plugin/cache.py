@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
-from ..model.hidden_cache import HiddenCache, states_depend_on
+from ..model.hidden_cache import EngineStates, HiddenCache, engine_states, states_depend_on
 
 logger = get_logger()
 
@@ -33,6 +33,9 @@ def attach_hidden_cache(args: Any, model: Any, datasets: list[Any]) -> None:
             "fastmtp_hidden_cache does not work with ZeRO-3: ranks would wait for a backbone that others skip; use "
             "ZeRO-2, or drop it"
         )
+    if states := engine_states(config.hidden_cache):
+        model.hidden_cache = _of_engine(model, states)
+        return
     epochs = _epochs(args, datasets[0])
     if epochs is not None and epochs <= 1:
         logger.warning(f"fastmtp_hidden_cache: not used, {epochs:.1f} epochs read each row once; it pays from 2 on")
@@ -52,6 +55,21 @@ def attach_hidden_cache(args: Any, model: Any, datasets: list[Any]) -> None:
     rank = max(0, get_dist_setting()[0])
     model.hidden_cache = HiddenCache(config.hidden_cache, key, width, dtype, limit, rank)
     logger.info(f"hidden-state cache: {config.hidden_cache}, {model.hidden_cache.num_bytes / 1e9:.3f} GB so far")
+
+
+def _of_engine(model: Any, states: EngineStates) -> HiddenCache:
+    """The cache that `fastmtp hidden` filled. Raises `FastMTPError` if it is another model's, or of other states."""
+    if model.head.graph.hidden_before_norm:
+        raise FastMTPError(
+            f"{model.fastmtp.hidden_cache}: holds states after the final norm, and fastmtp_engine vllm trains on those "
+            "before it; set fastmtp_engine to sglang"
+        )
+    target = Checkpoint(model.model_dir).target
+    cache = HiddenCache.from_engine(model.fastmtp.hidden_cache, target.fingerprint, states, max_bytes=0)
+    logger.info(
+        f"hidden-state cache: {cache.folder}, {cache.num_bytes / 1e9:.3f} GB of {states}; no backbone is loaded"
+    )
+    return cache
 
 
 def _autocast(args: Any) -> torch.dtype | None:

@@ -15,7 +15,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
 from ..method.token_map import read_token_map
 from ..model.config import load_config
+from ..model.hidden_cache import engine_states
 from ..model.loading import check_checkpoint, model_class
+from ..model.without_backbone import load_without_backbone
 from .knobs import run_knobs
 from .template import TEMPLATE
 
@@ -36,10 +38,15 @@ class FastMTPLoader(ModelLoader):
 
     def get_model(self, model_dir: str, config: Any, processor: Any, model_kwargs: dict[str, Any]) -> Any:
         checkpoint = Checkpoint(model_dir)
-        check_checkpoint(checkpoint)
         settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
+        if settings.hidden_cache and engine_states(settings.hidden_cache):
+            # An engine has computed the states: the layers of the backbone are not needed, and may be none of ours.
+            model = load_without_backbone(checkpoint, checkpoint.target, self.model_info.torch_dtype)
+            model.fastmtp = settings
+            return model
+        check_checkpoint(checkpoint)
         self.auto_model_cls = model_class(checkpoint)
         model_kwargs["dtype"] = self.model_info.torch_dtype  # of FP8 checkpoints ms-swift would take the stored one
         if is_deepspeed_zero3_enabled():

@@ -1,0 +1,76 @@
+"""A model without the layers of its backbone, for training on hidden states that are all in a cache.
+
+Of the backbone a step needs the embedding, the output matrix and the final norm; its layers only make hidden states.
+Where an engine has made them (`data/hidden.py`), the layers are never loaded: what is left of a model of hundreds of
+gigabytes fits on one GPU, in whatever form its layers are quantized.
+
+The target and the MTP layer may be two folders: a draft-only one names its target in fastmtp.json.
+"""
+
+from typing import Any
+
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.mtp_tensors import head_reader
+from ..errors import FastMTPError
+from ..families.family import is_embedding
+from .compat_transformers import tied_names
+from .config import load_config
+from .loading import head_shapes, load_head, model_class
+
+
+def load_without_backbone(checkpoint: Checkpoint, target: Checkpoint, dtype: torch.dtype) -> Any:
+    """Embedding, output matrix, final norm and MTP layer, frozen and in eval mode.
+
+    Args:
+        checkpoint: has the MTP layer.
+        target: has the rest.
+        dtype: of all of it.
+
+    Raises `FastMTPError` if a tensor is missing, quantized or of another shape than config.json says.
+    """
+    config = load_config(checkpoint)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model: Any = model_class(checkpoint)(config)
+    _drop_layers(model, config.num_hidden_layers)
+    model.to_empty(device="cpu")
+    model.to(dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
+    names = {_short(name): name for name in target.names if not model.family.owns(name)}
+    tied = tied_names(model)
+    for name, parameter in model.named_parameters():
+        if model.family.owns(name) or name in tied:
+            continue
+        parameter.data.copy_(_read(target, names.get(_short(name)), name, parameter.shape))
+    model.tie_weights()
+    expected = head_shapes(checkpoint)
+    load_head(model, head_reader(checkpoint, model.family, expected), expected)
+    model.name_or_path = model.config.name_or_path = str(checkpoint)
+    return model.requires_grad_(False).eval()
+
+
+def _drop_layers(model: Any, number: int) -> None:
+    """The MTP layer may stand behind them, under its number in the list."""
+    for name, _ in list(model.model.layers.named_children()):
+        if int(name) < number:
+            model.model.layers.register_module(name, None)
+
+
+def _short(name: str) -> str:
+    """A backbone's name without what stands before it in a model with a vision tower."""
+    if is_embedding(name):
+        return "embed_tokens.weight"
+    return name.split("model.")[-1]
+
+
+def _read(target: Checkpoint, name: str | None, wanted: str, shape: torch.Size) -> torch.Tensor:
+    if name is None:
+        raise FastMTPError(f"{target}: {wanted} is in no file; it is needed beside the MTP layer")
+    tensor = target.read(name)
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise FastMTPError(f"{target}: {name} is stored as {tensor.dtype}; embedding and output matrix must be plain")
+    if tensor.shape != shape:
+        raise FastMTPError(f"{target}: {name} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+    return tensor

@@ -1,0 +1,210 @@
+"""Hidden states from a server of the model, and training on them without the model's layers."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers.engine import Server
+from helpers.models import CHECKPOINTS, quantized
+from helpers.paths import ROOT, TINY
+from helpers.swift_runs import swift
+from helpers.tiers import some_now
+from safetensors.torch import load_file, save_file
+
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.data.chat_template import load_tokenizer
+from swift_fastmtp.data.examples import training_examples
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.export.graft import graft
+from swift_fastmtp.files.rows import read_rows
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.method.rollout import segment_ids
+from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
+from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.model.without_backbone import load_without_backbone
+from swift_fastmtp.serving.launch import command, serve_flags
+
+STATES = ["--enable-return-hidden-states", "--disable-radix-cache", "--chunked-prefill-size", "-1"]
+SMALL = [
+    *("--torch_dtype", "float32", "--fp16", "false", "--max_length", "256", "--max_steps", "6", "--save_steps", "6"),
+    *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-3"),
+    *("--add_version", "false", "--split_dataset_ratio", "0", "--dataloader_num_workers", "0"),
+    *("--check_model", "false"),
+]
+
+
+def states_of(model, ids):
+    positions = torch.arange(len(ids))[None]
+    return model.backbone_states(torch.tensor([ids]), None, positions, segment_ids(positions))[0]
+
+
+def cache_of(folder, target, width, dtype="float32"):
+    states = EngineStates("SGLang", "0.5.23", dtype, None, width)
+    return HiddenCache.from_engine(folder, Checkpoint(target).fingerprint, states, 2**30)
+
+
+@pytest.mark.parametrize("name", some_now(["tiny", *CHECKPOINTS]))
+def test_a_model_without_its_layers_trains_alike(name, tmp_path):
+    """Loss and gradients are those of the whole model, to the last bit."""
+    base = TINY if name == "tiny" else CHECKPOINTS[name](tmp_path / "base")
+    whole = load_model(base, torch.float32)
+    part = load_without_backbone(Checkpoint(base), Checkpoint(base), torch.float32)
+    assert sum(p.numel() for p in part.parameters()) < sum(p.numel() for p in whole.parameters())
+    torch.manual_seed(0)
+    ids = torch.randint(0, 6000, (1, 20))
+    cache = cache_of(tmp_path / "cache", base, whole.config.hidden_size)
+    cache.put([ids[0]], [states_of(whole, ids[0].tolist())])
+    part.hidden_cache = cache
+    gradients = []
+    for model in (whole, part):
+        model.freeze_backbone()
+        model.train()
+        model.fastmtp = FastMTPConfig(num_speculative_steps=2)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({n: p.grad for n, p in model.head_parameters().items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for tensor_name, gradient in gradients[0].items():
+        if gradient is not None:  # an expert that no token chose
+            assert torch.equal(gradient, gradients[1][tensor_name]), tensor_name
+
+
+def test_what_is_not_in_the_cache_is_an_error(tmp_path):
+    model = load_without_backbone(Checkpoint(TINY), Checkpoint(TINY), torch.float32)
+    model.hidden_cache = cache_of(tmp_path / "cache", TINY, 192)
+    with pytest.raises(FastMTPError, match=r"lacks the hidden states of a row of 8 tokens .*`fastmtp hidden`"):
+        states_of(model, list(range(8)))
+
+
+def test_a_cache_of_other_states_is_refused(tmp_path):
+    cache_of(tmp_path / "cache", TINY, 192)
+    assert engine_states(tmp_path / "cache").dtype == "float32" and engine_states(tmp_path) is None
+    with pytest.raises(
+        FastMTPError, match=r"another model \(dtype is 'torch.float32', this run has 'torch.bfloat16'\)"
+    ):
+        cache_of(tmp_path / "cache", TINY, 192, "bfloat16")
+    with pytest.raises(FastMTPError, match="holds hidden states of another model"):  # a run that computes its own
+        HiddenCache(tmp_path / "cache", {"backbone": "v2:0"}, 192, torch.float32, 2**30)
+
+
+def test_a_quantized_matrix_is_an_error(tmp_path):
+    shutil.copytree(TINY, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FastMTPError, match=r"lm_head.weight is stored as torch.int8; embedding and output matrix"):
+        load_without_backbone(Checkpoint(TINY), Checkpoint(tmp_path / "base"), torch.float32)
+
+
+# With real servers.
+
+
+def write_rows(path, count=24):
+    with open(path, "w") as file:
+        for number in range(count):
+            asked = {"role": "user", "content": f"What is {number} times {number + 1}?"}
+            answer = {"role": "assistant", "content": f"It is {number * (number + 1)}. " * (1 + number % 7)}
+            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+    return path
+
+
+def hidden_command(model, rows, cache, server):
+    paths = {"model": model, "dataset": rows, "hidden_cache": cache, "base_url": f"http://127.0.0.1:{server.port}"}
+    options = [word for name, value in paths.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "swift_fastmtp.cli", "hidden", *options]
+
+
+def hidden(*where, more=()):
+    """The command in a process of its own."""
+    command = [*hidden_command(*where), *more]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def kill_while_it_writes(command, cache, number):
+    """-9, as soon as a few more documents are there than were."""
+    index = cache / "index-0.bin"
+    size = index.stat().st_size
+    with subprocess.Popen([*command, "--concurrency", "1"], stderr=subprocess.DEVNULL, cwd=ROOT) as process:
+        while process.poll() is None and index.stat().st_size <= size + 32 * number:
+            time.sleep(0.002)
+        process.kill()
+
+
+@pytest.mark.matrix
+def test_states_and_weights_are_ours(tmp_path):
+    """In float32 an engine's states are transformers', and a run on them ends with the plain run's weights."""
+    rows = write_rows(tmp_path / "rows.jsonl")
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code", *STATES]
+    with Server(launch, tmp_path / "log") as server:
+        first = hidden(TINY, rows, tmp_path / "cache", server, more=["--max_length", "40"])
+        assert first.returncode == 0, first.stderr
+        for number in range(3):
+            kill_while_it_writes(hidden_command(TINY, rows, tmp_path / "cache", server), tmp_path / "cache", number)
+        done = hidden(TINY, rows, tmp_path / "cache", server)
+        assert done.returncode == 0 and "24 documents" in done.stdout, done.stderr
+        assert " 0 of 24 documents were there" not in done.stderr  # it went on from the first
+    model = load_model(TINY, torch.float32)
+    cache = cache_of(tmp_path / "cache", TINY, 192)
+    for row in read_rows(rows):
+        (example,) = training_examples(load_tokenizer(str(TINY)), row)
+        (states,) = cache.get([torch.tensor(example.ids)])
+        torch.testing.assert_close(states, states_of(model, example.ids), atol=5e-5, rtol=0)
+    weights = {}
+    knobs = json.dumps({"fastmtp_hidden_cache": str(tmp_path / "cache")})
+    for name, more in (("plain", []), ("engine", ["--model_kwargs", knobs])):
+        out = tmp_path / name
+        shared = ["--model_type", "fastmtp", "--model", TINY, "--dataset", rows, "--output_dir", out]
+        done = swift("sft", *shared, *SMALL, *more)
+        assert ("no backbone is loaded" in done.stdout + done.stderr) == (name == "engine")
+        weights[name] = load_file(out / "checkpoint-6" / "model.safetensors")
+    start = load_file(TINY / "model.safetensors")
+    for tensor_name, tensor in weights["plain"].items():
+        moved = (tensor - start[tensor_name].float()).abs().max()
+        assert (tensor - weights["engine"][tensor_name]).abs().max() < 0.05 * moved + 1e-6, tensor_name
+
+
+@pytest.mark.matrix
+def test_a_head_beside_a_quantized_model_is_trained_on_what_its_server_computes(tmp_path):
+    """FP8 target, draft-only folder, states in bfloat16: from graft to a checkpoint that is served."""
+    target = quantized(TINY, tmp_path / "target", (64, 64), ("norm", "embed_tokens", "lm_head", "mtp"))
+    graft(target, tmp_path / "draft", TINY, draft_only=True)
+    rows = write_rows(tmp_path / "rows.jsonl", 8)
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", str(target), "--trust-remote-code", *STATES]
+
+    class HalfServer(Server):
+        def words(self, command):
+            return [*super().words(command), "--dtype", "bfloat16"]
+
+    with HalfServer(launch, tmp_path / "log") as server:
+        done = hidden(tmp_path / "draft", rows, tmp_path / "cache", server)
+        assert done.returncode == 0, done.stderr
+    assert engine_states(tmp_path / "cache") == EngineStates("SGLang", "0.5.23", "bfloat16", "fp8", 192)
+    knobs = json.dumps({"fastmtp_hidden_cache": str(tmp_path / "cache")})
+    out = tmp_path / "out"
+    shared = ["--model_type", "fastmtp", "--model", tmp_path / "draft", "--dataset", rows, "--output_dir", out]
+    swift("sft", *shared, *SMALL, "--model_kwargs", knobs)
+    trained = Checkpoint(out / "checkpoint-6")
+    assert trained.settings["base_fingerprint"] == Checkpoint(target).fingerprint
+    words = command(serve_flags(out / "checkpoint-6"))
+    assert words[words.index("--model-path") + 1] == str(target) and "unquant" in words
+
+
+@pytest.mark.matrix
+def test_servers_that_do_not_do(tmp_path):
+    """Each is one line that says how to start it."""
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code"]
+    with Server(launch, tmp_path / "log") as server:
+        assert_one_line(hidden(TINY, rows, tmp_path / "none", server), "--enable-return-hidden-states")
+    with Server([*launch, *STATES[:2], "--chunked-prefill-size", "32"], tmp_path / "log") as server:
+        assert_one_line(hidden(TINY, rows, tmp_path / "chunks", server), "--chunked-prefill-size -1")
+    with Server([*launch, STATES[0]], tmp_path / "log") as server:
+        hidden(TINY, rows, tmp_path / "first", server)  # which may or may not meet a prefix of another row
+        assert_one_line(hidden(TINY, rows, tmp_path / "again", server), "--disable-radix-cache")
+
+
+def assert_one_line(done, text):
+    assert done.returncode == 1 and text in done.stderr and "Traceback" not in done.stderr, done.stderr
