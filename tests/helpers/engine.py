@@ -119,6 +119,7 @@ class Server:
 
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_INT4_W4A8": "0",  # some CPUs' kernels would quantize activations too
     "VLLM_HOST_IP": "127.0.0.1",  # else its processes listen at the machine's address
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
