@@ -30,7 +30,6 @@ SMALL = {
     "--gradient_accumulation_steps 1 --save_steps 2 --split_dataset_ratio 0 --dataloader_num_workers 0 "
     "--check_model false",
     "distill": "--max_new_tokens 16",
-    "simulate": "--max_new_tokens 16",
 }
 
 
@@ -56,11 +55,11 @@ def run(words, folder):
 
 
 def run_all(heading, folder):
-    """(verb, output, exit status) of each command of a section; those that change something must succeed."""
+    """(verb, output, exit status) of each command of a section; those that write something must succeed."""
     results = []
     for words in commands(heading):
         output, status = run(words, folder)
-        assert status == 0 or words[1] == "inspect", f"{words}\n{output}"
+        assert status == 0 or words[1] in ("inspect", "doctor"), f"{words}\n{output}"
         results.append((words[1], output, status))
     return results
 
@@ -150,7 +149,6 @@ def test_a_layer_that_was_never_trained_for_this_model(tmp_path):
         if "mtp" in name and tensor.ndim == 2:
             tensors[name] = (0.02 * torch.randn(tensor.shape)).to(tensor.dtype)
     save_file(tensors, path, metadata={"format": "pt"})
-    write_prompts(tmp_path)
     results = run_all("A layer that was never trained for this model", tmp_path)
-    first, after = (re.search(r"marginal +([\d.]+)%", results[i][1]) for i in (0, 2))
-    assert float(first[1]) < 10 < 40 < float(after[1])
+    assert results[0][2] == 1 and "no better than random weights" in results[0][1]
+    assert "0 errors, 0 warnings" in results[2][1]
