@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.examples import training_examples
+from swift_fastmtp.data.hidden import _documents
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.rows import read_rows
@@ -97,6 +98,17 @@ def test_a_quantized_matrix_is_an_error(tmp_path):
     save_file(tensors, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FastMTPError, match=r"lm_head.weight is stored as torch.int8; embedding and output matrix"):
         load_without_backbone(Checkpoint(TINY), Checkpoint(tmp_path / "base"), torch.float32)
+
+
+def test_rows_that_cannot_be_asked(tmp_path, capsys):
+    """Named with file and row; skipped ones are counted."""
+    rows = write_rows(tmp_path / "rows.jsonl", 2)
+    with open(rows, "a") as file:
+        file.write(json.dumps({"messages": [{"role": "assistant", "content": "", "token_ids": [9999]}]}) + "\n")
+    with pytest.raises(FastMTPError, match=r"rows.jsonl:3: .*--on_bad_row skip"):
+        list(_documents(str(TINY), [str(rows)], 6144, None, "stop"))
+    assert len(list(_documents(str(TINY), [str(rows)], 6144, None, "skip"))) == 2
+    assert "skipped: 1 rows" in capsys.readouterr().out
 
 
 # With real servers.

@@ -28,6 +28,8 @@ from .chat_template import RenderError, load_tokenizer
 from .client import Hear, RefusedError, Sampling, Server, Servers, all_or_first_failure
 from .examples import check_vocabulary, training_examples
 
+_SHORT = {"half": "float16", "float": "float32"}
+"""SGLang's other words for its `--dtype`."""
 _FLAGS = "--enable-return-hidden-states --disable-radix-cache --chunked-prefill-size -1"
 
 
@@ -68,6 +70,8 @@ def hidden(  # noqa: PLR0913
     draft = Checkpoint(model_dir)
     target = draft.target
     documents = dict.fromkeys(_documents(model_dir, dataset, draft.vocab_size, max_length, on_bad_row))
+    if not documents:
+        raise FastMTPError(f"{', '.join(dataset)}: no row has an answer that can be trained on, within --max_length")
     servers = Servers(base_urls, Sampling(max_new_tokens=1), None, api_key, timeout, retry_seconds, concurrency)
     return asyncio.run(_fill(servers, target, list(documents), hidden_cache, hidden_cache_gb, concurrency))
 
@@ -90,6 +94,8 @@ def _documents(
             for example in examples:
                 if max_length is None or len(example.ids) <= max_length:
                     yield tuple(example.ids)
+    for what, count in bad.counts.most_common():
+        print(f"skipped: {count} rows, {what} (as {bad.places[what][0]})")
 
 
 async def _fill(
@@ -103,7 +109,7 @@ async def _fill(
     try:
         states = await _what_is_served(servers, target)
         cache = HiddenCache.from_engine(folder, target.fingerprint, states, int(size_gb * 1e9))
-        missing = [ids for ids in documents if cache.get([torch.tensor(ids)]) is None]
+        missing = [ids for ids in documents if not cache.has(torch.tensor(ids))]
         tokens = sum(map(len, missing))
         done = len(documents) - len(missing)
         with tqdm(total=tokens, unit="tok", desc="hidden states", unit_scale=True) as bar:
@@ -113,8 +119,6 @@ async def _fill(
             await all_or_first_failure(_work(servers, stream, cache, bar) for _ in range(workers))
     finally:
         await servers.close()
-    if cache.full:
-        raise FastMTPError(f"{folder}: full at --hidden_cache_gb {size_gb:g}; allow more, and start again")
     return len(documents)
 
 
@@ -127,6 +131,10 @@ async def _work(servers: Servers, stream: Iterator[tuple[int, ...]], cache: Hidd
                 f"the server refuses a prompt of {len(ids)} tokens ({error}); start it with {_FLAGS}"
             ) from None
         cache.put([torch.tensor(ids)], [states])
+        if cache.full:
+            raise FastMTPError(
+                f"{cache.folder}: full; allow more than --hidden_cache_gb {cache.max_bytes / 1e9:g}, and start again"
+            )
         bar.update(len(ids))
 
 
@@ -159,6 +167,9 @@ async def _what_is_served(servers: Servers, target: Checkpoint) -> EngineStates:
         if dtype == "auto":
             stored = target.value("dtype") or target.value("torch_dtype") or "bfloat16"
             dtype = str(stored).removeprefix("torch.")
+        dtype = _SHORT.get(dtype, dtype)
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise FastMTPError(f"{server.url}: computes in {dtype!r}; hidden states are kept in 32 or 16 bits")
         quantization = info.get("quantization") or _method(target)
         found.add(EngineStates("SGLang", str(info.get("version")), dtype, quantization, target.value("hidden_size")))
     if len(found) != 1:

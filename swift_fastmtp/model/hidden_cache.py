@@ -274,6 +274,10 @@ class HiddenCache:
         """Size of the states of all ranks."""
         return sum(path.stat().st_size for path in self.folder.glob("states-*.bin"))
 
+    def has(self, ids: torch.Tensor) -> bool:
+        """Whether the states of a document (token ids [T]) are here."""
+        return self._digest(ids) in self._places
+
     def get(self, documents: list[torch.Tensor]) -> list[torch.Tensor] | None:
         """States [T, D] of every document (token ids [T]), on the CPU, or None if any is missing."""
         digests = [self._digest(ids) for ids in documents]
@@ -314,7 +318,8 @@ class HiddenCache:
                 continue
             if self.num_bytes + len(rows) * self.row_bytes > self.max_bytes:
                 self.full = True
-                warnings.warn(f"{self.folder}: full; further documents are computed in every epoch", stacklevel=2)
+                if self.states is None:  # else whoever fills it says so
+                    warnings.warn(f"{self.folder}: full; further documents are computed in every epoch", stacklevel=2)
                 return
             if self._own is None:
                 self._own = self._open_own()
