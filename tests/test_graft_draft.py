@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from helpers.engine import Server
+from helpers.checkpoints import shard
+from helpers.engine import HalfServer, Server
 from helpers.learning import learned_beside
 from helpers.models import gptq, quantized, save_dense
 from helpers.paths import ROOT, TINY
@@ -116,6 +117,19 @@ def test_a_trained_donor_stays_trained(tmp_path):
     assert command(serve_flags(tmp_path / "draft"))[-1] == "6"  # five drafts and the bonus token
 
 
+def test_of_the_donor_only_the_layer_is_needed(tmp_path):
+    """Not the files of a large model that hold nothing of it."""
+    donor = shard(TINY, tmp_path / "donor")
+    index = json.loads((donor / "model.safetensors.index.json").read_text())["weight_map"]
+    needed = {file for name, file in index.items() if "mtp" in name}
+    for path in donor.glob("*.safetensors"):
+        if path.name not in needed:
+            path.unlink()
+    assert len(list(donor.glob("*.safetensors"))) < len(set(index.values()))
+    target = make_target("GPTQ", tmp_path / "target")
+    assert graft(target, tmp_path / "draft", donor, draft_only=True).tensors == 16
+
+
 def test_what_a_layer_was_trained_for_meets_its_target(tmp_path):
     """The state before the final norm comes from MiMo's own class in vLLM; other targets give the one after it."""
     donor = tmp_path / "donor"
@@ -218,13 +232,6 @@ def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
     assert [answer.ids for answer in answers] == [text.ids[text.start : text.end] for text in texts]
     assert [answer.accepted for answer in answers] == rounds
     assert sum(map(sum, rounds)) > 0
-
-
-class HalfServer(Server):
-    """SGLang computes FP8 in 16 bits only."""
-
-    def words(self, command):
-        return [*super().words(command), "--dtype", "bfloat16"]
 
 
 def asked():

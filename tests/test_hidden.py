@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers.engine import Server
+from helpers.engine import HalfServer, Server
 from helpers.models import CHECKPOINTS, quantized
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import swift
@@ -111,6 +111,17 @@ def test_rows_that_cannot_be_asked(tmp_path, capsys):
     assert "skipped: 1 rows" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", some_now(["tiny", *CHECKPOINTS]))
+def test_dtypes_are_those_of_the_whole_model(name, tmp_path):
+    """In bfloat16 some of a layer stays float32."""
+    base = TINY if name == "tiny" else CHECKPOINTS[name](tmp_path / "base")
+    whole = load_model(base, torch.bfloat16)
+    part = load_without_backbone(Checkpoint(base), Checkpoint(base), torch.bfloat16)
+    expected = {tensor_name: tensor.dtype for tensor_name, tensor in whole.state_dict().items()}
+    for tensor_name, tensor in part.state_dict().items():
+        assert tensor.dtype == expected[tensor_name], tensor_name
+
+
 # With real servers.
 
 
@@ -185,10 +196,6 @@ def test_a_head_beside_a_quantized_model_is_trained_on_what_its_server_computes(
     graft(target, tmp_path / "draft", TINY, draft_only=True)
     rows = write_rows(tmp_path / "rows.jsonl", 8)
     launch = ["python", "-m", "sglang.launch_server", "--model-path", str(target), "--trust-remote-code", *STATES]
-
-    class HalfServer(Server):
-        def words(self, command):
-            return [*super().words(command), "--dtype", "bfloat16"]
 
     with HalfServer(launch, tmp_path / "log") as server:
         done = hidden(tmp_path / "draft", rows, tmp_path / "cache", server)

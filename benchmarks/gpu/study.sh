@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The study on SmolLM2 (benchmarks/smollm2/study.py) with ten times a CPU's data, in about six minutes of a GPU.
+# The study on SmolLM2 (benchmarks/smollm2/study.py) with ten times a CPU's data, on a GPU.
+# It has run on a CPU only, in small (the variables below); six minutes are an estimate.
 #
 #   bash benchmarks/gpu/study.sh WORK DATA
 #

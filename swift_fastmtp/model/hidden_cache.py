@@ -165,7 +165,7 @@ class HiddenCache:
         self._check_no_writer()
         self._refresh()
         self.full = False
-        self.states: EngineStates | None = None
+        self.origin: EngineStates | None = None
         """Where they came from; None: from the run's own backbone."""
 
     @classmethod
@@ -177,7 +177,7 @@ class HiddenCache:
         key = {"backbone": fingerprint, "engine": states._asdict()}
         dtype = getattr(torch, states.dtype)
         cache = cls(folder, key, states.width, dtype, max_bytes, named_by="--hidden_cache")
-        cache.states = states
+        cache.origin = states
         return cache
 
     def _open_folder(self, info: dict[str, Any]) -> None:
@@ -300,7 +300,7 @@ class HiddenCache:
         An engine's states have nothing to do with that.
         """
         device = ids.device.type
-        in_autocast = self.states is None and torch.is_autocast_enabled(device)
+        in_autocast = self.origin is None and torch.is_autocast_enabled(device)
         autocast = str(torch.get_autocast_dtype(device)) if in_autocast else ""
         data = ids.cpu().numpy().astype("<i8").tobytes() + autocast.encode()
         return hashlib.blake2b(data, digest_size=16).digest()
@@ -318,7 +318,7 @@ class HiddenCache:
                 continue
             if self.num_bytes + len(rows) * self.row_bytes > self.max_bytes:
                 self.full = True
-                if self.states is None:  # else whoever fills it says so
+                if self.origin is None:  # else whoever fills it says so
                     warnings.warn(f"{self.folder}: full; further documents are computed in every epoch", stacklevel=2)
                 return
             if self._own is None:

@@ -123,8 +123,8 @@ def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[
     with one_line(checkpoint), torch.device("meta"):
         model: Any = next(build_class(row) for row in FAMILIES if row.name == family.name)(config)
     tied = tied_names(model)
-    here = {_text_name(n) for n in held}
-    stored = here | {_text_name(n) for n in asked}
+    here = {text_name(n) for n in held}
+    stored = here | {text_name(n) for n in asked}
     needed: set[str] = set()
     for name, tensor in model.state_dict().items():
         if name not in tied:
@@ -133,10 +133,11 @@ def needed_tensors(checkpoint: Checkpoint, names: Iterable[str], held: Iterable[
         # A quantized matrix is several tensors: scales, zero points, packed values, under their module or beside it.
         modules = {name.rpartition(".")[0] for name in needed}
         needed |= {n for n in stored if n.rpartition(".")[0] in modules}
-    return sorted(n for n in asked if _text_name(n) in needed - here)
+    return sorted(n for n in asked if text_name(n) in needed - here)
 
 
-def _text_name(name: str) -> str:
+def text_name(name: str) -> str:
+    """A name without what stands before it in a checkpoint with a vision tower."""
     name = name.replace("language_model.", "", 1)
     return name if not name.startswith("model.model.") else name.removeprefix("model.")
 

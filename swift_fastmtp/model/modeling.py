@@ -296,8 +296,9 @@ class FastMTPMixin:
                 hidden[b, start:end] = states
             damaged = Source(f"it is from {cache.folder}; delete that folder")
             check_hidden_states(hidden, (segments >= 0).cpu(), lambda: damaged)
+            # An engine's states are kept in its own dtype, which need not be this run's.
             return hidden.to(self.lm_head.weight.dtype).to(input_ids.device, non_blocking=True)
-        if cache and cache.states:
+        if cache and cache.origin:
             raise FastMTPError(
                 f"{cache.folder}: lacks the hidden states of a row of {len(documents[0])} tokens or one beside it; run "
                 "`fastmtp hidden` again with all rows of this run, and its --max_length"

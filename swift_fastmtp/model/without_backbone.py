@@ -14,10 +14,9 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.mtp_tensors import head_reader
 from ..errors import FastMTPError
-from ..families.family import is_embedding
-from .compat_transformers import tied_names
+from .compat_transformers import kept_in_float32, tied_names
 from .config import load_config
-from .loading import head_shapes, load_head, model_class
+from .loading import head_shapes, load_head, model_class, text_name
 
 
 def load_without_backbone(checkpoint: Checkpoint, target: Checkpoint, dtype: torch.dtype) -> Any:
@@ -31,19 +30,23 @@ def load_without_backbone(checkpoint: Checkpoint, target: Checkpoint, dtype: tor
     Raises `FastMTPError` if a tensor is missing, quantized or of another shape than config.json says.
     """
     config = load_config(checkpoint)
-    config.dtype = dtype
+    cls: Any = model_class(checkpoint)
     with torch.device("meta"):
-        model: Any = model_class(checkpoint)(config)
+        model = cls._from_config(config, dtype=dtype)
     _drop_layers(model, config.num_hidden_layers)
     model.to_empty(device="cpu")
-    model.to(dtype)
+    # As `from_pretrained` has them in a model of any dtype.
+    kept = kept_in_float32(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(part in name for part in kept):
+            tensor.data = tensor.data.float()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
-    names = {_short(name): name for name in target.names if not model.family.owns(name)}
+    names = {text_name(name): name for name in target.names if not model.family.owns(name)}
     tied = tied_names(model)
     for name, parameter in model.named_parameters():
         if model.family.owns(name) or name in tied:
             continue
-        parameter.data.copy_(_read(target, names.get(_short(name)), name, parameter.shape))
+        parameter.data.copy_(_read(target, names.get(text_name(name)), name, parameter.shape))
     model.tie_weights()
     expected = head_shapes(checkpoint)
     load_head(model, head_reader(checkpoint, model.family, expected), expected)
@@ -56,13 +59,6 @@ def _drop_layers(model: Any, number: int) -> None:
     for name, _ in list(model.model.layers.named_children()):
         if int(name) < number:
             model.model.layers.register_module(name, None)
-
-
-def _short(name: str) -> str:
-    """A backbone's name without what stands before it in a model with a vision tower."""
-    if is_embedding(name):
-        return "embed_tokens.weight"
-    return name.split("model.")[-1]
 
 
 def _read(target: Checkpoint, name: str | None, wanted: str, shape: torch.Size) -> torch.Tensor:

@@ -266,32 +266,39 @@ def load_among_plugins(arguments_class: Any, is_asked_for: Callable[[Any], bool]
     Called by `autoload` while ms-swift is being imported. Where ms-swift has no such method, a run that asks for the
     plugin stops; others, which have nothing to do with it, go on.
     """
-    name = IMPORT_PLUGINS.path.rpartition(".")[2]
-    original = getattr(arguments_class, name, None)
-    if original is None:
-        _refuse_when_asked_for(arguments_class, is_asked_for)
-        return
 
-    @functools.wraps(original)
-    def import_plugins(self: Any) -> None:
+    def import_with_ours(self: Any, import_plugins: Callable[[], None]) -> None:
         if not is_asked_for(self):
-            original(self)
+            import_plugins()
             return
         named = self.external_plugins
         named = [named] if isinstance(named, str) else list(named or [])
         if any(os.path.realpath(os.path.expanduser(file)) == os.path.realpath(PLUGIN_FILE) for file in named):
-            original(self)
+            import_plugins()
             return
         self.external_plugins = [*named, str(PLUGIN_FILE)]
-        original(self)
+        import_plugins()
         # Not for args.json: another machine, or another environment, has the file elsewhere.
         self.external_plugins = [file for file in self.external_plugins if file != str(PLUGIN_FILE)]
 
-    setattr(arguments_class, name, import_plugins)
+    _around_import(arguments_class, is_asked_for, import_with_ours)
 
 
 def before_plugins(arguments_class: Any, is_asked_for: Callable[[Any], bool], register: Callable[[], None]) -> None:
     """Arguments that ask for something that is no plugin have it registered where plugins are loaded."""
+
+    def register_first(self: Any, import_plugins: Callable[[], None]) -> None:
+        if is_asked_for(self):
+            register()
+        import_plugins()
+
+    _around_import(arguments_class, is_asked_for, register_first)
+
+
+def _around_import(
+    arguments_class: Any, is_asked_for: Callable[[Any], bool], around: Callable[[Any, Callable[[], None]], None]
+) -> None:
+    """`around(arguments, original)` in place of the method that imports plugins; without one, a refusal."""
     name = IMPORT_PLUGINS.path.rpartition(".")[2]
     original = getattr(arguments_class, name, None)
     if original is None:
@@ -300,9 +307,7 @@ def before_plugins(arguments_class: Any, is_asked_for: Callable[[Any], bool], re
 
     @functools.wraps(original)
     def import_plugins(self: Any) -> None:
-        if is_asked_for(self):
-            register()
-        original(self)
+        around(self, functools.partial(original, self))
 
     setattr(arguments_class, name, import_plugins)
 

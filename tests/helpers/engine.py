@@ -117,6 +117,13 @@ class Server:
             return json.load(response)
 
 
+class HalfServer(Server):
+    """In bfloat16: SGLang computes FP8 in 16 bits only."""
+
+    def words(self, command):
+        return [*super().words(command), "--dtype", "bfloat16"]
+
+
 VLLM_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_INT4_W4A8": "0",  # some CPUs' kernels would quantize activations too
