@@ -194,14 +194,22 @@ def _doctor(*, data: str | None = None, probe: bool = False, probe_prompts: str 
         sys.exit(1)
 
 
-def _simulate(*, adapters: Sequence[str] = (), **options: Any) -> None:
+def _simulate(*, adapters: Sequence[str] = (), costs: str | None = None, **options: Any) -> None:
     """acceptance without a server: every depth and every K at once
 
     Args:
         adapters: trained checkpoints to compare with it
+        costs: results.json of `fastmtp bench --costs`, or a GPU to predict them for (a100, h20, h100, h200): tells the
+            best K by load
     """
     from .simulate.simulate import simulate
 
+    if costs and costs.endswith(".json"):
+        from .bench.costs import read_step_times
+
+        options["step_times"] = read_step_times(costs)
+    elif costs:
+        options["step_times"] = costs
     simulate(checkpoints=list(adapters), **options)
 
 
@@ -252,7 +260,13 @@ _FILTERS = ("data.filters:Length", "data.filters:Repetition", "data.filters:Deco
 _DISTILL = {"model_dir": "model", "base_urls": "base_url", "prompt_names": ""}
 _INSPECT = {"folder": "model", "as_json": "json"}
 _EXPORT = {"checkpoint": "adapters", "base_model": "model", "remote_code": "", "hub_name": "base_model"}
-_SIMULATE = {"model_dir": "model", "checkpoints": "", "token_maps": "token_map", "dtype": "torch_dtype"}
+_SIMULATE = {
+    "model_dir": "model",
+    "checkpoints": "",
+    "token_maps": "token_map",
+    "dtype": "torch_dtype",
+    "step_times": "",
+}
 _BENCH = {"base_urls": "base_url", "temperatures": "temperature"}
 VERBS = {
     "plugin-path": Verb(_plugin_path),

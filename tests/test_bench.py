@@ -49,7 +49,7 @@ def untimed(results):
     """What does not depend on the clock."""
     found = []
     for run in results.as_json()["runs"]:
-        timed = ("ttft", "itl", "speedup", "round_speeds", "cpu")
+        timed = ("ttft", "itl", "step", "speedup", "round_speeds", "cpu")
         found.append({k: v for k, v in run.items() if k not in timed and "second" not in k})
     return found
 

@@ -17,6 +17,7 @@ from ..data.chat_template import check_chat_template, load_tokenizer
 from ..errors import FastMTPError
 from ..files.staging import write_json
 from ..redaction import without_login
+from .costs import COSTS, COSTS_STEPS, costs_table
 from .engines import Engine, Identity
 from .measure import Measurement
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
@@ -32,6 +33,7 @@ def bench(
     plan: str | Sequence[str] | None = None,
     base_urls: Sequence[str] | None = None,
     api_key: str | None = None,
+    costs: bool = False,
     **values: Any,
 ) -> Results:
     """Measure, and write `plan.json`, `requests.jsonl`, `results.json` and the servers' logs to `output_dir`.
@@ -41,6 +43,7 @@ def bench(
         plan: YAML of servers to start and measure; several are put together (docs/bench.md)
         base_urls: or running servers (SGLang, OpenAI's API), each URL or NAME=URL
         api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
+        costs: measure what a step takes at 1, 2, 4 .. 32 answers at once, instead of tasks (docs/bench.md)
         values: values of a plan (`PlanValues`) that go before the file's
 
     Raises `FastMTPError` if the plan is not good, the folder is another plan's, or a server fails; what is finished is
@@ -50,6 +53,8 @@ def bench(
         raise FastMTPError("either --plan or --base_url says which servers to measure")
     # What is to be done, and everything that can be refused before a server is started.
     wanted = {**(read_plan(plan) if plan else {"servers": server_urls(base_urls or ())})}
+    if costs:
+        wanted = {"num_steps": COSTS_STEPS, **wanted, **COSTS}
     wanted |= {k: v for k, v in values.items() if v is not None}
     made = make_plan(wanted)
     tokenizer = load_tokenizer(made.model)
@@ -70,7 +75,7 @@ def bench(
         check_results(results)
         write_json(results.as_json(), folder / "results.json")
 
-    print(table(results))
+    print(costs_table(results) if costs else table(results))
     print(f"{folder / 'results.json'}: {len(results.runs)} runs, {sum(r.num_requests for r in results.runs)} requests")
     for line in warnings(results):
         print(line)

@@ -138,7 +138,11 @@ class Measurement:
                 if "error" in r:
                     ended.add(r["id"])
         questions = iter(
-            [q for q in task.questions if q.id not in ended and len(answered.get(q.id, ())) < len(q.turns)]
+            [
+                question
+                for question in self.plan.questions(key[1], key[3])
+                if question.id not in ended and len(answered.get(question.id, ())) < len(question.turns)
+            ]
         )
 
         # Each worker takes the next conversation, and asks its turns one after another.

@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
 from ..data.client import Sampling, check_address
-from ..data.tasks import Task, load_task
+from ..data.tasks import Question, Task, load_task
 from ..errors import FastMTPError
 from ..files.inputs import check_file
 from ..files.schema import build, check_values
@@ -72,6 +72,13 @@ class Plan:
     rounds: int
     together: bool
     """All servers are up while any of them is measured."""
+    questions_per_slot: int | None
+    """How many conversations a run has for each that is on its way at once, the task's first; None: all."""
+
+    def questions(self, task: str, concurrency: int) -> list[Question]:
+        """What a run asks."""
+        questions = self.tasks[task].questions
+        return questions[: self.questions_per_slot * concurrency] if self.questions_per_slot else questions
 
     def record(self) -> dict[str, Any]:
         """What `plan.json` holds, and what must be the same to go on in a folder."""
@@ -79,11 +86,13 @@ class Plan:
         tasks = {name: task.info() for name, task in self.tasks.items()}
         # A single round is recorded as it was before there were several, so that such a folder can be gone on with.
         rounds = {"rounds": self.rounds, "together": self.together} if self.rounds > 1 else {}
+        per_slot = {"questions_per_slot": self.questions_per_slot} if self.questions_per_slot else {}
         record: dict[str, Any] = as_written(
             {
                 "settings": {**sampling, "seed": self.seed, "warmup": self.warmup, **rounds, "tasks": tasks},
                 "temperatures": self.temperatures,
                 "concurrency": self.concurrency,
+                **per_slot,
                 "servers": {name: asdict(launch.server) for name, launch in self.launches.items()},
                 "environments": {name: _digests(launch.environment) for name, launch in self.launches.items()},
                 "baseline": self.baseline,
@@ -192,6 +201,7 @@ def make_plan(values: dict[str, Any]) -> Plan:
         start_seconds=keys.start_seconds,
         rounds=rounds,
         together=together,
+        questions_per_slot=keys.questions_per_slot,
     )
 
 

@@ -155,4 +155,5 @@ class PlanKeys(PlanValues):
     environment: Environment = {}
     start_seconds: Seconds = 1800.0
     together: Annotated[bool, Typed] | None = None
+    questions_per_slot: Number | None = None
     servers: dict[str, ServerKeys | None] = {}

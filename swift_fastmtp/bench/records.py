@@ -185,7 +185,7 @@ def missing_turns(plan: Plan, record: dict[str, Any], records: list[Record]) -> 
     left = {}
     for key in plan_passes(record):
         turns = done.get(key, {})
-        missing = sum(max(0, len(q.turns) - turns.get(q.id, 0)) for q in plan.tasks[key[1]].questions)
+        missing = sum(max(0, len(q.turns) - turns.get(q.id, 0)) for q in plan.questions(key[1], key[3]))
         if missing:
             left[key] = missing
     return left

@@ -24,6 +24,7 @@ from ..method.metrics import (
     micro_tau_of,
     percentiles,
     speedup,
+    step_seconds,
     steps_by_chunk,
     tau_by_position,
     token_gaps,
@@ -150,6 +151,9 @@ class Run:
     """At temperature 0, and not of the baseline itself; every round against the baseline's same round."""
     round_speeds: ListOf[Amount] = field(default_factory=list)
     """[rounds]: of each round, sum of completion tokens / sum of latencies, of the turns that were answered in all."""
+    step: Percentiles | None = None
+    """Over answers: seconds of one step of the server, a decoding step or a round of drafts and verification, while it
+    works on `concurrency` answers (`method.metrics.step_seconds`); None where it never did, or chunks are no steps."""
     cpu: CpuTime | None = None
     """Of a server that the benchmark started itself, on Linux."""
 
@@ -318,6 +322,7 @@ def _run(
     gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
     ttft = percentiles([r["ttft"] for r in answers if r["ttft"] is not None])
     itl = percentiles(gaps)
+    step = percentiles(step_seconds([(r["start"], r["chunk_seconds"]) for r in streamed], key[3]))
     return Run(
         *key,
         num_requests=len(records),
@@ -336,6 +341,7 @@ def _run(
         speedup=_ratio(reference, answers, settings, _latency) if reference else None,
         lossless=_lossless(reference, answers) if reference and not key[2] else None,
         round_speeds=_round_speeds(answers),
+        step=Percentiles(*step) if step else None,
         cpu=_cpu(answers, reference, settings),
     )
 

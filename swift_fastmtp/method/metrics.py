@@ -14,8 +14,10 @@ is in none of them.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -213,6 +215,29 @@ def token_gaps(chunk_tokens: Sequence[int], chunk_seconds: Sequence[float]) -> l
     """Inter-token latency in seconds, one value per token after the first chunk: tokens that arrive together share the
     time since the chunk before (as SGLang's `bench_serving.py` counts it)."""
     return [s / n for n, s in zip(chunk_tokens[1:], chunk_seconds[1:], strict=True) for _ in range(n)]
+
+
+def step_seconds(answers: Sequence[tuple[float, Sequence[float]]], concurrency: int) -> list[float]:
+    """What a server's step takes while it decodes `concurrency` answers: of each answer the mean time between two of
+    its chunks, with a chunk for each step. The mean, because a client that reads late gets several chunks at once.
+
+    Args:
+        answers: of each, when it was asked, in seconds, and the seconds before each of its chunks.
+        concurrency: only gaps at whose both ends so many answers had begun and not ended count.
+    """
+    chunks_of = [list(accumulate(seconds, initial=start))[1:] for start, seconds in answers if len(seconds)]
+    begun = sorted(chunks[0] for chunks in chunks_of)
+    ended = sorted(chunks[-1] for chunks in chunks_of)
+
+    def decoded_at(moment: float) -> int:
+        return bisect_right(begun, moment) - bisect_left(ended, moment)
+
+    means = []
+    for chunks in chunks_of:
+        gaps = [b - a for a, b in pairwise(chunks) if decoded_at(a) == decoded_at(b) == concurrency]
+        if gaps:
+            means.append(sum(gaps) / len(gaps))
+    return means
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float, float] | None:

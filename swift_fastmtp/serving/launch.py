@@ -16,6 +16,7 @@ from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
+from ..files.show import show
 
 ENVIRONMENT = "env"
 """The first word of a command that sets a variable; the engine's own follows it."""
@@ -36,6 +37,7 @@ def serve_flags(
     num_steps: int | None = None,
     token_map: str | None = None,
     model: str | None = None,
+    schedule: str | None = None,
 ) -> list[Flag]:
     """Command line that serves `folder`, in order.
 
@@ -46,10 +48,15 @@ def serve_flags(
         token_map: file of one map for all requests: SGLang's --speculative-token-map, or for vLLM an environment
             variable that this package's plugin reads; default: the one the head was trained inside
         model: target of a draft-only folder; default: the base model it was trained for
+        schedule: adaptive.json of `fastmtp simulate --costs`: K by load, instead of one K
 
     Raises `FastMTPError` for an unknown folder, or something the engine cannot do.
     """
-    return flags_for(Checkpoint(folder), engine, num_steps, token_map, model)
+    if schedule is None:
+        return flags_for(Checkpoint(folder), engine, num_steps, token_map, model)
+    if num_steps is not None:
+        raise FastMTPError("--schedule and --num_steps: the schedule says how many drafts to make; leave one out")
+    return scheduled_flags(Checkpoint(folder), engine, Path(schedule), token_map, model)
 
 
 def flags_for(
@@ -111,6 +118,54 @@ def flags_for(
             Flag(("--tp-size", "1"), "a static map holds global ids, which a sharded head cannot take"),
         ]
     return flags
+
+
+def scheduled_flags(
+    checkpoint: Checkpoint, engine: str, file: Path, token_map: str | None, model: str | None
+) -> list[Flag]:
+    """`serve_flags` with K by load: SGLang reads the file, vLLM gets its ranges.
+
+    SGLang sizes its buffers for the largest K of the file, and starts with the one that it is told, which must be in it
+    (0.5.23 `speculative_hook.py:_init_adaptive_speculative_params`).
+    """
+    steps_from = read_schedule(file)
+    most = max(steps_from.values())
+    if most == 0:
+        raise FastMTPError(f"{file}: makes drafts at no load; serve the model without --speculative flags")
+    flags = flags_for(checkpoint, engine, most, token_map, model)
+    if engine == "sglang":
+        return [
+            *flags,
+            Flag(("--speculative-adaptive",), "K by load"),
+            Flag(("--speculative-adaptive-config", str(file)), "from how many requests at once on which K"),
+        ]
+    sizes = sorted(steps_from)
+    ends = [size - 1 for size in sizes[1:]] + [sizes[-1]]  # vLLM goes on with the last range (dynamic/utils.py)
+    ranges = [[start, end, steps_from[start]] for start, end in zip(sizes, ends, strict=True)]
+    speculative = json.loads(flags[-1].words[1])
+    speculative["num_speculative_tokens_per_batch_size"] = ranges
+    words = (flags[-1].words[0], json.dumps(speculative))
+    return [*flags[:-1], replace(flags[-1], words=words, why=f"K by load; {flags[-1].why}")]
+
+
+def read_schedule(file: Path) -> dict[int, int]:
+    """From which batch size on how many drafts are made: a file for SGLang's --speculative-adaptive-config, with one K
+    for each batch size.
+
+    Raises `FastMTPError` for a file that is none, lets the engine choose, or has no entry for one request.
+    """
+    steps_from = {}
+    for size, entry in read_object(file).items():
+        candidates = entry.get("candidate_steps") if isinstance(entry, dict) else None
+        steps = candidates[0] if isinstance(candidates, list) and len(candidates) == 1 else None
+        if not size.isdecimal() or type(steps) is not int or steps < 0:
+            raise FastMTPError(
+                f'{file}: {show(size)}: must be a batch size with one K, as "8": {{"candidate_steps": [2]}}'
+            )
+        steps_from[int(size)] = steps
+    if 1 not in steps_from:
+        raise FastMTPError(f"{file}: has no entry for a batch size of 1")
+    return steps_from
 
 
 def _check_servable(checkpoint: Checkpoint, engine: str) -> None:

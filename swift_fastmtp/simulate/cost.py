@@ -20,6 +20,7 @@ from ..families.family import is_embedding
 # Config keys of mixtures of experts: how many there are, and how many a token reads.
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _READ = ("num_experts_per_tok", "moe_k", "moe_topk")
+_WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -66,34 +67,84 @@ class StepCost:
         )
 
 
-def read_cost(model_dir: str | Path) -> StepCost:
-    """The bytes of a checkpoint that its steps read; of a mixture of experts, those that one token takes.
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of weights that a step multiplies.
+
+    Attributes:
+        shared: those that every token uses.
+        experts: of all experts of all layers.
+        share: of the experts, how many a token is routed to; 1 for a dense model.
+    """
+
+    shared: float
+    experts: float
+    share: float
+
+    @property
+    def used(self) -> float:
+        """By one token."""
+        return self.shared + self.experts * self.share
+
+    def read(self, tokens: int) -> float:
+        """By a step over so many tokens, each of which is routed by itself, all experts alike."""
+        return self.shared + self.experts * (1 - (1 - self.share) ** tokens)
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What steps are made of, in bytes.
+
+    Attributes:
+        backbone: without embedding and output matrix.
+        mtp: the MTP layer, without them.
+        row: of the output matrix.
+        vocab_size: its rows.
+        bytes_per_weight: of the large tensors; 0 where any is quantized.
+    """
+
+    backbone: Weights
+    mtp: Weights
+    row: float
+    vocab_size: int
+    bytes_per_weight: float
+
+
+def read_parts(checkpoint: Checkpoint) -> StepParts:
+    """The parts of a checkpoint.
 
     Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer, or whose vocab_size is wrong.
     """
-    checkpoint = Checkpoint(model_dir)
     family = checkpoint.family
     sizes = checkpoint.sizes()
-    # Of a mixture of experts a token reads a share.
-    number = _first_value(checkpoint, _EXPERTS)
-    read = _first_value(checkpoint, _READ)
-    share = min(1.0, read / number)
     # One row of the embedding is read, and where the two are one tensor it is the output matrix.
     embedding = next((n for n in sizes if is_embedding(n) and not family.owns(n)), None)
     head = "lm_head.weight" if "lm_head.weight" in sizes else embedding
     if head is None or not any(family.owns(n) for n in sizes):
-        raise FastMTPError(f"{model_dir}: holds no output matrix or no MTP layer; its steps cannot be compared")
-    verify = draft = 0.0
+        raise FastMTPError(f"{checkpoint}: holds no output matrix or no MTP layer; its steps cannot be compared")
+    totals = {(of_mtp, of_experts): 0.0 for of_mtp in (False, True) for of_experts in (False, True)}
     for name, size in sizes.items():
         if is_embedding(name) or name == head or name.endswith("shared_head.head.weight") or ".visual." in name:
             continue
-        cost = size * (share if ".experts." in name else 1.0)
-        if family.owns(name):
-            draft += cost
-        else:
-            verify += cost
+        totals[family.owns(name), ".experts." in name] += size
+    # Of a mixture of experts a token reads a share.
+    share = min(1.0, _first_value(checkpoint, _READ) / _first_value(checkpoint, _EXPERTS))
+    backbone = Weights(totals[False, False], totals[False, True], share)
+    mtp = Weights(totals[True, False], totals[True, True], share)
     V = checkpoint.vocab_size
-    return StepCost(verify + sizes[head], draft, sizes[head] / V, V)
+    # Of some models routers and biases are float32 beside bfloat16: the narrowest is that of the large tensors.
+    width = min(_WIDTHS.get(dtype, 0) for dtype in checkpoint.dtypes().values())
+    return StepParts(backbone, mtp, sizes[head] / V, V, width)
+
+
+def read_cost(model_dir: str | Path) -> StepCost:
+    """The bytes of a checkpoint that its steps read for one request; of a mixture of experts, those of one token.
+
+    Raises `FastMTPError` for a folder that is no checkpoint with an MTP layer, or whose vocab_size is wrong.
+    """
+    parts = read_parts(Checkpoint(model_dir))
+    lm_head = parts.row * parts.vocab_size
+    return StepCost(parts.backbone.used + lm_head, parts.mtp.used, parts.row, parts.vocab_size)
 
 
 def _first_value(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int:

@@ -38,11 +38,15 @@ from ..vocab.languages import TokenLanguages
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .answers import SUFFIX, open_answers
 from .cost import StepCost, read_cost
-from .recommend import advice_line, map_table, recommend, warnings
+from .recommend import Recommendation, advice_line, map_table, recommend, warnings
 from .result import HeadResult
+from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
 from .states import States
+from .step_times import StepTimes, check_gpu, predicted_step_times
 
 RECORD = "simulate.json"
+SCHEDULE = "adaptive.json"
+"""For SGLang's --speculative-adaptive-config, and `fastmtp serve-args --schedule`."""
 ALL = "all"
 MOST_PLOTTED = 8
 
@@ -67,6 +71,8 @@ def simulate(  # noqa: PLR0913
     draft_ms: float | None = None,
     verify_ms: float | None = None,
     decode_ms: float | None = None,
+    step_times: StepTimes | str | None = None,
+    context: int = 1024,
     max_rows: int | None = None,
     batch_size: int = 16,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -96,6 +102,8 @@ def simulate(  # noqa: PLR0913
         draft_ms: measured: one draft step with the whole vocabulary; default: predicted from bytes
         verify_ms: measured: one verification step
         decode_ms: measured: one step without drafts; default: as a verification step
+        step_times: by load, or a GPU to predict them for: the best K at each load is printed, and written for engines
+        context: tokens of each request, on average, where costs are predicted
         max_rows: of the dataset, from its top; default: all
         batch_size: texts at a time
         dtype: of the model and its heads
@@ -106,6 +114,8 @@ def simulate(  # noqa: PLR0913
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
     _check_options(num_steps, temperature, draft_ms, verify_ms, answers)
+    if isinstance(step_times, str):
+        check_gpu(step_times)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -164,14 +174,10 @@ def simulate(  # noqa: PLR0913
     served_by = trained_for if trained_for in engines else engines[0]
     of_last = [r for r in results if r.head == name and r.drafts == "greedy" and r.engine == served_by]
     last = [r for r in of_last if r.group != ALL or not by]
-    advice = recommend(last, tokens)
-    for group in groups if by else ():
-        if group != ALL:
-            print(f"\n{group}: {len(groups[group])} answers, {tokens[group]} tokens, head {name}")
-            print(map_table([r for r in last if r.group == group], advice))
-    print("\n" + advice_line(advice))
-    for line in warnings(last, advice, tokens):
-        print(line)
+    advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
+    depths = []
+    if step_times is not None:
+        depths = _depths(model_dir, [r for r in of_last if r.group == ALL], step_times, context)
     if output_dir:
         from .plots import plot_acceptance, plot_maps
 
@@ -192,6 +198,7 @@ def simulate(  # noqa: PLR0913
             "cost": vars(cost),
             "groups": {g: {"answers": len(places), "tokens": tokens[g]} for g, places in groups.items()},
             "recommended": vars(advice),
+            "by_load": [vars(depth) for depth in depths],
             "heads": [vars(r) for r in results],
         }
         out = Path(output_dir)
@@ -202,8 +209,52 @@ def simulate(  # noqa: PLR0913
                 plot_maps(last, advice.num_steps, folder / "maps.png")
                 chosen = {g: Path(p) for g, p in advice.token_maps.items() if p and g != UNKNOWN}
                 write_json(copy_maps(chosen, folder), folder / "maps.json")  # a list names maps beside it
+            if depths:
+                write_json(schedule(depths), folder / SCHEDULE)
             write_json(record, folder / RECORD)
     return results
+
+
+def _advise(results: list[HeadResult], answers: dict[str, int], tokens: dict[str, int]) -> Recommendation:
+    """Which K and token maps; printed, with a table of each group if `results` are of groups.
+
+    Args:
+        results: of the head that is to be served.
+        answers: in each group.
+        tokens: in each group.
+    """
+    advice = recommend(results, tokens)
+    for group in dict.fromkeys(r.group for r in results):
+        if group != ALL:
+            print(f"\n{group}: {answers[group]} answers, {tokens[group]} tokens, head {results[0].head}")
+            print(map_table([r for r in results if r.group == group], advice))
+    print("\n" + advice_line(advice))
+    for line in warnings(results, advice, tokens):
+        print(line)
+    return advice
+
+
+def _depths(model_dir: str, results: list[HeadResult], times: StepTimes | str, context: int) -> list[Depth]:
+    """The best K by load, printed; drafts are from the map that the times are of, or, predicted, from the fastest.
+
+    Raises `FastMTPError` if acceptance with that map was not measured, and for a GPU or checkpoint that no prediction
+    is made for.
+    """
+    if isinstance(times, str):
+        result = max(results, key=lambda r: max(r.speedup))
+        times = predicted_step_times(model_dir, times, len(result.tau_micro), result.num_ids, context)
+    else:
+        by_map = {Path(r.token_map).stem if r.token_map else None: r for r in results}
+        if times.token_map not in by_map:
+            raise FastMTPError(
+                f"{times.source}: its servers draft from the token map {times.token_map}; name it with --token_map"
+            )
+        result = by_map[times.token_map]
+    depths = depths_by_load(result.tau_micro, times)
+    print(f"\nspeed over no drafts by load, {result.name}; steps {times.source}")
+    print(schedule_table(depths))
+    print(schedule_line(depths))
+    return depths
 
 
 def _engines(family: Family, engine: str) -> list[str]:

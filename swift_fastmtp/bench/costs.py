@@ -1,0 +1,67 @@
+"""`fastmtp bench --costs`: what a server's steps take, by how many answers it decodes at once.
+
+Whether drafts pay depends on the load. One request leaves most of a GPU's arithmetic idle, and verifying four tokens
+takes as long as decoding one; in a large batch it takes four times as long. `fastmtp simulate --costs` puts these times
+and the head's acceptance together (`simulate/schedule.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import FastMTPError
+from ..files.table import terminal_table
+from ..simulate.step_times import StepTimes
+from .results import Results, read_results
+
+_QUESTIONS = Path(__file__).with_name("long_answers.jsonl")
+COSTS: dict[str, Any] = {
+    "tasks": [f"long_answers={_QUESTIONS}"],
+    "max_new_tokens": 48,
+    "temperatures": [0.0],
+    "concurrency": [1, 2, 4, 8, 16, 32],
+    "questions_per_slot": 1,
+    "rounds": 1,
+}
+"""Values of a plan: in each run as many answers as are on their way at once, all begun together. A minute or so."""
+COSTS_STEPS = [1, 2, 3]
+"""K of a plan's servers, unless the plan or the user says which."""
+
+
+def costs_table(results: Results) -> str:
+    """Milliseconds of a step, a line for each server and a column for each number of answers at once."""
+    sizes = sorted({run.concurrency for run in results.runs})
+    lines = []
+    for name, server in results.servers.items():
+        by_size = {run.concurrency: run.step for run in results.runs if run.server == name}
+        steps = [by_size.get(size) for size in sizes]
+        lines.append([name, str(server.num_steps), *(f"{1000 * step.p50:.1f}" if step else "" for step in steps)])
+    header = ["ms per step", "K", *(f"{size} at once" for size in sizes)]
+    return terminal_table(header, lines)
+
+
+def read_step_times(path: str) -> StepTimes:
+    """The times of a `results.json`.
+
+    Raises `FastMTPError` for a file that is none, for two servers with the same K, or with different token maps, and
+    where no step was measured.
+    """
+    results = read_results(path)
+    server_of: dict[int, str] = {}
+    for name, server in results.servers.items():
+        if server.num_steps in server_of:
+            raise FastMTPError(
+                f"{path}: {server_of[server.num_steps]} and {name} both make {server.num_steps} drafts per step; "
+                "measure the costs of one head with one map in a folder of their own"
+            )
+        server_of[server.num_steps] = name
+    maps = {server.token_map for server in results.servers.values() if server.num_steps}
+    if len(maps) > 1:
+        raise FastMTPError(f"{path}: the servers draft from different token maps; measure those of one map")
+    milliseconds = {
+        (results.servers[run.server].num_steps, run.concurrency): 1000 * run.step.p50
+        for run in results.runs
+        if run.step is not None
+    }
+    if not milliseconds:
+        raise FastMTPError(f"{path}: no step was measured at full load; make it with `fastmtp bench --costs`")
+    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None))

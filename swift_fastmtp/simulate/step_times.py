@@ -1,0 +1,142 @@
+"""What a server's step takes, by drafts per step and by how many answers it decodes at once: measured, or predicted.
+
+Measured ones are those of `fastmtp bench --costs` (`bench/costs.py`). The prediction is a roofline: a step takes as
+long as reading what it reads, or as long as its arithmetic, whichever is longer. With B answers and K drafts per step
+
+    verification   the backbone over B (K + 1) tokens, and the keys and values of B contexts
+    first draft    the MTP layer over the same tokens (SGLang extends its cache by all of them), `lm_head` over B
+    other drafts   K - 1 times the MTP layer and `lm_head` over B
+
+Left out: kernel launches, sampling, communication between GPUs, and that no kernel reaches the data sheet's numbers. So
+times are too short, by much the same factor for all K.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import FastMTPError
+from ..families.family import config_value
+from .cost import StepParts, Weights, read_parts
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""At which a prediction is made."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Of the data sheet: bytes per second from memory, and operations per second in bfloat16, dense."""
+
+    bandwidth: float
+    operations: float
+
+
+GPUS = {
+    "a100": GPU(2.04e12, 312e12),
+    "h20": GPU(4.0e12, 148e12),
+    "h100": GPU(3.35e12, 989e12),
+    "h200": GPU(4.8e12, 989e12),
+}
+"""NVIDIA's SXM modules (A100: 80 GB)."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of a step.
+
+    Attributes:
+        milliseconds: by (K, answers at once); K = 0 is a decoding step without drafts.
+        source: for people.
+        token_map: file name without its ending of the map that drafts were chosen from; None: the whole vocabulary.
+    """
+
+    milliseconds: Mapping[tuple[int, int], float]
+    source: str
+    token_map: str | None = None
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Those with a step without drafts, which others are compared with."""
+        return sorted(size for K, size in self.milliseconds if K == 0)
+
+    def steps_at(self, batch_size: int) -> list[int]:
+        """The K of which the time is known at this size, 0 among them."""
+        return sorted(K for K, size in self.milliseconds if size == batch_size)
+
+
+def check_gpu(name: str) -> None:
+    """Raises `FastMTPError` for a GPU that is not in the table."""
+    if name not in GPUS:
+        raise FastMTPError(f"--costs {name}: neither a results.json nor a GPU that is known ({', '.join(GPUS)})")
+
+
+def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int, context: int) -> StepTimes:
+    """A roofline of one GPU for the model of a checkpoint with an MTP layer; the others as `roofline`.
+
+    Raises `FastMTPError` for an unknown GPU, and for a quantized checkpoint, whose arithmetic is not known.
+    """
+    check_gpu(gpu)
+    checkpoint = Checkpoint(model_dir)
+    parts = read_parts(checkpoint)
+    if not parts.bytes_per_weight:
+        raise FastMTPError(
+            f"{model_dir}: is quantized, and how fast its products are depends on the kernels; measure its steps with "
+            "`fastmtp bench --costs`"
+        )
+    cache = _cache_bytes(checkpoint, parts.bytes_per_weight)
+    milliseconds = roofline(parts, cache, GPUS[gpu], num_steps, num_ids, context)
+    return StepTimes(milliseconds, f"predicted from the data sheet of one {gpu.upper()}, {context} tokens of context")
+
+
+def roofline(
+    parts: StepParts, cache_bytes: float, gpu: GPU, num_steps: int, num_ids: int, context: int
+) -> dict[tuple[int, int], float]:
+    """Milliseconds by (K, answers at once), K from 0 to `num_steps`.
+
+    Args:
+        parts: of the model
+        cache_bytes: of keys and values, of one token of context
+        gpu: that runs it
+        num_steps: the largest K
+        num_ids: rows of the output matrix that the draft reads
+        context: tokens of each request that attention reads, on average
+    """
+
+    def seconds(weights: Weights, tokens: int, lm_head: float, sampled: int) -> float:
+        """Of weights that `tokens` are multiplied with, and of an output matrix for `sampled` of them."""
+        read = weights.read(tokens) + lm_head
+        operations = 2 * (weights.used * tokens + lm_head * sampled) / parts.bytes_per_weight
+        return max(read / gpu.bandwidth, operations / gpu.operations)
+
+    whole = parts.row * parts.vocab_size
+    drafted_from = parts.row * num_ids
+    milliseconds = {}
+    for batch in BATCH_SIZES:
+        for K in range(num_steps + 1):
+            tokens = batch * (K + 1)
+            time = cache_bytes * context * batch / gpu.bandwidth
+            time += seconds(parts.backbone, tokens, whole, tokens)
+            if K:
+                time += seconds(parts.mtp, tokens, drafted_from, batch)
+                time += (K - 1) * seconds(parts.mtp, batch, drafted_from, batch)
+            milliseconds[K, batch] = 1000 * time
+    return milliseconds
+
+
+def _cache_bytes(checkpoint: Checkpoint, bytes_per_number: float) -> float:
+    """Bytes of keys and values that a token of context costs the backbone's attention, of all layers that have any."""
+
+    def value(key: str) -> int:
+        return int(config_value(checkpoint.config, key) or 0)
+
+    layers = value("num_hidden_layers")
+    kinds = config_value(checkpoint.config, "layer_types")
+    if kinds:
+        layers = sum("full" in kind for kind in kinds)
+    elif interval := value("full_attention_interval"):
+        layers //= interval
+    if latent := value("kv_lora_rank"):  # MLA: one compressed vector for all attention heads
+        return layers * (latent + value("qk_rope_head_dim")) * bytes_per_number
+    attention_heads = value("num_attention_heads")
+    head_dim = value("head_dim") or value("hidden_size") // max(1, attention_heads)
+    return layers * 2 * (value("num_key_value_heads") or attention_heads) * head_dim * bytes_per_number

@@ -1,0 +1,84 @@
+"""Drafts by load: both engines take the schedule that `fastmtp simulate --costs` writes, and draft as it says.
+
+Requests one at a time get the K of a batch of one, many at once get fewer drafts or none, and the text is the same.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers.engine import Server, VLLMServer
+from helpers.paths import ROOT, TINY
+from transformers import AutoTokenizer
+
+from swift_fastmtp.files.staging import write_json
+from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.loading import load_model
+from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
+from swift_fastmtp.simulate.schedule import Depth, schedule
+
+pytestmark = pytest.mark.matrix
+
+TOKENS, STEPS, MANY = 32, 3, 6
+DEPTHS = [Depth(1, STEPS, []), Depth(2, 1, []), Depth(4, 0, []), Depth(8, 0, [])]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_model(TINY, torch.float32)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
+    return model
+
+
+@pytest.fixture(scope="module")
+def texts(model):
+    """Greedy answers, all of the same length, by transformers."""
+    rows = [json.loads(line) for line in (ROOT / "examples/prompts/eval.jsonl").read_text().splitlines()]
+    made = make_texts(model, AutoTokenizer.from_pretrained(TINY), rows[:60], TOKENS, "generate", 16)
+    long = [text for text in made if text.end - text.start >= TOKENS]
+    assert len(long) >= MANY
+    return long[:MANY]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("schedule") / "adaptive.json"
+    write_json(schedule(DEPTHS), path)
+    return path
+
+
+def test_sglang_drafts_by_load(model, texts, file, tmp_path):
+    prompts, answers = [t.ids[: t.start] for t in texts], [t.ids[t.start : t.end][:TOKENS] for t in texts]
+    expected = draft_rounds(model, texts, 0, 8)[STEPS - 1]
+    flags = command(serve_flags(TINY, "sglang", schedule=str(file)))
+    with Server([*flags, "--disable-cuda-graph"], tmp_path / "server.log") as server:  # it would capture one per K
+        alone = [server.generate([prompt], TOKENS)[0] for prompt in prompts]
+        together = server.generate(prompts, TOKENS)
+    assert [a["output_ids"] for a in alone] == answers
+    assert [a["output_ids"] for a in together] == answers
+    # One at a time: K = 3, round for round as simulated. Six at once: no drafts, a round for each token but the first.
+    assert [a["meta_info"]["spec_verify_ct"] for a in alone] == [len(rounds) for rounds in expected]
+    assert [a["meta_info"]["spec_verify_ct"] for a in together] == [TOKENS - 1] * MANY
+
+
+def test_vllm_drafts_by_load(model, texts, file, tmp_path):
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine="vllm")
+    expected = draft_rounds(model, texts, 0, 8)[STEPS - 1]
+    flags = command(serve_flags(TINY, "vllm", schedule=str(file)))
+    tells = ["--per-request-spec-decode-metrics", "detailed"]
+    with VLLMServer([*flags, *tells], tmp_path / "server.log") as server:
+
+        def ask(text):
+            return server.complete(str(TINY), text.ids[: text.start], TOKENS)
+
+        alone = [ask(text) for text in texts]
+        with ThreadPoolExecutor(MANY) as pool:
+            together = list(pool.map(ask, texts))
+    answers = [t.ids[t.start : t.end][:TOKENS] for t in texts]
+    assert [ids for ids, _ in alone] == answers
+    assert [ids for ids, _ in together] == answers
+    # Requests arrive one by one here, so the first few rounds may have drafts; vLLM tells only rounds that had some.
+    assert [len(rounds) for _, rounds in alone] == [len(rounds) for rounds in expected]
+    assert all(len(rounds or []) < 4 for _, rounds in together)
