@@ -23,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -86,10 +85,11 @@ def main():
 
 
 def wide_model(width, folder):
-    """As the tiny model, but for one layer of that width, of which attention and MLP are narrow."""
+    """As the tiny model, but for one layer of that width with a narrow MLP."""
     shutil.copytree(ROOT / "examples" / "tiny-mimo", folder)
     (folder / "model.safetensors").unlink()
-    narrow = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "intermediate_size": 64}
+    # SGLang's class takes the width over the number of heads, whatever head_dim says.
+    narrow = {"num_attention_heads": width // 128, "num_key_value_heads": 1, "head_dim": 128, "intermediate_size": 64}
     config = json.loads((folder / "config.json").read_text())
     write_json({**config, **narrow, "hidden_size": width, "num_hidden_layers": 1}, folder / "config.json")
     checkpoint = Checkpoint(folder)
@@ -221,42 +221,17 @@ def training(args, rows, cache, work):
 
 
 def resources(command):
-    """CPU seconds and peak memory of a command with everything it starts."""
+    """CPU seconds of a command with everything it starts, and the peak memory of the largest of its processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(os.devnull, "wb") as nothing:
         process = subprocess.Popen(command, env=environment, stdout=nothing, stderr=nothing, start_new_session=True)
-    peak = [0]
-    sampler = threading.Thread(target=sample, args=(process.pid, peak))
-    sampler.start()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = status
-    sampler.join()
     assert status == 0, command
     return {
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
-        "peak_rss_mb": round(usage.ru_maxrss / 1000),  # of the largest process
-        "peak_anonymous_mb": round(peak[0] / 1000),  # without pages of files, of all processes
+        "peak_rss_mb": round(usage.ru_maxrss / 1000),
     }
-
-
-def sample(group, peak):
-    """Anonymous memory of a group, every 20 ms until it has ended."""
-    while True:
-        total, alive = 0, False
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                if os.getpgid(int(folder.name)) != group:
-                    continue
-                status = (folder / "status").read_text()
-            except OSError:
-                continue
-            alive = alive or "State:\tZ" not in status
-            line = next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0 kB")
-            total += int(line.split()[1]) * 1024 // 1000
-        peak[0] = max(peak[0], total)
-        if not alive:
-            return
-        time.sleep(0.02)
 
 
 # The page
@@ -316,12 +291,11 @@ def training_table(training):
             {
                 "run": way,
                 "peak RSS, MB": many["peak_rss_mb"],
-                "of it anonymous, MB": many["peak_anonymous_mb"],
                 "CPU s of a step": (many["cpu_seconds"] - one["cpu_seconds"]) / steps,
                 f"CPU s of the run, {name}": many["cpu_seconds"],
             }
         )
-    return tabulate(lines, headers="keys", tablefmt="pipe", floatfmt=("", ".0f", ".0f", ".2f", ".1f"))
+    return tabulate(lines, headers="keys", tablefmt="pipe", floatfmt=("", ".0f", ".2f", ".1f"))
 
 
 if __name__ == "__main__":

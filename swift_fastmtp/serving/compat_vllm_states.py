@@ -39,6 +39,11 @@ NAMES = (
 )
 
 
+def check() -> None:
+    """Raises `FastMTPError` if a name is gone, or takes something else."""
+    check_names(NAMES)
+
+
 class _Done:
     """In place of a CUDA event: of a copy that was made at once."""
 
@@ -53,7 +58,7 @@ class HiddenStatesConnector(stock.ExampleHiddenStatesConnector):
     """vLLM's, without CUDA where there is none."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        or_exit(check_names, NAMES)
+        or_exit(check)
         super().__init__(*args, **kwargs)
 
     def _submit_async_write(self, pending: Any) -> None:

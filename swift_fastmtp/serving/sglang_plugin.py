@@ -51,7 +51,7 @@ def _send_states_as_bytes() -> None:
     try:
         check_states()
     except FastMTPError as error:
-        logger.warning("swift_fastmtp: hidden states are sent as lists of numbers: %s", error)
+        logger.info("swift_fastmtp: hidden states are sent as lists of numbers: %s", error)
         return
     hook_states(state_wire.PARAMETER, state_wire.KEY, state_wire.encode)
 
