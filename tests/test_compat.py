@@ -1,5 +1,6 @@
 """Every private or undocumented name that is gone, or means something else, is one line that says what to install."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -569,6 +570,40 @@ def test_states_of_vllms_mimo(monkeypatch):
     model.aux_hidden_state_layers = (3,)
     with fails("vllm", "MiMo's hidden states are asked of layers (3,), not of the last alone"):
         model.forward(states, None)
+
+
+def test_vllms_connector(monkeypatch):
+    """Its names, and which layers it is started for."""
+    path = "vllm.distributed.kv_transfer.kv_connector.v1"
+    module = types.ModuleType(f"{path}.example_hidden_states_connector")
+    exec(
+        "def extract_from_kv_cache(kv_cache, slot_mapping, num_tokens): ...\n"
+        "class ExampleHiddenStatesConnector:\n    def _submit_async_write(self, pending): ...\n"
+        "    @staticmethod\n    def _write_tensors(tensors, event, filename, lock_fd): ...\n",
+        vars(module),
+    )
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    sys.modules[path].example_hidden_states_connector = module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "swift_fastmtp.serving.compat_vllm_states", raising=False)
+    states = importlib.import_module("swift_fastmtp.serving.compat_vllm_states")
+    monkeypatch.delitem(sys.modules, "swift_fastmtp.serving.compat_vllm_states")
+    states.check()
+
+    def server(layers):
+        asked = SimpleNamespace(hf_config=SimpleNamespace(eagle_aux_hidden_state_layer_ids=layers))
+        model = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
+        return SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=asked))
+
+    states.check_layers(server([4]))
+    for layers in ([3], [2, 4], None):
+        with pytest.raises(FastMTPError, match=r"eagle_aux_hidden_state_layer_ids must be \[4\]$"):
+            states.check_layers(server(layers))
+    monkeypatch.delattr(module.ExampleHiddenStatesConnector, "_write_tensors")
+    with fails("vllm", "ExampleHiddenStatesConnector._write_tensors of vllm"):
+        states.check()
 
 
 def test_vllm_names_that_nothing_uses(vllm, monkeypatch):

@@ -131,4 +131,4 @@ def test_whoever_is_killed(forks, tmp_path):
             assert all(tensors[name].equal(weights[name]) for name in weights)
             for folder in (cache, out):
                 shutil.rmtree(folder)
-    print(f"killed: {killed}")
+            print(f"killed: {killed}, the same cache and weights", flush=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as stock
 
+from ..errors import FastMTPError
 from ..files.libraries import Name, check_names
 from .maps import or_exit
 
@@ -44,6 +45,19 @@ def check() -> None:
     check_names(NAMES)
 
 
+def check_layers(vllm_config: Any) -> None:
+    """Raises `FastMTPError` if other states are asked for than the last layer's, which nobody could tell later."""
+    asked = getattr(
+        vllm_config.speculative_config.draft_model_config.hf_config, "eagle_aux_hidden_state_layer_ids", None
+    )
+    last = vllm_config.model_config.hf_text_config.num_hidden_layers
+    if list(asked or []) != [last]:
+        raise FastMTPError(
+            f"hidden states of layers {asked} are asked for; `fastmtp hidden` takes those of the last alone: "
+            f"eagle_aux_hidden_state_layer_ids must be [{last}]"
+        )
+
+
 class _Done:
     """In place of a CUDA event: of a copy that was made at once."""
 
@@ -57,9 +71,10 @@ class _Done:
 class HiddenStatesConnector(stock.ExampleHiddenStatesConnector):
     """vLLM's, without CUDA where there is none."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         or_exit(check)
-        super().__init__(*args, **kwargs)
+        super().__init__(vllm_config, *args, **kwargs)
+        or_exit(check_layers, vllm_config)
 
     def _submit_async_write(self, pending: Any) -> None:
         if self._kv_cache is not None and self._kv_cache.is_cuda:
