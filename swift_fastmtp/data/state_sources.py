@@ -80,6 +80,8 @@ class VLLMStates:
 
     def __init__(self, target: Checkpoint, folder: str) -> None:
         self.target, self.folder = target, Path(folder).resolve()
+        self._models: dict[str, str] = {}
+        """What each server calls its model."""
 
     @property
     def start(self) -> str:
@@ -111,8 +113,9 @@ class VLLMStates:
         Raises `MalformedError`, after which a request is repeated, and `FastMTPError` for a path that is not in the
         folder.
         """
-        name = sorted(await server.model_names())[:1]
-        body = {"model": "".join(name), "prompt": list(ids), "max_tokens": 1, "temperature": 0}
+        if server.url not in self._models:
+            self._models[server.url] = min(await server.model_names(), default="")
+        body = {"model": self._models[server.url], "prompt": list(ids), "max_tokens": 1, "temperature": 0}
         answer = await server.post("/v1/completions", body)
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if path is None:
