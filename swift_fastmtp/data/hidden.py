@@ -65,13 +65,13 @@ def hidden(  # noqa: PLR0913
     Raises `FastMTPError` if the servers serve another model or return no states of whole prompts, the folder holds
     states of another model, or a row is bad.
     """
+    if (engine == "vllm") != (states_folder is not None):
+        raise FastMTPError("--states_folder goes with --engine vllm: the folder that its servers write states to")
     draft = Checkpoint(model_dir)
     target = draft.target
     documents = dict.fromkeys(_documents(model_dir, dataset, draft.vocab_size, max_length, on_bad_row))
     if not documents:
         raise FastMTPError(f"{', '.join(dataset)}: no row has an answer that can be trained on, within --max_length")
-    if (engine == "vllm") != (states_folder is not None):
-        raise FastMTPError("--states_folder goes with --engine vllm: the folder that its servers write states to")
     source = VLLMStates(target, states_folder) if states_folder is not None else SGLangStates(target)
     factor = final_norm_factor(draft, target)
     servers = Servers(base_urls, Sampling(max_new_tokens=1), None, api_key, timeout, retry_seconds, concurrency)
