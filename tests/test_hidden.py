@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers.engine import HalfServer, Server, VLLMServer
+from helpers.hidden import STATES, cache_of, states_of, write_rows
 from helpers.models import CHECKPOINTS, quantized
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import swift
@@ -28,29 +29,17 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import load_without_backbone
 from swift_fastmtp.serving.launch import command, serve_flags
 
-STATES = ["--enable-return-hidden-states", "--disable-radix-cache", "--chunked-prefill-size", "-1"]
 SMALL = [
     *("--torch_dtype", "float32", "--fp16", "false", "--max_length", "256", "--max_steps", "6", "--save_steps", "6"),
     *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-3"),
     *("--add_version", "false", "--split_dataset_ratio", "0", "--dataloader_num_workers", "0"),
     *("--check_model", "false"),
 ]
-
-
-def states_of(model, ids):
-    positions = torch.arange(len(ids))[None]
-    return model.backbone_states(torch.tensor([ids]), None, positions, segment_ids(positions))[0]
-
-
-def cache_of(folder, target, width, dtype="float32"):
-    states = EngineStates("SGLang", "0.5.23", dtype, None, width)
-    return HiddenCache.from_engine(folder, Checkpoint(target).fingerprint, states, 2**30)
 
 
 @pytest.mark.parametrize("name", some_now(["tiny", *CHECKPOINTS]))
@@ -128,15 +117,6 @@ def test_dtypes_are_those_of_the_whole_model(name, tmp_path):
 
 
 # With real servers.
-
-
-def write_rows(path, count=24):
-    with open(path, "w") as file:
-        for number in range(count):
-            asked = {"role": "user", "content": f"What is {number} times {number + 1}?"}
-            answer = {"role": "assistant", "content": f"It is {number * (number + 1)}. " * (1 + number % 7)}
-            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-    return path
 
 
 def hidden_command(model, rows, cache, server):

@@ -14,11 +14,11 @@ from functools import partial
 
 import pytest
 from helpers.engine import Server
+from helpers.hidden import STATES, write_rows
 from helpers.kill_forks import Forks
 from helpers.paths import TINY
 from helpers.swift_runs import sft_args
 from safetensors.torch import load_file
-from test_hidden import STATES, write_rows
 
 from swift_fastmtp.swift_plugin.resume import what_is_missing
 

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.hidden import cache_of, states_of, write_rows
 from helpers.models import CHECKPOINTS
 from helpers.paths import ROOT, TINY
 from helpers.tiers import some_now
 from safetensors.torch import save_file
-from test_hidden import cache_of, states_of, write_rows
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.data import state_sources, state_wire
