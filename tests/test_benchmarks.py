@@ -163,3 +163,19 @@ def test_the_studys_heads_are_served_and_timed(study):
     for run in drafting:
         assert run["lossless"]["equal"] == run["lossless"]["compared"] == 4
         assert run["tau_micro"] > 1.2
+
+
+@pytest.mark.matrix
+def test_hidden_states_from_a_server(installed, rows, monkeypatch, tmp_path):
+    """In small, without training: bytes take less of the wire than lists, and both fill a cache."""
+    bench = load("data/hidden.py")
+    output = tmp_path / "hidden"
+    options = ["--wide", "256", "--dataset", str(rows), "--plugin", str(installed[1]), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["hidden.py", *options, "--rows", "4", "--rounds", "1", "--concurrency", "2"])
+    bench.main()
+    record = json.loads(output.with_suffix(".json").read_text())
+    wire = record["wire_bytes_per_token"]
+    assert wire["bytes"] < 256 * 4 * 4 / 3 + 100 and wire["lists"] > 3 * wire["bytes"]
+    assert record["disk_bytes_per_token"] < 256 * 4 + 32
+    assert [line["way"] for line in record["rounds"]] == [*bench.WAYS]
+    assert "| bytes " in output.with_suffix(".md").read_text()

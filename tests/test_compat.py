@@ -1,5 +1,6 @@
 """Every private or undocumented name that is gone, or means something else, is one line that says what to install."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -412,10 +413,12 @@ def sglang(monkeypatch):
         "eagle_worker_v2": types.ModuleType("sglang.srt.speculative.eagle_worker_v2"),
         "logits_processor": types.ModuleType("sglang.srt.layers.logits_processor"),
         "schedule_batch": types.ModuleType("sglang.srt.managers.schedule_batch"),
+        "batch_result_processor": types.ModuleType("sglang.srt.managers.scheduler_components.batch_result_processor"),
     }
     for module in modules.values():
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for package in ("sglang", "sglang.srt", "sglang.srt.speculative", "sglang.srt.layers", "sglang.srt.managers"):
+    packages = ("speculative", "layers", "managers", "managers.scheduler_components")
+    for package in ("sglang", "sglang.srt", *(f"sglang.srt.{name}" for name in packages)):
         monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     source = {
         "spec_info": "class SpeculativeAlgorithm:\n    def create_worker(self, server_args): ...\n",
@@ -430,7 +433,15 @@ def sglang(monkeypatch):
             "        return self._compute_lm_head(hidden_states, lm_head)\n"
             "    def _compute_lm_head(self, hidden_states, lm_head, embedding_bias=None, *, out=None): ...\n"
         ),
-        "schedule_batch": ("class Req:\n    def update_spec_correct_drafts_histogram(self, num_correct_drafts): ...\n"),
+        "schedule_batch": (
+            "class Req:\n    def __init__(self): self.customized_info = None\n"
+            "    def update_spec_correct_drafts_histogram(self, num_correct_drafts): ...\n"
+        ),
+        "batch_result_processor": (
+            "class SchedulerBatchResultProcessor:\n"
+            "    def _append_prefill_hidden_states(self, *, req, logits_output, hidden_state_offset,\n"
+            "        capture_hidden_mode, extend_input_len, store=True): ...\n"
+        ),
     }
     for name, module in modules.items():
         exec(source[name], vars(module))
@@ -458,6 +469,19 @@ def test_sglang_names_that_nothing_calls(sglang, monkeypatch):
         patch.setattr(sglang.eagle_worker_v2.EAGLEWorkerV2, "__init__", lambda self: None)
         with fails("sglang", "nothing calls EagleDraftWorker"):
             compat_sglang.check()
+
+
+def test_sglang_names_for_hidden_states(sglang, monkeypatch):
+    compat_sglang.check_states()
+    processor = sglang.batch_result_processor.SchedulerBatchResultProcessor
+    with monkeypatch.context() as patch:
+        patch.setattr(processor, "_append_prefill_hidden_states", lambda self, req, *, where: None)
+        with fails("sglang", "SchedulerBatchResultProcessor._append_prefill_hidden_states takes (self, req, where)"):
+            compat_sglang.check_states()
+    with monkeypatch.context() as patch:
+        patch.setattr(sglang.schedule_batch.Req, "__init__", lambda self: None)
+        with fails("sglang", "Req has no customized_info (what is sent beside the answer of a request)"):
+            compat_sglang.check_states()
 
 
 def test_sglang_versions_arguments_and_parts(monkeypatch):
@@ -523,6 +547,63 @@ def test_vllm_names(vllm, monkeypatch):
             patch.delattr(*owner_of(name))
             with fails("vllm", f"{name.short} of {module} is gone ({name.why})"):
                 compat_vllm.check_maps()
+
+
+def test_states_of_vllms_mimo(monkeypatch):
+    """Given where they are asked for, of the last layer alone; a class that gives its own is left as it is."""
+    module = types.ModuleType("vllm.model_executor.models.mimo")
+    exec(
+        "class MiMoModel:\n    layers = [0] * 4\n    aux_hidden_state_layers = ()\n"
+        "    def forward(self, input_ids, positions): return input_ids\n",
+        vars(module),
+    )
+    for package in ("vllm", "vllm.model_executor", "vllm.model_executor.models"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    compat_vllm.give_mimo_layer_states()
+    model, states = module.MiMoModel(), torch.ones(2)
+    assert model.forward(states, None) is states
+    model.aux_hidden_state_layers = (4,)
+    output, layers = model.forward(states, None)
+    assert output is states and layers == [states]
+    assert model.forward((states, [states]), None) == (states, [states])
+    model.aux_hidden_state_layers = (3,)
+    with fails("vllm", "MiMo's hidden states are asked of layers (3,), not of the last alone"):
+        model.forward(states, None)
+
+
+def test_vllms_connector(monkeypatch):
+    """Its names, and which layers it is started for."""
+    path = "vllm.distributed.kv_transfer.kv_connector.v1"
+    module = types.ModuleType(f"{path}.example_hidden_states_connector")
+    exec(
+        "def extract_from_kv_cache(kv_cache, slot_mapping, num_tokens): ...\n"
+        "class ExampleHiddenStatesConnector:\n    def _submit_async_write(self, pending): ...\n"
+        "    @staticmethod\n    def _write_tensors(tensors, event, filename, lock_fd): ...\n",
+        vars(module),
+    )
+    parts = path.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    sys.modules[path].example_hidden_states_connector = module
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.delitem(sys.modules, "swift_fastmtp.serving.compat_vllm_states", raising=False)
+    states = importlib.import_module("swift_fastmtp.serving.compat_vllm_states")
+    monkeypatch.delitem(sys.modules, "swift_fastmtp.serving.compat_vllm_states")
+    states.check()
+
+    def server(layers):
+        asked = SimpleNamespace(hf_config=SimpleNamespace(eagle_aux_hidden_state_layer_ids=layers))
+        model = SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=4))
+        return SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=asked))
+
+    states.check_layers(server([4]))
+    for layers in ([3], [2, 4], None):
+        with pytest.raises(FastMTPError, match=r"eagle_aux_hidden_state_layer_ids must be \[4\]$"):
+            states.check_layers(server(layers))
+    monkeypatch.delattr(module.ExampleHiddenStatesConnector, "_write_tensors")
+    with fails("vllm", "ExampleHiddenStatesConnector._write_tensors of vllm"):
+        states.check()
 
 
 def test_vllm_names_that_nothing_uses(vllm, monkeypatch):

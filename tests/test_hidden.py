@@ -1,14 +1,18 @@
 """Hidden states from a server of the model, and training on them without the model's layers."""
 
+import asyncio
 import json
+import shlex
 import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
-from helpers.engine import HalfServer, Server
+from helpers.engine import HalfServer, Server, VLLMServer
+from helpers.hidden import STATES, cache_of, states_of, write_rows
 from helpers.models import CHECKPOINTS, quantized
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import swift
@@ -16,36 +20,26 @@ from helpers.tiers import some_now
 from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.data import client, state_wire
 from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.data.hidden import _documents
+from swift_fastmtp.data.state_sources import SGLangStates, VLLMStates
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import load_without_backbone
 from swift_fastmtp.serving.launch import command, serve_flags
 
-STATES = ["--enable-return-hidden-states", "--disable-radix-cache", "--chunked-prefill-size", "-1"]
 SMALL = [
     *("--torch_dtype", "float32", "--fp16", "false", "--max_length", "256", "--max_steps", "6", "--save_steps", "6"),
     *("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-3"),
     *("--add_version", "false", "--split_dataset_ratio", "0", "--dataloader_num_workers", "0"),
     *("--check_model", "false"),
 ]
-
-
-def states_of(model, ids):
-    positions = torch.arange(len(ids))[None]
-    return model.backbone_states(torch.tensor([ids]), None, positions, segment_ids(positions))[0]
-
-
-def cache_of(folder, target, width, dtype="float32"):
-    states = EngineStates("SGLang", "0.5.23", dtype, None, width)
-    return HiddenCache.from_engine(folder, Checkpoint(target).fingerprint, states, 2**30)
 
 
 @pytest.mark.parametrize("name", some_now(["tiny", *CHECKPOINTS]))
@@ -125,15 +119,6 @@ def test_dtypes_are_those_of_the_whole_model(name, tmp_path):
 # With real servers.
 
 
-def write_rows(path, count=24):
-    with open(path, "w") as file:
-        for number in range(count):
-            asked = {"role": "user", "content": f"What is {number} times {number + 1}?"}
-            answer = {"role": "assistant", "content": f"It is {number * (number + 1)}. " * (1 + number % 7)}
-            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
-    return path
-
-
 def hidden_command(model, rows, cache, server):
     paths = {"model": model, "dataset": rows, "hidden_cache": cache, "base_url": f"http://127.0.0.1:{server.port}"}
     options = [word for name, value in paths.items() for word in (f"--{name}", str(value))]
@@ -156,12 +141,33 @@ def kill_while_it_writes(command, cache, number):
         process.kill()
 
 
+def ask(source, server, ids):
+    """States of a prompt as a source gets them from a real server."""
+
+    async def once():
+        one = client.Server(f"http://127.0.0.1:{server.port}", None, 60.0)
+        try:
+            return await source.ask(one, lambda: None, ids=ids)
+        finally:
+            await one.close()
+
+    return asyncio.run(once())
+
+
 @pytest.mark.matrix
-def test_states_and_weights_are_ours(tmp_path):
-    """In float32 an engine's states are transformers', and a run on them ends with the plain run's weights."""
+def test_states_and_weights_are_ours(installed, tmp_path):
+    """In float32 an engine's states are transformers', and a run on them ends with the plain run's weights. From a
+    server with our plugin they come as bytes, which are the lists."""
     rows = write_rows(tmp_path / "rows.jsonl")
     launch = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code", *STATES]
-    with Server(launch, tmp_path / "log") as server:
+    with Server(launch, tmp_path / "log", {"PYTHONPATH": str(installed[1])}) as server:
+        source, ids = SGLangStates(Checkpoint(TINY)), tuple(range(100, 140))
+        with mock.patch.object(state_wire, "decode", wraps=state_wire.decode) as decode:
+            as_bytes = ask(source, server, ids)
+            assert decode.call_count == 1
+            with mock.patch.object(state_wire, "PARAMETER", "none_of_ours"):
+                assert torch.equal(ask(source, server, ids), as_bytes)
+            assert decode.call_count == 1
         first = hidden(TINY, rows, tmp_path / "cache", server, more=["--max_length", "40"])
         assert first.returncode == 0, first.stderr
         for number in range(3):
@@ -187,6 +193,35 @@ def test_states_and_weights_are_ours(tmp_path):
     for tensor_name, tensor in weights["plain"].items():
         moved = (tensor - start[tensor_name].float()).abs().max()
         assert (tensor - weights["engine"][tensor_name]).abs().max() < 0.05 * moved + 1e-6, tensor_name
+
+
+@pytest.mark.matrix
+def test_states_from_vllm_are_ours(installed, tmp_path):
+    """Those before the final norm, on a CPU, through its own extraction and a connector of ours."""
+    rows, states = write_rows(tmp_path / "rows.jsonl"), tmp_path / "states"
+    source = VLLMStates(Checkpoint(TINY), str(states))
+    launch = ["vllm", "serve", str(TINY), "--trust-remote-code", *shlex.split(source.start.partition(" with ")[2])]
+    more = ["--engine", "vllm", "--states_folder", str(states)]
+    launch += ["--max-num-batched-tokens", "128"]  # a long prompt is computed in parts
+    torch.manual_seed(0)
+    long = tuple(torch.randint(5, 6000, (300,)).tolist())
+    with VLLMServer(launch, tmp_path / "log", {"PYTHONPATH": str(installed[1])}) as server:
+        done = hidden(TINY, rows, tmp_path / "cache", server, more=more)
+        assert done.returncode == 0 and "24 documents" in done.stdout, done.stderr
+        twice = [ask(source, server, long) for _ in range(2)]  # the second time most of it is in the prefix cache
+        assert list(states.iterdir()) == []
+        assert_one_line(hidden(TINY, rows, tmp_path / "none", server, more=["--engine", "vllm"]), "--states_folder")
+    origin = engine_states(tmp_path / "cache")
+    assert origin == EngineStates("vLLM", "0.32.0", "float32", None, 192, before_norm=True)
+    cache = HiddenCache.from_engine(tmp_path / "cache", Checkpoint(TINY).fingerprint, origin, 0)
+    model = load_model(TINY, torch.float32)
+    model.fastmtp = FastMTPConfig(engine="vllm")
+    for row in read_rows(rows):
+        (example,) = training_examples(load_tokenizer(str(TINY)), row)
+        (found,) = cache.get([torch.tensor(example.ids)])
+        torch.testing.assert_close(found, states_of(model, example.ids), atol=2e-4, rtol=1e-5)
+    for found in twice:
+        torch.testing.assert_close(found, states_of(model, list(long)), atol=2e-4, rtol=1e-5)
 
 
 @pytest.mark.matrix
@@ -221,8 +256,8 @@ def test_servers_that_do_not_do(tmp_path):
     with Server([*launch, *STATES[:2], "--chunked-prefill-size", "32"], tmp_path / "log") as server:
         assert_one_line(hidden(TINY, rows, tmp_path / "chunks", server), "--chunked-prefill-size -1")
     with Server([*launch, STATES[0]], tmp_path / "log") as server:
-        hidden(TINY, rows, tmp_path / "first", server)  # which may or may not meet a prefix of another row
-        assert_one_line(hidden(TINY, rows, tmp_path / "again", server), "--disable-radix-cache")
+        # Each server is asked for one document first, so a prefix is in its cache by the second time.
+        assert_one_line(hidden(TINY, rows, tmp_path / "prefixes", server), "--disable-radix-cache")
 
 
 def assert_one_line(done, text):

@@ -178,11 +178,12 @@ class Servers:
 
         return await self.ask_any(ask)
 
-    async def ask_any(self, ask: Callable[["Server", Hear], Awaitable[T]]) -> T:
-        """What `ask` gives of the server whose turn it is, asked again as `repeat` does it. Raises as `reply`."""
+    async def ask_any(self, ask: Callable[["Server", Hear], Awaitable[T]], only: "Server | None" = None) -> T:
+        """What `ask` gives of the server whose turn it is, or of `only`, asked again as `repeat` does it. Raises as
+        `reply`."""
 
         async def ask_next() -> T:
-            server = next(self._turn)
+            server = only or next(self._turn)
             return await server.in_time(partial(ask, server), self._longest)
 
         return await self._repeat(ask_next)

@@ -5,32 +5,25 @@ server computes the hidden states that drafts will see, of the same numbers; her
 hidden-state cache (`model/hidden_cache.py`). A run that finds all it needs in there loads embedding, output matrix and
 MTP layer, and never the layers of the backbone (`model/without_backbone.py`).
 
-SGLang returns the states of a prompt with `return_hidden_states`, after the final norm (`batch_result_processor.py`
-`_append_prefill_hidden_states`): those that the last step of the prefill computed. A prefix that it has cached, and
-earlier chunks of a long prompt, are missing in them, so its radix cache and chunks must be off.
+How an engine hands them over stands in `state_sources.py`.
 """
 
 import asyncio
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..files.rows import BadRows, iter_rows
 from ..model.hidden_cache import EngineStates, HiddenCache
+from ..model.without_backbone import final_norm_factor
 from .chat_template import RenderError, load_tokenizer
 from .client import Hear, RefusedError, Sampling, Server, Servers, all_or_first_failure
 from .examples import check_vocabulary, training_examples
-
-_SHORT = {"half": "float16", "float": "float32"}
-"""SGLang's other words for its `--dtype`."""
-_FLAGS = "--enable-return-hidden-states --disable-radix-cache --chunked-prefill-size -1"
+from .state_sources import SGLangStates, VLLMStates, check_norm, check_shape
 
 
 def hidden(  # noqa: PLR0913
@@ -39,6 +32,8 @@ def hidden(  # noqa: PLR0913
     hidden_cache: str,
     *,
     base_urls: list[str],
+    engine: Literal["sglang", "vllm"] = "sglang",
+    states_folder: str | None = None,
     api_key: str | None = None,
     concurrency: int = 32,
     timeout: float = 600.0,
@@ -53,7 +48,10 @@ def hidden(  # noqa: PLR0913
         model_dir: folder of the model that is served; a draft-only folder stands for its target
         dataset: rows to train on, as `swift sft --dataset` gets them; rows for evaluation too
         hidden_cache: folder to fill; one that is not complete is continued
-        base_urls: SGLang servers of the model, without drafts
+        base_urls: servers of the model, without drafts
+        engine: what they run
+        states_folder: where vLLM's servers write states, which is read here and emptied; a folder in memory, as
+            /dev/shm/states, or one that both machines see
         api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
         concurrency: rows at a time
         timeout: seconds of silence until a server must show that it lives
@@ -67,13 +65,18 @@ def hidden(  # noqa: PLR0913
     Raises `FastMTPError` if the servers serve another model or return no states of whole prompts, the folder holds
     states of another model, or a row is bad.
     """
+    if (engine == "vllm") != (states_folder is not None):
+        raise FastMTPError("--states_folder goes with --engine vllm: the folder that its servers write states to")
     draft = Checkpoint(model_dir)
     target = draft.target
     documents = dict.fromkeys(_documents(model_dir, dataset, draft.vocab_size, max_length, on_bad_row))
     if not documents:
         raise FastMTPError(f"{', '.join(dataset)}: no row has an answer that can be trained on, within --max_length")
+    source = VLLMStates(target, states_folder) if states_folder is not None else SGLangStates(target)
+    factor = final_norm_factor(draft, target)
     servers = Servers(base_urls, Sampling(max_new_tokens=1), None, api_key, timeout, retry_seconds, concurrency)
-    return asyncio.run(_fill(servers, target, list(documents), hidden_cache, hidden_cache_gb, concurrency))
+    filling = _fill(servers, source, factor, list(documents), hidden_cache, hidden_cache_gb, concurrency)
+    return asyncio.run(filling)
 
 
 def _documents(
@@ -100,15 +103,16 @@ def _documents(
 
 async def _fill(
     servers: Servers,
-    target: Checkpoint,
+    source: SGLangStates | VLLMStates,
+    factor_D: torch.Tensor | None,
     documents: list[tuple[int, ...]],
     folder: str,
     size_gb: float,
     concurrency: int,
 ) -> int:
     try:
-        states = await _what_is_served(servers, target)
-        cache = HiddenCache.from_engine(folder, target.fingerprint, states, int(size_gb * 1e9))
+        states = await _what_is_served(servers, source, factor_D, documents[0])
+        cache = HiddenCache.from_engine(folder, source.target.fingerprint, states, int(size_gb * 1e9))
         missing = [ids for ids in documents if not cache.has(torch.tensor(ids))]
         tokens = sum(map(len, missing))
         done = len(documents) - len(missing)
@@ -116,21 +120,42 @@ async def _fill(
             bar.set_postfix_str(f"{done} of {len(documents)} documents were there")
             stream = iter(missing)
             workers = min(concurrency, len(missing))
-            await all_or_first_failure(_work(servers, stream, cache, bar) for _ in range(workers))
+            await all_or_first_failure(_work(servers, source, stream, cache, bar) for _ in range(workers))
     finally:
         await servers.close()
     return len(documents)
 
 
-async def _work(servers: Servers, stream: Iterator[tuple[int, ...]], cache: HiddenCache, bar: Any) -> None:
+async def _what_is_served(
+    servers: Servers, source: SGLangStates | VLLMStates, factor_D: torch.Tensor | None, ids: tuple[int, ...]
+) -> EngineStates:
+    """Where the states come from, which all servers have in common. Each is asked for those of one document.
+
+    Raises `FastMTPError` if servers differ, or their states are not those that are wanted.
+    """
+    found = set()
+    for server in servers.all:
+        states = await _ask(servers, source, ids, server)
+        if factor_D is not None:
+            check_norm(source, server.url, states, factor_D)
+        found.add(await source.describe(servers, server, states))
+    if len(found) != 1:
+        raise FastMTPError(f"the servers differ: {', '.join(map(str, sorted(found, key=str)))}; ask one kind of them")
+    (one,) = found
+    if one.dtype not in ("float32", "bfloat16", "float16"):
+        raise FastMTPError(f"{servers.all[0].url}: computes in {one.dtype!r}; states are kept in 32 or 16 bits")
+    return one
+
+
+async def _work(
+    servers: Servers,
+    source: SGLangStates | VLLMStates,
+    stream: Iterator[tuple[int, ...]],
+    cache: HiddenCache,
+    bar: Any,
+) -> None:
     for ids in stream:
-        try:
-            states = await servers.ask_any(partial(_states, ids=ids, width=cache.width))
-        except RefusedError as error:
-            raise FastMTPError(
-                f"the server refuses a prompt of {len(ids)} tokens ({error}); start it with {_FLAGS}"
-            ) from None
-        cache.put([torch.tensor(ids)], [states])
+        cache.put([torch.tensor(ids)], [await _ask(servers, source, ids)])
         if cache.full:
             raise FastMTPError(
                 f"{cache.folder}: full; allow more than --hidden_cache_gb {cache.max_bytes / 1e9:g}, and start again"
@@ -138,45 +163,20 @@ async def _work(servers: Servers, stream: Iterator[tuple[int, ...]], cache: Hidd
         bar.update(len(ids))
 
 
-async def _states(server: Server, _hear: Hear, *, ids: tuple[int, ...], width: int) -> torch.Tensor:
-    """States [T, D] of a prompt, float32 as the server's JSON has them."""
-    body = {
-        "input_ids": list(ids),
-        "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-        "return_hidden_states": True,
-    }
-    answer = await server.post("/generate", body)
-    prefill = ((answer.get("meta_info") or {}).get("hidden_states") or [[]])[0]
-    states = np.asarray(prefill, np.float32)
-    if states.shape != (len(ids), width):
+async def _ask(
+    servers: Servers, source: SGLangStates | VLLMStates, ids: tuple[int, ...], server: Server | None = None
+) -> torch.Tensor:
+    """States [T, D] of a document, from one server or whichever has its turn."""
+
+    async def ask(of: Server, hear: Hear) -> torch.Tensor:
+        states = await source.ask(of, hear, ids=ids)
+        check_shape(source, of.url, states, len(ids))
+        return states
+
+    try:
+        return await servers.ask_any(ask, server)
+    except RefusedError as error:
         raise FastMTPError(
-            f"{server.url}: returns hidden states of shape {list(states.shape)} for a prompt of {len(ids)} tokens and "
-            f"width {width}; start SGLang with {_FLAGS}, and the model whose folder is --model"
-        )
-    return torch.from_numpy(states)
-
-
-async def _what_is_served(servers: Servers, target: Checkpoint) -> EngineStates:
-    """What the states depend on besides the weights. Raises `FastMTPError` if servers differ, or serve otherwise."""
-    found = set()
-    for server in servers.all:
-        info = await servers.ask_one(server, "/server_info")
-        if info.get("speculative_algorithm"):
-            raise FastMTPError(f"{server.url}: drafts; hidden states are asked from a server without drafts")
-        dtype = str(info.get("dtype") or "auto")
-        if dtype == "auto":
-            stored = target.value("dtype") or target.value("torch_dtype") or "bfloat16"
-            dtype = str(stored).removeprefix("torch.")
-        dtype = _SHORT.get(dtype, dtype)
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise FastMTPError(f"{server.url}: computes in {dtype!r}; hidden states are kept in 32 or 16 bits")
-        quantization = info.get("quantization") or _method(target)
-        found.add(EngineStates("SGLang", str(info.get("version")), dtype, quantization, target.value("hidden_size")))
-    if len(found) != 1:
-        raise FastMTPError(f"the servers differ: {', '.join(map(str, sorted(found, key=str)))}; ask one kind of them")
-    return found.pop()
-
-
-def _method(target: Checkpoint) -> str | None:
-    quantization = read_quantization(target.config, target.folder)
-    return quantization.method if quantization else None
+            f"the server refuses a prompt of {len(ids)} tokens ({error}); {source.start}, and --max_length for rows "
+            "that are longer than it takes"
+        ) from None

@@ -112,10 +112,13 @@ class EngineStates(NamedTuple):
     """Of the engine's model, as torch calls it; states are kept in it."""
     quantization: str | None
     width: int
+    before_norm: bool = False
+    """They are the last layer's, to which the final norm is yet to be applied."""
 
     def __str__(self) -> str:
         quantized = f", {self.quantization}" if self.quantization else ""
-        return f"{self.engine} {self.version}, {self.dtype}{quantized}"
+        side = ", before the final norm" if self.before_norm else ""
+        return f"{self.engine} {self.version}, {self.dtype}{quantized}{side}"
 
 
 def engine_states(folder: str | Path) -> EngineStates | None:
@@ -123,8 +126,9 @@ def engine_states(folder: str | Path) -> EngineStates | None:
     stored = read_object(Path(folder) / _INFO).get("engine")
     if not isinstance(stored, dict):
         return None
-    values: list[Any] = [stored.get(name) for name in EngineStates._fields]
-    return EngineStates(*values)
+    values: dict[str, Any] = {name: stored.get(name) for name in EngineStates._fields}
+    values["before_norm"] = bool(values["before_norm"])
+    return EngineStates(**values)
 
 
 class HiddenCache:
@@ -174,7 +178,10 @@ class HiddenCache:
 
         They are the same whatever a run's autocast is. Raises as `HiddenCache`.
         """
-        key = {"backbone": fingerprint, "engine": states._asdict()}
+        origin = states._asdict()
+        if not states.before_norm:
+            del origin["before_norm"]  # folders of earlier versions do not have it
+        key = {"backbone": fingerprint, "engine": origin}
         dtype = getattr(torch, states.dtype)
         cache = cls(folder, key, states.width, dtype, max_bytes, named_by="--hidden_cache")
         cache.origin = states

@@ -297,7 +297,10 @@ class FastMTPMixin:
             damaged = Source(f"it is from {cache.folder}; delete that folder")
             check_hidden_states(hidden, (segments >= 0).cpu(), lambda: damaged)
             # An engine's states are kept in its own dtype, which need not be this run's.
-            return hidden.to(self.lm_head.weight.dtype).to(input_ids.device, non_blocking=True)
+            hidden = hidden.to(self.lm_head.weight.dtype).to(input_ids.device, non_blocking=True)
+            if cache.origin and cache.origin.before_norm and not self.head.graph.hidden_before_norm:
+                hidden = self.model.norm(hidden)
+            return hidden
         if cache and cache.origin:
             raise FastMTPError(
                 f"{cache.folder}: lacks the hidden states of a row of {len(documents[0])} tokens or one beside it; run "

@@ -54,6 +54,21 @@ def load_without_backbone(checkpoint: Checkpoint, target: Checkpoint, dtype: tor
     return model.requires_grad_(False).eval()
 
 
+def final_norm_factor(checkpoint: Checkpoint, target: Checkpoint) -> torch.Tensor | None:
+    """What the backbone's final norm multiplies by, [D]; None where no file holds it plain.
+
+    Args:
+        checkpoint: has the MTP layer.
+        target: has the rest.
+    """
+    names = {text_name(name): name for name in target.names}
+    name = names.get("model.norm.weight")
+    weight = target.read(name) if name else None
+    if weight is None or not weight.is_floating_point():
+        return None
+    return weight.float() + (1.0 if checkpoint.family.fusion.zero_centered_norms else 0.0)
+
+
 def _drop_layers(model: Any, number: int) -> None:
     """The MTP layer may stand behind them, under its number in the list."""
     for name, _ in list(model.model.layers.named_children()):

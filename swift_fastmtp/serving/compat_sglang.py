@@ -1,7 +1,8 @@
 """What the SGLang plugin uses of SGLang's workers, none of which is documented.
 
 Token maps per language need a draft worker that knows each request's language, and a logits processor that computes the
-columns of a map. SGLang has no interface for either, so two of its classes are subclassed. Tried with SGLang 0.5.23.
+columns of a map. SGLang has no interface for either, so two of its classes are subclassed. Hidden states as bytes need
+the method that turns them into lists. Tried with SGLang 0.5.23.
 
 `check` runs in every worker process before anything is replaced. A changed name would be silent otherwise: drafts would
 come from the whole vocabulary, and only the speed would tell.
@@ -54,6 +55,14 @@ _HISTOGRAM = Name(
     "it is called once for each verification step of a request",
     first=("self", "num_correct_drafts"),
 )
+STATES = Name(
+    "sglang",
+    "sglang.srt.managers.scheduler_components.batch_result_processor:"
+    "SchedulerBatchResultProcessor._append_prefill_hidden_states",
+    "it makes lists of hidden states",
+    first=("self", "req", "logits_output", "hidden_state_offset", "capture_hidden_mode", "extend_input_len", "store"),
+)
+_REQUEST = Name("sglang", "sglang.srt.managers.schedule_batch:Req", "what is sent beside the answer of a request")
 NAMES = (
     Name(
         "sglang",
@@ -143,6 +152,51 @@ def hook_worker_choice(after: Callable[..., Any]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(WORKER_CHOICE, after, HookType.AFTER)
+
+
+def check_states() -> None:
+    """Raises `FastMTPError` if hidden states cannot be sent as bytes."""
+    check_names((STATES, _REQUEST))
+    if "customized_info" not in find(_REQUEST).__init__.__code__.co_names:
+        raise changed("sglang", f"{_REQUEST.short} has no customized_info ({_REQUEST.why})")
+
+
+def hook_states(parameter: str, key: str, encode: Callable[[Any], Any]) -> None:
+    """Send `encode(states [T, D])` under `key` of a request's meta_info, where its custom_params have `parameter`."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def append(
+        stock: Callable[..., int],
+        processor: Any,
+        *,
+        req: Any,
+        logits_output: Any,
+        hidden_state_offset: int,
+        capture_hidden_mode: Any,
+        extend_input_len: int,
+        store: bool = True,
+    ) -> int:
+        asked = parameter in (req.sampling_params.custom_params or {})
+        if not (asked and capture_hidden_mode.is_full() and req.return_hidden_states is True):
+            return stock(
+                processor,
+                req=req,
+                logits_output=logits_output,
+                hidden_state_offset=hidden_state_offset,
+                capture_hidden_mode=capture_hidden_mode,
+                extend_input_len=extend_input_len,
+                store=store,
+            )
+        end = hidden_state_offset + extend_input_len
+        if store:
+            # One value for each token of the answer; the first has the prompt's.
+            req.customized_info = {
+                **(req.customized_info or {}),
+                key: [encode(logits_output.hidden_states[hidden_state_offset:end].cpu())],
+            }
+        return end
+
+    HookRegistry.register(STATES.path.replace(":", "."), append, HookType.AROUND)
 
 
 def routed_draft(draft_class: Any, make_router: Callable[[Any], Any]) -> Any:

@@ -67,6 +67,14 @@ MAP_NAMES = (_V1, _NEXT_TOKENS, _NEXT_TOKENS_CPU, _PROPOSE, _APPLY_HEAD, _GET_LO
 """Those that token maps need. The graph needs `_V1` or `_V2`, and what `norm_target` and `norm_feedback` look at."""
 
 
+_MIMO = Name(
+    "vllm",
+    "vllm.model_executor.models.mimo:MiMoModel.forward",
+    "it returns no hidden states of layers",
+    first=("self", "input_ids", "positions"),
+)
+
+
 def check_version(use: str) -> None:
     """Raises `FastMTPError` unless vLLM is a version that was tried; `use` is what asks for it."""
     present = installed("vllm").partition("+")[0]  # what it was built for stands behind the plus
@@ -161,6 +169,36 @@ class _Finder:
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def give_mimo_layer_states() -> None:
+    """Let vLLM's MiMo return the last layer's hidden states beside its output, where they are asked for.
+
+    Its `forward` is a copy of Qwen2's without the final norm, and without the layers' states: with
+    `extract_hidden_states` the server dies at the first request ("too many values to unpack"). What it returns is the
+    last layer's state before the final norm, which is the one that is wanted.
+    """
+    when_imported(_MIMO.path.partition(":")[0], _patch_mimo)
+
+
+def _patch_mimo() -> None:
+    try:
+        owner, _ = owner_of(_MIMO)
+        stock = find(_MIMO)
+    except FastMTPError as error:
+        logger.warning("swift_fastmtp: %s; no hidden states of MiMo", error)
+        return
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        wanted = tuple(getattr(self, "aux_hidden_state_layers", ()))
+        if not wanted or not hasattr(output, "shape"):  # another version, or a rank that passes its layers' output on
+            return output
+        if wanted != (len(self.layers),):
+            raise changed("vllm", f"MiMo's hidden states are asked of layers {wanted}, not of the last alone")
+        return output, [output]
+
+    owner.forward = forward
 
 
 class ServerParts(NamedTuple):

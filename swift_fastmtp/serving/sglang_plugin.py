@@ -4,20 +4,26 @@ SGLang's own `--speculative-token-map` is one map for all requests, copied out o
 only ids: the draft's logits processor computes, for each row, the columns of that row's map from the live matrix
 (`routed_head.py`), so ids stay global, batches mix languages and verification does not know about it.
 
-Loaded by SGLang through the entry point `sglang.srt.plugins`, in every process. It does nothing unless the model's
-config.json has the key `fastmtp_token_maps`, an object of languages and files below the model's folder, or the
+And a request of `fastmtp hidden` gets its hidden states as bytes (`data/state_wire.py`).
+
+Loaded by SGLang through the entry point `sglang.srt.plugins`, in every process. For drafts it does nothing unless the
+model's config.json has the key `fastmtp_token_maps`, an object of languages and files below the model's folder, or the
 environment variable SWIFT_FASTMTP_MAPS names a JSON file with such an object, paths beside it; `none` leaves out the
 model's own.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from ..data import state_wire
 from ..errors import FastMTPError
 from .compat_sglang import (
     check,
     check_arguments,
+    check_states,
     check_version,
+    hook_states,
     hook_worker_choice,
     routed_draft,
     routed_worker,
@@ -26,6 +32,7 @@ from .compat_sglang import (
 from .maps import EVERY, VARIABLE, maps_of, maps_of_variable, or_exit
 from .router import Router
 
+logger = logging.getLogger(__name__)
 USE = "token maps per language"
 UNSUPPORTED = ("enable_dp_attention", "enable_dp_lm_head", "enable_lora")
 """Server arguments that change what the draft's output matrix is, or which rows a rank has."""
@@ -36,6 +43,17 @@ def register() -> None:
     if or_exit(_maps_of_variable):
         or_exit(check_version, USE)
     hook_worker_choice(_after_create_worker)
+    _send_states_as_bytes()
+
+
+def _send_states_as_bytes() -> None:
+    """Where a name has changed, requests are answered in lists, as without the plugin."""
+    try:
+        check_states()
+    except FastMTPError as error:
+        logger.info("swift_fastmtp: hidden states are sent as lists of numbers: %s", error)
+        return
+    hook_states(state_wire.PARAMETER, state_wire.KEY, state_wire.encode)
 
 
 def _maps_of_variable() -> dict[str, Path]:

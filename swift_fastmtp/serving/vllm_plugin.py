@@ -8,6 +8,7 @@ trained for.
 * **SGLang's graph** for a head that was trained for it, as `fastmtp.json` of an exported folder says, or where the
   environment variable SWIFT_FASTMTP_ENGINE is `sglang`; `none` or `vllm` leaves vLLM as it is. What vLLM computes
   otherwise stands in the table of families (`Family.graph`).
+* **Hidden states** for `fastmtp hidden`: MiMo's, which vLLM's own class does not give out.
 
 Loaded by vLLM through the entry point `vllm.general_plugins`, in every process. It waits for the draft model and does
 nothing until then, and nothing at all where none of this is asked for.
@@ -47,6 +48,7 @@ def register() -> None:
         or_exit(check_version, f"{VARIABLE}={os.environ[VARIABLE]}")
     if engine == "sglang":
         or_exit(check_version, f"{ENGINE_VARIABLE}=sglang")
+    compat_vllm.give_mimo_layer_states()
     nothing = os.environ.get(VARIABLE) and not maps and engine in _AS_IT_IS
     if not nothing:
         warn_if_untried()

@@ -59,10 +59,10 @@ def attach_hidden_cache(args: Any, model: Any, datasets: list[Any]) -> None:
 
 def _of_engine(model: Any, states: EngineStates) -> HiddenCache:
     """The cache that `fastmtp hidden` filled. Raises `FastMTPError` if it is another model's, or of other states."""
-    if model.head.graph.hidden_before_norm:
+    if model.head.graph.hidden_before_norm and not states.before_norm:
         raise FastMTPError(
             f"{model.fastmtp.hidden_cache}: holds states after the final norm, and fastmtp_engine vllm trains on those "
-            "before it; set fastmtp_engine to sglang"
+            "before it; fill a cache from vLLM (`fastmtp hidden --engine vllm`), or set fastmtp_engine to sglang"
         )
     target = Checkpoint(model.model_dir).target
     cache = HiddenCache.from_engine(model.fastmtp.hidden_cache, target.fingerprint, states, max_bytes=0)
