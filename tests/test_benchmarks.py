@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers.benchmarks import load
+from helpers.keep import save_through_transformers
 from helpers.models import random_mimo
 from helpers.paths import ROOT, TINY
 
@@ -179,3 +181,64 @@ def test_hidden_states_from_a_server(installed, rows, monkeypatch, tmp_path):
     assert record["disk_bytes_per_token"] < 256 * 4 + 32
     assert [line["way"] for line in record["rounds"]] == [*bench.WAYS]
     assert "| bytes " in output.with_suffix(".md").read_text()
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """The tiny model as its owner fine-tunes it: transformers knows its backbone only."""
+    folder = save_through_transformers(TINY, tmp_path_factory.mktemp("plain") / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, folder / name)
+    return folder
+
+
+@pytest.mark.matrix
+def test_the_studys_heads_are_served_and_timed_by_vllm(study, plain):
+    """Beside the plain model, in SGLang's graph: the same tokens, and every round counted."""
+    command = [sys.executable, str(ROOT / "benchmarks/smollm2/clock.py"), "--work", str(study), "--engine", "vllm"]
+    command += ["--questions", str(EVAL), "--heads", "exact_kl-0", "--model", str(plain), "--num_steps", "2"]
+    subprocess.run([*command, "--num_questions", "2", "--max_new_tokens", "12", "--rounds", "1"], check=True)
+    results = json.loads((study / "clock-vllm-float32" / "bench" / "results.json").read_text())
+    (run,) = (run for run in results["runs"] if run["server"] != "plain")
+    assert run["lossless"]["equal"] == run["lossless"]["compared"] == 2
+    assert run["tau_micro"] > 1.2
+
+
+def drift_command(plain, work):
+    """Of benchmarks/smollm2/drift.py, in small: half of the rows to tune on, half to heal on."""
+    original = work.parent / "original.jsonl"
+    rows = []
+    for number in range(16):
+        asked = {"role": "user", "content": f"What is {number} and {number}?"}
+        answered = {"role": "assistant", "content": f"Together they are {2 * number}, as everybody knows who counts."}
+        rows.append(json.dumps({"messages": [asked, answered]}) + "\n")
+    original.write_text("".join(rows))
+    command = [sys.executable, str(ROOT / "benchmarks/smollm2/drift.py"), "--work", str(work), "--study", "none"]
+    command += ["--model", str(plain), "--head", str(TINY), "--map", "0", "--original", str(original)]
+    command += ["--prompts", str(TRAIN), "--questions", str(EVAL), "--every", "10", "--tune_rows", "8", "--part", "4"]
+    command += ["--answer_tokens", "24", "--steps", "4", "--curve_every", "2"]
+    return [*command, "--drifts", "none:0:0", "tuned:12:3e-3"]
+
+
+@pytest.mark.matrix
+def test_a_drifted_backbone_is_healed_and_goes_on_after_a_kill(plain, tmp_path):
+    """The tuning learns and changes text, the table has every head, and a killed run ends as the undisturbed one."""
+    command = drift_command(plain, tmp_path / "undisturbed")
+    subprocess.run([*command, "--data", "original", "own"], check=True, stdout=subprocess.DEVNULL)
+    killed = [*drift_command(plain, tmp_path / "killed"), "--data", "original"]
+    with subprocess.Popen(killed, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("healed_original: step 2"):
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
+    subprocess.run(killed, check=True, stdout=subprocess.DEVNULL)
+    records = [json.loads((tmp_path / name / "drift.json").read_text()) for name in ("undisturbed", "killed")]
+    for model, again in zip(*(record["models"] for record in records), strict=True):
+        names = [head["name"] for head in model["heads"]]
+        own = ["healed_own after 2 steps", "healed_own"]
+        assert names == ["as it was", "healed_original after 2 steps", "healed_original", *own]
+        assert [head["greedy"] for head in model["heads"][:3]] == [head["greedy"] for head in again["heads"]]
+    none, tuned = records[0]["models"]
+    assert tuned["tuning"]["loss_after"] < tuned["tuning"]["loss_before"]
+    assert none["answers_changed"]["changed"] == 0 < tuned["answers_changed"]["changed"]
+    assert (tmp_path / "undisturbed" / "drift.md").read_text().count("healed_own") == 4

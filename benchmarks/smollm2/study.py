@@ -56,6 +56,8 @@ from common import collate
 from measure import DEPTH, measure_greedy, measure_positions, measure_sampled, plot, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+clock = time.process_time if DEVICE == "cpu" else time.time
+"""Seconds of training: CPU time, which other processes do not stretch, or where a GPU works those of the wall."""
 
 
 class Arm(NamedTuple):
@@ -89,6 +91,28 @@ ARMS = {
 
 
 def main():
+    args = arguments().parse_args()
+    study = Study(args)
+    for start in ("random", "last_layer", "fitted"):
+        study.measure_start(start)
+    study.train(
+        "vanilla",
+        Arm({**VANILLA, "token_map": ""}, "fitted", "both"),
+        args.vanilla_steps,
+        args.rate,
+        0,
+        args.curve_every,
+    )
+    for seed in args.seeds:
+        for arm in args.arms:
+            study.train(f"{arm}-{seed}", ARMS[arm], args.steps, args.rate / 2, seed)
+    if args.long_steps:
+        study.train("head", ARMS[args.long], args.long_steps, args.rate, 0, args.curve_every)
+        study.publish()
+    study.write_tables()
+
+
+def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--questions", required=True)
@@ -122,25 +146,7 @@ def main():
     parser.add_argument("--long_steps", type=int, default=0)
     parser.add_argument("--curve_every", type=int, default=0, help="steps between measurements of vanilla and head")
     parser.add_argument("--save_every", type=int, default=50, help="steps")
-    args = parser.parse_args()
-    study = Study(args)
-    for start in ("random", "last_layer", "fitted"):
-        study.measure_start(start)
-    study.train(
-        "vanilla",
-        Arm({**VANILLA, "token_map": ""}, "fitted", "both"),
-        args.vanilla_steps,
-        args.rate,
-        0,
-        args.curve_every,
-    )
-    for seed in args.seeds:
-        for arm in args.arms:
-            study.train(f"{arm}-{seed}", ARMS[arm], args.steps, args.rate / 2, seed)
-    if args.long_steps:
-        study.train("head", ARMS[args.long], args.long_steps, args.rate, 0, args.curve_every)
-        study.publish()
-    study.write_tables()
+    return parser
 
 
 class Study:
@@ -257,8 +263,9 @@ class Study:
         done = self.work / "heads" / f"{name}.json"
         if done.exists():
             if self.missing(name):
+                record = json.loads(done.read_text())
                 self.load(name)
-                self.measure(name, json.loads(done.read_text())["tokens"])
+                self.measure(name, record["tokens"], record["seconds"])
             return
         done.parent.mkdir(exist_ok=True)
         part = done.with_suffix(".part")
@@ -274,7 +281,7 @@ class Study:
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
         batches = order_of_batches(texts, steps, seed, self.args.batch_tokens)
         begun, seconds, tokens, losses = resume(part, model, optimizer, schedule)
-        started = time.time()
+        started = clock()
         for step in range(begun, steps):
             if model.fastmtp is not settings:  # at first, and after a measurement
                 model.fastmtp = settings
@@ -291,18 +298,18 @@ class Study:
             tokens += answer_tokens(batches[step])
             if (step + 1) % self.args.save_every == 0 or step + 1 == steps:
                 losses = [float(each) for each in losses]  # not at every step: a GPU would be waited for
-                spent = seconds + time.time() - started
+                spent = seconds + clock() - started
                 mean = sum(losses[-20:]) / len(losses[-20:])
                 print(f"{name}: step {step + 1}/{steps}, loss {mean:.3f}, {spent:.0f} s", flush=True)
                 save(part, model, optimizer, schedule, spent, tokens, losses)
             if curve_every and (step + 1) % curve_every == 0 and step + 1 < steps:
-                before = time.time()
-                self.measure(f"{name} after {step + 1} steps", tokens)
-                started += time.time() - before
-        spent = seconds + time.time() - started
+                before = clock()
+                self.measure(f"{name} after {step + 1} steps", tokens, seconds + before - started)
+                started += clock() - before
+        spent = seconds + clock() - started
         model.requires_grad_(False).eval()
         save_trained(model, self.head(name))
-        self.measure(name, tokens)
+        self.measure(name, tokens, spent)
         record = {"arm": arm._asdict(), "steps": steps, "rate": rate, "seed": seed, "tokens": tokens}
         write_json({**record, "seconds": round(spent, 1), "losses": losses[:: max(1, steps // 50)]}, done)
         part.unlink(missing_ok=True)
@@ -313,7 +320,7 @@ class Study:
     def measure_start(self, name):
         if self.missing(name):
             self.load(name)
-            self.measure(name, 0)
+            self.measure(name, 0, 0.0)
 
     def record_file(self, name):
         return self.work / "measured" / f"{name}.json"
@@ -327,16 +334,16 @@ class Study:
             wanted += ["long"] * bool(self.args.long_tokens) + [f"T={t}" for t in self.args.temperatures]
         return [key for key in wanted if key not in record]
 
-    def measure(self, name, tokens):
-        """The model's head as it is now, after training on so many tokens."""
+    def measure(self, name, tokens, seconds):
+        """The model's head as it is now, after training on so many tokens for so long."""
         keys = self.missing(name)
         if not keys:
             return
         path = self.record_file(name)
         path.parent.mkdir(exist_ok=True)
-        record = (
-            json.loads(path.read_text()) if path.exists() else {"name": name, "tokens": tokens, "time": time.time()}
-        )
+        record = {"name": name, "tokens": tokens, "seconds": round(seconds, 1), "time": time.time()}
+        if path.exists():
+            record = json.loads(path.read_text())
         self.model.eval()
         texts = {
             t: self.evaluation_texts(self.args.answer_tokens, t) for t in self.args.temperatures if f"T={t}" in keys
