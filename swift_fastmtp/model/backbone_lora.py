@@ -22,7 +22,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SHARED = ("embed_tokens", "lm_head")
 # (key of adapter_config.json, values that mean W + scale * B A, why others do not work)
-_PLAIN = (
+_PLAIN: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("peft_type", ("LORA",), "only LoRA can be merged"),
     ("use_dora", (None, False), "engines serve no DoRA"),
     ("bias", (None, "none"), "engines serve no biases of adapters"),
