@@ -99,6 +99,21 @@ def test_the_gpu_script_runs_its_parts_in_small_on_a_cpu(tmp_path):
     assert json.loads((tmp_path / "training_step.json").read_text())["seconds"]["reference"] > 0
 
 
+@pytest.mark.matrix
+def test_adapters_benchmark(monkeypatch, tmp_path):
+    """In small; started again, nothing is trained again."""
+    benchmark = load("adapters/measure.py")
+    output = tmp_path / "adapters"
+    sizes = ["--prompts", "10", "--questions", "3", "--answer_tokens", "8", "--adapter_steps", "2", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["measure.py", "--work", str(tmp_path), "--output", str(output), *sizes])
+    benchmark.main()
+    tables = json.loads(output.with_suffix(".json").read_text())["tables"]
+    assert {name: len(table) for name, table in tables.items()} == {"base": 1, "capitals": 3, "chinese": 3}
+    monkeypatch.setattr(benchmark.Study, "load", None)
+    benchmark.main()
+    assert json.loads(output.with_suffix(".json").read_text())["tables"] == tables
+
+
 def test_generation_benchmark(monkeypatch, tmp_path, capsys):
     """In small, all three ways: transformers' own too."""
     benchmark = load("data/generation.py")

@@ -27,6 +27,7 @@ from ..files.copies import file_hash
 from ..files.jobs import Job, Key, Part, take_away_merged
 from ..files.rows import BadRows, Row, iter_rows
 from ..files.staging import try_output, write_json
+from ..model.backbone_lora import check_lora, lora_hash
 from ..model.loading import load_model
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers, all_or_first_failure
@@ -64,6 +65,7 @@ def distill(  # noqa: PLR0913
     on_bad_row: Literal["stop", "skip"] = "stop",
     torch_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     prompt_names: dict[str, str] | None = None,
+    backbone_lora: str | None = None,
 ) -> bool:
     """Write `output` (JSONL): prompts with the model's answers in `messages`, each with what it was asked with
     (`prompt_token_ids`, see `prompt_ids.py`), what it answered (`token_ids`) and `finish_reason`.
@@ -90,6 +92,7 @@ def distill(  # noqa: PLR0913
         on_bad_row: skipped rows are in the report
         torch_dtype: in process; default: float32, on a GPU the model's
         prompt_names: what a file's rows are of, if it is a copy
+        backbone_lora: in process: folder of a LoRA adapter that the model is served with; servers have a name for it
 
     Returns whether the output is complete; it is not while other shards are missing.
 
@@ -110,9 +113,15 @@ def distill(  # noqa: PLR0913
     source = Source(files, on_bad_row, prompt_names)
     if not source.count:
         raise FastMTPError(f"{', '.join(files)}: holds no rows")
+    if backbone_lora and base_urls:
+        raise FastMTPError(
+            "--backbone_lora is for answers in process; of a server, name its adapter: --served_model_name"
+        )
+    if backbone_lora:
+        check_lora(backbone_lora)
     tokenizer = load_tokenizer(model_dir)
     check_chat_template(tokenizer, model_dir)
-    model = None if base_urls else _load(model_dir, torch_dtype)
+    model = None if base_urls else _load(model_dir, torch_dtype, backbone_lora)
     # What the answers depend on: a job that goes on must have been begun with the same.
     settings: dict[str, Any] = {
         "prompts": [file_hash(f) for f in files],
@@ -122,6 +131,8 @@ def distill(  # noqa: PLR0913
     }
     if model is not None:
         settings |= {"batch_size": batch_size, "model": Checkpoint(model_dir).fingerprint, "dtype": str(model.dtype)}
+    if backbone_lora:
+        settings["backbone_lora"] = lora_hash(backbone_lora)
     job = Job(output, settings)
     # This shard's answers, without those that an earlier run has written.
     keys = [(row, sample) for row in range(number, source.count, of) for sample in range(num_answers)]
@@ -151,7 +162,7 @@ def distill(  # noqa: PLR0913
     return True
 
 
-def _load(model_dir: str, torch_dtype: str | None) -> Any:
+def _load(model_dir: str, torch_dtype: str | None, backbone_lora: str | None) -> Any:
     """The model in this process, on a GPU where there is one."""
     if torch_dtype:
         dtype = getattr(torch, torch_dtype)
@@ -161,7 +172,8 @@ def _load(model_dir: str, torch_dtype: str | None) -> Any:
         dtype = getattr(torch, str(stored).removeprefix("torch."), torch.bfloat16)
     else:
         dtype = torch.float32
-    return load_model(model_dir, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(model_dir, dtype, device, backbone_lora=backbone_lora)
 
 
 class Source:

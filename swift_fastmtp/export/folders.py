@@ -113,6 +113,11 @@ def export_full(
     """
     try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
+    if info.get("backbone_lora"):
+        raise FastMTPError(
+            f"{checkpoint}: this head was trained for {base} with the adapter {info['backbone_lora']}, which a full "
+            "checkpoint would not have; write the layer beside it: fastmtp export --draft_only"
+        )
     with new_folder(output_dir) as out:
         changed = set(trained.file_of.values())
         hashes: dict[str, str] = {}
@@ -142,7 +147,8 @@ def export_draft(
     remote_code: bool = True,
     token_maps: str | Path | None = None,
 ) -> Path:
-    """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
+    """Write a draft-only folder: config, tokenizer and the head. It is the form for a head that was trained for an
+    adapter of the backbone too. Arguments and errors as `export_full`."""
     try_output(output_dir)
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:

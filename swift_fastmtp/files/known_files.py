@@ -20,6 +20,7 @@ SETTINGS: dict[str, Kind] = {
     "temperature": NUMBER,
     "lk_eta": NUMBER,
     "token_map": PATH,
+    "backbone_lora": PATH,
     "on_bad_row": NAME,
     "hidden_cache": NAME,
     "hidden_cache_gb": NUMBER,

@@ -71,6 +71,13 @@ class FastMTPConfig:
             "those of a draft that is served with it."
         },
     )
+    backbone_lora: str = field(
+        default="",
+        metadata={
+            "help": "Folder of a LoRA adapter that the model is served with: it is merged into the frozen backbone in "
+            "memory, and the head is trained for base plus adapter (docs/adapters.md)."
+        },
+    )
     on_bad_row: str = field(
         default="stop",
         metadata={"help": "Rows that cannot be trained on: `stop`, or `skip`, which counts and names them in the log."},

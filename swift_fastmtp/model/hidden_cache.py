@@ -87,7 +87,7 @@ def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None,
         autocast: what matrix products are computed in; None: in the weights' own dtype.
         quantization: config.json's `quantization_config`, by which FP8 blocks become numbers.
 
-    The backbone is frozen, so there are no adapters in it.
+    The backbone is frozen; where an adapter is merged into it, the model says which (`backbone_lora.merge_lora`).
     """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NO_STATES and k != "quantization_config"}
     key = {
@@ -99,6 +99,8 @@ def states_depend_on(model: Any, fingerprint: str, autocast: torch.dtype | None,
     }
     if model.head.graph.hidden_before_norm:
         key["states"] = "before the final norm"
+    if getattr(model, "backbone_lora", None):
+        key["backbone_lora"] = model.backbone_lora
     plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
     return plain
 

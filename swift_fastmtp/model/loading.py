@@ -13,6 +13,7 @@ from ..checkpoint.layer_shapes import experts_joined
 from ..checkpoint.mtp_tensors import check_head, head_reader
 from ..families.family import Family
 from ..families.table import FAMILIES
+from .backbone_lora import merge_lora
 from .compat_transformers import kept_in_float32, tied_names
 from .config import load_config, one_line
 from .head import MTPHead, as_stored, fill, import_class, split_experts
@@ -20,7 +21,11 @@ from .modeling import build_class
 
 
 def load_model(
-    model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", layer: Checkpoint | None = None
+    model_dir: str | Path,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    layer: Checkpoint | None = None,
+    backbone_lora: str | None = None,
 ) -> Any:
     """Backbone and head of a checkpoint folder, frozen and in eval mode, outside any trainer.
 
@@ -29,8 +34,9 @@ def load_model(
         dtype: of the model.
         device: as torch calls it.
         layer: holds the MTP layer of a folder that has none.
+        backbone_lora: folder of a LoRA adapter for the backbone.
 
-    Raises as `check_checkpoint`.
+    Raises as `check_checkpoint` and `merge_lora`.
     """
     if layer is None:
         checkpoint = Checkpoint(model_dir)
@@ -43,6 +49,8 @@ def load_model(
         cls = model_class(layer)
         model = cls.from_pretrained(model_dir, dtype=dtype, without_layer=True)
         load_head(model, read, expected)
+    if backbone_lora:
+        merge_lora(model, backbone_lora)
     return model.to(device).requires_grad_(False).eval()
 
 

@@ -20,6 +20,7 @@ from ..files.show import show
 
 ENVIRONMENT = "env"
 """The first word of a command that sets a variable; the engine's own follows it."""
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 _REMOTE = "config.json names a configuration class of its own (auto_map)"
 
 
@@ -74,8 +75,10 @@ def flags_for(
     target_config = read_object(target / "config.json")
     by_language = TOKEN_MAPS_KEY in config and not token_map
     token_map = None if by_language else token_map or settings.get("token_map")
+    adapter = _adapter(Path(settings["backbone_lora"]), engine) if settings.get("backbone_lora") else []
     if engine == "vllm":
         flags = _vllm(bool(config.get("auto_map")), target, None if full else checkpoint, steps)
+        flags[-1:-1] = adapter
         flags[-1] = replace(flags[-1], why=flags[-1].why + _lost(checkpoint, engine, target_config))
         return _with_plugin(flags, config, token_map)
     if token_map and config_value(config, "tie_word_embeddings"):
@@ -111,6 +114,7 @@ def flags_for(
         Flag(("--speculative-num-steps", str(steps)), "K, the layer is applied to its own output K times"),
         Flag(("--speculative-eagle-topk", "1"), "a chain: what the head was trained for"),
         Flag(("--speculative-num-draft-tokens", str(steps + 1)), "K drafts and the bonus token"),
+        *adapter,
     ]
     if token_map:
         flags += [
@@ -134,6 +138,11 @@ def scheduled_flags(
         raise FastMTPError(f"{file}: makes drafts at no load; serve the model without --speculative flags")
     flags = flags_for(checkpoint, engine, most, token_map, model)
     if engine == "sglang":
+        if any(flag.words[0] == "--enable-lora" for flag in flags):
+            raise FastMTPError(
+                f"{checkpoint}: SGLang has no drafts by load beside LoRA adapters (0.5.23 `lora_hook.py`); leave out "
+                "--schedule"
+            )
         return [
             *flags,
             Flag(("--speculative-adaptive",), "K by load"),
@@ -166,6 +175,26 @@ def read_schedule(file: Path) -> dict[int, int]:
     if 1 not in steps_from:
         raise FastMTPError(f"{file}: has no entry for a batch size of 1")
     return steps_from
+
+
+def _adapter(folder: Path, engine: str) -> list[Flag]:
+    """The LoRA adapter that the target has and the draft was trained for. Both engines apply adapters to the target
+    alone, and draft with one layer for all requests (docs/adapters.md)."""
+    named = f"{folder.name}={folder}"
+    why = "the adapter that the layer was trained for; requests name it"
+    if engine == "sglang":
+        return [Flag(("--enable-lora",), "adapters apply to the target"), Flag(("--lora-paths", named), why)]
+    rank = read_object(folder / "adapter_config.json").get("r", 0)
+    return [
+        Flag(("--enable-lora",), "adapters apply to the target"),
+        Flag(("--lora-modules", named), why),
+        *([Flag(("--max-lora-rank", _vllm_rank(rank)), "vLLM's default is 16")] if rank > VLLM_RANKS[0] else []),
+    ]
+
+
+def _vllm_rank(rank: int) -> str:
+    """The smallest that vLLM knows (0.32.0 `config/lora.py`, `MaxLoRARanks`)."""
+    return str(next((known for known in VLLM_RANKS if known >= rank), rank))
 
 
 def _check_servable(checkpoint: Checkpoint, engine: str) -> None:

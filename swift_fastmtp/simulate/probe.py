@@ -90,7 +90,7 @@ def probe(
     try:
         base = _base(checkpoint, model)
         has_own = base is checkpoint or any(checkpoint.family.owns(name) for name in base.file_of)
-        loaded = _load(base, None if has_own else checkpoint)
+        loaded = _load(base, None if has_own else checkpoint, checkpoint.settings.get("backbone_lora"))
         return _probe(loaded, checkpoint, base, has_own, rows, engine, start)
     except FastMTPError as error:
         return Probe(f"probe: nothing was measured: {error}")
@@ -123,8 +123,8 @@ def _place(base: Checkpoint) -> tuple[torch.dtype, str]:
     raise FastMTPError(f"{base} takes {elements * 2 / 1e9:.1f} GB in bfloat16, and {most / 1e9:.1f} GB are free here")
 
 
-def _load(base: Checkpoint, layer: Checkpoint | None) -> Any:
-    """The model; with the MTP layer of another folder if it has none.
+def _load(base: Checkpoint, layer: Checkpoint | None, backbone_lora: str | None) -> Any:
+    """The model; with the MTP layer of another folder if it has none, with the adapter that the layer is for.
 
     Raises `FastMTPError` where that cannot be done here.
     """
@@ -138,7 +138,7 @@ def _load(base: Checkpoint, layer: Checkpoint | None) -> Any:
             )
     dtype, device = _place(base)
     try:
-        return load_model(base.folder, dtype, device, layer)
+        return load_model(base.folder, dtype, device, layer, backbone_lora)
     except FastMTPError:
         raise
     except Exception as error:  # noqa: BLE001 (transformers and its quantizers raise what they like)

@@ -31,6 +31,7 @@ from ..method.config import FastMTPConfig
 from ..method.map_files import check_tokenizer, copy_maps
 from ..method.metrics import expected_rounds, text_counts, verify_rounds
 from ..method.token_map import read_token_map
+from ..model.backbone_lora import check_lora
 from ..model.loading import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
@@ -77,6 +78,7 @@ def simulate(  # noqa: PLR0913
     batch_size: int = 16,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str = "cpu",
+    backbone_lora: str | None = None,
 ) -> list[HeadResult]:
     """Print the tables for the model's own head and each checkpoint's; write JSON, PNG and `maps.json` to `output_dir`.
 
@@ -108,12 +110,13 @@ def simulate(  # noqa: PLR0913
         batch_size: texts at a time
         dtype: of the model and its heads
         device: as torch calls it
+        backbone_lora: folder of a LoRA adapter that the model is served with
 
     Raises `FastMTPError` for bad rows, checkpoints, maps or an existing `output_dir`, for answers of other settings and
     for hidden states of another model, dtype or graph.
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
-    _check_options(num_steps, temperature, draft_ms, verify_ms, answers)
+    _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora)
     if isinstance(step_times, str):
         check_gpu(step_times)
     if output_dir:
@@ -124,7 +127,7 @@ def simulate(  # noqa: PLR0913
     if draft_ms is not None and verify_ms is not None:
         cost = cost.measured(draft_ms, verify_ms, decode_ms)
     # The backbone once; heads take turns in it.
-    model = load_model(model_dir, getattr(torch, dtype), device)
+    model = load_model(model_dir, getattr(torch, dtype), device, backbone_lora=backbone_lora)
     tokenizer = load_tokenizer(model_dir)
     check_chat_template(tokenizer, model_dir)
     model.fastmtp = replace(FastMTPConfig(), num_speculative_steps=num_steps)
@@ -185,6 +188,7 @@ def simulate(  # noqa: PLR0913
             "schema": "swift_fastmtp.simulate/2",
             "provenance": {**made_by, "seconds": round(time.time() - started, 1)},
             "model": model_dir,
+            "backbone_lora": backbone_lora,
             "dataset": dataset,
             "answers": answers,
             "temperature": temperature,
@@ -283,7 +287,12 @@ def _engine_lines(family: Family, engines: list[str], results: list[HeadResult])
 
 
 def _check_options(
-    num_steps: int, temperature: float, draft_ms: float | None, verify_ms: float | None, answers: str
+    num_steps: int,
+    temperature: float,
+    draft_ms: float | None,
+    verify_ms: float | None,
+    answers: str,
+    backbone_lora: str | None,
 ) -> None:
     if answers not in ("generate", "given") and not answers.endswith(SUFFIX):
         raise FastMTPError(f"--answers {answers}: must be `generate`, `given`, or a file whose name ends in {SUFFIX}")
@@ -293,6 +302,8 @@ def _check_options(
         raise FastMTPError(f"--temperature {temperature}: must not be negative")
     if (draft_ms is None) != (verify_ms is None):
         raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
+    if backbone_lora:
+        check_lora(backbone_lora)
 
 
 def _heads(
@@ -328,6 +339,8 @@ def _texts(
         "max_new_tokens": max_new_tokens,
         "temperature": float(temperature),
     }
+    if getattr(model, "backbone_lora", None):
+        settings["backbone_lora"] = model.backbone_lora
     if temperature > 0:
         settings |= {"top_k": top_k, "top_p": top_p, "seed": seed}
     with open_answers(answers, settings, model.config.vocab_size) as kept:

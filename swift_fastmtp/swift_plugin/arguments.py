@@ -85,6 +85,11 @@ def prepare_arguments(args: Any) -> None:
     args.gradient_checkpointing = False
     # It compresses the labels to the last rows, which breaks their alignment with deeper steps.
     args.use_logits_to_keep = False
+    if args.tuner_type == "full" and knobs.backbone_lora:
+        raise FastMTPError(
+            "fastmtp_backbone_lora does not work with --tuner_type full, whose checkpoints hold the backbone too, with "
+            "the adapter in it; use fastmtp or lora"
+        )
     _check(args)
 
 

@@ -13,7 +13,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
+from ..errors import FastMTPError
 from ..method.token_map import read_token_map
+from ..model.backbone_lora import check_lora, merge_lora
 from ..model.config import load_config
 from ..model.hidden_cache import engine_states
 from ..model.loading import check_checkpoint, model_class
@@ -41,8 +43,15 @@ class FastMTPLoader(ModelLoader):
         settings = run_knobs()
         if settings.token_map:
             read_token_map(settings.token_map, config.vocab_size)
+        if settings.backbone_lora:
+            check_lora(settings.backbone_lora)
         if settings.hidden_cache and engine_states(settings.hidden_cache):
             # An engine has computed the states: the layers of the backbone are not needed, and may be none of ours.
+            if settings.backbone_lora:
+                raise FastMTPError(
+                    f"fastmtp_backbone_lora: {settings.hidden_cache} holds an engine's states of the base alone; use "
+                    "another folder"
+                )
             model = load_without_backbone(checkpoint, checkpoint.target, self.model_info.torch_dtype)
             model.fastmtp = settings
             return model
@@ -55,6 +64,8 @@ class FastMTPLoader(ModelLoader):
 
             deepspeed.init_distributed(dist_backend=None if _has_gpu() else "gloo")
         model = super().get_model(model_dir, config, processor, model_kwargs)
+        if settings.backbone_lora:
+            merge_lora(model, settings.backbone_lora)
         model.fastmtp = settings
         return model
 

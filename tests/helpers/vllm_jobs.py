@@ -59,7 +59,19 @@ class VLLMJobs:
     def __exit__(self, *_):
         self._stop()
 
-    def run(self, folder, questions, max_tokens, steps=None, *, draft=None, sampling=None, speculative=None, **options):
+    def run(
+        self,
+        folder,
+        questions,
+        max_tokens,
+        steps=None,
+        *,
+        draft=None,
+        sampling=None,
+        speculative=None,
+        loras=None,
+        **options,
+    ):
         """An engine's answers, one list of `Answer` for each of `questions`.
 
         Args:
@@ -69,6 +81,7 @@ class VLLMJobs:
             draft: folder of the MTP layer alone
             sampling: further fields of vLLM's `SamplingParams`
             speculative: further keys of `--speculative-config`
+            loras: for each of the questions, the folder of the LoRA adapter that it is asked with, or None
             options: further arguments of vLLM's `LLM`, which are the flags of `vllm serve`
 
         Raises `EngineError` for what vLLM raises; the next job starts a new process.
@@ -79,11 +92,14 @@ class VLLMJobs:
             if draft:
                 config["model"] = str(draft)
         sampling = {"temperature": 0, "max_tokens": max_tokens, **(sampling or {})}
+        asked = []
+        for prompts, lora in zip(questions, loras or [None] * len(questions), strict=True):
+            asked.append({"prompts": prompts, "sampling": sampling, "lora": lora})
         job = {
             "folder": str(folder),
             "speculative": config,
             "options": {**OPTIONS, **options},
-            "questions": [{"prompts": prompts, "sampling": sampling} for prompts in questions],
+            "questions": asked,
         }
         result = self._send(job)
         if "error" in result:

@@ -14,6 +14,7 @@ answers_to = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 from vllm import LLM, SamplingParams  # noqa: E402 (it prints while it is imported)
+from vllm.lora.request import LoRARequest  # noqa: E402
 
 
 def run(job):
@@ -24,18 +25,19 @@ def run(job):
         options["per_request_spec_decode_metrics"] = "detailed"
     engine = LLM(job["folder"], **options)
     try:
-        return [ask(engine, question) for question in job["questions"]]
+        return [ask(engine, question, number) for number, question in enumerate(job["questions"], start=1)]
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
         gc.collect()
 
 
-def ask(engine, question):
-    """The answers to prompts that are asked at once."""
+def ask(engine, question, number):
+    """The answers to prompts that are asked at once; `number` is of their adapter, if they have one."""
     prompts = [{"prompt_token_ids": ids} for ids in question["prompts"]]
     sampling = SamplingParams(**question["sampling"])
-    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    lora = LoRARequest(str(number), number, question["lora"]) if question.get("lora") else None
+    outputs = engine.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [answer_of(output) for output in outputs]
 
 
