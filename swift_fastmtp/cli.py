@@ -132,6 +132,7 @@ def _export(
         results: results.json of fastmtp bench; writes a model card
         hub_name: for the card: OWNER/NAME of the base on the hub
     """
+    from .checkpoint.checkpoint import Checkpoint
     from .export.folders import export_draft, export_full
 
     if results:
@@ -140,7 +141,9 @@ def _export(
         load_results(results)  # bad ones stop it before anything is written
     write = export_draft if draft_only else export_full
     folder, base = options["output_dir"], write(remote_code=not no_remote_code, **options)
-    print(f"{folder}: {'draft-only folder' if draft_only else 'full checkpoint'}, base {base}")
+    # Of a head that was trained beside a model that cannot take it, both are the folder of the layer alone.
+    written = "full checkpoint" if Checkpoint(folder).has_backbone() else "draft-only folder"
+    print(f"{folder}: {written}, base {base}")
     if results:
         from .report.model_card import write_card
 
