@@ -13,8 +13,9 @@ from helpers.vllm_jobs import VLLMJobs
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.export.beside import export_trained
 from swift_fastmtp.export.doctor import examine
-from swift_fastmtp.export.folders import export_full, save_trained
+from swift_fastmtp.export.folders import save_trained
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.files.copies import file_hash
@@ -85,7 +86,7 @@ def test_a_quantized_target(form, tmp_path, ran):
     save_trained(part.requires_grad_(False), tmp_path / "checkpoint")
     for name, named in (("recorded", None), ("target", target), ("draft", draft)):
         out = tmp_path / f"exported-{name}"
-        assert export_full(tmp_path / "checkpoint", out, named) == target
+        assert export_trained(tmp_path / "checkpoint", out, named) == target
         exported = Checkpoint(out)
         assert not exported.has_backbone() and set(exported.dtypes().values()) == {"bfloat16"}
         assert exported.settings["base_fingerprint"] == Checkpoint(target).fingerprint
@@ -132,9 +133,14 @@ def test_a_plain_target(tmp_path, ran):
     ran("probe", "MiMo, plain")
 
 
+def dense(folder, kind):
+    window = {"sliding_window": None} if kind == "mistral" else {}
+    return save_dense(folder, kind, tie_word_embeddings=True, **window)
+
+
 @pytest.mark.parametrize("form", DENSE)
 def test_a_tied_dense_target(form, tmp_path, ran):
-    target, draft = save_dense(tmp_path / "target", DENSE[form], tie_word_embeddings=True), tmp_path / "draft"
+    target, draft = dense(tmp_path / "target", DENSE[form]), tmp_path / "draft"
     before = {path.name: file_hash(path) for path in target.iterdir()}
     graft(target, draft, init_from_last_layer=True, draft_only=True)
     assert examine(draft) == []

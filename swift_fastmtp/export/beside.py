@@ -7,14 +7,35 @@ computes in, where the checkpoint itself holds float32 and a run's files.
 
 import os
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..files.known_files import read_object
 from ..files.staging import write_json
+from .folders import add_maps, export_draft, export_full
 from .graft_draft import graft_draft
+
+
+def export_trained(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    base_model: str | Path | None = None,
+    remote_code: bool = True,
+    token_maps: str | Path | None = None,
+    draft_only: bool = False,
+) -> Path:
+    """Write what is served of any checkpoint: arguments and errors as `export_full`, or with draft_only `export_draft`;
+    a draft-only folder in any case where the model cannot take the layer."""
+    trained = Checkpoint(checkpoint)
+    target = target_beside(trained, base_model)
+    if target is None:
+        write = export_draft if draft_only else export_full
+        return write(checkpoint, output_dir, base_model, remote_code, token_maps)
+    export_beside(trained, target, output_dir)
+    if token_maps:
+        add_maps(Path(output_dir), token_maps)
+    return target.folder
 
 
 def target_beside(trained: Checkpoint, named: str | Path | None) -> Checkpoint | None:
@@ -48,8 +69,8 @@ def _takes_the_layer(model: Checkpoint, trained: Checkpoint) -> bool:
     return any(trained.family.owns(name) for name in model.entries)
 
 
-def export_beside(trained: Checkpoint, target: Checkpoint, output_dir: str | Path) -> dict[str, Any]:
-    """Write the draft-only folder. Returns the content of its `fastmtp.json`.
+def export_beside(trained: Checkpoint, target: Checkpoint, output_dir: str | Path) -> None:
+    """Write the draft-only folder.
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
@@ -64,4 +85,3 @@ def export_beside(trained: Checkpoint, target: Checkpoint, output_dir: str | Pat
     if dataset := read_object(trained.folder / "args.json").get("dataset"):
         settings["dataset"] = dataset
     write_json(settings, Path(output_dir) / SETTINGS_FILE)
-    return settings

@@ -109,13 +109,9 @@ def export_full(
         token_maps: JSON list of languages and maps that the server drafts with, as `fastmtp simulate --by language`
             writes it; the maps come along
 
-    A head that was trained beside a model that cannot take it becomes a draft-only folder (`beside.py`).
-
     Raises `FastMTPError` naming the file or tensor.
     """
     try_output(output_dir)
-    if target := _export_beside(checkpoint, output_dir, base_model, token_maps):
-        return target
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         changed = set(trained.file_of.values())
@@ -133,7 +129,7 @@ def export_full(
         _finish_index(base.headers, out)
         _finish_config(out, family, remote_code)
         if token_maps:
-            _add_maps(out, token_maps)
+            add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         _verify(out, family, expected, hashes)
     return base.folder
@@ -148,8 +144,6 @@ def export_draft(
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. Arguments and errors as `export_full`."""
     try_output(output_dir)
-    if target := _export_beside(checkpoint, output_dir, base_model, token_maps):
-        return target
     base, family, trained, expected, info = _collect(checkpoint, base_model)
     with new_folder(output_dir) as out:
         for source in files_of(base.folder):
@@ -157,28 +151,11 @@ def export_draft(
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
         if token_maps:
-            _add_maps(out, token_maps)
+            add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         hashes = write_tensors(out / WEIGHTS_FILE, trained.specs, trained)
         _verify(out, family, expected, hashes)
     return base.folder
-
-
-def _export_beside(
-    checkpoint: str | Path, output_dir: str | Path, base_model: str | Path | None, token_maps: str | Path | None
-) -> Path | None:
-    """Write the draft-only folder of a head that was trained beside its model. Returns the model's folder, or None
-    where it was not."""
-    from .beside import export_beside, target_beside
-
-    trained = Checkpoint(checkpoint)
-    target = target_beside(trained, base_model)
-    if target is None:
-        return None
-    export_beside(trained, target, output_dir)
-    if token_maps:
-        _add_maps(Path(output_dir), token_maps)
-    return target.folder
 
 
 def _finish_config(folder: Path, family: Family, remote_code: bool) -> None:
@@ -219,7 +196,7 @@ def write_index(folder: Path, weight_map: dict[str, str], total: int | None = No
     write_json(index, folder / INDEX_FILE)
 
 
-def _add_maps(folder: Path, token_maps: str | Path) -> None:
+def add_maps(folder: Path, token_maps: str | Path) -> None:
     """Copy the maps of a list, with what is known of them, and name them in config.json."""
     checkpoint = Checkpoint(folder)
     maps = read_map_list(token_maps)
