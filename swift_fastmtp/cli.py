@@ -132,15 +132,18 @@ def _export(
         results: results.json of fastmtp bench; writes a model card
         hub_name: for the card: OWNER/NAME of the base on the hub
     """
-    from .export.folders import export_draft, export_full
+    from .checkpoint.checkpoint import Checkpoint
+    from .export.beside import export_trained
 
     if results:
         from .report.merge import load_results
 
         load_results(results)  # bad ones stop it before anything is written
-    write = export_draft if draft_only else export_full
-    folder, base = options["output_dir"], write(remote_code=not no_remote_code, **options)
-    print(f"{folder}: {'draft-only folder' if draft_only else 'full checkpoint'}, base {base}")
+    folder = options["output_dir"]
+    base = export_trained(remote_code=not no_remote_code, draft_only=draft_only, **options)
+    # Of a head that was trained beside a model that cannot take it, both are the folder of the layer alone.
+    written = "full checkpoint" if Checkpoint(folder).has_backbone() else "draft-only folder"
+    print(f"{folder}: {written}, base {base}")
     if results:
         from .report.model_card import write_card
 

@@ -169,6 +169,19 @@ def test_the_study_goes_on_after_a_kill(study, tmp_path):
 
 
 @pytest.mark.matrix
+def test_heads_beside_the_quantized_model(study, tmp_path):
+    """The study's head on a rounded model, beside one that was trained on this model's states."""
+    command = [sys.executable, str(ROOT / "benchmarks/smollm2/quantized.py"), "--study", str(study)]
+    command += ["--work", str(tmp_path), "--forms", "int3", "--num_questions", "2", "--answer_tokens", "8"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = json.loads((tmp_path / "quantized.json").read_text())["forms"]["int3"]
+    assert found["state_error"] > 0.01 and 0 < found["same_token"] <= 1
+    assert [*found["heads"]] == ["vanilla", "full-0", "quantized-0"]
+    assert len({json.dumps(head["greedy"]) for head in found["heads"].values()}) == 3
+    assert "quantized-0" in (tmp_path / "quantized.md").read_text()
+
+
+@pytest.mark.matrix
 def test_the_studys_heads_are_served_and_timed(study):
     """Plain and drafting by a real SGLang, in turns: the same tokens, and every round counted."""
     command = [sys.executable, str(ROOT / "benchmarks/smollm2/clock.py"), "--work", str(study)]

@@ -10,94 +10,25 @@ import torch
 from helpers.checkpoints import shard
 from helpers.engine import HalfServer, Server
 from helpers.learning import learned_beside
-from helpers.models import gptq, quantized, save_dense
+from helpers.models import gptq, save_dense
 from helpers.paths import ROOT, TINY
+from helpers.served_texts import STEPS, asked, simulated_rounds
+from helpers.target_forms import fp8_blocks, without_layer
 from helpers.vllm_jobs import VLLMJobs
-from safetensors.torch import load_file, save_file
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
-from swift_fastmtp.checkpoint.fp8_config import SCALE
 from swift_fastmtp.checkpoint.mtp_tensors import read_plain
-from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import graft
-from swift_fastmtp.export.inspection import inspect_model
-from swift_fastmtp.files.copies import file_hash
-from swift_fastmtp.files.rows import read_rows
-from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
-from swift_fastmtp.simulate.acceptance import Text, draft_rounds
 
-STEPS = 3
 UNQUANTIZED = ["--speculative-draft-model-quantization", "unquant"]
-# What config.json says of a quantization whose tensors are not made here; none of them is read for a draft.
-DECLARED = {
-    "compressed-tensors": {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "ignore": ["lm_head"],
-    },
-    "AWQ": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
-    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "MXFP4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
-    "AutoRound": {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True},
-}
-
-
-def without_layer(folder):
-    """A copy of the tiny model that lost its MTP layer."""
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    tensors = {n: t for n, t in load_file(TINY / "model.safetensors").items() if "mtp" not in n}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def declare(folder, settings):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": settings}))
-
-
-def make_target(kind, folder):
-    if kind == "GPTQ":
-        gptq(TINY, folder)
-    elif kind == "FP8":
-        quantized(without_layer(folder.with_name("plain")), folder, (64, 64))
-    elif kind == "ModelOpt":
-        without_layer(folder)
-        settings = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
-        (folder / "hf_quant_config.json").write_text(json.dumps(settings))
-    else:
-        declare(without_layer(folder), DECLARED[kind])
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["GPTQ", "FP8", "ModelOpt", *DECLARED])
-def test_a_quantized_target_stays_as_it_is(kind, tmp_path):
-    target = make_target(kind, tmp_path / "target")
-    before = {path.name: file_hash(path) for path in target.iterdir()}
-    assert any("--draft_only" in reason for reason in inspect_model(target).reasons)
-    with pytest.raises(FastMTPError, match=r"is quantized .*--draft_only"):
-        graft(target, tmp_path / "full", TINY)
-    report = graft(target, tmp_path / "draft", TINY, draft_only=True)
-    assert {path.name: file_hash(path) for path in target.iterdir()} == before
-    assert report.tensors == 16
-    draft, donor = Checkpoint(tmp_path / "draft"), Checkpoint(TINY)
-    names = [name for name in donor.names if donor.family.owns(name)]
-    assert sorted(draft.names) == sorted(names)
-    assert all(torch.equal(draft.read(name), donor.read(name)) for name in names)
-    assert "quantization_config" not in draft.config
-    assert examine(tmp_path / "draft") == [] and draft.trained_for is None
-    words = command(serve_flags(tmp_path / "draft"))
-    assert words[words.index("--model-path") + 1] == str(target)
-    assert words[words.index(UNQUANTIZED[0]) :][:2] == UNQUANTIZED
-    speculative = json.loads(command(serve_flags(tmp_path / "draft", "vllm"))[-1])
-    assert speculative == {"method": "mtp", "num_speculative_tokens": 3, "model": str(tmp_path / "draft")}
 
 
 def test_a_layer_from_the_last_one_of_an_fp8_model(tmp_path):
-    target = make_target("FP8", tmp_path / "target")
+    target = tmp_path / "target"
+    fp8_blocks(target)
     graft(target, tmp_path / "draft", init_from_last_layer=True, draft_only=True)
     draft, model = Checkpoint(tmp_path / "draft"), Checkpoint(target)
     last = read_plain(model, "model.layers.3.mlp.up_proj.weight").to(torch.bfloat16)
@@ -110,7 +41,8 @@ def test_a_trained_donor_stays_trained(tmp_path):
     shutil.copytree(TINY, donor)
     trained = {"num_speculative_steps": 5, "engine": "vllm", "base_fingerprint": "v2:0", "token_map": "map.pt"}
     (donor / "fastmtp.json").write_text(json.dumps(trained))
-    graft(without_layer(tmp_path / "target"), tmp_path / "draft", donor, draft_only=True)
+    without_layer(tmp_path / "target")
+    graft(tmp_path / "target", tmp_path / "draft", donor, draft_only=True)
     draft = Checkpoint(tmp_path / "draft")
     assert draft.trained_for == "vllm" and draft.settings["base_model"] == str(tmp_path / "target")
     assert {"base_fingerprint", "token_map"}.isdisjoint(draft.settings)
@@ -126,8 +58,8 @@ def test_of_the_donor_only_the_layer_is_needed(tmp_path):
         if path.name not in needed:
             path.unlink()
     assert len(list(donor.glob("*.safetensors"))) < len(set(index.values()))
-    target = make_target("GPTQ", tmp_path / "target")
-    assert graft(target, tmp_path / "draft", donor, draft_only=True).tensors == 16
+    gptq(TINY, tmp_path / "target")
+    assert graft(tmp_path / "target", tmp_path / "draft", donor, draft_only=True).tensors == 16
 
 
 def test_what_a_layer_was_trained_for_meets_its_target(tmp_path):
@@ -139,7 +71,8 @@ def test_what_a_layer_was_trained_for_meets_its_target(tmp_path):
         (donor / "fastmtp.json").write_text(json.dumps({"num_speculative_steps": 3, "engine": trained_for}))
         for name, architecture in (("mimo", "MiMoForCausalLM"), ("qwen2", "Qwen2ForCausalLM")):
             target = tmp_path / f"{trained_for}-{name}"
-            config = json.loads((without_layer(target) / "config.json").read_text())
+            without_layer(target)
+            config = json.loads((target / "config.json").read_text())
             (target / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
             draft = tmp_path / f"draft-{trained_for}-{name}"
             graft(target, draft, donor, draft_only=True)
@@ -206,7 +139,7 @@ TOKENS = 24
 
 
 @pytest.mark.matrix
-def test_sglang_drafts_for_a_tied_llama(tmp_path):
+def test_sglang_drafts_for_a_tied_llama(tmp_path, ran):
     _, draft, texts, rounds = learned_beside("llama", tmp_path, PROMPTS, TOKENS, STEPS)
     with Server(command(serve_flags(draft)), tmp_path / "log") as server:
         answers = server.generate([text.ids[: text.start] for text in texts], TOKENS)
@@ -215,11 +148,12 @@ def test_sglang_drafts_for_a_tied_llama(tmp_path):
         assert answer["meta_info"]["spec_verify_ct"] == len(accepted)
         assert answer["meta_info"]["spec_num_correct_drafts"] == sum(accepted)
     assert sum(map(sum, rounds)) > 0
+    ran("SGLang", "Llama, tied")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
+def test_vllm_drafts_for_a_tied_model(kind, tmp_path, ran):
     """A layer of MiMo's that was trained for SGLang: beside a model of another class vLLM computes SGLang's graph."""
     target, draft, texts, rounds = learned_beside(kind, tmp_path, PROMPTS, TOKENS, STEPS)
     assert examine(draft, engine="vllm") == []
@@ -232,48 +166,34 @@ def test_vllm_drafts_for_a_tied_model(kind, tmp_path):
     assert [answer.ids for answer in answers] == [text.ids[text.start : text.end] for text in texts]
     assert [answer.accepted for answer in answers] == rounds
     assert sum(map(sum, rounds)) > 0
-
-
-def asked():
-    tokenizer = load_tokenizer(str(TINY))
-    rows = read_rows(ROOT / "examples" / "prompts" / "eval.jsonl", 12)
-    return [encode_prompt(tokenizer, row["messages"], None, None) for row in rows]
-
-
-def simulated_rounds(numbers, prompts, answers, engine):
-    """How many rounds the simulator has for texts of a quantized tiny model, whose tensors stand for `numbers`."""
-    model = load_model(TINY, torch.float32)
-    model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()}, strict=False)
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine=engine)
-    texts = [
-        Text(prompt + ids, len(prompt), len(prompt) + len(ids)) for prompt, ids in zip(prompts, answers, strict=True)
-    ]
-    return sum(map(len, draft_rounds(model, texts, 0, 8)[STEPS - 1]))
+    ran("vLLM", {"llama": "Llama, tied", "qwen2": "Qwen2, tied"}[kind])
 
 
 @pytest.mark.matrix
-def test_sglang_drafts_for_an_fp8_model(tmp_path):
+def test_sglang_drafts_for_an_fp8_model(tmp_path, ran):
     """It computes in half precision, so rounds are compared by their sum."""
-    target = make_target("FP8", tmp_path / "target")
+    target = tmp_path / "target"
+    numbers = fp8_blocks(target)
     graft(target, tmp_path / "draft", TINY, draft_only=True)
     prompts = asked()
     with HalfServer(command(serve_flags(tmp_path / "draft")), tmp_path / "log") as server:
         served = server.generate(prompts, 48)
-    model = Checkpoint(target)
-    numbers = {name: read_plain(model, name) for name in model.names if not name.endswith(SCALE)}
     answers = [answer["output_ids"] for answer in served]
     rounds = sum(answer["meta_info"]["spec_verify_ct"] for answer in served)
     assert rounds == pytest.approx(simulated_rounds(numbers, prompts, answers, "sglang"), rel=0.1)
     assert rounds < 0.6 * sum(map(len, answers))
+    ran("SGLang", "FP8 blocks")
 
 
 @pytest.mark.matrix
-def test_vllm_drafts_for_a_gptq_model(tmp_path):
+def test_vllm_drafts_for_a_gptq_model(tmp_path, ran):
     """Its kernel computes in half precision, so texts are compared with its own, and rounds by their sum."""
     numbers = gptq(TINY, tmp_path / "target")
     graft(tmp_path / "target", tmp_path / "draft", TINY, draft_only=True)
     prompts = asked()
-    options = {"dtype": "bfloat16", "trust_remote_code": True}
+    words = command(serve_flags(tmp_path / "draft", "vllm"))
+    overrides = json.loads(words[words.index("--hf-overrides") + 1])
+    options = {"dtype": "bfloat16", "trust_remote_code": True, "hf_overrides": overrides}
     with VLLMJobs(tmp_path / "log") as vllm:
         (plain,) = vllm.run(tmp_path / "target", [prompts], 48, **options)
         (drafted,) = vllm.run(tmp_path / "target", [prompts], 48, STEPS, draft=tmp_path / "draft", **options)
@@ -283,3 +203,4 @@ def test_vllm_drafts_for_a_gptq_model(tmp_path):
     rounds = sum(len(answer.accepted) for answer in drafted)
     assert rounds == pytest.approx(simulated_rounds(numbers, prompts, answers, "vllm"), rel=0.1)
     assert rounds < 0.6 * sum(map(len, answers))
+    ran("vLLM", "GPTQ")

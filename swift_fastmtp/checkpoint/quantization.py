@@ -7,6 +7,7 @@ Modules are named as the checkpoint names them. SGLang builds some MTP layers un
 `model.layers.46`); `fastmtp serve-args` gives the flag that makes this no matter.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -146,6 +147,37 @@ def fix(quantization: Quantization, family: Family, modules: Iterable[str]) -> s
     else:
         entries = ", ".join(method.entry(root) for root in family.roots)
     return f'add {entries} to "{quantization.key}" of {quantization.file}'
+
+
+def leaving_out(quantization: Quantization, roots: Iterable[str], modules: Iterable[str]) -> dict[str, Any] | None:
+    """`quantization_config` with an MTP layer left out that its target's config.json knows nothing of.
+
+    vLLM builds the layer of a draft-only folder by the target's quantization (0.32.0 `llm_base_proposer.py`
+    `_create_draft_vllm_config`), and then stops at its plain tensors or takes them for quantized ones.
+
+    Args:
+        roots: of the layer's modules, as the engine names them.
+        modules: all of them that it may quantize, as the engine and as the checkpoint names them.
+
+    Returns None if the method's rule is not known here.
+    """
+    if not quantization.known:
+        return None
+    method, key = METHODS[quantization.method], quantization.key
+    if quantization.method == "fp8":  # vLLM compares whole names
+        entries = [json.dumps(module) for module in sorted(modules)]
+    else:
+        entries = [method.entry(root) for root in roots]
+    as_object = entries[0].endswith("}")
+    old = quantization.settings.get(key)
+    if as_object:
+        added: Any = json.loads("{" + ", ".join(entries) + "}") | (old or {})
+    else:
+        added = [*(old or []), *(json.loads(entry) for entry in entries)]
+    settings = {**quantization.settings, key: added}
+    if quantization.file != "config.json":  # what engines take from there is the object around it
+        settings = {"producer": {"name": "modelopt"}, "quantization": settings}
+    return {"quant_method": quantization.method, **settings}
 
 
 def listed(names: Iterable[str]) -> str:

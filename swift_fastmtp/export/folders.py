@@ -134,7 +134,7 @@ def export_full(
         _finish_index(base.headers, out)
         _finish_config(out, family, remote_code)
         if token_maps:
-            _add_maps(out, token_maps)
+            add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         _verify(out, family, expected, hashes)
     return base.folder
@@ -157,7 +157,7 @@ def export_draft(
                 shutil.copyfile(source, out / source.name)
         _finish_config(out, family, remote_code)
         if token_maps:
-            _add_maps(out, token_maps)
+            add_maps(out, token_maps)
         write_json(info, out / SETTINGS_FILE)
         hashes = write_tensors(out / WEIGHTS_FILE, trained.specs, trained)
         _verify(out, family, expected, hashes)
@@ -202,7 +202,7 @@ def write_index(folder: Path, weight_map: dict[str, str], total: int | None = No
     write_json(index, folder / INDEX_FILE)
 
 
-def _add_maps(folder: Path, token_maps: str | Path) -> None:
+def add_maps(folder: Path, token_maps: str | Path) -> None:
     """Copy the maps of a list, with what is known of them, and name them in config.json."""
     checkpoint = Checkpoint(folder)
     maps = read_map_list(token_maps)

@@ -44,6 +44,7 @@ def load_model(
         cls: Any = model_class(checkpoint)
         model = cls.from_pretrained(model_dir, dtype=dtype)
     else:
+        _ = Checkpoint(model_dir).blocks  # raises for another quantization, whose numbers would be taken without scales
         expected = head_shapes(layer)
         read = head_reader(layer, layer.trainable_family, expected)
         cls = model_class(layer)

@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.mtp_tensors import head_reader
 from ..errors import FastMTPError
+from ..families.family import config_value
 from .compat_transformers import kept_in_float32, tied_names
 from .config import load_config
 from .loading import head_shapes, load_head, model_class, text_name
@@ -42,6 +43,9 @@ def load_without_backbone(checkpoint: Checkpoint, target: Checkpoint, dtype: tor
             tensor.data = tensor.data.float()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers are computed, not stored
     names = {text_name(name): name for name in target.names if not model.family.owns(name)}
+    if config_value(target.config, "tie_word_embeddings"):
+        # A dense target's output matrix is its embedding, where the layer's own class has two (`export/dense.py`).
+        names.setdefault("lm_head.weight", names.get("model.embed_tokens.weight", ""))
     tied = tied_names(model)
     for name, parameter in model.named_parameters():
         if model.family.owns(name) or name in tied:

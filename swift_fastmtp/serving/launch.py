@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config_file import TOKEN_MAPS_KEY, TOKEN_MAPS_VARIABLE
-from ..checkpoint.quantization import read_quantization
+from ..checkpoint.quantization import Quantization, leaving_out, parts_of, read_quantization
 from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.known_files import read_object
@@ -237,9 +237,11 @@ def _vllm(remote_code: bool, target: Path, draft: Checkpoint | None, steps: int)
     overrides: dict[str, Any] = {}
     if draft:
         speculative["model"] = str(draft)
-        overrides = _missing_keys(draft, read_object(target / "config.json"))
+        overrides = _missing_keys(draft, read_object(target / "config.json")) | _left_out(draft, target)
     why = "the model the head was trained for" if draft else "the exported checkpoint"
     missing = "vLLM builds the MTP layer by the target's config.json, which lacks this"
+    if "quantization_config" in overrides:
+        missing += "; its quantization, with this layer left out: vLLM would build it quantized"
     return [
         Flag(("vllm", "serve", str(target)), why),
         *([Flag(("--trust-remote-code",), _REMOTE)] if remote_code else []),
@@ -256,6 +258,37 @@ def _missing_keys(draft: Checkpoint, target: dict[str, Any]) -> dict[str, Any]:
         return {}
     in_text = isinstance(target.get("text_config"), dict) and key in (draft.config.get("text_config") or {})
     return {"text_config": {key: 1}} if in_text else {key: 1}
+
+
+def _left_out(draft: Checkpoint, target: Path) -> dict[str, Any]:
+    """What the target's quantization must say for vLLM to build a plain layer plain: that it is left out."""
+    config = read_object(target / "config.json")
+    quantization = read_quantization(config, target)
+    if quantization is None or read_quantization(draft.config, draft.folder):
+        return {}
+    family = draft.family
+    numbered = f"model.layers.{config_value(config, 'num_hidden_layers')}"  # vLLM's name where it has no `mtp`
+    roots = dict.fromkeys((*family.roots, numbered))
+    shapes = {name: draft.shape(name) for name in draft.names if family.owns(name)}
+    modules: set[str] = set()
+    for part in parts_of(family, shapes):
+        for name in (part.name, *part.modules):
+            modules |= {name, name.replace(family.names.prefix, numbered)}
+    if quantization.method == "awq":
+        quantization = _with_plain(quantization, target)
+    settings = leaving_out(quantization, roots, modules)
+    return {"quantization_config": settings} if settings else {}
+
+
+def _with_plain(quantization: Quantization, target: Path) -> Quantization:
+    """With the plain matrices of the target's layers listed: vLLM looks at its files only where nothing is listed
+    (0.32.0 `auto_awq.py` `maybe_update_config`)."""
+    if quantization.settings.get(quantization.key):
+        return quantization
+    entries = Checkpoint(target).entries
+    plain = [n for n, e in entries.items() if n.endswith(".weight") and len(e.shape) == 2 and ".layers." in n]
+    listed = [name.removesuffix(".weight") for name in plain]
+    return replace(quantization, settings={**quantization.settings, quantization.key: listed})
 
 
 def _with_plugin(flags: list[Flag], config: dict[str, Any], token_map: str | None) -> list[Flag]:

@@ -4,8 +4,9 @@ from typing import Any
 
 from swift.utils import get_logger
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
-from ..export.folders import export_full
+from ..export.beside import export_trained
 
 logger = get_logger()
 
@@ -17,5 +18,11 @@ def export_checkpoint(args: Any) -> None:
     if args.output_dir is None:
         raise FastMTPError("swift export: name the folder to write with --output_dir")
     # With tuner type `full`, `--model` is the trained checkpoint, and the base is what its args.json names.
-    base = export_full(args.ckpt_dir, args.output_dir, args.model_dir if args.adapters else None)
-    logger.info(f"exported {args.output_dir} (base {base})")
+    base = export_trained(args.ckpt_dir, args.output_dir, args.model_dir if args.adapters else None)
+    if Checkpoint(args.output_dir).has_backbone():
+        logger.info(f"exported {args.output_dir} (base {base})")
+    else:
+        logger.info(
+            f"exported {args.output_dir}, a draft-only folder: {base} cannot take the layer and is served with it "
+            f"beside; `fastmtp serve-args {args.output_dir}` says how"
+        )

@@ -1,16 +1,22 @@
 """What the tests show of each model family: recorded while they run, and the table of docs/families.md made from it.
+The forms of targets (`target_matrix.py`) are recorded the same way.
 
-A test that shows something says so with `shown`; it counts where the test passes. `pytest --record_families` writes
-docs/results/families.json, of the tests that it ran; what others recorded stays. A run of whole tiers under the
+A test that shows something says so with `shown`, or `ran`; it counts where the test passes. `pytest
+--record_families` writes docs/results/families.json and target_forms.json, of the tests that it ran; what others
+recorded stays. A run of whole tiers under the
 recorded versions fails if its tests show anything else than recorded, so the table cannot claim what no longer holds.
 """
 
 import json
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
+from helpers import target_matrix
 from helpers.engine import engine_version, vllm_version
 from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
@@ -44,8 +50,39 @@ def shown(record_property):
     return say
 
 
+@pytest.fixture
+def ran(record_property):
+    """`ran(stage, form)`: this test, if it passes, shows that a stage works with a form of target."""
+
+    def say(stage, form):
+        assert stage in target_matrix.STAGES and form in target_matrix.FORMS
+        record_property("ran", (form, stage))
+
+    return say
+
+
+class Matrix(NamedTuple):
+    """A table and its record."""
+
+    record: Path
+    columns: Iterable[str]
+    rows: Callable[[], Iterable[str]]
+
+
+def matrices():
+    """By the name of the property that tests record."""
+    return {
+        "shown": Matrix(RECORD, CLAIMS, architectures),
+        "ran": Matrix(target_matrix.RECORD, target_matrix.STAGES, lambda: target_matrix.FORMS),
+    }
+
+
 def pytest_addoption(parser):
-    parser.addoption("--record_families", action="store_true", help=f"write {RECORD.relative_to(ROOT)} from this run")
+    parser.addoption(
+        "--record_families",
+        action="store_true",
+        help="write docs/results/families.json and target_forms.json from this run",
+    )
 
 
 def pytest_configure(config):
@@ -61,13 +98,13 @@ class Recorder:
 
     def __init__(self, config):
         self.config = config
-        self.shown, self.deselected = set(), set()
+        self.shown, self.deselected = {name: set() for name in matrices()}, set()
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
             for name, value in report.user_properties:
-                if name == "shown":
-                    self.shown.add((*value, report.nodeid))
+                if name in self.shown:
+                    self.shown[name].add((*value, report.nodeid))
 
     def pytest_deselected(self, items):
         self.deselected.update(item.nodeid for item in items)
@@ -81,26 +118,30 @@ class Recorder:
     def pytest_sessionfinish(self, session, exitstatus):
         option = self.config.option
         whole = self.config.args_source.name == "TESTPATHS" and not option.keyword and not option.collectonly
-        record = read()
-        others = {one for one in triples(record) if one[-1] in self.deselected}
-        if option.record_families:
-            if not whole:
-                others = triples(record)
-            rows = {}
-            for row, claim, test in sorted(self.shown | others):
-                rows.setdefault(row, {}).setdefault(claim, []).append(test)
-            in_order = {}
-            for row in architectures():
-                if row in rows:
-                    in_order[row] = {claim: rows[row][claim] for claim in CLAIMS if claim in rows[row]}
-            text = json.dumps({"run with": versions(), "shown": in_order}, indent=1, ensure_ascii=False)
-            RECORD.write_text(text + "\n", encoding="utf-8")
-        elif whole and exitstatus == 0 and record["run with"] == versions():
-            different = triples(record) - others ^ self.shown
-            if different:
-                name = RECORD.relative_to(ROOT)
-                print(f"\n{name} and this run differ: {sorted(different)}; `pytest --record_families` rewrites it")
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        for name, matrix in matrices().items():
+            record, shown = read(matrix.record), self.shown[name]
+            others = {one for one in triples(record) if one[-1] in self.deselected}
+            if option.record_families:
+                write(matrix, shown | (others if whole else triples(record)))
+            elif whole and exitstatus == 0 and record["run with"] == versions():
+                different = triples(record) - others ^ shown
+                if different:
+                    file = matrix.record.relative_to(ROOT)
+                    print(f"\n{file} and this run differ: {sorted(different)}; `pytest --record_families` rewrites it")
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def write(matrix, shown):
+    """The record of what was shown: (row, column, test)."""
+    rows = {}
+    for row, column, test in sorted(shown):
+        rows.setdefault(row, {}).setdefault(column, []).append(test)
+    in_order = {}
+    for row in matrix.rows():
+        if row in rows:
+            in_order[row] = {column: rows[row][column] for column in matrix.columns if column in rows[row]}
+    text = json.dumps({"run with": versions(), "shown": in_order}, indent=1, ensure_ascii=False)
+    matrix.record.write_text(text + "\n", encoding="utf-8")
 
 
 class Sender:
@@ -132,8 +173,10 @@ def versions():
     return {**engines, **packages, "device": "GPU" if torch.cuda.is_available() else "CPU"}
 
 
-def read():
-    return json.loads(RECORD.read_text(encoding="utf-8"))
+def read(record=RECORD):
+    if not record.exists():
+        return {"run with": {}, "shown": {}}
+    return json.loads(record.read_text(encoding="utf-8"))
 
 
 def table():
