@@ -147,6 +147,7 @@ def test_a_prediction_reads_the_checkpoint():
 def test_costs_are_measured_and_used(tmp_path, capsys):
     """`bench --costs` asks as many questions as are on their way at once; `simulate --costs` takes what it measured."""
     with FakeEngine() as base, FakeEngine(num_steps=2) as drafting:
+        base.event_pause = drafting.event_pause = 0.1  # so that two answers are on their way at once
         urls = [f"baseline={base.url}", f"tuned={drafting.url}"]
         results = bench(
             str(tmp_path / "costs"), base_urls=urls, costs=True, model=str(TINY), concurrency=[1, 2], warmup=0

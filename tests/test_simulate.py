@@ -99,8 +99,8 @@ def counted(monkeypatch):
     calls = []
     original = simulate_module.load_model
 
-    def load(*args):
-        model = original(*args)
+    def load(*args, **options):
+        model = original(*args, **options)
         model.model.register_forward_hook(lambda *_: calls.append("backbone"))
         return model
 
