@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers import target_matrix
 from helpers.models import save_dense
-from helpers.paths import TINY
+from helpers.paths import ROOT, TINY
 from helpers.served_texts import STEPS, asked, simulated_rounds
 from helpers.target_forms import QUANTIZED, without_layer
 from helpers.target_matrix import DENSE
@@ -149,6 +150,19 @@ def test_a_tied_dense_target(form, tmp_path, ran):
     graft(target, tmp_path / "whole", init_from_last_layer=True)
     trained_alike(load_model(tmp_path / "whole", torch.float32), target, draft, tmp_path / "cache")
     ran("train", form)
+
+
+def test_the_table_is_what_tests_recorded():
+    page = (ROOT / "docs" / "graft.md").read_text(encoding="utf-8")
+    assert target_matrix.table() in page
+
+
+def test_every_cell_ran_or_says_why_not():
+    shown = target_matrix.read()["shown"]
+    for form in target_matrix.FORMS:
+        for stage in target_matrix.STAGES:
+            has_reason = form in target_matrix.NOT_RUN.get(stage, {})
+            assert (stage in shown[form]) != has_reason, (form, stage)
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
