@@ -22,8 +22,8 @@ from swift_fastmtp.model import loading
 load = loading.load_model
 TINY, ROWS, OUT = sys.argv[1:]
 
-def on_the_device(folder, dtype, device="cpu"):
-    return move(load(folder, dtype))
+def on_the_device(folder, dtype, device="cpu", **options):
+    return move(load(folder, dtype, **options))
 
 loading.load_model = on_the_device
 """
