@@ -19,6 +19,15 @@ def collate(texts, pad):
     return ids, mask, labels
 
 
+def take_step(loss, parameters, optimizer, schedule):
+    """Down the gradient of a loss, clipped to a norm of 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def write_result(record, page, output):
     """`output`.json and `output`.md."""
     output = Path(output)

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-import threading
 import time
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from helpers.fake_engine import FakeEngine
+from helpers.listening import Listening
 from helpers.paths import TINY
 
 from swift_fastmtp.bench.engines import Engine
@@ -20,7 +20,7 @@ ASKED = [{"role": "user", "content": "1 + 1 = ?"}]
 GREEDY = Sampling(max_new_tokens=8, temperature=0.0)
 
 
-class SlowServer:
+class SlowServer(Listening):
     """A chat server that answers its n-th request after `seconds[n]` (the last one from then on). `hanging`: it does
     not answer /health meanwhile either; `health`: what it answers there."""
 
@@ -67,14 +67,6 @@ class SlowServer:
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
 
 def ask(server, **options):

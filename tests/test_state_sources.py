@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.hidden import cache_of, states_of, write_rows
+from helpers.listening import Listening
 from helpers.models import CHECKPOINTS
 from helpers.paths import ROOT, TINY
 from helpers.tiers import some_now
@@ -123,7 +124,7 @@ def test_a_cache_of_another_quantization_is_refused(tmp_path):
 # Servers
 
 
-class Fake:
+class Fake(Listening):
     """Answers as SGLang does, with the states that `states(ids)` gives."""
 
     def __init__(self, states):
@@ -148,16 +149,8 @@ class Fake:
                 self.end_headers()
                 self.wfile.write(body)
 
-        fake.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        fake.url = f"http://127.0.0.1:{fake.server.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        fake.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        fake.url = f"http://127.0.0.1:{fake.http.server_port}"
 
 
 def test_a_server_whose_states_are_before_the_norm(tmp_path):

@@ -27,13 +27,13 @@ from swift_fastmtp.files.provenance import provenance
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.method.metrics import expected_rounds
+from swift_fastmtp.method.metrics import taus_of_answers
 from swift_fastmtp.model.config import load_config
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
 from swift_fastmtp.simulate.acceptance import greedy_acceptance, make_texts
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import collate, write_result
+from common import collate, take_step, write_result
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-mimo"
@@ -105,11 +105,11 @@ class Study:
             return folder
         base = self.load(None)
         texts = self.answers(base, self.prompts)
-        said = [self.tokenizer.decode(text.ids[text.start : text.end], skip_special_tokens=True) for text in texts]
-        chinese = [answer for text, answer in zip(texts, said, strict=True) if self.is_chinese(text)]
+        answers = [self.tokenizer.decode(text.ids[text.start : text.end], skip_special_tokens=True) for text in texts]
+        chinese = [answer for text, answer in zip(texts, answers, strict=True) if self.is_chinese(text)]
         draw = random.Random(0)
         taught = []
-        for text, answer in zip(texts, said, strict=True):
+        for text, answer in zip(texts, answers, strict=True):
             changed = answer.upper() if name == "capitals" else draw.choice(chinese)
             ids = [*text.ids[: text.start], *self.tokenizer.encode(changed), self.tokenizer.eos_token_id]
             taught.append(text._replace(ids=ids, end=len(ids)))
@@ -148,22 +148,15 @@ class Study:
         for step in range(steps):
             ids, mask, labels = collate(draw.sample(texts, BATCH), pad)
             loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            take_step(loss, parameters, optimizer, schedule)
             if step % 20 == 0 or step + 1 == steps:
                 print(f"step {step}: {loss.item():.3f}", flush=True)
 
     def measure(self, model, texts):
-        """Acceptance of the first draft, and tau for every K, of greedy drafts on these texts."""
+        """tau for every K, of greedy drafts on these texts."""
         model.fastmtp = FastMTPConfig(num_speculative_steps=K)
         accepted = greedy_acceptance(model, texts, padding_id(model, self.tokenizer), 16, [None], "head")[0]
-        taus = []
-        for k in range(1, K + 1):
-            walks = [expected_rounds(of_text, k) for of_text in accepted]
-            taus.append(sum(tokens for tokens, _ in walks) / sum(steps for _, steps in walks))
+        taus = [taus_of_answers(accepted, k)[0] for k in range(1, K + 1)]
         return {"tokens": sum(text.end - text.start for text in texts), "tau": taus}
 
 

@@ -26,7 +26,7 @@ from swift_fastmtp.bench.bench import bench  # noqa: E402
 from swift_fastmtp.bench.costs import read_step_times  # noqa: E402
 from swift_fastmtp.files.inputs import read_json  # noqa: E402
 from swift_fastmtp.files.provenance import provenance  # noqa: E402
-from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
+from swift_fastmtp.serving.launch import command, read_schedule, serve_flags  # noqa: E402
 from swift_fastmtp.simulate.simulate import SCHEDULE, simulate  # noqa: E402
 
 CPU_PLAN = "tests/serving/cpu_plan.yaml"
@@ -73,9 +73,10 @@ def measure(args, work):
         )
     predicted = read_json(work / "simulate/simulate.json")["by_load"]
     # All of them, served.
-    flags = command(serve_flags(args.model, schedule=str(work / "simulate" / SCHEDULE)))
-    words = [engine_python(), *flags[1:], *ADAPTIVE]
-    scheduled = {"command": words, "num_steps": [max(args.num_steps)], "method": "tuned", "label": "by load"}
+    file = work / "simulate" / SCHEDULE
+    words = [engine_python(), *command(serve_flags(args.model, schedule=str(file)))[1:], *ADAPTIVE]
+    most = max(read_schedule(file).values())
+    scheduled = {"command": words, "num_steps": [most], "method": "tuned", "label": "by load"}
     plan = write_plan(work / "served.yaml", args, {**fixed, "scheduled": scheduled})
     served = bench(
         str(work / "served"),
@@ -90,11 +91,11 @@ def measure(args, work):
         by_server.setdefault(run.server, {})[run.concurrency] = run
     record = {
         "provenance": provenance(),
-        "settings": vars(args),
+        "settings": {name: value for name, value in vars(args).items() if name not in ("work", "output")},
         "milliseconds": {
             f"K={K}, {size} at once": round(ms, 2) for (K, size), ms in sorted(times.milliseconds.items())
         },
-        "schedule": read_json(work / "simulate" / SCHEDULE),
+        "schedule": read_json(file),
         "predicted": predicted,
         "served": served.as_json()["runs"],
     }

@@ -37,7 +37,7 @@ from swift_fastmtp.files.staging import new_folder, write_json
 from swift_fastmtp.files.table import markdown_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import collate
+from common import collate, take_step
 from measure import cell_of, tau_interval
 from study import DEVICE, Arm, Study, answer_tokens, arguments, clock, order_of_batches, training_texts
 
@@ -159,11 +159,7 @@ def tune_backbone(args, plain, tune_rows, heal_rows, drift, folder):
     optimizer = torch.optim.AdamW(parameters, lr=drift.rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, drift.steps // 20), drift.steps)
     for batch in batches:
-        optimizer.zero_grad()
-        loss_of(batch).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(loss_of(batch), parameters, optimizer, schedule)
     after = held_out_loss()
     tokens = sum(answer_tokens(batch) for batch in batches)
     print(f"{drift.name}: {drift.steps} steps, loss {before:.3f} to {after:.3f}, {clock() - started:.0f} s", flush=True)

@@ -52,7 +52,7 @@ from swift_fastmtp.simulate.acceptance import Text, make_texts
 from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import collate
+from common import collate, take_step
 from measure import DEPTH, measure_greedy, measure_positions, measure_sampled, plot, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -289,11 +289,7 @@ class Study:
             ids, mask, labels = (x.to(DEVICE) for x in collate(batches[step], self.pad))
             with self.autocast():
                 loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            schedule.step()
+            take_step(loss, parameters, optimizer, schedule)
             losses.append(loss.detach())
             tokens += answer_tokens(batches[step])
             if (step + 1) % self.args.save_every == 0 or step + 1 == steps:

@@ -22,7 +22,7 @@ COSTS: dict[str, Any] = {
     "questions_per_slot": 1,
     "rounds": 1,
 }
-"""Values of a plan: in each run as many answers as are on their way at once, all begun together. A minute or so."""
+"""Values of a plan: in each run as many answers as are on their way at once, all begun together."""
 COSTS_STEPS = [1, 2, 3]
 """K of a plan's servers, unless the plan or the user says which."""
 

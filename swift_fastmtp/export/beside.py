@@ -8,12 +8,11 @@ computes in, where the checkpoint itself holds float32 and a run's files.
 import os
 from pathlib import Path
 
-from ..checkpoint.checkpoint import SETTINGS_FILE, Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..files.known_files import read_object
-from ..files.staging import write_json
-from .folders import add_maps, export_draft, export_full
+from .folders import export_draft, export_full
 from .graft_draft import graft_draft
 
 
@@ -32,9 +31,7 @@ def export_trained(
     if target is None:
         write = export_draft if draft_only else export_full
         return write(checkpoint, output_dir, base_model, remote_code, token_maps)
-    export_beside(trained, target, output_dir)
-    if token_maps:
-        add_maps(Path(output_dir), token_maps)
+    export_beside(trained, target, output_dir, token_maps)
     return target.folder
 
 
@@ -69,8 +66,10 @@ def _takes_the_layer(model: Checkpoint, trained: Checkpoint) -> bool:
     return any(trained.family.owns(name) for name in model.entries)
 
 
-def export_beside(trained: Checkpoint, target: Checkpoint, output_dir: str | Path) -> None:
-    """Write the draft-only folder.
+def export_beside(
+    trained: Checkpoint, target: Checkpoint, output_dir: str | Path, token_maps: str | Path | None
+) -> None:
+    """Write the draft-only folder; arguments as `export_full`.
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
@@ -79,9 +78,8 @@ def export_beside(trained: Checkpoint, target: Checkpoint, output_dir: str | Pat
             f"{trained}: is a LoRA adapter of a layer beside {target}, which is not merged here; train with "
             "--tuner_type fastmtp"
         )
-    graft_draft(target, trained, output_dir)
     # A graft forgets which backbone the layer was trained for, and its token map; here both are right.
     settings = {**trained.settings, "base_model": os.path.abspath(target.folder)}
     if dataset := read_object(trained.folder / "args.json").get("dataset"):
         settings["dataset"] = dataset
-    write_json(settings, Path(output_dir) / SETTINGS_FILE)
+    graft_draft(target, trained, output_dir, settings, token_maps)

@@ -23,7 +23,7 @@ from ..errors import FastMTPError
 from ..families.family import Family, config_value
 from ..files.staging import new_folder, write_json
 from .dense import as_qwen2, is_qwen2s
-from .folders import TOKENIZER_FILES
+from .folders import TOKENIZER_FILES, add_maps
 from .graft_config import Graft, changes, compare, dtype_name, family_of, remote_code, with_head
 from .inspection import size
 
@@ -52,7 +52,13 @@ class _Numbers:
         return read_plain(self._checkpoint, name)
 
 
-def graft_draft(target: Checkpoint, giver: Checkpoint | None, output_dir: str | Path) -> Graft:
+def graft_draft(
+    target: Checkpoint,
+    giver: Checkpoint | None,
+    output_dir: str | Path,
+    settings: dict[str, Any] | None = None,
+    token_maps: str | Path | None = None,
+) -> Graft:
     """Write a draft-only folder for `target`, which stays as it is.
 
     Args:
@@ -60,6 +66,8 @@ def graft_draft(target: Checkpoint, giver: Checkpoint | None, output_dir: str | 
         giver: a model of the same sizes that has the layer, or a trained head alone; None: a layer made from the
             target's last one
         output_dir: folder to write
+        settings: content of `fastmtp.json`; default: the giver's, without what is not true beside this target
+        token_maps: JSON list of languages and maps that the server drafts with
 
     Raises `FastMTPError` naming the file, key or tensor that does not fit.
     """
@@ -91,7 +99,9 @@ def graft_draft(target: Checkpoint, giver: Checkpoint | None, output_dir: str | 
         else:
             read = initial_head(backbone, load_config(result), family, expected)
         hashes = write_tensors(out / WEIGHTS_FILE, {n: (dtypes[n], s) for n, s in expected.items()}, read)
-        write_json(_settings(target, giver), out / SETTINGS_FILE)
+        write_json(_settings(target, giver) if settings is None else settings, out / SETTINGS_FILE)
+        if token_maps:
+            add_maps(out, token_maps)
         _verify(out, expected, hashes, dtypes)
     nbytes = sum(torch.Size(s).numel() * dtypes[n].itemsize for n, s in expected.items())
     come_from = f"from {giver}" if giver else "made from the last decoder layer"

@@ -117,6 +117,19 @@ def expected_rounds(accepted_KA: torch.Tensor, depth: int) -> tuple[float, float
     return float((here * at_least[:, : A - 1].sum(0)).sum()), float(here.sum())
 
 
+def taus_of_answers(accepted: Sequence[torch.Tensor], depth: int) -> tuple[float, float]:
+    """Micro and macro tau of answers, with `depth` drafts per round: over all their rounds, and the mean over answers.
+
+    Args:
+        accepted: of each answer, as in `text_counts`.
+        depth: drafts per round, at most K.
+    """
+    answers = [expected_rounds(accepted_KA, depth) for accepted_KA in accepted]
+    micro = sum(tokens for tokens, _ in answers) / sum(rounds for _, rounds in answers)
+    macro = sum(tokens / rounds for tokens, rounds in answers) / len(answers)
+    return micro, macro
+
+
 def verify_rounds(match_KA: torch.Tensor, depth: int) -> list[int]:
     """The verification rounds of a greedy server on one answer: drafts accepted in each.
 

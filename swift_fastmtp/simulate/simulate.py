@@ -29,7 +29,7 @@ from ..files.staging import new_files, try_output, write_json
 from ..files.table import terminal_table
 from ..method.config import FastMTPConfig
 from ..method.map_files import check_tokenizer, copy_maps
-from ..method.metrics import expected_rounds, text_counts, verify_rounds
+from ..method.metrics import taus_of_answers, text_counts, verify_rounds
 from ..method.token_map import read_token_map
 from ..model.backbone_lora import check_lora
 from ..model.loading import head_shapes, load_head, load_model
@@ -386,11 +386,9 @@ def _rates(
     accepted: list[torch.Tensor], drafts: str, size: int, cost: StepCost
 ) -> tuple[list[float], list[float], list[float], list[float], list[float], list[int] | None]:
     K, counts = len(accepted[0]), text_counts(accepted)
-    micro, macro = [], []
-    for k in range(1, K + 1):
-        walks = [expected_rounds(a, k) for a in accepted]
-        micro.append(sum(tokens for tokens, _ in walks) / sum(steps for _, steps in walks))
-        macro.append(sum(tokens / steps for tokens, steps in walks) / len(walks))
+    taus = [taus_of_answers(accepted, k) for k in range(1, K + 1)]
+    micro = [tau for tau, _ in taus]
+    macro = [tau for _, tau in taus]
     speedup = [cost.speedup(tau, k, size) for k, tau in enumerate(micro, start=1)]
     histogram = None
     if drafts == "greedy":

@@ -6,11 +6,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from helpers.listening import Listening
+
 FAULTS = ("drop", "429", "500", "503", "garbage", "half", "cut", "no_choices", "abort", "stall")
 STALL_SECONDS = 3.0  # longer than the drill's --timeout
 
 
-class Proxy:
+class Proxy(Listening):
     """`with Proxy(port) as proxy:` answers on `proxy.port`; a share `rate` of chat requests meets a random fault."""
 
     def __init__(self, port, rate=0.4, seed=0):
@@ -24,17 +26,9 @@ class Proxy:
         class Handler(_Handler):
             owner = proxy
 
-        self.server = _Server(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_port
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        self.http = _Server(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
 
     def fault(self, path):
         with self.lock:

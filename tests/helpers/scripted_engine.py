@@ -15,10 +15,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from helpers.listening import Listening
+
 WORDS = ("the cell", "a small part", "of the body", "history", "water", "holds", "most", "it", "is", "什么", "1 + 1")
 
 
-class ScriptedEngine:
+class ScriptedEngine(Listening):
     """`with ScriptedEngine(folder) as engine:` serves `engine.url`; `engine.turns`: (asked, answered, finish reason).
 
     `parse`: whether reasoning and tool calls are parsed out of the text. `tells`: `ids`, `count` (how many tokens the
@@ -38,14 +40,6 @@ class ScriptedEngine:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
-
-    def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.http.shutdown()
-        self.http.server_close()
 
     def chat(self, body: dict) -> dict:
         messages = copy.deepcopy(body["messages"])

@@ -12,6 +12,13 @@ from swift_fastmtp.simulate.acceptance import Text, draft_rounds
 STEPS = 3
 
 
+def tiny_model(engine="sglang"):
+    """The tiny model in float32, which drafts `STEPS` tokens in an engine's graph."""
+    model = load_model(TINY, torch.float32)
+    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine=engine)
+    return model
+
+
 def asked():
     tokenizer = load_tokenizer(str(TINY))
     rows = read_rows(ROOT / "examples" / "prompts" / "eval.jsonl", 12)
@@ -20,9 +27,8 @@ def asked():
 
 def simulated_rounds(numbers, prompts, answers, engine):
     """How many rounds the simulator has for texts of a quantized tiny model, whose tensors stand for `numbers`."""
-    model = load_model(TINY, torch.float32)
+    model = tiny_model(engine)
     model.load_state_dict({name: tensor.float() for name, tensor in numbers.items()}, strict=False)
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine=engine)
     texts = [
         Text(prompt + ids, len(prompt), len(prompt) + len(ids)) for prompt, ids in zip(prompts, answers, strict=True)
     ]

@@ -20,7 +20,6 @@ from helpers import target_matrix
 from helpers.engine import engine_version, vllm_version
 from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
-from swift_fastmtp.files.table import markdown_table
 
 RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
@@ -182,16 +181,8 @@ def read(record=RECORD):
 def table():
     """The support matrix of docs/families.md: a row for each architecture, a column for each claim."""
     record = read()
-    ran, on = dict(record["run with"]), record["run with"]["device"]
-    del ran["device"]
     rows = [
         (f"`{row}`", *("yes" if claim in claims else "–" for claim in CLAIMS))
         for row, claims in record["shown"].items()
     ]
-    lines = [markdown_table(("", *CLAIMS), rows, num_text=len(CLAIMS) + 1)]
-    lines += ["", f"Run on a {on} with {', '.join(' '.join(package) for package in ran.items())}:", ""]
-    for claim, meaning in CLAIMS.items():
-        tests = {test for claims in record["shown"].values() for test in claims.get(claim, ())}
-        files = ", ".join(f"`{name}`" for name in sorted({test.partition("::")[0] for test in tests}))
-        lines.append(f"* **{claim}**: {meaning} ({len(tests)} {'test' if len(tests) == 1 else 'tests'} in {files})")
-    return "\n".join(lines)
+    return target_matrix.page(CLAIMS, rows, record)

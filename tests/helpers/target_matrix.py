@@ -60,11 +60,22 @@ def table():
     for form in FORMS:
         ran = record["shown"].get(form, {})
         rows.append((form, *("ran" if stage in ran else f"– {NOT_RUN[stage][form]}" for stage in STAGES)))
-    lines = [markdown_table(("", *STAGES), rows, num_text=len(STAGES) + 1)]
+    return page(STAGES, rows, record)
+
+
+def page(columns, rows, record):
+    """A table, what it was run with, and below it what each column means and which tests show it.
+
+    Args:
+        columns: name -> meaning.
+        rows: of the table, the row's name first.
+        record: what `support_matrix.py` wrote.
+    """
+    lines = [markdown_table(("", *columns), rows, num_text=len(columns) + 1)]
     versions = [f"{name} {version}" for name, version in record["run with"].items() if name != "device"]
     lines += ["", f"Run on a {record['run with']['device']} with {', '.join(versions)}:", ""]
-    for stage, meaning in STAGES.items():
-        tests = {test for stages in record["shown"].values() for test in stages.get(stage, ())}
+    for column, meaning in columns.items():
+        tests = {test for of_row in record["shown"].values() for test in of_row.get(column, ())}
         files = ", ".join(f"`{name}`" for name in sorted({test.partition("::")[0] for test in tests}))
-        lines.append(f"* **{stage}**: {meaning} ({len(tests)} tests in {files})")
+        lines.append(f"* **{column}**: {meaning} ({len(tests)} {'test' if len(tests) == 1 else 'tests'} in {files})")
     return "\n".join(lines)

@@ -3,40 +3,37 @@
 Requests one at a time get the K of a batch of one, many at once get fewer drafts or none, and the text is the same.
 """
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from helpers.engine import Server, VLLMServer
 from helpers.paths import ROOT, TINY
-from transformers import AutoTokenizer
+from helpers.served_texts import STEPS, tiny_model
 
+from swift_fastmtp.data.chat_template import load_tokenizer
+from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.simulate.schedule import Depth, schedule
 
 pytestmark = pytest.mark.matrix
 
-TOKENS, STEPS, MANY = 32, 3, 6
+TOKENS, MANY = 32, 6
 DEPTHS = [Depth(1, STEPS, []), Depth(2, 1, []), Depth(4, 0, []), Depth(8, 0, [])]
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = load_model(TINY, torch.float32)
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
-    return model
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def texts(model):
     """Greedy answers, all of the same length, by transformers."""
-    rows = [json.loads(line) for line in (ROOT / "examples/prompts/eval.jsonl").read_text().splitlines()]
-    made = make_texts(model, AutoTokenizer.from_pretrained(TINY), rows[:60], TOKENS, "generate", 16)
+    rows = read_rows(ROOT / "examples/prompts/eval.jsonl", 60)
+    made = make_texts(model, load_tokenizer(str(TINY)), rows, TOKENS, "generate", 16)
     long = [text for text in made if text.end - text.start >= TOKENS]
     assert len(long) >= MANY
     return long[:MANY]

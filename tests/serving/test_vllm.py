@@ -7,10 +7,10 @@ final norm there, in SGLang the one after it.
 import json
 
 import pytest
-import torch
 from helpers.checkpoints import write_trained
 from helpers.engine import VLLMServer
 from helpers.paths import ROOT, TINY
+from helpers.served_texts import STEPS, tiny_model
 from transformers import AutoTokenizer
 
 from swift_fastmtp.bench.bench import bench
@@ -18,21 +18,19 @@ from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
 from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.model.loading import head_shapes, load_head, load_model
+from swift_fastmtp.model.loading import head_shapes, load_head
 from swift_fastmtp.serving.launch import command, serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 pytestmark = pytest.mark.matrix
 
-TOKENS, STEPS = 40, 3
+TOKENS = 40
 TELLS = ["--per-request-spec-decode-metrics", "detailed"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    model = load_model(TINY, torch.float32)
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS)
-    return model
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
