@@ -96,6 +96,7 @@ class ServerKeys(_Keys):
     folder: Text | None = None
     num_steps: Several[Steps] | None = None
     token_map: Several[Text] | None = None
+    schedule: Text | None = None
     base_url: Text | None = None
     command: Words = []
     python: Text | None = None

@@ -39,6 +39,7 @@ from ..vocab.languages import TokenLanguages
 from .acceptance import Text, greedy_acceptance, make_texts, sampled_acceptance
 from .answers import SUFFIX, open_answers
 from .cost import StepCost, read_cost
+from .positions import PartResult, parts_of, parts_table
 from .recommend import Recommendation, advice_line, map_table, recommend, warnings
 from .result import HeadResult
 from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
@@ -136,6 +137,7 @@ def simulate(  # noqa: PLR0913
     heads = _heads(base, checkpoints, model.family, expected)
     trained_for = Checkpoint(checkpoints[-1]).trained_for if checkpoints else None
     engines = _engines(model.family, engine or trained_for or "sglang")
+    shown_engine = trained_for if trained_for in engines else engines[0]
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)
@@ -143,6 +145,7 @@ def simulate(  # noqa: PLR0913
     # Every head, with every map, for greedy and for sampled drafts, in all groups; the backbone once for all of them.
     passes = len(heads) * len(engines) * (1 + bool(temperature))
     results: list[HeadResult] = []
+    positions: dict[str, list[PartResult]] = {}
     with States(passes, hidden_cache) as states:
         for served_by in engines:  # a folder of other states is refused before anything is generated
             model.fastmtp = replace(model.fastmtp, engine=served_by)
@@ -162,6 +165,8 @@ def simulate(  # noqa: PLR0913
                     by_drafts["sampled"] = sampled_acceptance(
                         *shared, temperature, list(maps.values()), name, top_k, top_p
                     )
+                if served_by == shown_engine:
+                    positions[name] = parts_of(texts, by_drafts["greedy"][0])
                 for drafts, accepted in by_drafts.items():
                     key = (name, drafts, served_by)
                     results += _results(key, maps, accepted, groups, cost)
@@ -174,9 +179,11 @@ def simulate(  # noqa: PLR0913
     print(f"speedup: predicted from {_cost_line(cost)}")
     for line in _engine_lines(model.family, engines, whole):
         print(line)
-    served_by = trained_for if trained_for in engines else engines[0]
-    of_last = [r for r in results if r.head == name and r.drafts == "greedy" and r.engine == served_by]
+    of_last = [r for r in results if r.head == name and r.drafts == "greedy" and r.engine == shown_engine]
     last = [r for r in of_last if r.group != ALL or not by]
+    if by_position := parts_table(positions[name], num_steps):
+        print(f"\nwhere acceptance is lost, {name}")
+        print(by_position)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
     depths = []
     if step_times is not None:
@@ -204,6 +211,7 @@ def simulate(  # noqa: PLR0913
             "recommended": vars(advice),
             "by_load": [vars(depth) for depth in depths],
             "heads": [vars(r) for r in results],
+            "positions": {head: [vars(part) for part in parts] for head, parts in positions.items()},
         }
         out = Path(output_dir)
         with new_files(out, last=RECORD) as folder:
