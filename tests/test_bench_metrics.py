@@ -1,6 +1,7 @@
 """The benchmark's numbers: by hand, by their definitions, and their identities."""
 
 import random
+import statistics
 from itertools import pairwise
 
 import numpy as np
@@ -18,10 +19,10 @@ from swift_fastmtp.method.metrics import (
     marginal_rates,
     micro_tau,
     micro_tau_of,
+    part_of_context,
     percentiles,
     speedup,
     steps_by_chunk,
-    part_of_context,
     tau_by_context,
     tau_by_position,
     tau_interval,

@@ -117,9 +117,7 @@ def simulate(  # noqa: PLR0913
     for hidden states of another model, dtype or graph.
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
-    _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora)
-    if isinstance(step_times, str):
-        check_gpu(step_times)
+    _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora, step_times)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -137,7 +135,7 @@ def simulate(  # noqa: PLR0913
     heads = _heads(base, checkpoints, model.family, expected)
     trained_for = Checkpoint(checkpoints[-1]).trained_for if checkpoints else None
     engines = _engines(model.family, engine or trained_for or "sglang")
-    shown_engine = trained_for if trained_for in engines else engines[0]
+    shown_engine = _shown(engines, trained_for)
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)
@@ -181,9 +179,7 @@ def simulate(  # noqa: PLR0913
         print(line)
     of_last = [r for r in results if r.head == name and r.drafts == "greedy" and r.engine == shown_engine]
     last = [r for r in of_last if r.group != ALL or not by]
-    if by_position := parts_table(positions[name], num_steps):
-        print(f"\nwhere acceptance is lost, {name}")
-        print(by_position)
+    _print_positions(name, positions[name], num_steps)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
     depths = []
     if step_times is not None:
@@ -277,6 +273,18 @@ def _engines(family: Family, engine: str) -> list[str]:
     return ["sglang" if engine == "both" else engine]
 
 
+def _shown(engines: list[str], trained_for: str | None) -> str:
+    """The engine whose numbers advice is given by."""
+    return trained_for if trained_for in engines else engines[0]
+
+
+def _print_positions(head: str, parts: list[PartResult], num_steps: int) -> None:
+    by_position = parts_table(parts, num_steps)
+    if by_position:
+        print(f"\nwhere acceptance is lost, {head}")
+        print(by_position)
+
+
 def _engine_lines(family: Family, engines: list[str], results: list[HeadResult]) -> list[str]:
     """Where a head does better, if two engines were asked for."""
     if len(engines) < 2:
@@ -301,6 +309,7 @@ def _check_options(
     verify_ms: float | None,
     answers: str,
     backbone_lora: str | None,
+    step_times: StepTimes | str | None,
 ) -> None:
     if answers not in ("generate", "given") and not answers.endswith(SUFFIX):
         raise FastMTPError(f"--answers {answers}: must be `generate`, `given`, or a file whose name ends in {SUFFIX}")
@@ -312,6 +321,8 @@ def _check_options(
         raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
     if backbone_lora:
         check_lora(backbone_lora)
+    if isinstance(step_times, str):
+        check_gpu(step_times)
 
 
 def _heads(
