@@ -290,9 +290,12 @@ def _acceptance(
             rows = batch.rows[chosen]
             states, teacher = batch.outputs[k][chosen], hidden[rows + k + 1]
             tokens = batch.targets[k].flatten()[rows]
-            parts = zip(*(each.split(chunk) for each in (states, teacher, tokens, rows)), strict=True)
-            if len(tokens):
-                values = [function(*part, vocabularies(batch.ids, of)) for *part, of in parts]
+            values = []
+            for start in range(0, len(rows), chunk):
+                here = slice(start, start + chunk)
+                of_rows = vocabularies(batch.ids, rows[here])
+                values.append(function(states[here], teacher[here], tokens[here], of_rows))
+            if values:
                 flat[:, k, rows] = torch.cat(values, 1) * going_on[:, chosen]
             going_on = flat[:, k, batch.rows] > 0
         accepted = flat.view(num_maps, *batch.exists.shape).cpu()
