@@ -12,7 +12,7 @@ class HeadResult:
     token_map: str | None
     """File; None is the whole vocabulary."""
     num_ids: int
-    """Tokens that the draft chooses from."""
+    """Tokens that the draft chooses from; with those of the request, on average."""
     drafts: str
     """`greedy`, as SGLang's with one draft per depth, or `sampled`, as in speculative sampling."""
     group: str
@@ -27,12 +27,15 @@ class HeadResult:
     drafts."""
     engine: str = "sglang"
     """Whose graph the drafts were computed in (`families.family.Graph`)."""
+    by_request: bool = False
+    """Whether the ids of each request's prompt and answer so far are added to the map's."""
 
     @property
     def name(self) -> str:
         parts = [
             self.head,
             Path(self.token_map).name if self.token_map else "",
+            "the request's ids" if self.by_request else "",
             "" if self.drafts == "greedy" else "sampled",
             "vLLM's graph" if self.engine == "vllm" else "",
         ]
