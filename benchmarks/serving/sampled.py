@@ -95,8 +95,8 @@ def page(record):
         f"top-p 0.95, by `fastmtp bench`. vLLM {engines['vllm']} as it is on a CPU, but for [one fix]"
         f"(../dev/upstream/vllm-expand-kernel.md); SGLang {engines['sglang']} on a CPU with the verification of GPUs, "
         "its kernel in Triton's interpreter. τ is tokens per verification step; predicted from the same answers. "
-        "Intervals are 95 %, over answers; that of the difference is of served minus predicted on the same answers. Made by "
-        "`benchmarks/serving/sampled.py`.",
+        "Intervals are 95 %, over answers; that of the difference is of served minus predicted on the same answers. "
+        "Made by `benchmarks/serving/sampled.py`.",
         "",
         "| T | engine | regime | answers | rounds | served τ | predicted τ | served − predicted |",
         "|---:|---|---|---:|---:|---:|---:|---:|",
