@@ -5,13 +5,13 @@
 The tiny model with its own MTP layer, K = 3, answers to examples/prompts/eval.jsonl, sampled with top-k 20 and top-p
 0.95. The real vLLM drafts and verifies as it does anywhere. SGLang's verification takes the branch of GPUs, its kernel
 in Triton's interpreter (`tests/helpers/sglang_sampled`). Each is measured by `fastmtp bench`; what is predicted follows
-from the answers that it gave. Writes docs/results/sampling.{md,json}.
+from the answers that it gave. Writes docs/results/sampling.{md,json} after every server, and goes on where it was.
 """
 
 import argparse
+import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -38,25 +38,27 @@ TELLS = ["--per-request-spec-decode-metrics", "summary"]
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.6, 1.0])
-    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--output", default=str(ROOT / "docs/results/sampling"))
     args = parser.parse_args()
-    started, cells = time.time(), []
+    results = Path(args.output).with_suffix(".json")
+    cells = json.loads(results.read_text())["cells"] if results.exists() else []
+    done = {(x["engine"], x["regime"], x["temperature"]) for x in cells}
     model, tokenizer = load_model(TINY, torch.float32), AutoTokenizer.from_pretrained(TINY)
     for engine, regime in SERVED:
+        left = [t for t in args.temperatures if (engine, regime, t) not in done]
+        if not left:
+            continue
         with tempfile.TemporaryDirectory() as name, serve(engine, regime, Path(name)) as server:
-            for temperature in args.temperatures:
+            for temperature in left:
                 out = Path(name) / f"bench-{temperature}"
                 url = f"http://127.0.0.1:{server.port}"
                 answers = ask(url, TINY, QUESTIONS, temperature, args.max_new_tokens, out)
                 cells.append(cell(model, tokenizer, engine, regime, temperature, answers))
-                print(cells[-1], flush=True)
-    record = {
-        "cells": cells,
-        "engines": {"sglang": engine_version(), "vllm": vllm_version()},
-        "provenance": {**provenance(), "seconds": round(time.time() - started, 1)},
-    }
-    write_result(record, page(record), args.output)
+                print(json.dumps(cells[-1]), flush=True)
+        engines = {"sglang": engine_version(), "vllm": vllm_version()}
+        record = {"cells": cells, "engines": engines, "provenance": provenance()}
+        write_result(record, page(record), args.output)
 
 
 def serve(engine, regime, work):
@@ -87,12 +89,12 @@ def cell(model, tokenizer, engine, regime, temperature, answers):
 
 
 def page(record):
-    engines = record["engines"]
+    engines, names = record["engines"], {"vllm": "vLLM", "sglang": "SGLang"}
     lines = [
         "# Above temperature 0: predicted and served",
         "",
         f"The tiny model with its own MTP layer, K = {STEPS}, answers to `examples/prompts/eval.jsonl`, top-k 20, "
-        f"top-p 0.95, by `fastmtp bench`. vLLM {engines['vllm']} as it is on a CPU, but for [one fix]"
+        f"top-p 0.95, up to 48 tokens, by `fastmtp bench`. vLLM {engines['vllm']} as it is on a CPU, but for [one fix]"
         f"(../dev/upstream/vllm-expand-kernel.md); SGLang {engines['sglang']} on a CPU with the verification of GPUs, "
         "its kernel in Triton's interpreter. τ is tokens per verification step; predicted from the same answers. "
         "Intervals are 95 %, over answers; that of the difference is of served minus predicted on the same answers. "
@@ -104,12 +106,22 @@ def page(record):
     for x in sorted(record["cells"], key=lambda x: x["temperature"]):
         low, high = x["served_interval"]
         below, above = x["difference_interval"]
-        names = {"vllm": "vLLM", "sglang": "SGLang"}
         lines.append(
             f"| {x['temperature']:g} | {names[x['engine']]} | {REGIMES[x['regime']].title} | {x['answers']} | "
             f"{x['rounds']:,} | {x['served']:.2f} [{low:.2f}, {high:.2f}] | {x['predicted']:.2f} | "
             f"{x['served'] - x['predicted']:+.2f} [{below:+.2f}, {above:+.2f}] |"
         )
+    lines += [
+        "",
+        "What the same answers foretell for all regimes: they are other answers for each server, of the same model, and "
+        "vLLM gives MiMo's layer [another state](../engines.md) than SGLang.",
+        "",
+        "| T | engine | answers of | greedy | rejection | block |",
+        "|---:|---|---|---:|---:|---:|",
+    ]
+    for x in sorted(record["cells"], key=lambda x: x["temperature"]):
+        taus = " | ".join(f"{x['of_all_regimes'][name]:.2f}" for name in REGIMES)
+        lines.append(f"| {x['temperature']:g} | {names[x['engine']]} | {x['regime']} | {taus} |")
     return "\n".join([*lines, ""])
 
 
