@@ -113,8 +113,8 @@ def page(record):
         )
     lines += [
         "",
-        "What the same answers foretell for all regimes: they are other answers for each server, of the same model, and "
-        "vLLM gives MiMo's layer [another state](../engines.md) than SGLang.",
+        "What the same answers foretell for all regimes: they are other answers for each server, of the same model, "
+        "and vLLM gives MiMo's layer [another state](../engines.md) than SGLang.",
         "",
         "| T | engine | answers of | greedy | rejection | block |",
         "|---:|---|---|---:|---:|---:|",
