@@ -55,7 +55,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["swift_fastmtp*"]),
     # Folders without __init__.py: a plugin file's, and data.
-    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "bench/*.jsonl", "data/tasks/*", "*/templates/*.j2"]},
+    package_data={"swift_fastmtp": ["swift_plugin/plugin/*.py", "bench/*.json*", "data/tasks/*", "*/templates/*.j2"]},
     install_requires=[
         "torch>=2.7,<2.14",
         "transformers>=5.0,<5.20",

@@ -1,6 +1,7 @@
 """The benchmark's numbers: by hand, by their definitions, and their identities."""
 
 import random
+import statistics
 from itertools import pairwise
 
 import numpy as np
@@ -18,10 +19,13 @@ from swift_fastmtp.method.metrics import (
     marginal_rates,
     micro_tau,
     micro_tau_of,
+    part_of_context,
     percentiles,
     speedup,
     steps_by_chunk,
+    tau_by_context,
     tau_by_position,
+    tau_interval,
     token_gaps,
 )
 
@@ -96,6 +100,41 @@ def test_steps_are_found_in_a_stream(steps, data):
     for start, end, tau, n in parts:
         inside = [a for p, a in want if start <= p < end]
         assert n == len(inside) and tau == pytest.approx(1 + sum(inside) / n)
+
+
+@given(st.integers(0, 10**7))
+def test_parts_of_the_context_double(tokens):
+    start, end = part_of_context(tokens)
+    assert start <= tokens < end
+    assert end == 64 if start == 0 else end == 2 * start and start % 64 == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 3)), min_size=1))
+def test_steps_by_context(steps):
+    parts = tau_by_context(steps)
+    assert [start for start, *_ in parts] == sorted({part_of_context(before)[0] for before, _ in steps})
+    for start, end, tau, n in parts:
+        inside = [a for before, a in steps if start <= before < end]
+        assert n == len(inside) and tau == pytest.approx(1 + sum(inside) / n)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(20, 40)), min_size=2, max_size=12))
+def test_the_interval_of_tau_holds_tau(answers):
+    accepted, steps = (sum(column) for column in zip(*answers, strict=True))
+    low, high = tau_interval(answers)
+    assert 1 <= low <= 1 + accepted / steps <= high
+    # Answers that are alike tell tau exactly.
+    assert tau_interval([answers[0]] * 4) == (pytest.approx(1 + answers[0][0] / answers[0][1]),) * 2
+
+
+def test_the_interval_of_tau_is_the_answers_spread():
+    """200 answers of 50 steps, normal: 1.96 standard errors, by the textbook; one answer tells none."""
+    generator = random.Random(0)
+    answers = [(round(generator.gauss(50, 10)), 50) for _ in range(200)]
+    low, high = tau_interval(answers)
+    taus = [1 + accepted / steps for accepted, steps in answers]
+    assert (high - low) / 2 == pytest.approx(1.96 * statistics.stdev(taus) / 200**0.5, rel=0.1)
+    assert tau_interval(answers[:1]) is None
 
 
 def test_steps_that_came_together_are_not_guessed():
@@ -203,9 +242,9 @@ def test_a_run_by_hand():
         record("base", "a", 0, 9, 8.0),
         record("base", "b", 0, 5, 4.0, start=100.0),
         record("base", "b", 1, 5, 4.0, start=104.0),
-        record("k2", "a", 0, 9, 4.0, steps=[2, 0, 2, 0]),
-        record("k2", "b", 0, 5, 2.0, steps=[1, 1], ids=[0, 1, 2, 9, 4], start=1.0),
-        record("k2", "b", 1, 5, 2.0, steps=[0, 2], ids=[9] * 5, start=7.0),
+        record("k2", "a", 0, 9, 4.0, steps=[2, 0, 2, 0], prompt_tokens=63),
+        record("k2", "b", 0, 5, 2.0, steps=[1, 1], ids=[0, 1, 2, 9, 4], start=1.0, prompt_tokens=2047),
+        record("k2", "b", 1, 5, 2.0, steps=[0, 2], ids=[9] * 5, start=7.0, prompt_tokens=4000),
         {**record("k2", "c", 0, 1, 1.0), "error": "too long"},
     ]
     base, run = summarize(records, plan()).runs
@@ -221,6 +260,7 @@ def test_a_run_by_hand():
     assert (run.lossless.compared, run.lossless.equal) == (2, 1)  # b's second turn has another history
     assert vars(run.lossless.first_divergence) == {"id": "b", "turn": 0, "token": 3}
     assert [(p.start, p.end, p.steps) for p in run.tau_by_position] == [(0, 16, 8)]
+    assert [(p.start, p.end, p.steps) for p in run.tau_by_context] == [(64, 128, 4), (2048, 4096, 4)]
     assert base.tau_micro is None and base.histogram == [] and base.speedup is None and base.lossless is None
 
 

@@ -181,18 +181,22 @@ def test_states_and_weights_are_ours(installed, tmp_path):
         (example,) = training_examples(load_tokenizer(str(TINY)), row)
         (states,) = cache.get([torch.tensor(example.ids)])
         torch.testing.assert_close(states, states_of(model, example.ids), atol=5e-5, rtol=0)
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path)
+
+
+def assert_a_run_on_them_is_the_plain_one(rows, folder, **knobs):
+    """`swift sft` on the cache loads no backbone, and ends with the weights of a run that computes the states."""
     weights = {}
-    knobs = json.dumps({"fastmtp_hidden_cache": str(tmp_path / "cache")})
-    for name, more in (("plain", []), ("engine", ["--model_kwargs", knobs])):
-        out = tmp_path / name
+    for name, more in (("plain", {}), ("engine", {"fastmtp_hidden_cache": str(folder / "cache")})):
+        out = folder / name
         shared = ["--model_type", "fastmtp", "--model", TINY, "--dataset", rows, "--output_dir", out]
-        done = swift("sft", *shared, *SMALL, *more)
+        done = swift("sft", *shared, *SMALL, "--model_kwargs", json.dumps({**knobs, **more}))
         assert ("no backbone is loaded" in done.stdout + done.stderr) == (name == "engine")
         weights[name] = load_file(out / "checkpoint-6" / "model.safetensors")
     start = load_file(TINY / "model.safetensors")
-    for tensor_name, tensor in weights["plain"].items():
-        moved = (tensor - start[tensor_name].float()).abs().max()
-        assert (tensor - weights["engine"][tensor_name]).abs().max() < 0.05 * moved + 1e-6, tensor_name
+    for name, tensor in weights["plain"].items():
+        moved = (tensor - start[name].float()).abs().max()
+        assert (tensor - weights["engine"][name]).abs().max() < 0.05 * moved + 1e-6, name
 
 
 @pytest.mark.matrix
@@ -222,6 +226,7 @@ def test_states_from_vllm_are_ours(installed, tmp_path):
         torch.testing.assert_close(found, states_of(model, example.ids), atol=2e-4, rtol=1e-5)
     for found in twice:
         torch.testing.assert_close(found, states_of(model, list(long)), atol=2e-4, rtol=1e-5)
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, fastmtp_engine="vllm")
 
 
 @pytest.mark.matrix

@@ -166,6 +166,7 @@ def test_a_baseline_alone_or_no_baseline_is_a_report_too(load):
         "map-sizes",
         "accepted-per-step",
         "tau-by-position",
+        "tau-by-context",
     }
     assert tables.speedup_table(results, 0.0, 1) is None and "no baseline" in notes(results)[0]
 
@@ -281,7 +282,7 @@ def test_pictures_are_well_formed_and_opaque(folder):
     assert names == sorted(p.stem for p in (folder / "plots").glob("*.png"))
     kinds = {name.removesuffix("-t0").removesuffix("-t0.6") for name in names}
     assert kinds == {"speedup-radar", "speedup-by-task", "tau-and-speed-by-k", "acceptance-by-depth", "map-sizes",
-                     "concurrency", "accepted-per-step", "tau-by-position"}  # fmt: skip
+                     "concurrency", "accepted-per-step", "tau-by-position", "tau-by-context"}  # fmt: skip
     assert "concurrency-t0.6" not in names and "tau-by-position-t0.6" in names
     for name in names:
         root = ElementTree.parse(folder / "plots" / f"{name}.svg").getroot()

@@ -15,7 +15,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.metrics import step_seconds
 from swift_fastmtp.serving.launch import read_schedule, serve_flags
 from swift_fastmtp.simulate.cost import StepParts, Weights
-from swift_fastmtp.simulate.schedule import depths_by_load, schedule, schedule_line
+from swift_fastmtp.simulate.schedule import depths_by_load, schedule, schedule_line, schedule_table
 from swift_fastmtp.simulate.step_times import GPUS, StepTimes, predicted_step_times, roofline
 
 # MiMo-7B in bfloat16 (config.json): hidden 4096; 36 layers, 32 attention heads, 8 key-value heads of 128; 11008 wide.
@@ -43,6 +43,12 @@ def test_the_fastest_k_at_each_load():
     assert depths[0].speedups == pytest.approx([1.0, 1.8 * 10 / 12, None, 2.6 * 10 / 14])
     assert schedule_line(depths) == "schedule: from 32 answers at once on drafts do not pay"
     assert schedule(depths) == {n: {"candidate_steps": [k]} for n, k in (("1", 3), ("8", 1), ("32", 0))}
+    # Where no drafts by schedule takes its time, too: 20 ms for 10 at 32 at once, less than 40 / 1.8 for one draft.
+    paused = depths_by_load([1.8, 2.2, 2.6], StepTimes(times, "measured", paused={8: 40, 32: 20}))
+    assert [(d.num_steps, d.speedups[0]) for d in paused] == [(3, 1.0), (1, 0.25), (0, 0.5)]
+    assert schedule_line(paused).endswith("do not pay; a server without a head is up to 2.00x as fast there")
+    assert "no drafts" in schedule_table(paused).splitlines()[0]
+    assert "no drafts" not in schedule_table(depths).splitlines()[0]
     with pytest.raises(FastMTPError, match="needs steps without drafts"):
         depths_by_load([1.8], StepTimes({(1, 1): 10}, "measured"))
 
@@ -66,13 +72,19 @@ def test_a_schedule_says_the_same_in_every_form(steps, first):
 
 def test_a_roofline_of_the_papers_model():
     """One request: the paper's K = 3. Large batches: an H20 has little arithmetic, so drafting stops paying there."""
-    h20 = depths_by_load(TAU, StepTimes(roofline(MIMO, MIMO_CACHE, GPUS["h20"], 3, 151_680, 1024), "predicted"))
-    h100 = depths_by_load(TAU, StepTimes(roofline(MIMO, MIMO_CACHE, GPUS["h100"], 3, 151_680, 1024), "predicted"))
+
+    def depths(gpu):
+        milliseconds, paused = roofline(MIMO, MIMO_CACHE, GPUS[gpu], 3, 151_680, 1024)
+        return depths_by_load(TAU, StepTimes(milliseconds, "predicted", paused=paused))
+
+    h20, h100 = depths("h20"), depths("h100")
     assert h20[0].num_steps == h100[0].num_steps == 3
     assert h20[0].speedups[3] == pytest.approx(2.0, abs=0.06)  # cost.py without attention: 2.03; the paper: 1.81
     assert [d.num_steps for d in h20] == sorted((d.num_steps for d in h20), reverse=True)
-    assert h20[-1].num_steps == 0
-    assert h100[-1].num_steps > 0
+    # No drafts by schedule costs more than one draft there; a server without a head is faster than both.
+    assert h20[-1].num_steps == 1 and h20[-1].speedups[0] < h20[-1].speedups[1] < 1
+    assert schedule_line(h20).startswith("schedule: from 64 answers at once on drafts do not pay; a server without")
+    assert h100[-1].num_steps > 1
 
 
 def test_a_step_reads_the_experts_that_its_tokens_take():

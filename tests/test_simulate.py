@@ -25,6 +25,7 @@ from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.simulate import acceptance
 from swift_fastmtp.simulate import simulate as simulate_module
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
+from swift_fastmtp.simulate.positions import parts_of, parts_table
 from swift_fastmtp.simulate.simulate import simulate
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
@@ -64,6 +65,38 @@ def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few, engi
                 assert rounds[steps - 1][i] == want
         accepted.append(sum(map(sum, rounds[-1])))
     assert accepted[0] > accepted[1] > 0  # drafts were really accepted, and the map costs some
+
+
+def test_parts_are_of_the_steps_that_begin_there(tiny, few):
+    """Against the rounds, counted one by one."""
+    model, tokenizer = tiny
+    model.fastmtp = FastMTPConfig(num_speculative_steps=3)
+    texts = make_texts(model, tokenizer, read_rows(few), 160, "generate", 4)
+    (accepted,) = greedy_acceptance(model, texts, tokenizer.pad_token_id, 4)
+    rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4)[-1]
+    parts = parts_of(texts, accepted)
+    seen = []
+    for part in parts:
+        inside, outside, answers = [], [], set()
+        for number, (text, counts) in enumerate(zip(texts, rounds, strict=True)):
+            here, elsewhere, before = [], [], 1 + (text.start if part.of == "context" else 0)
+            for count in counts:
+                (here if part.start <= before < part.end else elsewhere).append(count)
+                before += count + 1
+            if here:
+                answers.add(number)
+                inside += here
+                outside += elsewhere
+        assert (part.answers, part.steps) == (len(answers), len(inside))
+        assert part.tau == 1 + sum(inside) / len(inside)
+        assert part.first == sum(count > 0 for count in inside) / len(inside)
+        assert part.elsewhere == (1 + sum(outside) / len(outside) if outside else None)
+        seen.append((part.of, len(inside)))
+    for of in ("answer", "context"):
+        assert sum(steps for name, steps in seen if name == of) == sum(map(len, rounds))
+        assert len([name for name, _ in seen if name == of]) > 1
+    table = parts_table(parts, 3)
+    assert "answer, 64 to 127" in table and "same answers elsewhere" in table
 
 
 def test_batched_generation_equals_one_by_one(tiny, few):

@@ -6,6 +6,8 @@ With the real SGLang on the CPU (tests/serving): the costs of steps are measured
 tau is simulated on half of the example prompts, and the schedule that follows is served. Then all servers, without
 drafts, with each K and with the schedule, are up together and take turns at every load, with the other half.
 
+A second schedule is for a server that does not fill the draft's cache where it makes no drafts (`SKIP`).
+
 Writes docs/results/schedule.{md,json}.
 """
 
@@ -13,6 +15,7 @@ import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -24,14 +27,19 @@ from helpers.engine import engine_python  # noqa: E402
 
 from swift_fastmtp.bench.bench import bench  # noqa: E402
 from swift_fastmtp.bench.costs import read_step_times  # noqa: E402
+from swift_fastmtp.bench.results import read_results  # noqa: E402
 from swift_fastmtp.files.inputs import read_json  # noqa: E402
 from swift_fastmtp.files.provenance import provenance  # noqa: E402
-from swift_fastmtp.serving.launch import command, read_schedule, serve_flags  # noqa: E402
-from swift_fastmtp.simulate.simulate import SCHEDULE, simulate  # noqa: E402
+from swift_fastmtp.files.staging import write_json  # noqa: E402
+from swift_fastmtp.simulate.schedule import depths_by_load, schedule, schedule_table  # noqa: E402
+from swift_fastmtp.simulate.simulate import simulate  # noqa: E402
 
 CPU_PLAN = "tests/serving/cpu_plan.yaml"
 # Without graphs, of which adaptive SGLang would capture one for each K; it has none on a CPU.
 ADAPTIVE = ["--disable-cuda-graph"]
+PAUSED = ROOT / "swift_fastmtp/bench/paused.json"
+SKIP = {"SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND": "1"}
+SCHEDULES = ("scheduled", "skipping")
 
 
 def main():
@@ -57,9 +65,15 @@ def measure(args, work):
         (work / half).write_text("".join(prompts[number::2]))
     # What steps cost.
     fixed = {"baseline": {}, "fixed": {"folder": args.model}}
-    plan = write_plan(work / "costs.yaml", args, fixed)
+    no_drafts = {"folder": args.model, "schedule": str(PAUSED), "environment": SKIP}
+    plan = write_plan(work / "costs.yaml", args, {**fixed, "skipping": no_drafts})
     bench(str(work / "costs"), plan=plan, costs=True, rounds=args.rounds, concurrency=args.concurrency)
     times = read_step_times(str(work / "costs/results.json"))
+    measured = read_results(str(work / "costs/results.json"))
+    paused = {
+        name: {run.concurrency: 1000 * run.step.p50 for run in measured.runs if run.server == server}
+        for name, server in zip(SCHEDULES, ("fixed-paused", "skipping"), strict=True)
+    }
     # What follows from them and from the head's tau.
     if not (work / "simulate").exists():
         simulate(
@@ -69,15 +83,17 @@ def measure(args, work):
             output_dir=str(work / "simulate"),
             num_steps=max(args.num_steps),
             max_new_tokens=args.max_new_tokens,
-            step_times=times,
         )
-    predicted = read_json(work / "simulate/simulate.json")["by_load"]
+    tau = read_json(work / "simulate/simulate.json")["heads"][0]["tau_micro"]
+    predicted = {name: depths_by_load(tau, replace(times, paused=paused[name])) for name in SCHEDULES}
     # All of them, served.
-    file = work / "simulate" / SCHEDULE
-    words = [engine_python(), *command(serve_flags(args.model, schedule=str(file)))[1:], *ADAPTIVE]
-    most = max(read_schedule(file).values())
-    scheduled = {"command": words, "num_steps": [most], "method": "tuned", "label": "by load"}
-    plan = write_plan(work / "served.yaml", args, {**fixed, "scheduled": scheduled})
+    scheduled = {}
+    for name, depths in predicted.items():
+        print(schedule_table(depths))
+        write_json(schedule(depths), work / f"{name}.json")
+        scheduled[name] = {"folder": args.model, "schedule": str(work / f"{name}.json"), "label": "by load"}
+    scheduled["skipping"]["environment"] = SKIP
+    plan = write_plan(work / "served.yaml", args, {**fixed, **scheduled})
     served = bench(
         str(work / "served"),
         plan=plan,
@@ -95,8 +111,8 @@ def measure(args, work):
         "milliseconds": {
             f"K={K}, {size} at once": round(ms, 2) for (K, size), ms in sorted(times.milliseconds.items())
         },
-        "schedule": read_json(file),
-        "predicted": predicted,
+        "paused": paused,
+        "predicted": {name: [vars(depth) for depth in depths] for name, depths in predicted.items()},
         "served": served.as_json()["runs"],
     }
     page = table(predicted, by_server)
@@ -107,7 +123,14 @@ def measure(args, work):
 def write_plan(path, args, servers):
     """Servers that are up together and take turns, for a CPU."""
     cpu = yaml.safe_load(Path(CPU_PLAN).read_text())
-    flags = [*cpu["flags"], "--max-running-requests", str(max(args.concurrency)), "--mem-fraction-static", "0.6"]
+    flags = [
+        *cpu["flags"],
+        "--max-running-requests",
+        str(max(args.concurrency)),
+        "--mem-fraction-static",
+        "0.4",
+        *ADAPTIVE,
+    ]
     plan = {
         "model": args.model,
         "python": engine_python(),
@@ -127,16 +150,17 @@ def table(predicted, by_server):
     names = [name for name in by_server if name != "baseline"]
     lines = ["# The best number of drafts by load", "", __doc__.split("\n\n")[2], ""]
     lines += ["Speed over no drafts: tokens over seconds; predicted, then served with its 95 % interval.", ""]
-    lines.append("| at once | chosen | " + " | ".join(names) + " |")
+    lines.append("| at once | K by schedule | " + " | ".join(names) + " |")
     lines.append("|---:" * (2 + len(names)) + "|")
-    for depth in predicted:
-        size = depth["batch_size"]
-        cells = [str(size), f"K = {depth['num_steps']}" if depth["num_steps"] else "no drafts"]
+    for depths in zip(*predicted.values(), strict=True):
+        of_schedule = dict(zip(predicted, depths, strict=True))
+        size = depths[0].batch_size
+        cells = [str(size), ", ".join(str(depth.num_steps) for depth in depths)]
         for name in names:
             ratio = by_server[name][size].speedup
-            K = int(name.rpartition("k")[2]) if name.startswith("fixed") else depth["num_steps"]
-            expected = depth["speedups"][K]
-            cells.append(f"{expected:.2f}, {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+            depth = of_schedule.get(name, depths[0])
+            K = depth.num_steps if name in of_schedule else int(name.rpartition("k")[2])
+            cells.append(f"{depth.speedups[K]:.2f}, {ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 

@@ -17,7 +17,7 @@ from ..data.chat_template import check_chat_template, load_tokenizer
 from ..errors import FastMTPError
 from ..files.staging import write_json
 from ..redaction import without_login
-from .costs import COSTS, COSTS_STEPS, costs_table
+from .costs import COSTS, COSTS_STEPS, costs_table, with_paused_servers
 from .engines import Engine, Identity
 from .measure import Measurement
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
@@ -55,6 +55,8 @@ def bench(
     wanted = {**(read_plan(plan) if plan else {"servers": server_urls(base_urls or ())})}
     if costs:
         wanted = {"num_steps": COSTS_STEPS, **wanted, **COSTS}
+        if isinstance(wanted.get("servers"), dict):
+            wanted["servers"] = with_paused_servers(wanted["servers"])
     wanted |= {k: v for k, v in values.items() if v is not None}
     made = make_plan(wanted)
     tokenizer = load_tokenizer(made.model)

@@ -14,6 +14,8 @@ from ..simulate.step_times import StepTimes
 from .results import Results, read_results
 
 _QUESTIONS = Path(__file__).with_name("long_answers.jsonl")
+_PAUSED = Path(__file__).with_name("paused.json")
+"""A schedule of no drafts at any load that there is."""
 COSTS: dict[str, Any] = {
     "tasks": [f"long_answers={_QUESTIONS}"],
     "max_new_tokens": 48,
@@ -27,6 +29,20 @@ COSTS_STEPS = [1, 2, 3]
 """K of a plan's servers, unless the plan or the user says which."""
 
 
+def with_paused_servers(servers: dict[str, Any]) -> dict[str, Any]:
+    """`servers` of a plan, and for each head that is started a server whose schedule makes no drafts.
+
+    It is not as fast as one without a head: SGLang goes on filling the draft's cache (0.5.23 `eagle_worker_v2.py`), and
+    vLLM runs the layer once (0.32.0 `llm_base_proposer.py`), for the load at which there are drafts again.
+    """
+    more = {}
+    for name, server in servers.items():
+        if isinstance(server, dict) and server.get("folder") and not server.get("schedule"):
+            own = {key: value for key, value in server.items() if key not in ("num_steps", "label")}
+            more[f"{name}-paused"] = {**own, "schedule": str(_PAUSED)}
+    return {**servers, **more}
+
+
 def costs_table(results: Results) -> str:
     """Milliseconds of a step, a line for each server and a column for each number of answers at once."""
     sizes = sorted({run.concurrency for run in results.runs})
@@ -34,7 +50,8 @@ def costs_table(results: Results) -> str:
     for name, server in results.servers.items():
         by_size = {run.concurrency: run.step for run in results.runs if run.server == name}
         steps = [by_size.get(size) for size in sizes]
-        lines.append([name, str(server.num_steps), *(f"{1000 * step.p50:.1f}" if step else "" for step in steps)])
+        steps_made = "0" if server.schedule else str(server.num_steps)
+        lines.append([name, steps_made, *(f"{1000 * step.p50:.1f}" if step else "" for step in steps)])
     header = ["ms per step", "K", *(f"{size} at once" for size in sizes)]
     return terminal_table(header, lines)
 
@@ -47,21 +64,30 @@ def read_step_times(path: str) -> StepTimes:
     """
     results = read_results(path)
     server_of: dict[int, str] = {}
-    for name, server in results.servers.items():
+    fixed = {name: server for name, server in results.servers.items() if not server.schedule}
+    for name, server in fixed.items():
         if server.num_steps in server_of:
             raise FastMTPError(
                 f"{path}: {server_of[server.num_steps]} and {name} both make {server.num_steps} drafts per step; "
                 "measure the costs of one head with one map in a folder of their own"
             )
         server_of[server.num_steps] = name
-    maps = {server.token_map for server in results.servers.values() if server.num_steps}
+    maps = {server.token_map for server in fixed.values() if server.num_steps}
     if len(maps) > 1:
         raise FastMTPError(f"{path}: the servers draft from different token maps; measure those of one map")
-    milliseconds = {
-        (results.servers[run.server].num_steps, run.concurrency): 1000 * run.step.p50
-        for run in results.runs
-        if run.step is not None
-    }
+    milliseconds, paused = {}, {}
+    for run in results.runs:
+        if run.step is None:
+            continue
+        if run.server in fixed:
+            milliseconds[fixed[run.server].num_steps, run.concurrency] = 1000 * run.step.p50
+        elif _drafts_at(results.servers[run.server].schedule or {}, run.concurrency) == 0:
+            paused[run.concurrency] = 1000 * run.step.p50
     if not milliseconds:
         raise FastMTPError(f"{path}: no step was measured at full load; make it with `fastmtp bench --costs`")
-    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None))
+    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None), paused)
+
+
+def _drafts_at(schedule: dict[str, int], concurrency: int) -> int:
+    """That a schedule has made where so many answers are decoded at once."""
+    return schedule[str(max(int(size) for size in schedule if int(size) <= concurrency))]

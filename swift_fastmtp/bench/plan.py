@@ -23,7 +23,7 @@ from ..files.show import listed, show
 from ..method.map_files import check_tokenizer
 from ..method.verification import REGIMES
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
-from ..serving.launch import ENVIRONMENT, command, flags_for, sampled_flags, static_map
+from ..serving.launch import ENVIRONMENT, command, flags_for, read_schedule, sampled_flags, scheduled_flags, static_map
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
@@ -94,7 +94,7 @@ class Plan:
                 "temperatures": self.temperatures,
                 "concurrency": self.concurrency,
                 **per_slot,
-                "servers": {name: asdict(launch.server) for name, launch in self.launches.items()},
+                "servers": {name: _as_recorded(launch.server) for name, launch in self.launches.items()},
                 "environments": {name: _digests(launch.environment) for name, launch in self.launches.items()},
                 "baseline": self.baseline,
             }
@@ -102,6 +102,14 @@ class Plan:
         if names := variables_in(json.dumps(record, ensure_ascii=False)):
             record["variables"] = _digests({name: os.environ[name] for name in names})
         return record
+
+
+def _as_recorded(server: Server) -> dict[str, Any]:
+    """Without a schedule as before there were any, so that such a folder can be gone on with."""
+    record = asdict(server)
+    if server.schedule is None:
+        del record["schedule"]
+    return record
 
 
 def _digests(environment: dict[str, str]) -> dict[str, str]:
@@ -206,6 +214,10 @@ def make_plan(values: dict[str, Any]) -> Plan:
     )
 
 
+def _by_load(file: str) -> dict[str, int]:
+    return {str(size): steps for size, steps in sorted(read_schedule(Path(file)).items())}
+
+
 def server_urls(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`servers` of a plan from `--base_url` words, each `URL` or `name=URL`. The name tells the method, if it can.
 
@@ -245,6 +257,12 @@ def _expand(name: str, server: ServerKeys, plan: PlanKeys, opened: dict[str, Che
     # One for each number of drafts and each map. The name says which, where there are several.
     maps: Sequence[str | None] = server.token_map or [None]
     all_steps = server.num_steps or plan.num_steps
+    by_load: dict[int, int] = {}
+    if server.schedule:
+        if server.command or server.num_steps:
+            raise FastMTPError(f"{where}: `schedule` says how many drafts `folder` makes; leave num_steps, command out")
+        by_load = read_schedule(Path(server.schedule))
+        all_steps = [max(by_load.values())]
     if 0 in all_steps:
         raise FastMTPError(
             f"{where}.num_steps: must be at least 1, not 0; a server without drafts has method: baseline"
@@ -254,7 +272,9 @@ def _expand(name: str, server: ServerKeys, plan: PlanKeys, opened: dict[str, Che
     launches = {}
     for steps in all_steps:
         for path in maps:
-            full_name = f"{name}-k{steps}" + (f"-{Path(path).stem}" if path and len(maps) > 1 else "")
+            full_name = name if by_load else f"{name}-k{steps}"
+            if path and len(maps) > 1:
+                full_name += f"-{Path(path).stem}"
             _check_name(full_name)
             launches[full_name] = _launch(server, plan, name, server.method, steps, path, opened)
     return launches
@@ -312,7 +332,10 @@ def _launch(
         if str(folder) not in opened:
             opened[str(folder)] = Checkpoint(folder)
         checkpoint = opened[str(folder)]
-        flags = flags_for(checkpoint, plan.engine, steps or None, static, plan.model)
+        if server.schedule:
+            flags = scheduled_flags(checkpoint, plan.engine, Path(server.schedule), static, plan.model)
+        else:
+            flags = flags_for(checkpoint, plan.engine, steps or None, static, plan.model)
         if server.regime and steps:
             flags = sampled_flags(checkpoint, flags, plan.engine, REGIMES[server.regime])
         inside = static_map(flags) if asked is None and steps else None  # the one that the head was trained inside
@@ -355,5 +378,6 @@ def _launch(
         model=plan.model,
         draft_model=folder if steps else None,
         command=[Path(program).name, *arguments],  # where Python lies is nobody else's business
+        schedule=_by_load(server.schedule) if server.schedule else None,
     )
     return Launch(spec, command=words, environment=environment)

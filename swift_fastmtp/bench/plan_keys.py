@@ -98,6 +98,7 @@ class ServerKeys(_Keys):
     token_map: Several[Text] | None = None
     regime: Literal["greedy", "rejection", "block"] | None = None
     """Of drafts above temperature 0 (`method.verification`)."""
+    schedule: Text | None = None
     base_url: Text | None = None
     command: Words = []
     python: Text | None = None

@@ -26,6 +26,7 @@ from ..method.metrics import (
     speedup,
     step_seconds,
     steps_by_chunk,
+    tau_by_context,
     tau_by_position,
     token_gaps,
 )
@@ -67,10 +68,10 @@ class Interval:
 
 @dataclass
 class Part:
-    """tau of the verification steps that start in one part of the answers.
+    """tau of the verification steps that start in one part of the answers, or of the contexts.
 
-    `start` (included) and `end` (excluded) count tokens from an answer's beginning, the prefill's token too; `tau` is
-    1 + accepted drafts / `steps`.
+    `start` (included) and `end` (excluded) count tokens from an answer's beginning, the prefill's token too, or from
+    the prompt's; `tau` is 1 + accepted drafts / `steps`.
     """
 
     start: Count
@@ -156,6 +157,8 @@ class Run:
     works on `concurrency` answers (`method.metrics.step_seconds`); None where it never did, or chunks are no steps."""
     cpu: CpuTime | None = None
     """Of a server that the benchmark started itself, on Linux."""
+    tau_by_context: ListOf[Part] = field(default_factory=list)
+    """As `tau_by_position`, by tokens of prompt and answer before the step, in parts that double: 0 to 64, to 128 .."""
 
 
 @dataclass
@@ -173,6 +176,9 @@ class Server:
     model: str
     draft_model: str | None
     command: ListOf[str] | None
+    schedule: dict[str, Count] | None = None
+    """From how many answers at once on how many drafts are made; `num_steps` is the most. None: at every load as many.
+    """
 
 
 @dataclass
@@ -316,7 +322,13 @@ def _run(
     # Acceptance along the answer, in parts of a quarter of the longest possible one, within limits.
     width = max(16, min(256, settings.max_new_tokens // 4))
     streamed = [r for r in answers if r["chunk_tokens"]]
-    known = [steps_by_chunk(r["chunk_tokens"], r["accepted"], r["steps"]) for r in streamed if r["steps"]]
+    positions, contexts = [], []
+    for record in streamed:
+        known = steps_by_chunk(record["chunk_tokens"], record["accepted"], record["steps"]) if record["steps"] else None
+        positions += known or []
+        prompt_tokens = record.get("prompt_tokens")
+        if known and prompt_tokens is not None:
+            contexts += [(prompt_tokens + before, accepted) for before, accepted in known]
     # Times.
     speeds = [t / s for t, s in map(_speed_of, answers) if s > 0]
     gaps = [g for r in streamed for g in token_gaps(r["chunk_tokens"], r["chunk_seconds"])]
@@ -333,7 +345,8 @@ def _run(
         marginal=marginal_rates(histogram),
         conditional=conditional_rates(histogram),
         histogram=histogram,
-        tau_by_position=[Part(*p) for p in tau_by_position([s for k in known if k for s in k], width)],
+        tau_by_position=[Part(*part) for part in tau_by_position(positions, width)],
+        tau_by_context=[Part(*part) for part in tau_by_context(contexts)],
         tokens_per_second=tokens / max(_seconds(answers), 1e-9),
         tokens_per_second_per_request=(percentiles(speeds) or (0.0,))[0],
         ttft=Percentiles(*ttft) if ttft else None,

@@ -15,7 +15,7 @@ is in none of them.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -131,7 +131,12 @@ def taus_of_answers(accepted: Sequence[torch.Tensor], depth: int) -> tuple[float
 
 
 def verify_rounds(match_KA: torch.Tensor, depth: int) -> list[int]:
-    """The verification rounds of a greedy server on one answer: drafts accepted in each.
+    """Of a greedy server's verification rounds on one answer, the drafts accepted in each; as `verify_steps`."""
+    return [accepted for _, accepted in verify_steps(match_KA, depth)]
+
+
+def verify_steps(match_KA: torch.Tensor, depth: int) -> list[tuple[int, int]]:
+    """The verification rounds of a greedy server on one answer: (answer tokens before it, drafts accepted) of each.
 
     Args:
         match_KA: bool [K, A]; `[k-1, t]`: with answer token t just committed, the depth-k draft equals answer token
@@ -141,11 +146,30 @@ def verify_rounds(match_KA: torch.Tensor, depth: int) -> list[int]:
     The prefill yields token 0; a round that accepts c drafts commits c + 1 tokens (SGLang `eagle_worker_v2.py`).
     """
     prefix = match_KA[:depth].cumprod(dim=0).sum(dim=0).tolist()
-    rounds, t, last = [], 0, match_KA.shape[1] - 1
+    steps, t, last = [], 0, match_KA.shape[1] - 1
     while t < last:
-        rounds.append(int(prefix[t]))
-        t += rounds[-1] + 1
-    return rounds
+        steps.append((t + 1, int(prefix[t])))
+        t += steps[-1][1] + 1
+    return steps
+
+
+def tau_interval(answers: Sequence[tuple[int, int]], seed: int = 0, samples: int = 2000) -> tuple[float, float] | None:
+    """95 % of micro tau, by drawing answers with replacement; None of fewer than two.
+
+    Args:
+        answers: (accepted drafts, verification steps) of each.
+        seed: of the bootstrap.
+
+    Of R answers R - 1 are drawn and Student's factor widens it, as in `speedup`.
+    """
+    if len(answers) < 2:
+        return None
+    counts_R2 = np.asarray(answers, dtype=float)
+    total = counts_R2.sum(0)
+    drawn_S2 = _draw_rounds(np.random.default_rng(seed), len(answers), samples) @ counts_R2
+    half = _student(len(answers) - 1) * float((drawn_S2[:, 0] / drawn_S2[:, 1]).std())
+    tau = 1 + float(total[0] / total[1])
+    return max(1.0, tau - half), tau + half
 
 
 def micro_tau(rounds: list[list[int]]) -> float:
@@ -218,10 +242,32 @@ def tau_by_position(steps: Sequence[tuple[int, int]], width: int) -> list[tuple[
     Args:
         steps: (answer tokens before it, accepted drafts) of verification steps; a step counts where it starts.
     """
+    return _tau_by_part(steps, lambda before: before // width * width, lambda start: start + width)
+
+
+def tau_by_context(steps: Sequence[tuple[int, int]]) -> list[tuple[int, int, float, int]]:
+    """(start, end, tau, steps) of parts of the context that double in length (`part_of_context`).
+
+    Args:
+        steps: (tokens of prompt and answer before it, accepted drafts) of verification steps.
+    """
+    return _tau_by_part(steps, lambda before: part_of_context(before)[0], lambda start: part_of_context(start)[1])
+
+
+def part_of_context(tokens: int) -> tuple[int, int]:
+    """The part of contexts that a place with so many tokens before it is in: 0 to 64, to 128, to 256 ..; doubling,
+    because acceptance changes by the factor in length, not by the token."""
+    end = 64 << (tokens // 64).bit_length()
+    return (0 if end == 64 else end // 2), end
+
+
+def _tau_by_part(
+    steps: Sequence[tuple[int, int]], start_of: Callable[[int], int], end_of: Callable[[int], int]
+) -> list[tuple[int, int, float, int]]:
     parts: dict[int, list[int]] = {}
-    for position, accepted in steps:
-        parts.setdefault(position // width, []).append(accepted)
-    return [(i * width, (i + 1) * width, 1 + sum(a) / len(a), len(a)) for i, a in sorted(parts.items())]
+    for before, accepted in steps:
+        parts.setdefault(start_of(before), []).append(accepted)
+    return [(start, end_of(start), 1 + sum(a) / len(a), len(a)) for start, a in sorted(parts.items())]
 
 
 def token_gaps(chunk_tokens: Sequence[int], chunk_seconds: Sequence[float]) -> list[float]:
@@ -341,7 +387,8 @@ def _draw_rounds(rng: Any, num_rounds: int, samples: int) -> Any:
 
 
 def _student(freedom: int) -> float:
-    return _STUDENT[min(freedom, len(_STUDENT)) - 1]
+    """The factor of a 95 % interval; beyond the table an approximation that is off by less than 0.02."""
+    return _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else _NORMAL + 2.5 / freedom
 
 
 def first_difference(one: Sequence[Any] | str, other: Sequence[Any] | str) -> int | None:

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import pi
-from typing import Any
+from typing import Any, Literal
 
-from ..bench.results import Interval
+from ..bench.results import Interval, Part, Run
 from ..files.plot_style import GRID, INK, MARKERS, PAGE, PALETTE, plot_style
 from .entries import Entry, entries, fastest_maps, mean, mean_speedup, of_all, slices, speed, tasks_of, tau, times
 from .figure import Plot, column_figure, finish, legend, paints, short
@@ -24,7 +24,17 @@ def plots(results: Merged) -> list[Plot]:
     temperatures = sorted({t for t, _ in slices(results)})
     for temperature in temperatures:
         suffix = f"-t{temperature:g}" if len(temperatures) > 1 else ""
-        for draw in (_radar, _by_task, _by_steps, _by_depth, _maps, _concurrency, _histogram, _by_position):
+        for draw in (
+            _radar,
+            _by_task,
+            _by_steps,
+            _by_depth,
+            _maps,
+            _concurrency,
+            _histogram,
+            _by_position,
+            _by_context,
+        ):
             plot = draw(results, temperature, suffix)
             if plot:
                 drawn.append(plot)
@@ -478,14 +488,26 @@ def _histogram(results: Merged, temperature: float, suffix: str) -> Plot | None:
     )
 
 
-@plot_style()
 def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | None:
     """Tau by position in the answer, all tasks together, weighted by their steps."""
+    return _along(results, temperature, suffix, "answer")
+
+
+def _by_context(results: Merged, temperature: float, suffix: str) -> Plot | None:
+    """Tau by position in prompt and answer together, likewise."""
+    return _along(results, temperature, suffix, "context")
+
+
+@plot_style()
+def _along(results: Merged, temperature: float, suffix: str, of: Literal["answer", "context"]) -> Plot | None:
+    def parts_of(run: Run) -> list[Part]:
+        return run.tau_by_position if of == "answer" else run.tau_by_context
+
     level, shown = _first_slice(results, temperature)
-    offered = [e for e in _of_one_k(shown, fastest=False) if any(run.tau_by_position for run in e.runs.values())]
+    offered = [e for e in _of_one_k(shown, fastest=False) if any(parts_of(run) for run in e.runs.values())]
     shown = _alike(offered)
 
-    # A line per method: τ of each stretch of the answer, all tasks together.
+    # A line per method: τ of each stretch, all tasks together.
     looks = paints(results, shown)
     drawing, (axes,) = column_figure(3.7)
     facts = []
@@ -493,7 +515,7 @@ def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | Non
     for entry in shown:
         sums: dict[tuple[int, int], list[float]] = {}
         for run in entry.runs.values():
-            for part in run.tau_by_position:
+            for part in parts_of(run):
                 if part.steps:
                     at = sums.setdefault((part.start, part.end), [0.0, 0.0])
                     at[0] += part.tau * part.steps
@@ -511,16 +533,21 @@ def _by_position(results: Merged, temperature: float, suffix: str) -> Plot | Non
         return None
 
     # Scales.
-    axes.set(xlabel="position in the answer (tokens)", ylabel="tokens per step (τ)", xlim=(0, max(ends)))
+    place = "answer" if of == "answer" else "prompt and answer"
+    axes.set(xlabel=f"position in the {place} (tokens)", ylabel="tokens per step (τ)")
+    if of == "answer":
+        axes.set_xlim(0, max(ends))
+    else:  # its parts double
+        axes.set_xscale("log", base=2)
     highest = max(axes.dataLim.y1, 1.1)
     axes.set_ylim(1.0, highest + 0.08 * (highest - 1.0))
     legend(drawing, axes)
     return finish(
         drawing,
-        f"tau-by-position{suffix}",
-        f"Acceptance length along the answer, K={shown[0].num_steps}",
+        f"tau-by-{'position' if of == 'answer' else 'context'}{suffix}",
+        f"Acceptance length along the {of}, K={shown[0].num_steps}",
         where(temperature, level),
-        "All steps that began in a stretch of the answer, drawn at its middle. "
+        f"All steps that began in a stretch of the {place}, drawn at its middle. "
         f"{_over(results, shown, offered, 'Steps of')}{_maps_note(shown)}",
         facts,
     )

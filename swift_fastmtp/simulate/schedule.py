@@ -1,7 +1,8 @@
 """How many drafts at which load: the K that gives the most tokens per second, by how many answers are decoded at once.
 
-    speed(K, B) = B tau_K / t(K, B),   speed(0, B) = B / t(0, B)
+    speed(K, B) = B tau_K / t(K, B),   speed(0, B) = B / t(paused, B)
 
+A schedule's "no drafts" is slower than a server without a head (`step_times.py`), which all speeds are compared with.
 tau is the head's, which the load does not change; times are measured or predicted (`step_times.py`). The file that is
 written is SGLang's `--speculative-adaptive-config`; `fastmtp serve-args --schedule` makes vLLM's
 `num_speculative_tokens_per_batch_size` of it.
@@ -25,7 +26,8 @@ class Depth:
     Attributes:
         batch_size: answers that are decoded at once.
         num_steps: drafts per step, K; 0 is no drafts.
-        speedups: [K + 1] over no drafts, of every K; None where its time is not known.
+        speedups: [K + 1] over a server without a head, of every K; None where its time is not known. K = 0 is no drafts
+            by schedule; as fast as that server where its own time is not known.
     """
 
     batch_size: int
@@ -45,7 +47,7 @@ def depths_by_load(tau: Sequence[float], times: StepTimes) -> list[Depth]:
     depths = []
     for size in times.batch_sizes:
         decode = times.milliseconds[0, size]
-        speedups: list[float | None] = [1.0]
+        speedups: list[float | None] = [decode / times.paused.get(size, decode)]
         for K, tokens in enumerate(tau, start=1):
             time = times.milliseconds.get((K, size))
             speedups.append(None if time is None else tokens * decode / time)
@@ -72,22 +74,37 @@ def schedule(depths: Sequence[Depth]) -> dict[str, dict[str, list[int]]]:
 
 
 def schedule_table(depths: Sequence[Depth]) -> str:
-    """A line for each load: speed over no drafts at every K."""
-    K = len(depths[0].speedups)
-    known = [k for k in range(1, K) if any(depth.speedups[k] is not None for depth in depths)]
+    """A line for each load: speed over a server without a head at every K."""
     lines = []
     for depth in depths:
-        speeds = [depth.speedups[k] for k in known]
+        speeds = [_times(depth.speedups[K]) for K in _known_steps(depths)]
         best = f"K={depth.num_steps}" if depth.num_steps else "no drafts"
-        lines.append([str(depth.batch_size), *("" if x is None else f"{x:.2f}x" for x in speeds), best])
-    return terminal_table(["at once", *(f"K={k}" for k in known), "best"], lines, num_text=1)
+        lines.append([str(depth.batch_size), *speeds, best])
+    header = [f"K={K}" if K else "no drafts" for K in _known_steps(depths)]
+    return terminal_table(["at once", *header, "best"], lines, num_text=1)
+
+
+def _known_steps(depths: Sequence[Depth]) -> list[int]:
+    """The K that have a column: those of which a time is known; no drafts where it is not a server without a head."""
+    known = [K for K in range(1, len(depths[0].speedups)) if any(depth.speedups[K] is not None for depth in depths)]
+    paused = any(depth.speedups[0] != 1 for depth in depths)
+    return [0, *known] if paused else known
+
+
+def _times(speedup: float | None) -> str:
+    return "" if speedup is None else f"{speedup:.2f}x"
 
 
 def schedule_line(depths: Sequence[Depth]) -> str:
-    """From which load on drafts do not pay."""
-    last = max((i for i, depth in enumerate(depths) if depth.num_steps), default=None)
+    """From which load on a server without a head is faster, and by how much."""
+    best = [depth.speedups[depth.num_steps] or 0.0 for depth in depths]
+    last = max((i for i, depth in enumerate(depths) if depth.num_steps and best[i] > 1), default=None)
     if last is None:
         return "schedule: drafts pay at no load; serve without"
     if last + 1 == len(depths):
         return f"schedule: drafts pay at every load that is known, up to {depths[-1].batch_size} answers at once"
-    return f"schedule: from {depths[last + 1].batch_size} answers at once on drafts do not pay"
+    line = f"schedule: from {depths[last + 1].batch_size} answers at once on drafts do not pay"
+    lowest = min(best[last + 1 :])
+    if lowest < 1:
+        line += f"; a server without a head is up to {1 / lowest:.2f}x as fast there"
+    return line

@@ -48,6 +48,7 @@ from ..vocab.languages import TokenLanguages
 from .acceptance import Text, greedy_acceptance, likelihood_ratios, make_texts
 from .answers import SUFFIX, open_answers
 from .cost import StepCost, read_cost
+from .positions import PartResult, parts_of, parts_table
 from .recommend import Recommendation, advice_line, map_table, recommend, warnings
 from .result import HeadResult
 from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
@@ -125,9 +126,7 @@ def simulate(  # noqa: PLR0913
     for hidden states of another model, dtype or graph.
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
-    _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora)
-    if isinstance(step_times, str):
-        check_gpu(step_times)
+    _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora, step_times)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -145,6 +144,7 @@ def simulate(  # noqa: PLR0913
     heads = _heads(base, checkpoints, model.family, expected)
     trained_for = Checkpoint(checkpoints[-1]).trained_for if checkpoints else None
     engines = _engines(model.family, engine or trained_for or "sglang")
+    shown_engine = _shown(engines, trained_for)
     maps: dict[str | None, torch.Tensor | None] = {None: None}
     for file in token_maps:
         check_tokenizer(file, model_dir)
@@ -152,6 +152,7 @@ def simulate(  # noqa: PLR0913
     # Every head, with every map, in every regime and group; the backbone once for all of them.
     passes = len(heads) * len(engines) * (1 + bool(temperature))
     results: list[HeadResult] = []
+    positions: dict[str, list[PartResult]] = {}
     with States(passes, hidden_cache) as states:
         for served_by in engines:  # a folder of other states is refused before anything is generated
             model.fastmtp = replace(model.fastmtp, engine=served_by)
@@ -167,6 +168,8 @@ def simulate(  # noqa: PLR0913
                 states.keep_of(model)
                 shared = (model, texts, padding_id(model, tokenizer), batch_size)
                 by_regime = _by_regime(shared, list(maps.values()), name, (temperature, top_k, top_p))
+                if served_by == shown_engine:
+                    positions[name] = parts_of(texts, by_regime[GREEDY.name][0])
                 for regime, accepted in by_regime.items():
                     key = (name, regime, served_by)
                     results += _results(key, maps, accepted, groups, cost)
@@ -179,13 +182,13 @@ def simulate(  # noqa: PLR0913
     print(f"speedup: predicted from {_cost_line(cost)}")
     for line in _engine_lines(model.family, engines, whole):
         print(line)
-    served_by = trained_for if trained_for in engines else engines[0]
     served_in = default_regime(temperature)
     for line in _regime_lines(temperature):
         print(line)
-    of_head = [r for r in results if r.head == name and r.engine == served_by]
+    of_head = [r for r in results if r.head == name and r.engine == shown_engine]
     of_last = [r for r in of_head if r.regime == served_in.name]
     last = [r for r in of_last if r.group != ALL or not by]
+    _print_positions(name, positions[name], num_steps)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
     depths = []
     if step_times is not None:
@@ -214,6 +217,7 @@ def simulate(  # noqa: PLR0913
             "recommended": vars(advice),
             "by_load": [vars(depth) for depth in depths],
             "heads": [vars(r) for r in results],
+            "positions": {head: [vars(part) for part in parts] for head, parts in positions.items()},
         }
         out = Path(output_dir)
         with new_files(out, last=RECORD) as folder:
@@ -279,6 +283,18 @@ def _engines(family: Family, engine: str) -> list[str]:
     return ["sglang" if engine == "both" else engine]
 
 
+def _shown(engines: list[str], trained_for: str | None) -> str:
+    """The engine whose numbers advice is given by."""
+    return trained_for if trained_for in engines else engines[0]
+
+
+def _print_positions(head: str, parts: list[PartResult], num_steps: int) -> None:
+    by_position = parts_table(parts, num_steps)
+    if by_position:
+        print(f"\nwhere acceptance is lost, {head}")
+        print(by_position)
+
+
 def _engine_lines(family: Family, engines: list[str], results: list[HeadResult]) -> list[str]:
     """Where a head does better, if two engines were asked for."""
     if len(engines) < 2:
@@ -334,6 +350,7 @@ def _check_options(
     verify_ms: float | None,
     answers: str,
     backbone_lora: str | None,
+    step_times: StepTimes | str | None,
 ) -> None:
     if answers not in ("generate", "given") and not answers.endswith(SUFFIX):
         raise FastMTPError(f"--answers {answers}: must be `generate`, `given`, or a file whose name ends in {SUFFIX}")
@@ -345,6 +362,8 @@ def _check_options(
         raise FastMTPError("--draft_ms and --verify_ms: give both or neither")
     if backbone_lora:
         check_lora(backbone_lora)
+    if isinstance(step_times, str):
+        check_gpu(step_times)
 
 
 def _heads(

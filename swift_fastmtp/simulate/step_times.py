@@ -7,12 +7,15 @@ long as reading what it reads, or as long as its arithmetic, whichever is longer
     first draft    the MTP layer over the same tokens (SGLang extends its cache by all of them), `lm_head` over B
     other drafts   K - 1 times the MTP layer and `lm_head` over B
 
+A server that makes no drafts because its schedule says so still fills the draft's cache, for when the load falls: the
+first draft's step, over one token of each answer (SGLang 0.5.23 `eagle_worker_v2.py`; vLLM's has no `lm_head`).
+
 Left out: kernel launches, sampling, communication between GPUs, and that no kernel reaches the data sheet's numbers. So
 times are too short, by much the same factor for all K.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
@@ -48,11 +51,13 @@ class StepTimes:
         milliseconds: by (K, answers at once); K = 0 is a decoding step without drafts.
         source: for people.
         token_map: file name without its ending of the map that drafts were chosen from; None: the whole vocabulary.
+        paused: by answers at once, of a server that makes no drafts because its schedule says so.
     """
 
     milliseconds: Mapping[tuple[int, int], float]
     source: str
     token_map: str | None = None
+    paused: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -84,14 +89,15 @@ def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int,
             "`fastmtp bench --costs`"
         )
     cache = _cache_bytes(checkpoint, parts.bytes_per_weight)
-    milliseconds = roofline(parts, cache, GPUS[gpu], num_steps, num_ids, context)
-    return StepTimes(milliseconds, f"predicted from the data sheet of one {gpu.upper()}, {context} tokens of context")
+    milliseconds, paused = roofline(parts, cache, GPUS[gpu], num_steps, num_ids, context)
+    source = f"predicted from the data sheet of one {gpu.upper()}, {context} tokens of context"
+    return StepTimes(milliseconds, source, paused=paused)
 
 
 def roofline(
     parts: StepParts, cache_bytes: float, gpu: GPU, num_steps: int, num_ids: int, context: int
-) -> dict[tuple[int, int], float]:
-    """Milliseconds by (K, answers at once), K from 0 to `num_steps`.
+) -> tuple[dict[tuple[int, int], float], dict[int, float]]:
+    """Milliseconds by (K, answers at once), K from 0 to `num_steps`; and by answers at once with drafts paused.
 
     Args:
         parts: of the model
@@ -110,7 +116,7 @@ def roofline(
 
     whole = parts.row * parts.vocab_size
     drafted_from = parts.row * num_ids
-    milliseconds = {}
+    milliseconds, paused = {}, {}
     for batch in BATCH_SIZES:
         for K in range(num_steps + 1):
             tokens = batch * (K + 1)
@@ -120,7 +126,8 @@ def roofline(
                 time += seconds(parts.mtp, tokens, drafted_from, batch)
                 time += (K - 1) * seconds(parts.mtp, batch, drafted_from, batch)
             milliseconds[K, batch] = 1000 * time
-    return milliseconds
+        paused[batch] = milliseconds[0, batch] + 1000 * seconds(parts.mtp, batch, drafted_from, batch)
+    return milliseconds, paused
 
 
 def _cache_bytes(checkpoint: Checkpoint, bytes_per_number: float) -> float:

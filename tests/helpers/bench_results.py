@@ -84,6 +84,11 @@ def run(server, task, tau, speed, base, num_steps, temperature=0.0, concurrency=
         ]
         if num_steps
         else [],
+        "tau_by_context": [
+            {"start": 128 << i, "end": 256 << i, "tau": tau - 0.05 * i, "steps": 300 - 70 * i} for i in range(4)
+        ]
+        if num_steps
+        else [],
         "tokens_per_second": 0.96 * speed * concurrency,
         "tokens_per_second_per_request": speed,
         "ttft": {"p50": 0.041, "p90": 0.052, "p99": 0.0805},
