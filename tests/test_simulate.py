@@ -125,6 +125,22 @@ def test_simulate_writes_table_json_and_plot(few, tmp_path, capsys):
     assert micro_tau(rounds) == pytest.approx(result.tau_micro[-1])
 
 
+def test_above_temperature_0_every_regime_is_measured(few, tmp_path, capsys):
+    out = tmp_path / "out"
+    results = simulate(str(TINY), [], str(few), output_dir=str(out), max_new_tokens=24, temperature=1.0)
+    greedy, rejection, block = results
+    assert [r.regime for r in results] == ["greedy", "rejection", "block"]
+    assert greedy.tau_micro[-1] < rejection.tau_micro[-1]
+    assert block.marginal[0] == pytest.approx(rejection.marginal[0])
+    assert block.marginal[-1] > rejection.marginal[-1]
+    printed = capsys.readouterr().out
+    assert "base + block verification" in printed
+    assert "greedy drafts, target-only acceptance: SGLang: no flag; vLLM: no setting\n" in printed
+    assert "below, and by `fastmtp serve-args --temperature 1`: sampled drafts, rejection sampling\n" in printed
+    record = json.loads((out / "simulate.json").read_text())
+    assert record["regime"] == "rejection" and [r["regime"] for r in record["heads"]] == [r.regime for r in results]
+
+
 def test_given_answers_are_taken_as_they_are(few, tmp_path):
     distill(str(TINY), str(few), str(tmp_path / "d.jsonl"), max_new_tokens=24, temperature=0)
     (given,) = simulate(str(TINY), [], str(tmp_path / "d.jsonl"), answers="given")

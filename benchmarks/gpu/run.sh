@@ -10,6 +10,8 @@
 # last lines say how each ended, and the exit status is 1 if one failed.
 #
 #   kernels     Triton kernels of the loss and of the routed head, compiled, against the plain form (the suite's tests)
+#   sampler     SGLang's kernel for sampled drafts against the papers' verification, 200,000 chains each; needs SGLang, or
+#               its sglang/kernels/ops/speculative/reject_sampling.py as $SGLANG_CHAIN_SAMPLER
 #   attention   torch's flash kernels, as the exact rollout calls them, against float64
 #   step        a training step at MiMo-7B's widths, random weights, against the reference step and the arithmetic floor
 #   routed      the draft's output matrix: full, with a static map, routed; microseconds and share of bandwidth
@@ -44,6 +46,8 @@ part kernels 150 env PYTHONPATH="$PWD/tests:$PYTHONPATH" $([ "$device" = cpu ] &
   "$python" -m pytest -q -n 8 --maxprocesses 8 --dist load --noconftest tests/test_triton.py tests/test_routed_head.py
 part attention 60 "$python" benchmarks/gpu/attention.py --device "$device" --output "$folder/attention.json"
 if [ "$device" = cuda ]; then
+  part sampler 60 env PYTHONPATH="$PWD/tests:$PYTHONPATH" \
+    "$python" -m pytest -q -o addopts= --noconftest tests/test_chain_sampler.py
   part step 170 "$python" benchmarks/training/step.py --device cuda --shape mimo-7b --dtype bfloat16 --length 2048 \
     --layers 36 --repeats 3 --no_memory --output "$folder/training_step"
   part routed 90 "$python" benchmarks/serving/routed_head.py --output "$folder/routed_head"

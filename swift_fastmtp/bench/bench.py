@@ -24,7 +24,7 @@ from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .records import missing_turns, open_records, read_plan_record
 from .results import Results, check_results, summarize
 from .servers import Started, started
-from .summary import table, warnings
+from .summary import regimes, table, warnings
 
 
 def bench(
@@ -79,7 +79,7 @@ def bench(
 
     print(costs_table(results) if costs else table(results))
     print(f"{folder / 'results.json'}: {len(results.runs)} runs, {sum(r.num_requests for r in results.runs)} requests")
-    for line in warnings(results):
+    for line in [*regimes(results), *warnings(results)]:
         print(line)
     return results
 

@@ -21,8 +21,9 @@ from ..files.inputs import check_file
 from ..files.schema import build, check_values
 from ..files.show import listed, show
 from ..method.map_files import check_tokenizer
+from ..method.verification import REGIMES
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
-from ..serving.launch import ENVIRONMENT, command, flags_for, read_schedule, scheduled_flags, static_map
+from ..serving.launch import ENVIRONMENT, command, flags_for, read_schedule, sampled_flags, scheduled_flags, static_map
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
@@ -335,6 +336,8 @@ def _launch(
             flags = scheduled_flags(checkpoint, plan.engine, Path(server.schedule), static, plan.model)
         else:
             flags = flags_for(checkpoint, plan.engine, steps or None, static, plan.model)
+        if server.regime and steps:
+            flags = sampled_flags(checkpoint, flags, plan.engine, REGIMES[server.regime])
         inside = static_map(flags) if asked is None and steps else None  # the one that the head was trained inside
         dropped = "--speculative" if not steps else "--speculative-token-map" if asked and not static else None
         flags = [f for f in flags if not (dropped and f.words[0].startswith(dropped))]
@@ -347,7 +350,7 @@ def _launch(
         if asked is None and static is None and steps and TOKEN_MAPS_KEY in checkpoint.config:
             token_map = f"{folder}/config.json"
         else:  # the plan decides about maps, not the environment that it happens to run in
-            is_flag = static is not None and plan.engine == "sglang"
+            is_flag = any(flag.words[0] == "--speculative-token-map" for flag in flags)
             environment[TOKEN_MAPS_VARIABLE] = token_map if token_map and not is_flag else NO_MAP
         python = server.python or plan.python
         if python and words[0] == "python":

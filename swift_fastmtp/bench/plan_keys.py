@@ -96,6 +96,8 @@ class ServerKeys(_Keys):
     folder: Text | None = None
     num_steps: Several[Steps] | None = None
     token_map: Several[Text] | None = None
+    regime: Literal["greedy", "rejection", "block"] | None = None
+    """Of drafts above temperature 0 (`method.verification`)."""
     schedule: Text | None = None
     base_url: Text | None = None
     command: Words = []

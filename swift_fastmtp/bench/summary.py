@@ -1,6 +1,7 @@
 """What the terminal shows of a benchmark when it ends: a line per run, and what a reader of it must know."""
 
 from ..files.table import terminal_table
+from ..method.verification import regime_of
 from .results import Interval, Results, drift, run_title
 
 
@@ -32,6 +33,16 @@ def table(results: Results) -> str:
 
 def _times(ratio: Interval | None) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio else ""
+
+
+def regimes(results: Results) -> list[str]:
+    """How servers make and verify drafts above temperature 0, as far as their commands are known."""
+    sampled = {run.server for run in results.runs if run.temperature > 0}
+    lines = []
+    for name, server in results.servers.items():
+        if name in sampled and server.num_steps and server.command:
+            lines.append(f"{name} above temperature 0: {regime_of(server.command).title}")
+    return lines
 
 
 def warnings(results: Results) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..bench.results import Percentiles, Run, Server
 from ..files.table import NOTHING, Table, number
+from ..method.verification import regime_of
 from .entries import Entry, entries, mean, mean_speedup, of_all, slices, speed, tasks_of, tau, times
 from .merge import Merged, engine
 
@@ -39,11 +40,23 @@ def main_table(results: Merged, temperature: float, concurrency: int) -> Table:
         f"Tokens per verification step and speed ({where(temperature, concurrency)})",
         "K: drafts per verification step. τ: tokens per verification step, all tokens / all steps, the prefill's token "
         "excluded (micro). token/s: of one request, prompt included, median over requests. Speedup: mean of the "
-        "tasks' speedups, weighted as the ratio of two means of token/s is.",
+        f"tasks' speedups, weighted as the ratio of two means of token/s is.{_regimes(results, methods, temperature)}",
         columns,
         rows,
         num_keys=2,
     )
+
+
+def _regimes(results: Merged, methods: list[Entry], temperature: float) -> str:
+    """For a note: how drafts were made and verified above temperature 0, by the servers' commands where they are known
+    (`method.verification`)."""
+    names: dict[str, dict[str, None]] = {}
+    for entry in methods if temperature > 0 else ():
+        for run in entry.runs.values():
+            server = results.servers[run.server]
+            if server.num_steps and server.command:
+                names.setdefault(regime_of(server.command).title, {})[entry.name] = None
+    return "".join(f" {', '.join(of)}: {title}." for title, of in names.items())
 
 
 def _is_baseline(results: Merged, entry: Entry) -> bool:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from ..vocab.languages import Languages
 from .compat_sglang import count_steps, draft_parts, route_logits
-from .maps import AGAIN_EVERY, AGAIN_TOKENS, make_head
+from .maps import AGAIN_EVERY, AGAIN_TOKENS, EVERY, make_head
 from .routed_head import NOTHING
 
 FULL = "full"
@@ -24,7 +24,7 @@ class Router:
 
     Args:
         draft: SGLang's `EagleDraftWorker`, its draft model loaded.
-        files: language -> file of its map.
+        files: language -> file of its map, or `EVERY` -> the one map of all requests.
 
     Raises `FastMTPError` for maps that do not belong to the model, or an output matrix whose rows cannot be read.
     """
@@ -34,8 +34,7 @@ class Router:
         folder = server_args.tokenizer_path or server_args.model_path
         # Tensor parallelism: this rank's tokens; the logits of all ranks are gathered behind the head, as ever.
         self.head = make_head(files, folder, parts.matrix)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=server_args.trust_remote_code)
-        self.identify = Languages(tokenizer, files)
+        self.identify = None if EVERY in files else _languages(folder, server_args.trust_remote_code, files)
         self.numbers = {name: i for i, name in enumerate(self.head.languages)}
         # Row 0 of SGLang's pool stands for padded rows of captured graphs.
         self.languages = torch.full((parts.slots,), NOTHING, dtype=torch.int32, device=parts.matrix.weight.device)
@@ -45,11 +44,16 @@ class Router:
 
     def begin(self, batch: Any) -> None:
         """A batch of requests whose prompts, or parts of them, have just been read."""
-        names = [self.identify.of_prompt(req.origin_input_ids) for req in batch.reqs]
+        if self.identify is None:
+            names: list[str | None] = [EVERY] * len(batch.reqs)
+        else:
+            names = [self.identify.of_prompt(req.origin_input_ids) for req in batch.reqs]
         self._assign(batch.reqs, names, batch.req_pool_indices)
 
     def go_on(self, batch: Any) -> None:
         """A batch of requests that go on answering."""
+        if self.identify is None:
+            return
         due = []
         for i, req in enumerate(batch.reqs):
             req.fastmtp_steps = getattr(req, "fastmtp_steps", 0) + 1  # lives and ends with the request
@@ -67,6 +71,10 @@ class Router:
             if self.metrics and not hasattr(req, "fastmtp_language"):
                 self.metrics.requests.labels(language=label, **self.metrics.labels).inc()
             req.fastmtp_language = label
+
+
+def _languages(folder: str, trust_remote_code: bool, names: Mapping[str, Path]) -> Languages:
+    return Languages(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code), names)
 
 
 class LanguageMetrics:

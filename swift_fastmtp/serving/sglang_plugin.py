@@ -8,12 +8,12 @@ And a request of `fastmtp hidden` gets its hidden states as bytes (`data/state_w
 
 Loaded by SGLang through the entry point `sglang.srt.plugins`, in every process. For drafts it does nothing unless the
 model's config.json has the key `fastmtp_token_maps`, an object of languages and files below the model's folder, or the
-environment variable SWIFT_FASTMTP_MAPS names a JSON file with such an object, paths beside it; `none` leaves out the
-model's own.
+environment variable SWIFT_FASTMTP_MAPS names a JSON file with such an object, paths beside it, or one map for all
+requests; `none` leaves out the model's own. Since drafts keep the whole vocabulary, sampled ones can be verified
+(`--speculative-use-rejection-sampling`), which SGLang refuses with its own map.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from ..data import state_wire
@@ -29,7 +29,7 @@ from .compat_sglang import (
     routed_worker,
     worker_module,
 )
-from .maps import EVERY, VARIABLE, maps_of, maps_of_variable, or_exit
+from .maps import maps_of, maps_of_variable, or_exit
 from .router import Router
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ UNSUPPORTED = ("enable_dp_attention", "enable_dp_lm_head", "enable_lora")
 
 def register() -> None:
     """Entry point. Stops the server with one line if it cannot do what the environment variable asks for."""
-    if or_exit(_maps_of_variable):
+    if or_exit(maps_of_variable):
         or_exit(check_version, USE)
     hook_worker_choice(_after_create_worker)
     _send_states_as_bytes()
@@ -54,15 +54,6 @@ def _send_states_as_bytes() -> None:
         logger.info("swift_fastmtp: hidden states are sent as lists of numbers: %s", error)
         return
     hook_states(state_wire.PARAMETER, state_wire.KEY, state_wire.encode)
-
-
-def _maps_of_variable() -> dict[str, Path]:
-    maps = maps_of_variable()
-    if EVERY in maps:
-        raise FastMTPError(
-            f"{VARIABLE}: SGLang takes one map for all requests as --speculative-token-map {maps[EVERY]}"
-        )
-    return maps
 
 
 def refuse_unsupported(algorithm: str, is_eagle: bool, server_args: Any) -> None:

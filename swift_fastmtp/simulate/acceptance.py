@@ -1,8 +1,8 @@
 """Which drafts a server would accept, from one teacher-forced pass over texts that the model itself generated.
 
 A text's token stands where the server's would, so for every position, depth and token map at once: a greedy draft is
-accepted if it equals the text (whatever the temperature the text was sampled at: that is what SGLang does with one
-draft per depth), a sampled draft with the probability of speculative sampling.
+accepted if it equals the text, whatever the temperature the text was sampled at; sampled drafts by the likelihood ratio
+of the text's tokens (`method.verification`).
 """
 
 from collections import Counter
@@ -24,6 +24,7 @@ from ..method.frozen_head import chunk_size, project
 from ..method.metrics import verify_rounds
 from ..method.rollout import segment_ids, step_targets
 from ..method.token_map import DraftVocabulary
+from ..method.verification import rejection_acceptance
 from .answers import KeptAnswer, KeptAnswers
 from .request_map import RequestMap, RequestVocabulary, request_ids
 
@@ -178,7 +179,15 @@ def greedy_acceptance(
     return _acceptance(model, texts, pad, batch_size, token_maps, accepted, torch.bool, label)
 
 
-def sampled_acceptance(  # noqa: PLR0913
+def sampled_acceptance(*args: Any, **options: Any) -> list[list[torch.Tensor]]:
+    """As `greedy_acceptance`, where drafts are sampled too and verified by rejection sampling: probabilities, float64.
+
+    Takes what `likelihood_ratios` takes.
+    """
+    return [list(map(rejection_acceptance, of_map)) for of_map in likelihood_ratios(*args, **options)]
+
+
+def likelihood_ratios(  # noqa: PLR0913
     model: Any,
     texts: list[Text],
     pad: int,
@@ -189,29 +198,29 @@ def sampled_acceptance(  # noqa: PLR0913
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[list[torch.Tensor]]:
-    """As `greedy_acceptance`, where drafts are sampled too, at the temperature at which the texts were.
+    """What the acceptance of sampled drafts follows from, in every regime (`method.verification`).
 
-    Text token x, drawn from p, came from an accepted draft of q with probability min(1, q(x) / p(x)), whose mean over
-    texts is sum min(p, q) (Leviathan et al. 2023, Theorem 3.5). p is what the texts were drawn from: the model's
-    distribution at this temperature, cut to `top_k` and `top_p`; engines draw drafts from the whole of q. Values are
-    those probabilities, float64; tokens outside a map have none, nor have those that p excludes.
+    Returns, per map and text, float64 [K, A]: `[k-1, t]`: with answer token t just committed, q / p of answer token
+    t + k. p is what the texts were drawn from: the model's distribution at `temperature`, cut to `top_k` and `top_p`;
+    q is the draft's at the same temperature: engines draw drafts from the whole of it. 0 for tokens outside a map, for
+    those that p excludes, and behind one that is 0: no server gets there.
     """
 
-    def accepted(
+    def ratios(
         states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, vocabularies: list[Vocabulary]
     ) -> torch.Tensor:
         target = _cut(_logits(model, teacher).float() / temperature, top_k, top_p)
         log_p = target.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logits = _logits(model, states).float() / temperature
-        probabilities = []
+        of_maps = []
         for vocabulary in vocabularies:
             rows = vocabulary.encode(tokens)
             log_q = vocabulary.columns(logits).log_softmax(-1).gather(1, rows.clamp(min=0)[:, None])[:, 0]
             possible = (rows >= 0) & log_p.isfinite()
-            probabilities.append(torch.where(possible, (log_q - log_p).clamp(max=0).exp(), 0.0))
-        return torch.stack(probabilities).double()
+            of_maps.append(torch.where(possible, (log_q - log_p).double().exp(), 0.0))
+        return torch.stack(of_maps)
 
-    return _acceptance(model, texts, pad, batch_size, token_maps, accepted, torch.float64, label)
+    return _acceptance(model, texts, pad, batch_size, token_maps, ratios, torch.float64, label)
 
 
 def _logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..method.verification import REGIMES
+
 
 @dataclass
 class HeadResult:
@@ -13,8 +15,8 @@ class HeadResult:
     """File; None is the whole vocabulary."""
     num_ids: int
     """Tokens that the draft chooses from; with those of the request, on average."""
-    drafts: str
-    """`greedy`, as SGLang's with one draft per depth, or `sampled`, as in speculative sampling."""
+    regime: str
+    """How drafts are made and verified above temperature 0 (`method.verification`); `greedy` at 0."""
     group: str
     marginal: list[float]
     conditional: list[float]
@@ -36,7 +38,7 @@ class HeadResult:
             self.head,
             Path(self.token_map).name if self.token_map else "",
             "the request's ids" if self.by_request else "",
-            "" if self.drafts == "greedy" else "sampled",
+            REGIMES[self.regime].short,
             "vLLM's graph" if self.engine == "vllm" else "",
         ]
         return " + ".join(filter(None, parts))

@@ -32,12 +32,21 @@ from ..method.config import FastMTPConfig
 from ..method.map_files import check_tokenizer, copy_maps
 from ..method.metrics import taus_of_answers, text_counts, verify_rounds
 from ..method.token_map import read_token_map
+from ..method.verification import (
+    BLOCK,
+    GREEDY,
+    REGIMES,
+    REJECTION,
+    block_acceptance,
+    default_regime,
+    rejection_acceptance,
+)
 from ..model.backbone_lora import check_lora
 from ..model.loading import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
-from .acceptance import Text, TokenMap, greedy_acceptance, make_texts, sampled_acceptance
+from .acceptance import Text, TokenMap, greedy_acceptance, likelihood_ratios, make_texts
 from .answers import SUFFIX, open_answers
 from .cost import StepCost, read_cost
 from .positions import PartResult, parts_of, parts_table
@@ -103,7 +112,7 @@ def simulate(  # noqa: PLR0913
         by: a table and a token map for each, as `fastmtp vocab` tells them apart
         engine: whose server is predicted; both: where they compute something else with the same head, each; default:
             the one that the last checkpoint was trained for
-        temperature: at which answers are (or, given, were) sampled; above 0, also measures sampled drafts
+        temperature: at which answers are (or, given, were) sampled; above 0, every regime of drafts is measured
         top_k: of sampled answers, as in bench; 0 is all
         top_p: of sampled answers, as in bench
         seed: of sampled answers
@@ -146,7 +155,7 @@ def simulate(  # noqa: PLR0913
         check_tokenizer(file, model_dir)
         ids = read_token_map(file, model.config.vocab_size)
         maps[file, by_request] = RequestMap(ids) if by_request else ids
-    # Every head, with every map, for greedy and for sampled drafts, in all groups; the backbone once for all of them.
+    # Every head, with every map, in every regime and group; the backbone once for all of them.
     passes = len(heads) * len(engines) * (1 + bool(temperature))
     results: list[HeadResult] = []
     positions: dict[str, list[PartResult]] = {}
@@ -164,15 +173,11 @@ def simulate(  # noqa: PLR0913
                 model.fastmtp = replace(model.fastmtp, engine=served_by)
                 states.keep_of(model)
                 shared = (model, texts, padding_id(model, tokenizer), batch_size)
-                by_drafts = {"greedy": greedy_acceptance(*shared, list(maps.values()), name)}
-                if temperature > 0:
-                    by_drafts["sampled"] = sampled_acceptance(
-                        *shared, temperature, list(maps.values()), name, top_k, top_p
-                    )
+                by_regime = _by_regime(shared, list(maps.values()), name, (temperature, top_k, top_p))
                 if served_by == shown_engine:
-                    positions[name] = parts_of(texts, by_drafts["greedy"][0])
-                for drafts, accepted in by_drafts.items():
-                    key = (name, drafts, served_by)
+                    positions[name] = parts_of(texts, by_regime[GREEDY.name][0])
+                for regime, accepted in by_regime.items():
+                    key = (name, regime, served_by)
                     results += _results(key, maps, accepted, texts, groups, cost)
     # Tables and advice; the last head is the one that is to be served.
     tokens = {group: sum(texts[i].end - texts[i].start for i in places) for group, places in groups.items()}
@@ -183,8 +188,11 @@ def simulate(  # noqa: PLR0913
     print(f"speedup: predicted from {_cost_line(cost)}")
     for line in [*_engine_lines(model.family, engines, whole), *_request_lines(results)]:
         print(line)
-    servable = [r for r in results if r.drafts == "greedy" and r.engine == shown_engine and not r.by_request]
-    of_last = [r for r in servable if r.head == name]
+    served_in = default_regime(temperature)
+    for line in _regime_lines(temperature):
+        print(line)
+    of_head = [r for r in results if r.head == name and r.engine == shown_engine and not r.by_request]
+    of_last = [r for r in of_head if r.regime == served_in.name]
     last = [r for r in of_last if r.group != ALL or not by]
     _print_positions(name, positions[name], num_steps)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
@@ -205,6 +213,7 @@ def simulate(  # noqa: PLR0913
             "top_k": top_k if temperature else None,
             "top_p": top_p if temperature else None,
             "seed": seed,
+            "regime": served_in.name,
             "by": by,
             "engines": engines,
             "max_new_tokens": max_new_tokens,
@@ -297,7 +306,7 @@ def _engine_lines(family: Family, engines: list[str], results: list[HeadResult])
     if len(engines) < 2:
         return []
     lines = [f"engines: {difference}" for difference in family.differences]
-    whole = [r for r in results if not r.token_map and r.drafts == "greedy"]
+    whole = [r for r in results if not r.token_map and r.regime == GREEDY.name]
     for head in dict.fromkeys(r.head for r in whole):
         by_engine = {r.engine: r.tau_micro[-1] for r in whole if r.head == head}
         sglang, vllm = by_engine["sglang"], by_engine["vllm"]
@@ -311,7 +320,7 @@ def _engine_lines(family: Family, engines: list[str], results: list[HeadResult])
 
 def _request_lines(results: list[HeadResult]) -> list[str]:
     """What the ids of requests keep of the whole vocabulary's tau, of every head and group."""
-    key = attrgetter("head", "drafts", "engine", "group")
+    key = attrgetter("head", "regime", "engine", "group")
     tau = {key(r): r.tau_micro[-1] for r in results if r.token_map is None}
     lines = []
     for r in results:
@@ -322,6 +331,37 @@ def _request_lines(results: list[HeadResult]) -> list[str]:
                 f"{share:.1%} of the whole vocabulary's"
             )
     return lines
+
+
+def _by_regime(
+    shared: tuple[Any, list[Text], int, int],
+    token_maps: list[TokenMap],
+    label: str,
+    sampling: tuple[float, int, float],
+) -> dict[str, list[list[torch.Tensor]]]:
+    """Acceptance of the loaded head per regime, map and text; at temperature 0 there is one regime.
+
+    Args:
+        shared: what `greedy_acceptance` takes first.
+        sampling: temperature, top_k, top_p.
+    """
+    by_regime = {GREEDY.name: greedy_acceptance(*shared, token_maps, label)}
+    temperature, top_k, top_p = sampling
+    if temperature == 0:
+        return by_regime
+    ratios = likelihood_ratios(*shared, temperature, token_maps, label, top_k, top_p)
+    for regime, way in ((REJECTION, rejection_acceptance), (BLOCK, block_acceptance)):
+        by_regime[regime.name] = [list(map(way, of_map)) for of_map in ratios]
+    return by_regime
+
+
+def _regime_lines(temperature: float) -> list[str]:
+    """What selects each regime, and which of them the advice is for; nothing at temperature 0."""
+    if temperature == 0:
+        return []
+    lines = [f"{regime.title}: {regime.selected_by}" for regime in REGIMES.values()]
+    served_in = default_regime(temperature).title
+    return [*lines, f"below, and by `fastmtp serve-args --temperature {temperature:g}`: {served_in}"]
 
 
 def _check_options(
@@ -413,8 +453,8 @@ def _results(
     groups: dict[str, list[int]],
     cost: StepCost,
 ) -> list[HeadResult]:
-    """Of one head, kind of drafts and engine (`key`): a result for each map and group."""
-    head, drafts, engine = key
+    """Of one head, regime and engine (`key`): a result for each map and group."""
+    head, regime, engine = key
     results = []
     for ((path, by_request), ids), of_map in zip(maps.items(), accepted, strict=True):
         for group, places in groups.items():
@@ -422,13 +462,13 @@ def _results(
                 size = round(mean_size([texts[i] for i in places], ids.base_M))
             else:
                 size = cost.vocab_size if ids is None else len(ids)
-            rates = _rates([of_map[i] for i in places], drafts, size, cost)
-            results.append(HeadResult(head, path, size, drafts, group, *rates, engine, by_request))
+            rates = _rates([of_map[i] for i in places], regime, size, cost)
+            results.append(HeadResult(head, path, size, regime, group, *rates, engine, by_request))
     return results
 
 
 def _rates(
-    accepted: list[torch.Tensor], drafts: str, size: int, cost: StepCost
+    accepted: list[torch.Tensor], regime: str, size: int, cost: StepCost
 ) -> tuple[list[float], list[float], list[float], list[float], list[float], list[int] | None]:
     K, counts = len(accepted[0]), text_counts(accepted)
     taus = [taus_of_answers(accepted, k) for k in range(1, K + 1)]
@@ -436,7 +476,7 @@ def _rates(
     macro = [tau for _, tau in taus]
     speedup = [cost.speedup(tau, k, size) for k, tau in enumerate(micro, start=1)]
     histogram = None
-    if drafts == "greedy":
+    if regime == GREEDY.name:
         rounds = torch.tensor([c for a in accepted for c in verify_rounds(a, K)])
         histogram = torch.bincount(rounds, minlength=K + 1).tolist()
     return counts.marginal, counts.conditional, micro, macro, speedup, histogram

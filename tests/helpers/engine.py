@@ -4,6 +4,7 @@ Stock SGLang from the environment that `setup_engine.sh` makes; `stand_in/` on P
 GPU-only packages. The server listens on 127.0.0.1 and ends with its own process group.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -122,6 +123,34 @@ class HalfServer(Server):
 
     def words(self, command):
         return [*super().words(command), "--dtype", "bfloat16"]
+
+
+class SampledServer(Server):
+    """With the verification of sampled drafts that SGLang has on GPUs (`sglang_sampled/`), and Triton's interpreter in
+    the place of the stand-in for Triton.
+
+    Draws are torch's: by itself SGLang draws with one more kernel, which takes a tenth of a second a token there.
+
+    Args:
+        work: an empty folder, for the log too.
+        block: verify as with `--speculative-use-block-verification`, which SGLang refuses without a GPU.
+    """
+
+    def __init__(self, command, work, environment=None, block=False):
+        (work / "modules").mkdir()
+        triton = importlib.util.find_spec("triton").origin
+        (work / "modules/triton").symlink_to(Path(triton).parent)
+        before = [str(work / "modules"), ENVIRONMENT["PYTHONPATH"], str(ROOT / "tests/helpers/sglang_sampled")]
+        own = {
+            "TRITON_INTERPRET": "1",
+            "SGLANG_OPT_USE_GUMBEL_SAMPLE": "0",
+            "SGLANG_BLOCK_VERIFICATION": str(int(block)),
+        }
+        self.environment = {**ENVIRONMENT, **own, "PYTHONPATH": os.pathsep.join(before)}
+        super().__init__(command, work / "log", environment)
+
+    def words(self, command):
+        return [*super().words(command), "--max-running-requests", "50"]
 
 
 VLLM_ENVIRONMENT = {

@@ -16,27 +16,20 @@ import pytest
 import torch
 from helpers.checkpoints import cut_vocabulary
 from helpers.engine import VLLMServer, engine_folder
+from helpers.outcomes import CRITICAL, PROMPT, STEPS, TOKENS, TOP_K, TOP_P, VOCAB, chi_square, first_round, outcomes
+from helpers.outcomes import deviations as outcome_deviations
 from helpers.paths import ROOT
 
-from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance, sampled_acceptance
 
 pytestmark = pytest.mark.matrix
 
 HELPERS = ROOT / "tests/helpers"
-# The vocabulary is cut: every draft draws a random number for each of its tokens.
-VOCAB = 128
-# A prompt after which no outcome is rarer than 1 in 60, and both kinds of drafts are accepted now and then.
-PROMPT = [63, 63, 101, 29, 108, 18]
-STEPS, TOKENS = 3, 5  # the first token, three drafts, and what follows them when all are accepted
 TEMPERATURES = (1.0, 2.0)
-# top_p excludes nothing here: with top_k alone 0.32.0 stops (docs/dev/upstream/vllm-top-k-without-drafts.md).
-TOP_K, TOP_P = 2, 0.99999
 ANSWERS, ANSWERS_WITH_FAULT = 4000, 1000
-CRITICAL = 61.1  # 0.999 quantile of chi-square with 2 ** TOKENS - 1 = 31 degrees of freedom
 SIGMAS = 4
 FAULTS = ("accepts all", "recovers without q", "ignores q")
+REGIMES = {"greedy": "greedy", "probabilistic": "rejection"}
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +61,6 @@ def served(folder, tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def outcomes(model, temperature):
-    """Each answer that top_k allows, and its probability, by transformers: (tokens, probability)."""
-    answers = [((), 1.0)]
-    for _ in range(TOKENS):
-        ids = torch.tensor([[*PROMPT, *tokens] for tokens, _ in answers])
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[:, -1].double() / temperature
-        best = logits.topk(TOP_K)
-        longer = []
-        for (tokens, probability), next_tokens, next_probabilities in zip(
-            answers, best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True
-        ):
-            for token, p in zip(next_tokens, next_probabilities, strict=True):
-                longer.append(((*tokens, token), probability * p))
-        answers = longer
-    return dict(answers)
-
-
 def counts_of(answers):
     counts = {}
     for tokens, _, often in answers:
@@ -93,33 +68,14 @@ def counts_of(answers):
     return counts
 
 
-def chi_square(counts, probabilities):
-    total = sum(counts.values())
-    return sum((counts.get(tokens, 0) - total * p) ** 2 / (total * p) for tokens, p in probabilities.items())
-
-
 def predicted(model, temperature, drafts):
-    """Probabilities that the first k drafts are accepted, k = 1..K: the mean over all answers, each with its own."""
-    model.fastmtp = FastMTPConfig(num_speculative_steps=STEPS, engine="vllm")
-    probabilities = outcomes(model, temperature)
-    texts = [Text([*PROMPT, *tokens], len(PROMPT), len(PROMPT) + TOKENS) for tokens in probabilities]
-    if drafts == "greedy":
-        (found,) = greedy_acceptance(model, texts, 0, len(texts))
-    else:
-        (found,) = sampled_acceptance(model, texts, 0, len(texts), temperature, top_k=TOP_K, top_p=TOP_P)
-    chains = torch.stack([of_text[:, 0] for of_text in found]).double().cumprod(1)
-    return torch.tensor(list(probabilities.values())).double() @ chains
-
-
-def accepted(answers):
-    """How many answers accepted at least k drafts in their first round, k = 1..K."""
-    return torch.tensor([[often * (n >= k) for k in range(1, STEPS + 1)] for _, n, often in answers]).sum(0)
+    return first_round(model, temperature, REGIMES[drafts], "vllm")
 
 
 def deviations(answers, rates):
-    """Of `accepted` from what `rates` say, in standard deviations."""
-    total = sum(often for *_, often in answers)
-    return (accepted(answers) - total * rates) / (total * rates * (1 - rates)).sqrt()
+    """Of the first rounds' counts from what `rates` say, in standard deviations."""
+    accepted = torch.tensor([[often * (n >= k) for k in range(1, STEPS + 1)] for _, n, often in answers]).sum(0)
+    return outcome_deviations(accepted, sum(often for *_, often in answers), rates)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
