@@ -349,5 +349,5 @@ def test_the_backbone_runs_once_for_all_heads(few, tmp_path, monkeypatch):
     options = {"answers": "given", "num_steps": 2, "temperature": 1.0, "batch_size": 2}
     together = simulate(str(TINY), heads, str(distilled), **options)
     assert len(calls) == 3  # batches
-    alone = [simulate(str(TINY), [head], str(distilled), **options)[2:] for head in heads]
-    assert together[2:4] == alone[0] and together[4:] == alone[1]
+    alone = [simulate(str(TINY), [head], str(distilled), **options)[3:] for head in heads]
+    assert together[3:6] == alone[0] and together[6:] == alone[1]
