@@ -267,6 +267,7 @@ _SIMULATE = {
     "model_dir": "model",
     "checkpoints": "",
     "token_maps": "token_map",
+    "context_maps": "context_map",
     "dtype": "torch_dtype",
     "step_times": "",
 }

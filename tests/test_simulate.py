@@ -26,6 +26,7 @@ from swift_fastmtp.simulate import acceptance
 from swift_fastmtp.simulate import simulate as simulate_module
 from swift_fastmtp.simulate.acceptance import Text, draft_rounds, greedy_acceptance, make_texts, sampled_acceptance
 from swift_fastmtp.simulate.positions import parts_of, parts_table
+from swift_fastmtp.simulate.request_map import RequestMap, mean_size
 from swift_fastmtp.simulate.simulate import simulate
 
 PROMPTS = ROOT / "examples" / "prompts" / "eval.jsonl"
@@ -53,18 +54,24 @@ def test_simulated_rounds_are_those_of_real_speculative_decoding(tiny, few, engi
     model.fastmtp = FastMTPConfig(num_speculative_steps=4, engine=engine)
     ends = end_token_ids(model, tokenizer)
     texts = make_texts(model, tokenizer, read_rows(few), 24, "generate", 4)
-    half = torch.arange(0, 6144, 2)
+    half, few_ids = torch.arange(0, 6144, 2), torch.arange(0, 600)
+
+    def of_request(ids):
+        return torch.cat([few_ids, torch.tensor(ids)]).unique()
+
     accepted = []
-    for token_map in (None, half):
+    cases = [(None, None, (1, 4)), (half, half, (1, 4)), (RequestMap(few_ids), of_request, (4,))]
+    for token_map, served, depths in cases:
         rounds = draft_rounds(model, texts, tokenizer.pad_token_id, 4, token_map)
         for i, text in enumerate(texts):
-            for steps in (1, 4):
+            for steps in depths:
                 with torch.no_grad():
-                    tokens, want = speculative_greedy(model, text.ids[: text.start], steps, 24, ends, token_map)
+                    tokens, want = speculative_greedy(model, text.ids[: text.start], steps, 24, ends, served)
                 assert tokens == text.ids[text.start : text.end]  # lossless
                 assert rounds[steps - 1][i] == want
         accepted.append(sum(map(sum, rounds[-1])))
     assert accepted[0] > accepted[1] > 0  # drafts were really accepted, and the map costs some
+    assert accepted[2] > 0
 
 
 def test_parts_are_of_the_steps_that_begin_there(tiny, few):
@@ -256,6 +263,44 @@ def test_maps_in_one_pass_equal_each_alone(tiny, few):
                     assert bool(accepted_KA[k, t]) == going_on[t]
 
 
+def test_with_its_own_ids_a_request_drafts_at_each_position_as_inside_a_map_of_them(tiny, few):
+    """Greedy and sampled drafts; and how many ids there are."""
+    model, tokenizer = tiny
+    model.fastmtp = FastMTPConfig(num_speculative_steps=2)
+    base = torch.arange(300, 900)
+    texts = make_texts(model, tokenizer, read_rows(few)[3:5], 12, "generate", 4, temperature=1.0)
+    maps, sizes = [RequestMap(base)], []
+    for text in texts:
+        for last in range(text.start, text.end - 1):
+            maps.append(torch.cat([base, torch.tensor(text.ids[: last + 1])]).unique())
+            sizes.append(len(maps[-1]))
+    greedy = greedy_acceptance(model, texts, tokenizer.pad_token_id, 4, maps)
+    sampled = sampled_acceptance(model, texts, tokenizer.pad_token_id, 4, 1.0, maps)
+    for found in (greedy, sampled):
+        inside = iter(found[1:])
+        for number, text in enumerate(texts):
+            for t in range(text.end - text.start - 1):
+                torch.testing.assert_close(found[0][number][:, t], next(inside)[number][:, t], atol=1e-6, rtol=1e-5)
+    assert mean_size(texts, base) == pytest.approx(sum(sizes) / len(sizes))
+    assert sampled[0][0].any() and greedy[0][0].any()
+
+
+def test_ids_of_requests_are_measured_and_not_recommended(few, tmp_path, capsys):
+    path = tmp_path / "en-900.pt"
+    torch.save(list(range(900)), path)
+    options = {"max_new_tokens": 24, "token_maps": [str(path)], "by": "language"}
+    results = simulate(str(TINY), [], str(few), output_dir=str(tmp_path / "out"), context_maps=[str(path)], **options)
+    printed = capsys.readouterr().out
+    by_form = {r.by_request: r for r in results if r.group == "all" and r.token_map}
+    assert by_form[True].tau_micro[0] > by_form[False].tau_micro[0]
+    assert by_form[True].num_ids > by_form[False].num_ids == 900
+    assert f"en-900.pt + the request's ids: all: {by_form[True].num_ids} ids on average, tau K=3" in printed
+    plain = simulate(str(TINY), [], str(few), output_dir=str(tmp_path / "plain"), **options)
+    assert [r for r in results if not r.by_request] == plain
+    records = [json.loads((tmp_path / name / "simulate.json").read_text()) for name in ("out", "plain")]
+    assert records[0]["recommended"] == records[1]["recommended"]
+
+
 @pytest.mark.matrix
 def test_sampled_drafts_are_accepted_with_the_probability_of_speculative_sampling(tiny, few):
     """The mean of min(1, q/p) over tokens drawn from p is sum min(p, q), inside a map as well."""
@@ -350,4 +395,4 @@ def test_the_backbone_runs_once_for_all_heads(few, tmp_path, monkeypatch):
     together = simulate(str(TINY), heads, str(distilled), **options)
     assert len(calls) == 3  # batches
     alone = [simulate(str(TINY), [head], str(distilled), **options)[3:] for head in heads]
-    assert together[3:6] == alone[0] and together[6:] == alone[1]
+    assert together[3:6] == alone[0] and together[6:] == alone[1]  # in three regimes each

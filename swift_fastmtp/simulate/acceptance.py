@@ -26,6 +26,11 @@ from ..method.rollout import segment_ids, step_targets
 from ..method.token_map import DraftVocabulary
 from ..method.verification import rejection_acceptance
 from .answers import KeptAnswer, KeptAnswers
+from .request_map import RequestMap, RequestVocabulary, request_ids
+
+TokenMap = torch.Tensor | RequestMap | None
+"""Ids that drafts choose from, or those that every request has beside its own; None: the whole vocabulary."""
+Vocabulary = DraftVocabulary | RequestVocabulary
 
 TOKENS_PER_BATCH = 32_768
 """Padded tokens of one teacher-forced pass at most, so that long answers fit where short ones do."""
@@ -150,27 +155,28 @@ def greedy_acceptance(
     texts: list[Text],
     pad: int,
     batch_size: int,
-    token_maps: Sequence[torch.Tensor | None] = (None,),
+    token_maps: Sequence[TokenMap] = (None,),
     label: str = "head",
 ) -> list[list[torch.Tensor]]:
     """Where the loaded head's greedy drafts equal the texts.
 
     Args:
-        token_maps: ids that the draft may choose from (SGLang's `--speculative-token-map`); None is all. All of them
-            share one pass, because a chain goes on only from drafts that equal the text.
+        token_maps: ids that the draft may choose from (SGLang's `--speculative-token-map`), or a `RequestMap`; None is
+            all. All of them share one pass, because a chain goes on only from drafts that equal the text.
         label: of the progress bar; empty is none.
 
     Returns, per map and text, bool [K, A]: `[k-1, t]`: with answer token t just committed, depth k's draft is the
     text's token t + k. After a draft that is rejected all are False: no server gets there. Drafts past the end of an
     answer count where the text says what would have followed.
     """
-    vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
-    def accepted(states: torch.Tensor, _: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def accepted(
+        states: torch.Tensor, _: torch.Tensor, tokens: torch.Tensor, vocabularies: list[Vocabulary]
+    ) -> torch.Tensor:
         logits = _logits(model, states)
         return torch.stack([v.decode(v.columns(logits).argmax(-1)) == tokens for v in vocabularies])
 
-    return _acceptance(model, texts, pad, batch_size, len(vocabularies), accepted, torch.bool, label)
+    return _acceptance(model, texts, pad, batch_size, token_maps, accepted, torch.bool, label)
 
 
 def sampled_acceptance(*args: Any, **options: Any) -> list[list[torch.Tensor]]:
@@ -187,7 +193,7 @@ def likelihood_ratios(  # noqa: PLR0913
     pad: int,
     batch_size: int,
     temperature: float,
-    token_maps: Sequence[torch.Tensor | None] = (None,),
+    token_maps: Sequence[TokenMap] = (None,),
     label: str = "head",
     top_k: int = 0,
     top_p: float = 1.0,
@@ -199,9 +205,10 @@ def likelihood_ratios(  # noqa: PLR0913
     q is the draft's at the same temperature: engines draw drafts from the whole of it. 0 for tokens outside a map, for
     those that p excludes, and behind one that is 0: no server gets there.
     """
-    vocabularies = [DraftVocabulary(model.lm_head.weight, ids) for ids in token_maps]
 
-    def ratios(states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def ratios(
+        states: torch.Tensor, teacher: torch.Tensor, tokens: torch.Tensor, vocabularies: list[Vocabulary]
+    ) -> torch.Tensor:
         target = _cut(_logits(model, teacher).float() / temperature, top_k, top_p)
         log_p = target.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
         logits = _logits(model, states).float() / temperature
@@ -213,7 +220,7 @@ def likelihood_ratios(  # noqa: PLR0913
             of_maps.append(torch.where(possible, (log_q - log_p).double().exp(), 0.0))
         return torch.stack(of_maps)
 
-    return _acceptance(model, texts, pad, batch_size, len(vocabularies), ratios, torch.float64, label)
+    return _acceptance(model, texts, pad, batch_size, token_maps, ratios, torch.float64, label)
 
 
 def _logits(model: Any, states_ND: torch.Tensor) -> torch.Tensor:
@@ -243,7 +250,7 @@ def sampling_warpers(top_k: int, top_p: float) -> list[Any]:
 
 
 def draft_rounds(
-    model: Any, texts: list[Text], pad: int, batch_size: int, token_map: torch.Tensor | None = None
+    model: Any, texts: list[Text], pad: int, batch_size: int, token_map: TokenMap = None
 ) -> list[list[list[int]]]:
     """`rounds[K' - 1][text]`: the verification rounds of a greedy server with K' drafts per step, drafts accepted in
     each."""
@@ -258,14 +265,29 @@ def _acceptance(
     texts: list[Text],
     pad: int,
     batch_size: int,
-    num_maps: int,
-    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    token_maps: Sequence[TokenMap],
+    function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, list[Vocabulary]], torch.Tensor],
     dtype: torch.dtype,
     label: str,
 ) -> list[list[torch.Tensor]]:
-    """`function(draft states, teacher's states, text tokens) -> [maps, rows]` over all positions and depths, by chunks
-    of rows so that few logits exist at a time."""
-    chunk = chunk_size(model.lm_head.weight, model.fastmtp)
+    """`function(draft states, teacher's states, text tokens, vocabularies) -> [maps, rows]` over all positions and
+    depths, by chunks of rows so that few logits exist at a time."""
+    weight = model.lm_head.weight
+    chunk, num_maps = chunk_size(weight, model.fastmtp), len(token_maps)
+    fixed = [None if isinstance(ids, RequestMap) else DraftVocabulary(weight, ids) for ids in token_maps]
+
+    def vocabularies(ids_BT: torch.Tensor, rows: torch.Tensor) -> list[Vocabulary]:
+        """What base rows draft from, by map."""
+        by_request = [ids for ids in token_maps if isinstance(ids, RequestMap)]
+        present_NV = request_ids(ids_BT, rows, len(weight)) if by_request else None
+        of_rows: list[Vocabulary] = []
+        for ids, of_all in zip(token_maps, fixed, strict=True):
+            if isinstance(ids, RequestMap) and present_NV is not None:
+                of_rows.append(RequestVocabulary(ids.base_M, present_NV))
+            elif of_all is not None:
+                of_rows.append(of_all)
+        return of_rows
+
     per_text: list[list[torch.Tensor]] = [[torch.empty(0)] * len(texts) for _ in range(num_maps)]
     for batch in _batches(model, texts, pad, batch_size, label):
         hidden = model.normed(batch.hidden).flatten(0, 1)
@@ -277,9 +299,13 @@ def _acceptance(
             rows = batch.rows[chosen]
             states, teacher = batch.outputs[k][chosen], hidden[rows + k + 1]
             tokens = batch.targets[k].flatten()[rows]
-            parts = zip(states.split(chunk), teacher.split(chunk), tokens.split(chunk), strict=True)
-            if len(tokens):
-                flat[:, k, rows] = torch.cat([function(*part) for part in parts], 1) * going_on[:, chosen]
+            values = []
+            for start in range(0, len(rows), chunk):
+                here = slice(start, start + chunk)
+                of_rows = vocabularies(batch.ids, rows[here])
+                values.append(function(states[here], teacher[here], tokens[here], of_rows))
+            if values:
+                flat[:, k, rows] = torch.cat(values, 1) * going_on[:, chosen]
             going_on = flat[:, k, batch.rows] > 0
         accepted = flat.view(num_maps, *batch.exists.shape).cpu()
         for row, i in enumerate(batch.places):
@@ -293,6 +319,8 @@ class _Batch(NamedTuple):
 
     places: list[int]
     """Which of the texts, per batch row."""
+    ids: torch.Tensor
+    """[B, T]: their tokens, padded on the right."""
     targets: torch.Tensor
     exists: torch.Tensor
     """[K, B, T]: base rows whose target of depth k exists, past the end of the answer too."""
@@ -334,7 +362,7 @@ def _batches(model: Any, texts: list[Text], pad: int, batch_size: int, label: st
         try:
             hidden = model.backbone_states(ids, mask, positions, segments)
             outputs = model.draft_states(hidden, ids, positions, segments, rows)
-            batch = _Batch(places, targets, exists, hidden, rows, outputs)
+            batch = _Batch(places, ids, targets, exists, hidden, rows, outputs)
             check_drafts(model, outputs, batch.wanted, rows, width)
         except NotFiniteError as error:
             raise error.of(f"row {texts[places[error.row]].row + 1}") from None

@@ -14,7 +14,7 @@ class HeadResult:
     token_map: str | None
     """File; None is the whole vocabulary."""
     num_ids: int
-    """Tokens that the draft chooses from."""
+    """Tokens that the draft chooses from; with those of the request, on average."""
     regime: str
     """How drafts are made and verified above temperature 0 (`method.verification`); `greedy` at 0."""
     group: str
@@ -29,12 +29,15 @@ class HeadResult:
     drafts."""
     engine: str = "sglang"
     """Whose graph the drafts were computed in (`families.family.Graph`)."""
+    by_request: bool = False
+    """Whether the ids of each request's prompt and answer so far are added to the map's."""
 
     @property
     def name(self) -> str:
         parts = [
             self.head,
             Path(self.token_map).name if self.token_map else "",
+            "the request's ids" if self.by_request else "",
             REGIMES[self.regime].short,
             "vLLM's graph" if self.engine == "vllm" else "",
         ]

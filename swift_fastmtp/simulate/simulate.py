@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +46,12 @@ from ..model.loading import head_shapes, load_head, load_model
 from ..vocab.build import part_of
 from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
-from .acceptance import Text, greedy_acceptance, likelihood_ratios, make_texts
+from .acceptance import Text, TokenMap, greedy_acceptance, likelihood_ratios, make_texts
 from .answers import SUFFIX, open_answers
 from .cost import StepCost, read_cost
 from .positions import PartResult, parts_of, parts_table
 from .recommend import Recommendation, advice_line, map_table, recommend, warnings
+from .request_map import RequestMap, mean_size
 from .result import HeadResult
 from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
 from .states import States
@@ -73,6 +75,7 @@ def simulate(  # noqa: PLR0913
     answers: str = "generate",
     hidden_cache: str | None = None,
     token_maps: Sequence[str] = (),
+    context_maps: Sequence[str] = (),
     by: Literal["language", "group", "category"] | None = None,
     engine: Literal["sglang", "vllm", "both"] | None = None,
     temperature: float = 0.0,
@@ -104,6 +107,8 @@ def simulate(  # noqa: PLR0913
         hidden_cache: folder of the backbone's hidden states, as training keeps them (fastmtp_hidden_cache): those of
             the same texts are read, others are computed and added
         token_maps: files for SGLang's --speculative-token-map that are measured too, in the same pass
+        context_maps: files of small maps, to which the ids of each request's prompt and answer so far are added; no
+            engine drafts so, and none is recommended
         by: a table and a token map for each, as `fastmtp vocab` tells them apart
         engine: whose server is predicted; both: where they compute something else with the same head, each; default:
             the one that the last checkpoint was trained for
@@ -145,10 +150,11 @@ def simulate(  # noqa: PLR0913
     trained_for = Checkpoint(checkpoints[-1]).trained_for if checkpoints else None
     engines = _engines(model.family, engine or trained_for or "sglang")
     shown_engine = _shown(engines, trained_for)
-    maps: dict[str | None, torch.Tensor | None] = {None: None}
-    for file in token_maps:
+    maps: dict[tuple[str | None, bool], TokenMap] = {(None, False): None}
+    for file, by_request in [*((f, False) for f in token_maps), *((f, True) for f in context_maps)]:
         check_tokenizer(file, model_dir)
-        maps[file] = read_token_map(file, model.config.vocab_size)
+        ids = read_token_map(file, model.config.vocab_size)
+        maps[file, by_request] = RequestMap(ids) if by_request else ids
     # Every head, with every map, in every regime and group; the backbone once for all of them.
     passes = len(heads) * len(engines) * (1 + bool(temperature))
     results: list[HeadResult] = []
@@ -172,20 +178,20 @@ def simulate(  # noqa: PLR0913
                     positions[name] = parts_of(texts, by_regime[GREEDY.name][0])
                 for regime, accepted in by_regime.items():
                     key = (name, regime, served_by)
-                    results += _results(key, maps, accepted, groups, cost)
+                    results += _results(key, maps, accepted, texts, groups, cost)
     # Tables and advice; the last head is the one that is to be served.
     tokens = {group: sum(texts[i].end - texts[i].start for i in places) for group, places in groups.items()}
-    whole = [r for r in results if r.group == ALL and not (by and r.token_map)]
+    whole = [r for r in results if r.group == ALL and (r.by_request or not (by and r.token_map))]
     print(table(whole))
     how = "greedy" if temperature == 0 else f"answers sampled at temperature {temperature}"
     print(f"{len(texts)} answers, {tokens[ALL]} tokens; tau: tokens per verification step, K drafts each, {how}")
     print(f"speedup: predicted from {_cost_line(cost)}")
-    for line in _engine_lines(model.family, engines, whole):
+    for line in [*_engine_lines(model.family, engines, whole), *_request_lines(results)]:
         print(line)
     served_in = default_regime(temperature)
     for line in _regime_lines(temperature):
         print(line)
-    of_head = [r for r in results if r.head == name and r.engine == shown_engine]
+    of_head = [r for r in results if r.head == name and r.engine == shown_engine and not r.by_request]
     of_last = [r for r in of_head if r.regime == served_in.name]
     last = [r for r in of_last if r.group != ALL or not by]
     _print_positions(name, positions[name], num_steps)
@@ -312,9 +318,24 @@ def _engine_lines(family: Family, engines: list[str], results: list[HeadResult])
     return lines
 
 
+def _request_lines(results: list[HeadResult]) -> list[str]:
+    """What the ids of requests keep of the whole vocabulary's tau, of every head and group."""
+    key = attrgetter("head", "regime", "engine", "group")
+    tau = {key(r): r.tau_micro[-1] for r in results if r.token_map is None}
+    lines = []
+    for r in results:
+        if r.by_request:
+            share = r.tau_micro[-1] / tau[key(r)]
+            lines.append(
+                f"{r.name}: {r.group}: {r.num_ids:,} ids on average, tau K={len(r.tau_micro)} {r.tau_micro[-1]:.3f}, "
+                f"{share:.1%} of the whole vocabulary's"
+            )
+    return lines
+
+
 def _by_regime(
     shared: tuple[Any, list[Text], int, int],
-    token_maps: list[torch.Tensor | None],
+    token_maps: list[TokenMap],
     label: str,
     sampling: tuple[float, int, float],
 ) -> dict[str, list[list[torch.Tensor]]]:
@@ -426,19 +447,23 @@ def _groups(texts: list[Text], rows: list[dict[str, Any]], tokenizer: Any, by: s
 
 def _results(
     key: tuple[str, str, str],
-    maps: dict[str | None, torch.Tensor | None],
+    maps: dict[tuple[str | None, bool], TokenMap],
     accepted: list[list[torch.Tensor]],
+    texts: list[Text],
     groups: dict[str, list[int]],
     cost: StepCost,
 ) -> list[HeadResult]:
     """Of one head, regime and engine (`key`): a result for each map and group."""
     head, regime, engine = key
     results = []
-    for (path, ids), of_map in zip(maps.items(), accepted, strict=True):
-        size = cost.vocab_size if ids is None else len(ids)
+    for ((path, by_request), ids), of_map in zip(maps.items(), accepted, strict=True):
         for group, places in groups.items():
+            if isinstance(ids, RequestMap):
+                size = round(mean_size([texts[i] for i in places], ids.base_M))
+            else:
+                size = cost.vocab_size if ids is None else len(ids)
             rates = _rates([of_map[i] for i in places], regime, size, cost)
-            results.append(HeadResult(head, path, size, regime, group, *rates, engine))
+            results.append(HeadResult(head, path, size, regime, group, *rates, engine, by_request))
     return results
 
 

@@ -446,7 +446,8 @@ def draft_with_cache(head: Head, hidden, embeds, base, steps, graph, *, shift_po
 def speculative_greedy(model, prompt, steps, max_new_tokens, ends, token_map=None):
     """Greedy speculative decoding from scratch in every round: (tokens, accepted drafts per round).
 
-    The draft runs on its own tokens here, not on the text's, as it does in a server.
+    The draft runs on its own tokens here, not on the text's, as it does in a server. `token_map`: ids to draft from, or
+    a function of prompt and answer so far that says which, in every round.
     """
     head, embed = Head(model.head, model.config), model.model.embed_tokens
 
@@ -466,11 +467,12 @@ def speculative_greedy(model, prompt, steps, max_new_tokens, ends, token_map=Non
     while ids[-1] not in ends and len(ids) - len(prompt) < max_new_tokens:
         hidden, _ = target(ids[:-1])
         base, drafts = len(ids) - 2, []
+        allowed = token_map(ids) if callable(token_map) else token_map
         for k in range(1, steps + 1):
             embeds = embed(torch.tensor(ids + drafts))
             g = draft_with_cache(head, hidden, embeds, base, k, model.head.graph)[-1]
             logits = model.lm_head(g)
-            drafts.append(int(logits.argmax() if token_map is None else token_map[logits[token_map].argmax()]))
+            drafts.append(int(logits.argmax() if allowed is None else allowed[logits[allowed].argmax()]))
         _, best = target(ids + drafts)
         accepted = 0
         while accepted < steps and drafts[accepted] == best[base + 1 + accepted]:
