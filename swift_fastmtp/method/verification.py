@@ -63,8 +63,8 @@ REGIMES = {regime.name: regime for regime in (GREEDY, REJECTION, BLOCK)}
 
 
 def default_regime(temperature: float) -> Regime:
-    """What is recommended: above temperature 0 every head that was measured does far better with sampled drafts
-    (docs/results/losses.md), and block verification runs on fewer devices."""
+    """What is recommended: above temperature 0 every head that was measured does as well with sampled drafts or far
+    better (docs/sampling.md), and block verification runs on fewer devices."""
     return REJECTION if temperature > 0 else GREEDY
 
 
