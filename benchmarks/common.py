@@ -28,32 +28,6 @@ def take_step(loss, parameters, optimizer, schedule):
     schedule.step()
 
 
-class Muon(torch.optim.Optimizer):
-    """torch's Muon for matrices, at steps as large as AdamW's (`match_rms_adamw`), and AdamW for what is none."""
-
-    def __init__(self, parameters, lr):
-        super().__init__(parameters, {"lr": lr})
-        matrices = [p for p in parameters if p.ndim == 2]
-        others = [p for p in parameters if p.ndim != 2]
-        self.parts = [
-            torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.01),
-        ]
-
-    def step(self, closure=None):
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]  # the schedule's
-            part.step()
-
-    def state_dict(self):
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state):
-        for part, of_part in zip(self.parts, state["parts"], strict=True):
-            part.load_state_dict(of_part)
-
-
 def write_result(record, page, output):
     """`output`.json and `output`.md."""
     output = Path(output)

@@ -52,7 +52,7 @@ from swift_fastmtp.simulate.acceptance import Text, make_texts
 from swift_fastmtp.vocab.build import vocab
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Muon, collate, take_step
+from common import collate, take_step
 from measure import DEPTH, measure_greedy, measure_positions, measure_sampled, plot, tables
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +139,6 @@ def arguments():
     parser.add_argument("--no_hidden_cache", action="store_true", help="the backbone computes every batch again")
     parser.add_argument("--vanilla_steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=200, help="of each arm")
-    parser.add_argument("--optimizer", default="adamw", choices=("adamw", "muon"))
     parser.add_argument("--rate", type=float, default=1e-3, help="of vanilla and of the head; arms: half of it")
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -260,7 +259,7 @@ class Study:
         load_head(self.model, read_head(Checkpoint(self.head(name)), self.model.family, shapes))
 
     def train(self, name, arm, steps, rate, seed, curve_every=0):
-        """Cosine schedule with warm-up, gradient clipping, AdamW: what recipes/quickstart_cpu.yaml does, in a loop."""
+        """AdamW, cosine schedule with warm-up, gradient clipping: what recipes/quickstart_cpu.yaml does, in a loop."""
         done = self.work / "heads" / f"{name}.json"
         if done.exists():
             if self.missing(name):
@@ -278,10 +277,7 @@ class Study:
         model = self.model
         model.freeze_backbone()
         parameters = list(model.head_parameters().values())
-        if self.args.optimizer == "muon":
-            optimizer = Muon(parameters, rate)
-        else:
-            optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 20), steps)
         batches = order_of_batches(texts, steps, seed, self.args.batch_tokens)
         begun, seconds, tokens, losses = resume(part, model, optimizer, schedule)
