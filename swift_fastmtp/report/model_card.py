@@ -44,7 +44,7 @@ CARD = "README.md"
 # The last line of a card that we wrote and nobody has edited since.
 _MARK = re.compile(r"<!-- fastmtp card, sha256 ([0-9a-f]{64}) -->\n\Z")
 _FROM_BASE = ("license", "license_name", "license_link", "language")
-_OF_THE_MACHINE = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size")
+_OF_THE_MACHINE = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size", "other_val_dataset", "on_worse")
 
 
 def write_card(

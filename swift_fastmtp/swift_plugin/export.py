@@ -6,6 +6,7 @@ from swift.utils import get_logger
 
 from ..errors import FastMTPError
 from ..export.folders import export_full
+from .knobs import knobs_of
 
 logger = get_logger()
 
@@ -17,5 +18,6 @@ def export_checkpoint(args: Any) -> None:
     if args.output_dir is None:
         raise FastMTPError("swift export: name the folder to write with --output_dir")
     # With tuner type `full`, `--model` is the trained checkpoint, and the base is what its args.json names.
-    base = export_full(args.ckpt_dir, args.output_dir, args.model_dir if args.adapters else None)
+    keep = knobs_of(args).on_worse == "keep"
+    base = export_full(args.ckpt_dir, args.output_dir, args.model_dir if args.adapters else None, even_if_worse=keep)
     logger.info(f"exported {args.output_dir} (base {base})")

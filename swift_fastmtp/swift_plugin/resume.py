@@ -180,6 +180,8 @@ def whole_checkpoints(save: Callable[..., Any]) -> Callable[..., Any]:
         hidden = run / f".{name}.tmp"
         with _locked(run, hidden):
             _save_hidden(save, self, model, trial, hidden / name)
+            if self.args.should_save and (against := getattr(self, "against_untrained", None)):
+                against.mark(hidden / name)
             # The best one so far may be this one: under the name that it gets.
             best = self.state.best_model_checkpoint
             if best and Path(best) == hidden / name:
@@ -303,9 +305,12 @@ def no_step_too_many(run_epoch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def links_again(handle: Callable[..., Any]) -> Callable[..., Any]:
-    """ms-swift's `SwiftSft._handle_trainer_state`, which stops where a run that was killed made its links already."""
+    """ms-swift's `SwiftSft._handle_trainer_state`, which stops where a run that was killed made its links already.
+    What it links may be the old head (`untrained.py`)."""
 
     def unlink_and_handle(self: Any, trainer: Any, is_write_rank: bool) -> Any:
+        if against := getattr(trainer, "against_untrained", None):
+            against.hand_out()
         if self.args.model_type == "fastmtp" and self.args.create_checkpoint_symlink and is_write_rank:
             for link in (Path(self.args.output_dir, "last"), Path(self.args.output_dir, "best")):
                 if link.is_symlink():
