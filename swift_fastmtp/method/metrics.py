@@ -309,9 +309,9 @@ def tau_of_rows(counts_R2K: Any) -> float:
 def tau_change(before_R2K: Any, now_R2K: Any, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
     """tau of one head less that of another on the same rows, and the ends of its 95 % interval.
 
-    A bootstrap over rows, the same for both heads (tokens of one row are not independent, and two heads err at the same
-    tokens): of R rows R - 1 are drawn, as in `speedup`, and Student's factor times their spread is the interval. One row alone tells nothing:
-    its interval is all there is.
+    Rows are drawn again, the same for both heads: tokens of one row are not independent, and two heads err at the same
+    tokens. Of R rows R - 1 are drawn, as in `speedup`; the interval is Student's factor times their spread. One row
+    alone tells nothing: its interval is all there is.
 
     Args:
         before_R2K, now_R2K: `row_counts` of the same rows in the same order.
