@@ -24,7 +24,17 @@ def plots(results: Merged) -> list[Plot]:
     temperatures = sorted({t for t, _ in slices(results)})
     for temperature in temperatures:
         suffix = f"-t{temperature:g}" if len(temperatures) > 1 else ""
-        for draw in (_radar, _by_task, _by_steps, _by_depth, _maps, _concurrency, _histogram, _by_position, _by_context):
+        for draw in (
+            _radar,
+            _by_task,
+            _by_steps,
+            _by_depth,
+            _maps,
+            _concurrency,
+            _histogram,
+            _by_position,
+            _by_context,
+        ):
             plot = draw(results, temperature, suffix)
             if plot:
                 drawn.append(plot)
