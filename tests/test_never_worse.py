@@ -79,6 +79,12 @@ def knobs(**values):
     return json.dumps({f"fastmtp_{name}": value for name, value in values.items()})
 
 
+def infer(checkpoint, dataset, result):
+    options = ["--max_new_tokens", "2", "--stream", "false", "--result_path", result]
+    swift("infer", "--adapters", checkpoint, "--val_dataset", f"{dataset}#1", *options)
+    assert result.read_text()
+
+
 def warnings_of(done):
     return [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("[WARNING")]
 
@@ -123,8 +129,7 @@ def test_data_that_hurts_ends_with_the_initial_head(hurt, tmp_path):
 
     assert any("found it worse" in finding.what for finding in examine(out / "checkpoint-4"))
     assert "on the run's validation rows" in make_card(tmp_path / "kept")
-    swift("infer", "--adapters", out / "best", "--val_dataset", f"{out.parent / 'rows.jsonl'}#1", "--max_new_tokens", "2",
-          "--result_path", tmp_path / "out.jsonl", "--stream", "false")  # fmt: skip
+    infer(out / "best", out.parent / "rows.jsonl", tmp_path / "out.jsonl")
 
 
 @pytest.mark.matrix
@@ -156,8 +161,7 @@ def test_other_tuners_end_with_the_initial_head_too(tuner, own, tmp_path):
     assert refused.returncode == 1
     assert "worse than the head its run began with" in refused.stderr.strip().splitlines()[-1]
     swift("export", source, trained, "--output_dir", tmp_path / "kept", "--model_kwargs", knobs(on_worse="keep"))
-    swift("infer", "--adapters", tmp_path / "run/best", "--val_dataset", f"{dataset}#1", "--max_new_tokens", "2",
-          "--result_path", tmp_path / "out.jsonl", "--stream", "false")  # fmt: skip
+    infer(tmp_path / "run/best", dataset, tmp_path / "out.jsonl")
 
 
 @pytest.mark.matrix

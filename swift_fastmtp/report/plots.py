@@ -534,10 +534,11 @@ def _along(results: Merged, temperature: float, suffix: str, of: Literal["answer
 
     # Scales.
     place = "answer" if of == "answer" else "prompt and answer"
-    axes.set(xlabel=f"position in the {place} (tokens)", ylabel="tokens per step (τ)", xlim=(0, max(ends)))
-    if of == "context":  # its parts double
+    axes.set(xlabel=f"position in the {place} (tokens)", ylabel="tokens per step (τ)")
+    if of == "answer":
+        axes.set_xlim(0, max(ends))
+    else:  # its parts double
         axes.set_xscale("log", base=2)
-        axes.set_xlim(None, None)
     highest = max(axes.dataLim.y1, 1.1)
     axes.set_ylim(1.0, highest + 0.08 * (highest - 1.0))
     legend(drawing, axes)

@@ -24,8 +24,8 @@ from .cache import attach_hidden_cache
 from .compat_swift import wrap
 from .dataset import NAME, SelfDistillLoader, own_name
 from .export import export_checkpoint
-from .keep import register_keep
 from .initial import compare_with_initial, load_other
+from .keep import register_keep
 from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
 from .model import FastMTPLoader, FastMTPModelMeta, without_folder_code
