@@ -14,7 +14,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.files.staging import write_json
-from swift_fastmtp.method.comparison import compare, refusal, shown_changes
+from swift_fastmtp.method.comparison import compare, why_withheld, shown_changes
 from swift_fastmtp.report.model_card import make_card
 
 
@@ -44,8 +44,8 @@ def test_other_rows_are_not_compared():
 def test_a_marked_checkpoint_is_not_exported(tmp_path):
     change = compare(rows(60, 0.7, 1), rows(60, 0.5, 2))
     compared = {"step": 4, "loss": "ce", "validation": change.to_dict()}
-    assert "hard labels" in refusal(compared)
-    assert refusal({"instead_of": compared}) is None and refusal(None) is None
+    assert "hard labels" in why_withheld(compared)
+    assert why_withheld({"instead_of": compared}) is None and why_withheld(None) is None
     write_json({"compared": compared, "base_model": "examples/tiny-mimo"}, tmp_path / "fastmtp.json")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FastMTPError, match=r"worse than the head its run began with.*--even_if_worse"):
@@ -66,7 +66,7 @@ def self_distilled(path, count):
     prompts = (ROOT / "examples/prompts/train.jsonl").read_text(encoding="utf-8").splitlines()[:count]
     source = path.with_suffix(".prompts.jsonl")
     source.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    distill(source, path, str(TINY), max_new_tokens=40, temperature=0.0)
+    distill(str(TINY), str(source), str(path), max_new_tokens=40, temperature=0.0)
     return path
 
 

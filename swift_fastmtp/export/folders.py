@@ -35,7 +35,7 @@ from ..files.copies import link_or_copy
 from ..files.known_files import read_object
 from ..files.paths import files_of
 from ..files.staging import new_folder, try_output, write_json
-from ..method.comparison import refusal
+from ..method.comparison import why_withheld
 from ..method.config import FastMTPConfig
 from ..method.map_files import check_tokenizer, copy_maps, read_map_list
 from ..method.token_map import read_token_map
@@ -312,7 +312,7 @@ def _collect(
 
 def refuse_worse(checkpoint: Checkpoint) -> None:
     """Raise `FastMTPError` for a checkpoint that its run measured to be worse than the head it began with."""
-    if worse := refusal(checkpoint.settings.get("compared")):
+    if worse := why_withheld(checkpoint.settings.get("compared")):
         raise FastMTPError(
             f"{checkpoint}: {worse}; serve the model as it was, or export it all the same: fastmtp export "
             """--even_if_worse, or swift export --model_kwargs '{"fastmtp_on_worse": "keep"}'"""

@@ -75,7 +75,7 @@ def why_worse(loss: str) -> str:
     return f"likely reasons: {hard}answers that are not the model's own (fastmtp distill), a high --learning_rate"
 
 
-def refusal(compared: dict[str, Any] | None) -> str | None:
+def why_withheld(compared: dict[str, Any] | None) -> str | None:
     """Why a checkpoint is not handed out, by the `compared` of its `fastmtp.json`; None if it may be."""
     if not compared:
         return None

@@ -25,7 +25,7 @@ from ..export.initial import save_initial
 from ..files.inputs import read_json
 from ..files.known_files import read_object
 from ..files.staging import write_json
-from ..method.comparison import Change, compare, refusal
+from ..method.comparison import Change, compare, why_withheld
 from ..method.metrics import tau_of_rows
 from .compat_swift import encode_rows, link_last_checkpoint, metric_of, reset_metrics
 
@@ -112,10 +112,10 @@ class AgainstInitial(TrainerCallback):
     def _choose(self, best: str, last: str) -> str | None:
         """The checkpoint to hand out; None leaves what the trainer chose."""
         compared = {folder: read_object(Path(folder) / SETTINGS_FILE).get("compared") or {} for folder in (best, last)}
-        why = refusal(compared[best])
+        why = why_withheld(compared[best])
         if why is None:
-            if refusal(compared[last]):
-                logger.warning(f"{last}: {refusal(compared[last])}; take {best}")
+            if why_withheld(compared[last]):
+                logger.warning(f"{last}: {why_withheld(compared[last])}; take {best}")
             elif _is_worse(compared[best], OTHER):
                 change = compared[best][OTHER]
                 logger.warning(
@@ -126,7 +126,7 @@ class AgainstInitial(TrainerCallback):
         if self.knobs.on_worse == "keep":
             logger.warning(f"{best}: {why}; kept, as fastmtp_on_worse says")
             return None
-        if compared[last] and refusal(compared[last]) is None:
+        if compared[last] and why_withheld(compared[last]) is None:
             logger.warning(f"{best}: {why}; {last} is not, and takes its place")
             return last
         folder = Path(self.trainer.args.output_dir) / INITIAL
