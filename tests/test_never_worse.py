@@ -14,7 +14,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.files.staging import write_json
-from swift_fastmtp.method.comparison import compare, why_withheld, shown_changes
+from swift_fastmtp.method.comparison import compare, shown_changes, why_withheld
 from swift_fastmtp.report.model_card import make_card
 
 
@@ -93,7 +93,8 @@ def settings_of(folder):
     return json.loads((folder / "fastmtp.json").read_text())
 
 
-HURTS = {"learning_rate": "2e-2", "lr_scheduler_type": "constant", "max_steps": 4, "save_steps": 2}
+LINKS = {"lr_scheduler_type": "constant", "create_checkpoint_symlink": "true"}
+HURTS = {**LINKS, "learning_rate": "2e-2", "max_steps": 4, "save_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_better_here_and_worse_on_rows_of_another_kind(own, tmp_path):
     dataset = write_rows(tmp_path / "rows.jsonl", 24)
     cache = {"hidden_cache": str(tmp_path / "cache"), "hidden_cache_gb": 1.0}
     chosen = knobs(loss="ce", other_val_dataset=f"{own}#20", **cache)
-    changes = {"learning_rate": "5e-3", "lr_scheduler_type": "constant", "max_steps": 24, "save_steps": 12}
+    changes = {**LINKS, "learning_rate": "5e-3", "max_steps": 24, "save_steps": 12}
     args = sft_args(TINY, dataset, tmp_path / "run", val_dataset=dataset, eval_steps=12, model_kwargs=chosen, **changes)
     done = swift(*args)
     compared = settings_of(tmp_path / "run/checkpoint-24")["compared"]
@@ -216,7 +217,7 @@ def test_a_good_run_is_unchanged_and_says_what_it_won(run, rows):
     text = done.stdout + done.stderr
     assert text.count("the initial head, before the first step") == 1
     assert text.count("against the initial head: validation: tau") == 3
-    assert (out / "best").resolve().name.startswith("checkpoint-") and not (out / "initial").exists()
+    assert (out / "last-checkpoint").resolve().name == "checkpoint-6" and not (out / "initial").exists()
     compared = settings_of(out / "checkpoint-6")["compared"]
     assert compared["step"] == 6 and not compared["validation"]["worse"]
     assert compared["validation"]["now"] == pytest.approx(logged(out, "eval_mtp_tau")[-1], abs=1e-4)

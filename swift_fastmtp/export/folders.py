@@ -301,10 +301,10 @@ def _collect(
     trained = _Trained(base, expected, read)
     if trained.equals_base():
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
-    if not known:
+    if not known.get("base_model"):  # tuner types `full` and `lora` keep nothing but what they were compared with
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
         config = FastMTPConfig.from_mapping(knobs, str(trained_in.folder / "args.json"))
-        known = settings(config, str(base), base.fingerprint)
+        known = {**known, **settings(config, str(base), base.fingerprint)}
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
     return base, family, trained, expected, known

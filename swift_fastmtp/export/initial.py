@@ -13,22 +13,21 @@ from .folders import TOKENIZER_FILES
 
 
 def save_initial(
-    began_with: str | Path, model_dir: str | Path, trained: str | Path, folder: str | Path, compared: dict[str, Any]
+    began_with: str | Path, model_dir: str | Path, trained: str | Path, folder: str | Path, settings: dict[str, Any]
 ) -> None:
     """Write `folder`, in place of one that is there.
 
     Args:
         began_with: a full checkpoint, or a checkpoint of a run (head only, or a LoRA adapter).
         model_dir: what `--model` named.
-        trained: a checkpoint of the run, for the settings, tokenizer and arguments beside the head.
-        compared: of the `fastmtp.json` of the checkpoint whose place it takes.
+        trained: a checkpoint of the run, for the tokenizer and arguments beside the head.
+        settings: content of its `fastmtp.json`.
 
     Raises `FastMTPError` naming the tensor or the file.
     """
     from ..model.loading import head_shapes  # torch models only from here on
 
     trained, folder, source = Path(trained), Path(folder), Checkpoint(began_with)
-    settings = read_object(trained / SETTINGS_FILE)
     shapes_of = Checkpoint(model_dir)
     expected = head_shapes(shapes_of)
     if (source.folder / "adapter_config.json").exists():
@@ -49,5 +48,5 @@ def save_initial(
             shutil.copyfile(code, out / code.name)
         config = shapes_of.config
         write_json(without_quantization(config) if shapes_of.blocks else config, out / "config.json")
-        write_json({**settings, "compared": {"instead_of": compared}}, out / SETTINGS_FILE)
+        write_json(settings, out / SETTINGS_FILE)
         save_tensors({name: read(name) for name in expected}, out / WEIGHTS_FILE)

@@ -103,10 +103,7 @@ class AgainstInitial(TrainerCallback):
         """Write into a checkpoint that is being saved what its head was compared with."""
         if self.compared.get("step") != self.trainer.state.global_step:
             return
-        known = read_object(checkpoint / SETTINGS_FILE)
-        if not known:  # tuner types `lora` and `full`
-            target = Checkpoint(self.model_dir).target
-            known = settings(self.knobs, str(target), target.fingerprint)
+        known = read_object(checkpoint / SETTINGS_FILE)  # nothing of tuner types `lora` and `full`
         write_json({**known, "compared": self.compared}, checkpoint / SETTINGS_FILE)
 
     def _choose(self, best: str, last: str) -> str | None:
@@ -130,7 +127,9 @@ class AgainstInitial(TrainerCallback):
             logger.warning(f"{best}: {why}; {last} is not, and takes its place")
             return last
         folder = Path(self.trainer.args.output_dir) / INITIAL
-        save_initial(self.measured["began_with"], self.model_dir, best, folder, compared[best])
+        target = Checkpoint(self.model_dir).target
+        facts = settings(self.knobs, str(target), target.fingerprint) | {"compared": {"instead_of": compared[best]}}
+        save_initial(self.measured["began_with"], self.model_dir, best, folder, facts)
         logger.warning(f"{best}: {why}; the initial head is in {folder}, the trained checkpoints are marked as worse")
         return str(folder)
 
