@@ -204,11 +204,12 @@ def test_two_processes_hand_out_the_initial_head(hurt, own, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_run_without_validation_rows_says_so(tmp_path):
-    dataset = write_rows(tmp_path / "rows.jsonl", 8)
-    done = swift(*sft_args(TINY, dataset, tmp_path / "run", max_steps=2))
+def test_a_run_without_validation_rows_says_so_and_trains_the_same(run, rows, tmp_path):
+    done = swift(*sft_args(TINY, rows, tmp_path / "run"))
     assert "is not compared with the head that it begins with" in done.stdout + done.stderr
     assert not (tmp_path / "run/initial.json").exists()
+    compared, plain = Checkpoint(run[0] / "checkpoint-6"), Checkpoint(tmp_path / "run/checkpoint-6")
+    assert all(torch.equal(compared.read(name), plain.read(name)) for name in plain.file_of)
 
 
 @pytest.mark.engine
