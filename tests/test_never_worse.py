@@ -5,16 +5,24 @@ import random
 
 import pytest
 import torch
+from helpers.hidden import cache_of, states_of
+from helpers.models import quantized
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import logged, sft_args, swift, write_rows
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.data.distill import distill
+from swift_fastmtp.data.examples import training_examples
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.export.beside import export_trained
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
+from swift_fastmtp.export.graft import graft
+from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.comparison import compare, shown_changes, why_withheld
+from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.report.model_card import make_card
 
 
@@ -125,7 +133,7 @@ def test_data_that_hurts_ends_with_the_initial_head(hurt, tmp_path):
     swift("export", "--adapters", out / "checkpoint-4", *allowed)
     export_full(out / "checkpoint-4", tmp_path / "even", even_if_worse=True)
     assert (tmp_path / "kept/config.json").exists() and (tmp_path / "even/config.json").exists()
-    with pytest.raises(FastMTPError, match="equals the base model's"):
+    with pytest.raises(FastMTPError, match="is the head that its run began with"):
         export_full(out / "best", tmp_path / "same")
 
     assert any("found it worse" in finding.what for finding in examine(out / "checkpoint-4"))
@@ -188,6 +196,32 @@ def test_better_here_and_worse_on_rows_of_another_kind(own, tmp_path):
     assert (tmp_path / "on/best").resolve() == tmp_path / "on/initial"
     initial, began = Checkpoint(tmp_path / "on/best"), Checkpoint(tmp_path / "run/checkpoint-24")
     assert all(torch.equal(initial.read(name), began.read(name)) for name in began.file_of)
+
+
+@pytest.mark.matrix
+def test_a_head_beside_its_model_without_the_backbone(own, tmp_path):
+    """The layer of a draft-only folder, on hidden states in the form of an engine's; the head is not exported."""
+    target = quantized(TINY, tmp_path / "target", (64, 64), ("norm", "embed_tokens", "lm_head", "mtp"))
+    graft(target, tmp_path / "draft", TINY, draft_only=True)
+    dataset = write_rows(tmp_path / "rows.jsonl", 8)
+    model, tokenizer = load_model(TINY, torch.float32), load_tokenizer(str(TINY))
+    cache = cache_of(tmp_path / "cache", target, 192)
+    for row in [*read_rows(dataset), *read_rows(own)]:
+        for example in training_examples(tokenizer, row):
+            cache.put([torch.tensor(example.ids)], [states_of(model, example.ids)])
+    del cache  # one run writes at a time
+    chosen = knobs(loss="ce", hidden_cache=str(tmp_path / "cache"))
+    args = sft_args(
+        tmp_path / "draft", dataset, tmp_path / "run", val_dataset=own, eval_steps=2, model_kwargs=chosen, **HURTS
+    )
+    done = swift(*args)
+    assert "no backbone is loaded" in done.stdout + done.stderr
+    assert (tmp_path / "run/best").resolve() == tmp_path / "run/initial"
+    initial, began = Checkpoint(tmp_path / "run/best"), Checkpoint(tmp_path / "draft")
+    assert all(torch.equal(initial.read(name), began.read(name).float()) for name in initial.file_of)
+    with pytest.raises(FastMTPError, match="worse than the head its run began with"):
+        export_trained(tmp_path / "run/checkpoint-4", tmp_path / "no")
+    export_trained(tmp_path / "run/checkpoint-4", tmp_path / "kept", even_if_worse=True)
 
 
 @pytest.mark.matrix

@@ -300,6 +300,10 @@ def _collect(
     head_reader(base, family, expected)  # has every tensor, and no other
     trained = _Trained(base, expected, read)
     if trained.equals_base():
+        if "instead_of" in (known.get("compared") or {}):
+            raise FastMTPError(
+                f"{checkpoint}: is the head that its run began with, which training made worse; serve {base} as it is"
+            )
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
     if not known.get("base_model"):  # tuner types `full` and `lora` keep nothing but what they were compared with
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
