@@ -238,21 +238,29 @@ def test_two_processes_hand_out_the_initial_head(hurt, own, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_run_without_validation_rows_says_so_and_trains_the_same(run, rows, tmp_path):
-    done = swift(*sft_args(TINY, rows, tmp_path / "run"))
-    assert "is not compared with the head that it begins with" in done.stdout + done.stderr
-    assert not (tmp_path / "run/initial.json").exists()
-    compared, plain = Checkpoint(run[0] / "checkpoint-6"), Checkpoint(tmp_path / "run/checkpoint-6")
-    assert all(torch.equal(compared.read(name), plain.read(name)) for name in plain.file_of)
-
-
-@pytest.mark.engine
-def test_a_good_run_is_unchanged_and_says_what_it_won(run, rows):
-    out, done = run
+def test_a_good_run_says_what_it_won_and_is_that_of_a_run_without_validation_rows(own, tmp_path):
+    out, plain = tmp_path / "run", tmp_path / "plain"
+    done = swift(*sft_args(TINY, own, out, val_dataset=own, eval_steps=2, **LINKS))
     text = done.stdout + done.stderr
     assert text.count("the initial head, before the first step") == 1
     assert text.count("against the initial head: validation: tau") == 3
-    assert (out / "last-checkpoint").resolve().name == "checkpoint-6" and not (out / "initial").exists()
+    assert (out / "best").resolve().name.startswith("checkpoint-") and not (out / "initial").exists()
     compared = settings_of(out / "checkpoint-6")["compared"]
     assert compared["step"] == 6 and not compared["validation"]["worse"]
-    assert compared["validation"]["now"] == pytest.approx(logged(out, "eval_mtp_tau")[-1], abs=1e-4)
+    assert compared["validation"]["now"] == pytest.approx(logged(out, "eval_mtp_tau")[2], abs=1e-4)
+
+    done = swift(*sft_args(TINY, own, plain, **LINKS))
+    assert "is not compared with the head that it begins with" in done.stdout + done.stderr
+    assert not (plain / "initial.json").exists()
+    one, other = Checkpoint(out / "checkpoint-6"), Checkpoint(plain / "checkpoint-6")
+    assert all(torch.equal(one.read(name), other.read(name)) for name in other.file_of)
+
+
+@pytest.mark.engine
+def test_a_run_that_keeps_a_worse_head_says_so(run, tmp_path):
+    """The tests' own run, on rows of random words."""
+    out, done = run
+    kept = [line for line in warnings_of(done) if "kept, as fastmtp_on_worse says" in line]
+    assert len(kept) == 1 and settings_of(out / "checkpoint-6")["compared"]["validation"]["worse"]
+    assert not (out / "initial").exists()
+    export_full(out / "checkpoint-6", tmp_path / "full")

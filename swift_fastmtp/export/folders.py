@@ -315,8 +315,11 @@ def _collect(
 
 
 def refuse_worse(checkpoint: Checkpoint) -> None:
-    """Raise `FastMTPError` for a checkpoint that its run measured to be worse than the head it began with."""
-    if worse := why_withheld(checkpoint.settings.get("compared")):
+    """Raise `FastMTPError` for a checkpoint that its run measured to be worse than the head it began with, unless that
+    run was told to keep it (`fastmtp_on_worse`)."""
+    compared = checkpoint.settings.get("compared") or {}
+    worse = why_withheld(compared)
+    if worse and compared.get("on_worse") != "keep":
         raise FastMTPError(
             f"{checkpoint}: {worse}; serve the model as it was, or export it all the same: fastmtp export "
             """--even_if_worse, or swift export --model_kwargs '{"fastmtp_on_worse": "keep"}'"""

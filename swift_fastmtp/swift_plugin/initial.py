@@ -43,7 +43,7 @@ class AgainstInitial(TrainerCallback):
 
     Attributes:
         measured: the initial head: `began_with`, its folder, and `sets`, the counts of the rows of each set.
-        compared: of the newest evaluation: `step`, `loss` and a change per set (`Change.to_dict`).
+        compared: of the newest evaluation: `step`, `loss`, `on_worse` and a change per set (`Change.to_dict`).
     """
 
     def __init__(self, trainer: Any, args: Any, other: Any) -> None:
@@ -78,7 +78,7 @@ class AgainstInitial(TrainerCallback):
         if self.other is not None:
             measured[OTHER] = self._measure(self.other)
         changes = self._changes(measured)
-        self.compared = {"step": state.global_step, "loss": self.knobs.loss}
+        self.compared = {"step": state.global_step, "loss": self.knobs.loss, "on_worse": self.knobs.on_worse}
         self.compared |= {name: change.to_dict() for name, change in changes.items()}
         if changes:
             line = "; ".join(f"{_words(name)}: {change}" for name, change in changes.items())
