@@ -123,14 +123,7 @@ def measure(args, work):
 def write_plan(path, args, servers):
     """Servers that are up together and take turns, for a CPU."""
     cpu = yaml.safe_load(Path(CPU_PLAN).read_text())
-    flags = [
-        *cpu["flags"],
-        "--max-running-requests",
-        str(max(args.concurrency)),
-        "--mem-fraction-static",
-        "0.4",
-        *ADAPTIVE,
-    ]
+    flags = [*cpu["flags"], "--max-running-requests", str(max(args.concurrency)), "--mem-fraction-static", "0.4", *ADAPTIVE]
     plan = {
         "model": args.model,
         "python": engine_python(),

@@ -24,17 +24,7 @@ def plots(results: Merged) -> list[Plot]:
     temperatures = sorted({t for t, _ in slices(results)})
     for temperature in temperatures:
         suffix = f"-t{temperature:g}" if len(temperatures) > 1 else ""
-        for draw in (
-            _radar,
-            _by_task,
-            _by_steps,
-            _by_depth,
-            _maps,
-            _concurrency,
-            _histogram,
-            _by_position,
-            _by_context,
-        ):
+        for draw in (_radar, _by_task, _by_steps, _by_depth, _maps, _concurrency, _histogram, _by_position, _by_context):
             plot = draw(results, temperature, suffix)
             if plot:
                 drawn.append(plot)
@@ -534,11 +524,10 @@ def _along(results: Merged, temperature: float, suffix: str, of: Literal["answer
 
     # Scales.
     place = "answer" if of == "answer" else "prompt and answer"
-    axes.set(xlabel=f"position in the {place} (tokens)", ylabel="tokens per step (τ)")
-    if of == "answer":
-        axes.set_xlim(0, max(ends))
-    else:  # its parts double
+    axes.set(xlabel=f"position in the {place} (tokens)", ylabel="tokens per step (τ)", xlim=(0, max(ends)))
+    if of == "context":  # its parts double
         axes.set_xscale("log", base=2)
+        axes.set_xlim(None, None)
     highest = max(axes.dataLim.y1, 1.1)
     axes.set_ylim(1.0, highest + 0.08 * (highest - 1.0))
     legend(drawing, axes)
