@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.chat_templates import with_template
 from helpers.paths import ROOT, TINY
-from helpers.swift_runs import ONE_CORE, logged, sft_args, swift
+from helpers.swift_runs import KEEP, ONE_CORE, logged, sft_args, swift
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -103,7 +103,9 @@ def test_checkpoint_is_a_draft_folder_with_only_the_head(run):
 
 def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path, shown):
     out = tmp_path / "run"
-    args = sft_args(TINY, rows, out, val_dataset=f"{rows}#8", eval_steps=2, metric_for_best_model="mtp_tau")
+    args = sft_args(
+        TINY, rows, out, val_dataset=f"{rows}#8", eval_steps=2, metric_for_best_model="mtp_tau", model_kwargs=KEEP
+    )
     command = [str(Path(sys.executable).parent / "swift"), *args]
     environment = {**os.environ, **ONE_CORE}
     process = subprocess.Popen(
@@ -127,7 +129,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(run, rows, tmp_path, show
 def test_a_finished_run_says_so_and_a_checkpoint_that_was_cut_off_is_refused(run, rows, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(run[0], out)
-    extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau"}
+    extra = {"val_dataset": f"{rows}#8", "eval_steps": 2, "metric_for_best_model": "mtp_tau", "model_kwargs": KEEP}
     args = sft_args(TINY, rows, out, report_to="tensorboard", **extra)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     done = swift(*args, "--resume_from_checkpoint", out)

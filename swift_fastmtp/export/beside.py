@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.quantization import read_quantization
 from ..errors import FastMTPError
 from ..files.known_files import read_object
-from .folders import export_draft, export_full
+from .folders import export_draft, export_full, refuse_worse
 from .graft_draft import graft_draft
 
 
@@ -23,6 +23,7 @@ def export_trained(
     remote_code: bool = True,
     token_maps: str | Path | None = None,
     draft_only: bool = False,
+    even_if_worse: bool = False,
 ) -> Path:
     """Write what is served of any checkpoint: arguments and errors as `export_full`, or with draft_only `export_draft`;
     a draft-only folder in any case where the model cannot take the layer."""
@@ -30,7 +31,9 @@ def export_trained(
     target = target_beside(trained, base_model)
     if target is None:
         write = export_draft if draft_only else export_full
-        return write(checkpoint, output_dir, base_model, remote_code, token_maps)
+        return write(checkpoint, output_dir, base_model, remote_code, token_maps, even_if_worse)
+    if not even_if_worse:
+        refuse_worse(trained)
     export_beside(trained, target, output_dir, token_maps)
     return target.folder
 

@@ -18,6 +18,7 @@ from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
 from ..families.family import ENGINE_NAMES, Family, config_value
 from ..files.known_files import read_object
+from ..method.comparison import why_withheld
 from ..method.map_files import check_map_list, check_tokenizer
 from ..vocab.languages import check_names
 from .finding import Finding
@@ -88,6 +89,9 @@ def examine(
     if trained_for and (mismatch := family.mismatch(trained_for, engine, target_config)):
         how = f"train it with fastmtp_engine {engine}, or serve it with the engine that it was trained for"
         findings.append(Finding("warning", f"the head meets another graph in {ENGINE_NAMES[engine]}", mismatch, how))
+    if worse := why_withheld(checkpoint.settings.get("compared")):
+        how = "serve the head that the run began with; its folder is `best` in the run's folder"
+        findings.append(Finding("warning", "the run that trained this head found it worse", worse, how))
     if token_map:
         findings += [*_map(Path(token_map), checkpoint.folder, config), *_static_map(token_map, config, tp_size)]
     if TOKEN_MAPS_KEY in config:

@@ -35,6 +35,7 @@ from ..files.copies import link_or_copy
 from ..files.known_files import read_object
 from ..files.paths import files_of
 from ..files.staging import new_folder, try_output, write_json
+from ..method.comparison import why_withheld
 from ..method.config import FastMTPConfig
 from ..method.map_files import check_tokenizer, copy_maps, read_map_list
 from ..method.token_map import read_token_map
@@ -56,7 +57,8 @@ TOKENIZER_FILES = (
 
 def settings(config: FastMTPConfig, base_model: str, base_fingerprint: str) -> dict[str, Any]:
     """Content of `fastmtp.json`: how a head was trained and which backbone it belongs to."""
-    here = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size")  # of the machine that trained, not of the head
+    # Of the run and its machine, not of the head.
+    here = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size", "other_val_dataset", "on_worse")
     return {
         "swift_fastmtp": __version__,
         **{name: value for name, value in config.to_dict().items() if name not in here},
@@ -98,6 +100,7 @@ def export_full(
     base_model: str | Path | None = None,
     remote_code: bool = True,
     token_maps: str | Path | None = None,
+    even_if_worse: bool = False,
 ) -> Path:
     """Write the base checkpoint with the trained head in it. Returns the base folder that was used.
 
@@ -108,11 +111,12 @@ def export_full(
         remote_code: keep config.json as it is; if false, rewrite it so that engines need no `--trust-remote-code`
         token_maps: JSON list of languages and maps that the server drafts with, as `fastmtp simulate --by language`
             writes it; the maps come along
+        even_if_worse: also a head that its run measured to be worse than the one it began with
 
     Raises `FastMTPError` naming the file or tensor.
     """
     try_output(output_dir)
-    base, family, trained, expected, info = _collect(checkpoint, base_model)
+    base, family, trained, expected, info = _collect(checkpoint, base_model, even_if_worse)
     if info.get("backbone_lora"):
         raise FastMTPError(
             f"{checkpoint}: this head was trained for {base} with the adapter {info['backbone_lora']}, which a full "
@@ -146,11 +150,12 @@ def export_draft(
     base_model: str | Path | None = None,
     remote_code: bool = True,
     token_maps: str | Path | None = None,
+    even_if_worse: bool = False,
 ) -> Path:
     """Write a draft-only folder: config, tokenizer and the head. It is the form for a head that was trained for an
     adapter of the backbone too. Arguments and errors as `export_full`."""
     try_output(output_dir)
-    base, family, trained, expected, info = _collect(checkpoint, base_model)
+    base, family, trained, expected, info = _collect(checkpoint, base_model, even_if_worse)
     with new_folder(output_dir) as out:
         for source in files_of(base.folder):
             if source.name == "config.json" or source.name in TOKENIZER_FILES or source.suffix == ".py":
@@ -261,13 +266,15 @@ class _Trained:
 
 
 def _collect(
-    checkpoint: str | Path, base_model: str | Path | None
+    checkpoint: str | Path, base_model: str | Path | None, even_if_worse: bool
 ) -> tuple[Checkpoint, Family, _Trained, dict[str, tuple[int, ...]], dict[str, Any]]:
     """Base, its family, the trained head, its names and shapes, and the content of `fastmtp.json`."""
     trained_in = Checkpoint(checkpoint)
     if not trained_in.folder.is_dir():
         raise FastMTPError(f"{checkpoint}: no such checkpoint folder")
     known = trained_in.settings
+    if not even_if_worse:
+        refuse_worse(trained_in)
     run = read_object(trained_in.folder / "args.json")
     base = Checkpoint(base_model or known.get("base_model") or run.get("model") or "")
     if not base.config_file.exists():
@@ -293,14 +300,30 @@ def _collect(
     head_reader(base, family, expected)  # has every tensor, and no other
     trained = _Trained(base, expected, read)
     if trained.equals_base():
+        if "instead_of" in (known.get("compared") or {}):
+            raise FastMTPError(
+                f"{checkpoint}: is the head that its run began with, which training made worse; serve {base} as it is"
+            )
         raise FastMTPError(f"{checkpoint}: its MTP layer equals the base model's; nothing was trained")
-    if not known:
+    if not known.get("base_model"):  # tuner types `full` and `lora` keep nothing but what they were compared with
         knobs = {k.lower().removeprefix("fastmtp_"): v for k, v in (run.get("model_kwargs") or {}).items()}
         config = FastMTPConfig.from_mapping(knobs, str(trained_in.folder / "args.json"))
-        known = settings(config, str(base), base.fingerprint)
+        known = {**known, **settings(config, str(base), base.fingerprint)}
     if run.get("dataset"):
         known = {**known, "dataset": run["dataset"]}
     return base, family, trained, expected, known
+
+
+def refuse_worse(checkpoint: Checkpoint) -> None:
+    """Raise `FastMTPError` for a checkpoint that its run measured to be worse than the head it began with, unless that
+    run was told to keep it (`fastmtp_on_worse`)."""
+    compared = checkpoint.settings.get("compared") or {}
+    worse = why_withheld(compared)
+    if worse and compared.get("on_worse") != "keep":
+        raise FastMTPError(
+            f"{checkpoint}: {worse}; serve the model as it was, or export it all the same: fastmtp export "
+            """--even_if_worse, or swift export --model_kwargs '{"fastmtp_on_worse": "keep"}'"""
+        )
 
 
 def _verify(folder: Path, family: Family, expected: dict[str, tuple[int, ...]], hashes: dict[str, str]) -> None:

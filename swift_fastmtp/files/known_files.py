@@ -22,6 +22,8 @@ SETTINGS: dict[str, Kind] = {
     "token_map": PATH,
     "backbone_lora": PATH,
     "on_bad_row": NAME,
+    "other_val_dataset": PATH,
+    "on_worse": NAME,
     "hidden_cache": NAME,
     "hidden_cache_gb": NUMBER,
     "loss_chunk_size": _WHOLE,
@@ -29,8 +31,9 @@ SETTINGS: dict[str, Kind] = {
     "base_model": PATH,
     "base_fingerprint": NAME,
     "dataset": NAME_OR_NAMES,
+    "compared": OBJECT,
 }
-"""The knobs of a run (`method/config.py`, a test compares them), and what it was made from."""
+"""The knobs of a run (`method/config.py`, a test compares them), and what it was made from and compared with."""
 
 _FILES: dict[str, Mapping[str, Kind]] = {
     "fastmtp.json": SETTINGS,

@@ -20,6 +20,7 @@ ROLLOUTS = ("exact", "paper")
 SOFT_LOSSES = ("kl", "lk")
 LOSSES = ("ce", *SOFT_LOSSES)
 BAD_ROWS = ("stop", "skip")
+WORSE = ("withhold", "keep")
 HOW_TO_SKIP = """skip such rows with --model_kwargs '{"fastmtp_on_bad_row": "skip"}'"""
 
 
@@ -82,6 +83,20 @@ class FastMTPConfig:
         default="stop",
         metadata={"help": "Rows that cannot be trained on: `stop`, or `skip`, which counts and names them in the log."},
     )
+    other_val_dataset: str = field(
+        default="",
+        metadata={
+            "help": "Rows of another kind than `--val_dataset`, in its syntax (FILE, FILE#COUNT): every evaluation "
+            "compares the head on them with the initial one too, and says so."
+        },
+    )
+    on_worse: str = field(
+        default="withhold",
+        metadata={
+            "help": "A run that ends below the head it began with: `withhold` hands out that initial head, and "
+            "`swift export` refuses the trained one; `keep` says so and changes nothing."
+        },
+    )
     hidden_cache: str = field(
         default="",
         metadata={"help": "Folder for the backbone's hidden states: epochs after the first read them, and skip it."},
@@ -111,6 +126,7 @@ class FastMTPConfig:
         _check(0.0 < self.temperature < float("inf"), "temperature", self.temperature, "above 0")
         _check(0.0 <= self.lk_eta < float("inf"), "lk_eta", self.lk_eta, "at least 0")
         _check(self.on_bad_row in BAD_ROWS, "on_bad_row", self.on_bad_row, f"one of {', '.join(BAD_ROWS)}")
+        _check(self.on_worse in WORSE, "on_worse", self.on_worse, f"one of {', '.join(WORSE)}")
         _check(0.0 <= self.hidden_cache_gb < float("inf"), "hidden_cache_gb", self.hidden_cache_gb, "at least 0")
         _check(self.loss_chunk_size >= 0, "loss_chunk_size", self.loss_chunk_size, "at least 0")
 

@@ -74,6 +74,15 @@ def count_acceptance(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: 
     return AcceptanceCounts(*(x.sum(dim=(1, 2)) for x in (eligible, reached, accepted)))
 
 
+def row_counts(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: torch.Tensor) -> torch.Tensor:
+    """What `count_acceptance` sums, by batch row: int64 [B, 2, K], accepted and eligible. Arguments as there."""
+    import torch
+
+    eligible = (valid_KBT & base_BT).cumprod(dim=0).bool()
+    accepted = eligible & match_KBT.cumprod(dim=0).bool()
+    return torch.stack([accepted.sum(dim=2).T, eligible.sum(dim=2).T], dim=1)
+
+
 def text_counts(accepted: Sequence[torch.Tensor]) -> AcceptanceCounts:
     """Counts over all positions of texts.
 
@@ -374,6 +383,40 @@ def speedup(
 
     low, high = np.percentile(ratios[np.isfinite(ratios)], [2.5, 97.5]).tolist()
     return value, low, high
+
+
+def tau_of_rows(counts_R2K: Any) -> float:
+    """tau of rows' counts (`row_counts`), all rows together."""
+    return float(_tau(np.asarray(counts_R2K, dtype=float).sum(0)))
+
+
+def tau_change(before_R2K: Any, now_R2K: Any, seed: int = 0, samples: int = 2000) -> tuple[float, float, float]:
+    """tau of one head less that of another on the same rows, and the ends of its 95 % interval.
+
+    Rows are drawn again, the same for both heads: tokens of one row are not independent, and two heads err at the same
+    tokens. Of R rows R - 1 are drawn, as in `speedup`; the interval is Student's factor times their spread. One row
+    alone tells nothing: its interval is all there is.
+
+    Args:
+        before_R2K, now_R2K: `row_counts` of the same rows in the same order.
+        seed: of the bootstrap.
+    """
+    before, now = np.asarray(before_R2K, dtype=float), np.asarray(now_R2K, dtype=float)
+    change = tau_of_rows(now) - tau_of_rows(before)
+    num_rows, depth = len(before), before.shape[2]
+    if num_rows < 2:
+        return change, -float(depth), float(depth)
+    drawn_SR = _draw_rounds(np.random.default_rng(seed), num_rows, samples)
+    changes = _tau(np.tensordot(drawn_SR, now, 1)) - _tau(np.tensordot(drawn_SR, before, 1))
+    # Student's interval about the change: percentiles of a few rows end at the rows' own extremes.
+    half = _student(num_rows - 1) * float(changes.std())
+    return change, change - half, change + half
+
+
+def _tau(counts: Any) -> Any:
+    """1 + the sum of marginal rates; `counts` is [.., 2, K]."""
+    accepted, eligible = counts[..., 0, :], counts[..., 1, :]
+    return 1 + (accepted / np.maximum(eligible, 1)).sum(-1)
 
 
 def _speed(totals: Any) -> Any:

@@ -26,6 +26,7 @@ from ..files.known_files import read_object
 from ..files.staging import staged
 from ..files.table import markdown_table
 from ..files.templates import render
+from ..method.comparison import shown_changes
 from ..method.config import FastMTPConfig
 from ..serving.launch import Flag, explain, serve_flags
 from .entries import slices
@@ -44,7 +45,7 @@ CARD = "README.md"
 # The last line of a card that we wrote and nobody has edited since.
 _MARK = re.compile(r"<!-- fastmtp card, sha256 ([0-9a-f]{64}) -->\n\Z")
 _FROM_BASE = ("license", "license_name", "license_link", "language")
-_OF_THE_MACHINE = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size")
+_OF_THE_MACHINE = ("hidden_cache", "hidden_cache_gb", "loss_chunk_size", "other_val_dataset", "on_worse")
 
 
 def write_card(
@@ -135,6 +136,7 @@ def make_card(
         ("parameters of the MTP layer", f"{parameters:,}"),
         ("fingerprint of the base's weights", f"`{str(info.get('base_fingerprint') or 'unknown')[:16]}`"),
         ("trained with", f"swift_fastmtp {info.get('swift_fastmtp', 'unknown')}"),
+        *_against_initial(info),
     ]
     names = [f.name for f in fields(FastMTPConfig) if f.name in info and f.name not in _OF_THE_MACHINE]
     knobs = [(f"`{name}`", _knob(info[name])) for name in names]
@@ -189,6 +191,11 @@ def hub_name_of(path: str) -> str | None:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).exists():
         return path
     return None
+
+
+def _against_initial(info: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run measured of the head that it began with and of this one, where it did."""
+    return [(f"tau, before and after, on the run's {name}", text) for name, text in shown_changes(info).items()]
 
 
 def _knob(value: Any) -> str:

@@ -72,6 +72,12 @@ READ_ROWS = Name(
     "rows are rendered before ms-swift encodes them",
     first=("self",),
 )
+TRAINER = Name(
+    "ms-swift",
+    "swift.pipelines.train.sft:SwiftSft.train",
+    "the trainer is made, and no step is taken",
+    first=("self", "trainer"),
+)
 LINK_CHECKPOINTS = Name(
     "ms-swift",
     "swift.pipelines.train.sft:SwiftSft._handle_trainer_state",
@@ -114,6 +120,7 @@ WRAPPED = (
     AFTER_ENCODING,
     CHOOSE_TEMPLATE,
     READ_ROWS,
+    TRAINER,
     LINK_CHECKPOINTS,
     EXPORT,
     MERGE_LORA,
@@ -199,6 +206,12 @@ CALLED = (
         "it takes the labels out of what the model gets",
         first=("self", "model", "inputs"),
         among=("num_items_in_batch",),
+    ),
+    Name(
+        "ms-swift",
+        "swift.pipelines.train.sft:SwiftSft._encode_dataset",
+        "a second validation set is encoded as the first",
+        first=("self", "train_dataset", "val_dataset"),
     ),
     Name("modelscope", "modelscope.hub.utils.utils:get_cache_dir", "where ms-swift caches datasets"),
     SAVE_MODEL,
@@ -429,6 +442,17 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
 def link_last_checkpoint(trainer: Any) -> None:
     """ms-swift's link to the newest checkpoint."""
     trainer._update_last_checkpoint_symlink()
+
+
+def reset_metrics(trainer: Any, mode: str) -> None:
+    """Drop what one trainer counted in `train` or `eval` and did not log."""
+    for metric in trainer.custom_metrics[mode].values():
+        metric.reset()
+
+
+def encode_rows(sft: Any, rows: Any) -> Any:
+    """Rows and None, as ms-swift encodes training and validation data."""
+    return sft._encode_dataset(rows, None)
 
 
 def after_saving(trainer: Any, complete: Callable[[Path], None]) -> None:

@@ -11,7 +11,7 @@ from swift.metrics import Metric
 
 from ..checkpoint.finite import NotFiniteError
 from ..errors import FastMTPError
-from ..method.metrics import AcceptanceCounts, count_acceptance
+from ..method.metrics import AcceptanceCounts, count_acceptance, row_counts
 from ..method.rollout import shift_left
 from .compat_swift import add_metric, around_grad_norm, around_loss, metric_of
 
@@ -26,7 +26,7 @@ class FastMTPLoss(BaseLoss):
         around_loss(trainer, _compute_loss)
         around_grad_norm(trainer, _finite_grad_norm)
         for mode in ("train", "eval"):
-            add_metric(trainer, mode, "mtp", FastMTPMetric(args.device))
+            add_metric(trainer, mode, "mtp", FastMTPMetric(args.device, keep_rows=mode == "eval"))
         self.checked = False
 
     def __call__(self, outputs: Any, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -89,9 +89,11 @@ class FastMTPMetric(Metric):
     With a token map the rates are those of a draft served with it, and in evaluation `full_*` are those without.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, keep_rows: bool = False) -> None:
         super().__init__()
         self.device = device
+        self.keep_rows = keep_rows
+        self.rows: list[torch.Tensor] = []
         self.sums: dict[str, torch.Tensor] | None
         self.add_state("sums", default_factory=lambda: None)
 
@@ -104,8 +106,19 @@ class FastMTPMetric(Metric):
             if match is not None:
                 counts = count_acceptance(match, outputs.valid, base_BT)
                 sums.update({f"{prefix}{f.name}": getattr(counts, f.name) for f in fields(counts)})
+        if self.keep_rows:
+            self.rows.append(row_counts(outputs.match, outputs.valid, base_BT).cpu())
         sums = {name: value.double() for name, value in sums.items()}
         self.sums = sums if self.sums is None else {name: self.sums[name] + value for name, value in sums.items()}
+
+    def take_rows(self) -> list[Any]:
+        """Counts of every row since the last call, of all ranks: [R][2][K], accepted and eligible."""
+        rows, self.rows = [row for batch in self.rows for row in batch.tolist()], []
+        if not dist.is_initialized():
+            return rows
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, rows)
+        return [row for rank in ranks for row in rank]
 
     def compute(self) -> dict[str, float]:
         sums = self.sums

@@ -22,8 +22,9 @@ from . import compat_swift
 from .arguments import prepare_arguments
 from .cache import attach_hidden_cache
 from .compat_swift import wrap
-from .dataset import NAME, SelfDistillLoader
+from .dataset import NAME, SelfDistillLoader, own_name
 from .export import export_checkpoint
+from .initial import compare_with_initial, load_other
 from .keep import register_keep
 from .knobs import environment_kept, knobs_of, loading
 from .loss import FastMTPLoss
@@ -142,16 +143,42 @@ def _hook_sft() -> None:
                     f"--dataset: no training row is left; rows longer than --max_length {self.args.max_length} are "
                     "dropped: raise it, or choose --truncation_strategy"
                 )
-            if self.args.model_type == "fastmtp":
-                attach_hidden_cache(self.args, self.model, datasets)
-            processed: list[Any] = original(self, datasets)
-            return processed
+            if self.args.model_type != "fastmtp":
+                return list(original(self, datasets))
+            other = _other_rows(self)
+            attach_hidden_cache(self.args, self.model, [*datasets, other])
+            self.other_val_dataset = None if other is None else original(self, [None, other])[1]
+            return list(original(self, datasets))
 
         return look_and_process
 
+    def compared(original: Any) -> Any:
+        def train(self: Any, trainer: Any) -> Any:
+            if self.args.model_type == "fastmtp":
+                compare_with_initial(trainer, self.args, getattr(self, "other_val_dataset", None))
+            return original(self, trainer)
+
+        return train
+
     wrap(compat_swift.TRAIN, end_together)
+    wrap(compat_swift.TRAINER, compared)
     wrap(compat_swift.AFTER_ENCODING, look_at_rows)
     _hook_rendering()
+
+
+def _other_rows(sft: Any) -> Any:
+    """Rows of `fastmtp_other_val_dataset`; None without it."""
+    knobs = knobs_of(sft.args)
+    if not knobs.other_val_dataset:
+        return None
+
+    def as_ids(rows: Any) -> Any:
+        if not isinstance(sft.template, FolderTemplate) or not sft.template.use_chat_template:
+            return rows
+        return as_token_ids(sft.args, sft.template, rows, knobs.on_bad_row)
+
+    with loading(knobs):
+        return load_other(sft, own_name(knobs.other_val_dataset), as_ids)
 
 
 def _hook_rendering() -> None:

@@ -180,6 +180,8 @@ def whole_checkpoints(save: Callable[..., Any]) -> Callable[..., Any]:
         hidden = run / f".{name}.tmp"
         with _locked(run, hidden):
             _save_hidden(save, self, model, trial, hidden / name)
+            if self.args.should_save and (against := getattr(self, "against_initial", None)):
+                against.mark(hidden / name)
             # The best one so far may be this one: under the name that it gets.
             best = self.state.best_model_checkpoint
             if best and Path(best) == hidden / name:

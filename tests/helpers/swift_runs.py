@@ -48,6 +48,9 @@ allowed = True  # False while a fast test runs
 ONE_CORE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
+KEEP = json.dumps({"fastmtp_on_worse": "keep"})
+
+
 class _Forks:
     """`swift_forks.py`, started when first asked."""
 
