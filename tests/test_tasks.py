@@ -25,6 +25,13 @@ ROWS = {
     "c_eval": ({"id": 0, "question": "水的沸点？", "A": "90", "B": "100", "C": "1", "D": "2"}, "B. 100"),
     "humaneval": ({"task_id": "HumanEval/0", "prompt": "def f(x):"}, "def f(x):"),
     "gsm8k": ({"question": "How many?", "answer": "3"}, "How many?"),
+    "spec_bench": ({"question_id": 161, "category": "translation", "turns": ["Translate: x"]}, "Translate: x"),
+    # As specdec_bench fills the rows in, and as NVIDIA-NeMo/Skills does.
+    "speed_bench": ({"question_id": "a1", "category": "coding", "turns": ["def f(x):"]}, "def f(x):"),
+    **{
+        f"speed_bench_{length}k": ({"question_id": "a1", "messages": [{"role": "user", "content": "Sort:"}]}, "Sort:")
+        for length in (1, 2, 8, 16, 32)
+    },
 }
 
 
@@ -58,6 +65,40 @@ def test_only_the_rows_of_the_task(tmp_path):
     rows = [ROWS[name][0] for name in ("mt_bench", "rag", "nq", "cnn_dm")]
     task = load_task(f"rag={write(tmp_path / 'question.jsonl', rows)}")
     assert [q.id for q in task.questions] == ["481"]
+
+
+def test_one_category_of_a_task(tmp_path):
+    rows = [
+        {"question_id": i, "category": kind, "turns": [f"{kind} {i}?"]}
+        for i, kind in enumerate(("coding", "math", "coding", "rag"))
+    ]
+    path = write(tmp_path / "question.jsonl", rows)
+    for name in ("spec_bench", "mine"):
+        task = load_task(f"{name}:coding={path}")
+        assert task.name == f"{name}:coding" and task.title.endswith(": coding")
+        assert [q.turns for q in task.questions] == [["coding 0?"], ["coding 2?"]]
+    with pytest.raises(FastMTPError, match="holds no questions of the category 'poems'"):
+        load_task(f"spec_bench:poems={path}")
+    # A file's own name may have a colon.
+    assert len(load_task(str(path.rename(tmp_path / "a:b.jsonl"))).questions) == 4
+
+
+def test_a_row_without_its_text_is_no_question(tmp_path):
+    """More than half of SPEED-Bench's rows, as they are on the hub."""
+    rows = [
+        {"question_id": "a", "category": "coding", "turns": ["def f(x):"]},
+        {
+            "question_id": "b",
+            "category": "math",
+            "turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"],
+        },
+    ]
+    path = write(tmp_path / "qualitative.jsonl", rows)
+    with pytest.raises(
+        FastMTPError, match=r"jsonl:2: its text is not in this file, .*prepare.py.* as speed_bench=FILE"
+    ):
+        load_task(f"speed_bench={path}")
+    assert [q.id for q in load_task(f"speed_bench:coding={path}").questions] == ["a"]
 
 
 def test_users_files(tmp_path):

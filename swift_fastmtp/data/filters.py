@@ -321,7 +321,7 @@ def _task_texts(path: str) -> list[str]:
     `tasks.py`: its name, or name=FILE. A name is a name, whatever files this folder has."""
     from .tasks import load_task, task_names
 
-    if path.partition("=")[0] in task_names():
+    if path.partition("=")[0].partition(":")[0] in task_names():
         return [turn for question in load_task(path, ALL).questions for turn in question.turns]
     texts: list[str] = []
     number = 0

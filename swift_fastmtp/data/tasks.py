@@ -12,7 +12,7 @@ import random
 import string
 import urllib.request
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class Descriptor:
     """Questions taken of every file, drawn by the seed."""
     num_questions: int | None = None
     """Questions drawn by the seed unless the user says how many; default: all."""
+    placeholder: str | None = None
+    """The turn of a row whose text the source does not hold; such a row is refused."""
+    filled_by: str = ""
+    """What puts these texts in."""
 
     @property
     def source(self) -> str:
@@ -114,30 +118,36 @@ def load_task(spec: str, num_questions: int | None = None, seed: int = 0, offlin
     """A task by name, `name=FILE` (the file that the name's source would have given, or rows as below), or a FILE.
 
     Args:
-        spec: rows of a user's file (JSONL, plain, .gz or .xz, or Parquet) have `turns`, `prompt` or `messages`.
+        spec: rows of a user's file (JSONL, plain, .gz or .xz, or Parquet) have `turns`, `prompt` or `messages`. Behind
+            a name, `:CATEGORY` takes the rows of one `category` alone.
         num_questions: how many are drawn, by `seed`, and kept in order; default: the descriptor's number, or all.
         offline: take only what is in the cache.
 
     Raises `FastMTPError` for an unknown name, a source that cannot be reached, or a bad row, by file and line.
     """
     name, _, file = spec.partition("=")
-    if not file and name not in task_names() and (os.path.lexists(spec) or Path(spec).suffix):
-        name, file = Path(spec).name.split(".")[0], spec
+    whole, _, category = name.partition(":")
+    if not file and whole not in task_names() and (os.path.lexists(spec) or Path(spec).suffix):
+        name, file, category = Path(spec).name.split(".")[0], spec, ""
+        whole = name
     if not name or not name.isprintable() or len(name) > MAX_NAME:
         raise FastMTPError(f"tasks: {show(spec)}: the task has no plain name; name it as name=FILE")
     if file:
         check_file(file)
-    known = not file or name in task_names()
-    described = read_descriptor(name) if known else Descriptor("", "", "not stated")
+    known = not file or whole in task_names()
+    described = read_descriptor(whole) if known else Descriptor("", "", "not stated")
+    if category:
+        described = replace(described, title=f"{described.title or whole}: {category}", num_questions=None)
     paths = [Path(file)] if file else _fetch(name, described, offline)
     # Drawn of every file first, where the task says so, then of all.
     rng = random.Random(f"{seed} {name}")
     questions: list[Question] = []
     for path in paths:
-        of_file = _read(path, described, f"{path.parent.name}/" if len(paths) > 1 else "")
+        of_file = _read(path, described, f"{path.parent.name}/" if len(paths) > 1 else "", category)
         questions += _draw(of_file, described.per_file if num_questions is None and len(paths) > 1 else None, rng)
     if not questions:
-        raise FastMTPError(f"task {name}: {paths[0]}: holds no questions")
+        of = f" of the category {show(category)}" if category else ""
+        raise FastMTPError(f"task {name}: {paths[0]}: holds no questions{of}")
     seen: set[str] = set()
     for question in questions:
         if question.id in seen:
@@ -156,11 +166,13 @@ def _draw(questions: list[Question], number: int | None, rng: random.Random) -> 
     return [questions[i] for i in sorted(rng.sample(range(len(questions)), number))]
 
 
-def _read(path: Path, described: Descriptor, prefix: str) -> list[Question]:
+def _read(path: Path, described: Descriptor, prefix: str, category: str) -> list[Question]:
     questions: list[Question] = []
     for where, row in iter_values(path, BadRows(how_to_skip=None)):
         if not isinstance(row, dict):
             raise FastMTPError(f"{where}: a row must be a JSON object; fix the row")
+        if category and row.get("category") != category:
+            continue
         if all(row.get(k) == v for k, v in described.where.items() if k in row):
             name = row.get(described.id or "id")
             _check_id(name, where)
@@ -198,6 +210,8 @@ def _question(row: Row, described: Descriptor, name: str, where: str) -> Questio
         system = "\n".join(m["content"] for m in messages if m["role"] == "system") or None
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise FastMTPError(f"{where}: its turns must be texts, none of them empty; fix the row")
+    if described.placeholder and any(described.placeholder in turn for turn in turns):
+        raise FastMTPError(f"{where}: its text is not in this file, but a placeholder; {described.filled_by}")
     return Question(name, turns, system)
 
 
