@@ -152,7 +152,8 @@ def _export(
 
 def _serve_args(**options: Any) -> None:
     """the command that serves an exported folder, and why"""
-    from .serving.launch import explain, serve_flags
+    from .serving.flags import explain
+    from .serving.launch import serve_flags
 
     print(explain(serve_flags(**options)))
 

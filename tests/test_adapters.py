@@ -28,7 +28,8 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.backbone_lora import check_lora, lora_hash
 from swift_fastmtp.model.hidden_cache import states_depend_on
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.simulate.simulate import simulate
 

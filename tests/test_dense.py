@@ -16,7 +16,8 @@ from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.graft import ADDED_FILE, graft
 from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 
 LLAMA3_ROPE = {

@@ -15,7 +15,8 @@ from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_draft, export_full
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 HEAD = "model.mtp_layers.0."
 

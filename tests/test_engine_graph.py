@@ -20,7 +20,8 @@ from swift_fastmtp.method.losses import plain_step_losses, weighted_loss
 from swift_fastmtp.method.rollout import rollout, segment_ids, step_targets
 from swift_fastmtp.model.hidden_cache import states_depend_on
 from swift_fastmtp.report.model_card import make_card
-from swift_fastmtp.serving.launch import explain, serve_flags
+from swift_fastmtp.serving.flags import explain
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.simulate import simulate
 
 PROMPTS = ROOT / "examples/prompts/eval.jsonl"

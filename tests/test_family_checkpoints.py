@@ -35,7 +35,8 @@ from swift_fastmtp.method.rollout import segment_ids
 from swift_fastmtp.model.config import load_config
 from swift_fastmtp.model.head import as_stored, import_class, join_experts, split_experts
 from swift_fastmtp.model.loading import head_shapes, load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.cost import read_cost
 from swift_fastmtp.vocab.must_keep import read_vocabulary
 

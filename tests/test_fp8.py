@@ -25,7 +25,8 @@ from swift_fastmtp.export.inspection import inspect_model
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.head import join_experts
 from swift_fastmtp.model.loading import head_shapes, keeps_float32, load_head, load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.simulate import simulate
 from swift_fastmtp.swift_plugin.tuner import FastMTPTuner
 

@@ -21,7 +21,8 @@ from swift_fastmtp.checkpoint.mtp_tensors import read_plain
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.graft import graft
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 UNQUANTIZED = ["--speculative-draft-model-quantization", "unquant"]
 

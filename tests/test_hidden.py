@@ -32,7 +32,8 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import load_without_backbone
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 SMALL = [
     *("--torch_dtype", "float32", "--fp16", "false", "--max_length", "256", "--max_steps", "6", "--save_steps", "6"),

@@ -24,7 +24,8 @@ from swift_fastmtp.data.distill import distill
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.swift_plugin.resume import what_is_missing
 
 pytestmark = pytest.mark.engine

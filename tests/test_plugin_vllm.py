@@ -17,7 +17,8 @@ from swift_fastmtp.export.folders import export_draft
 from swift_fastmtp.families.table import FAMILIES
 from swift_fastmtp.serving import vllm_plugin
 from swift_fastmtp.serving.compat_vllm import ServerParts, when_imported
-from swift_fastmtp.serving.launch import command, explain, serve_flags
+from swift_fastmtp.serving.flags import command, explain
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.serving.maps import AGAIN_EVERY, EVERY, VARIABLE, maps_of
 from swift_fastmtp.serving.routed_head import RoutedHead
 from swift_fastmtp.serving.vllm_plugin import (

@@ -22,7 +22,8 @@ from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.families.table import match_family
 from swift_fastmtp.model.loading import head_shapes
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 QWEN_LINEARS = [

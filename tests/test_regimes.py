@@ -16,7 +16,8 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.verification import REGIMES, regime_of
 from swift_fastmtp.report.merge import load_results
 from swift_fastmtp.report.tables import main_table
-from swift_fastmtp.serving.launch import command, explain, serve_flags
+from swift_fastmtp.serving.flags import command, explain
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.serving.maps import EVERY
 from swift_fastmtp.serving.routed_head import NOTHING, RoutedHead
 from swift_fastmtp.serving.router import Router

@@ -13,7 +13,8 @@ from swift_fastmtp.bench.costs import read_step_times
 from swift_fastmtp.cli import main
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.metrics import step_seconds
-from swift_fastmtp.serving.launch import read_schedule, serve_flags
+from swift_fastmtp.serving.launch import serve_flags
+from swift_fastmtp.serving.schedule_flags import read_schedule
 from swift_fastmtp.simulate.cost import StepParts, Weights
 from swift_fastmtp.simulate.schedule import depths_by_load, schedule, schedule_line, schedule_table
 from swift_fastmtp.simulate.step_times import GPUS, StepTimes, predicted_step_times, roofline

@@ -24,7 +24,8 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import load_without_backbone
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.probe import PROMPTS, probe
 
 

@@ -35,7 +35,8 @@ from swift_fastmtp.files.provenance import provenance  # noqa: E402
 from swift_fastmtp.files.rows import read_rows  # noqa: E402
 from swift_fastmtp.files.staging import write_json  # noqa: E402
 from swift_fastmtp.files.table import markdown_table  # noqa: E402
-from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
+from swift_fastmtp.serving.flags import command  # noqa: E402
+from swift_fastmtp.serving.launch import serve_flags  # noqa: E402
 
 TINY = ROOT / "examples/tiny-mimo"
 PROMPTS = ROOT / "examples/prompts/eval.jsonl"

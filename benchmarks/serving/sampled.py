@@ -27,7 +27,8 @@ from helpers.sampled_bench import STEPS, ask, foretold, interval, tau, texts_of 
 from swift_fastmtp.files.provenance import provenance  # noqa: E402
 from swift_fastmtp.method.verification import REGIMES  # noqa: E402
 from swift_fastmtp.model.loading import load_model  # noqa: E402
-from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
+from swift_fastmtp.serving.flags import command  # noqa: E402
+from swift_fastmtp.serving.launch import serve_flags  # noqa: E402
 
 QUESTIONS = ROOT / "examples/prompts/eval.jsonl"
 SERVED = [("vllm", "greedy"), ("vllm", "rejection"), ("sglang", "rejection"), ("sglang", "block")]

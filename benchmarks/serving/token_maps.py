@@ -28,7 +28,8 @@ from swift_fastmtp.method.config import FastMTPConfig  # noqa: E402
 from swift_fastmtp.method.metrics import verify_rounds  # noqa: E402
 from swift_fastmtp.method.token_map import read_token_map  # noqa: E402
 from swift_fastmtp.model.loading import load_model  # noqa: E402
-from swift_fastmtp.serving.launch import command, serve_flags  # noqa: E402
+from swift_fastmtp.serving.flags import command  # noqa: E402
+from swift_fastmtp.serving.launch import serve_flags  # noqa: E402
 from swift_fastmtp.simulate.acceptance import greedy_acceptance, make_texts  # noqa: E402
 from swift_fastmtp.simulate.plots import plot_maps  # noqa: E402
 from swift_fastmtp.simulate.simulate import simulate  # noqa: E402

@@ -23,7 +23,10 @@ from ..files.show import listed, show
 from ..method.map_files import check_tokenizer
 from ..method.verification import REGIMES
 from ..redaction import HIDDEN, is_secret_name, redact_words, without_login
-from ..serving.launch import ENVIRONMENT, command, flags_for, read_schedule, sampled_flags, scheduled_flags, static_map
+from ..serving.flags import ENVIRONMENT, command, static_map
+from ..serving.launch import flags_for, scheduled_flags
+from ..serving.regime_flags import sampled_flags
+from ..serving.schedule_flags import read_schedule
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server

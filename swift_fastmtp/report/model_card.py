@@ -28,7 +28,8 @@ from ..files.table import markdown_table
 from ..files.templates import render
 from ..method.comparison import shown_changes
 from ..method.config import FastMTPConfig
-from ..serving.launch import Flag, explain, serve_flags
+from ..serving.flags import Flag, explain
+from ..serving.launch import serve_flags
 from .entries import slices
 from .merge import Merged, engine, load_results, notes
 from .tables import (

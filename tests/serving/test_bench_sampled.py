@@ -8,7 +8,8 @@ from helpers.sampled_bench import STEPS, ask, foretold, interval, tau, texts_of
 from transformers import AutoTokenizer
 
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 pytestmark = pytest.mark.matrix
 

@@ -21,7 +21,8 @@ from swift_fastmtp.export.folders import export_draft, export_full
 from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.model.loading import head_shapes, load_head, load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 
 pytestmark = pytest.mark.engine

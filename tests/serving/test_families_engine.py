@@ -10,7 +10,8 @@ from helpers.learning import learned, log_probabilities
 from helpers.models import CHECKPOINTS, SERVED
 
 from swift_fastmtp.checkpoint.config_file import read_config
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds
 
 pytestmark = pytest.mark.engine

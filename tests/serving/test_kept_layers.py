@@ -10,7 +10,8 @@ from helpers.keep import assert_kept, stock_args, stock_mimo
 from helpers.swift_runs import swift
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 pytestmark = pytest.mark.matrix
 

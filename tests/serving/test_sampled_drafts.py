@@ -30,7 +30,8 @@ from helpers.paths import TINY
 
 from swift_fastmtp.method.verification import REJECTION
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 pytestmark = pytest.mark.matrix
 

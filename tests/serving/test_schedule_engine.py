@@ -14,7 +14,8 @@ from swift_fastmtp.data.chat_template import load_tokenizer
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import write_json
 from swift_fastmtp.method.config import FastMTPConfig
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.simulate.schedule import Depth, schedule
 

@@ -12,7 +12,8 @@ from helpers.engine import VLLMServer
 from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.data.distill import distill
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 
 pytestmark = pytest.mark.matrix
 

@@ -21,7 +21,8 @@ from swift_fastmtp.method.config import FastMTPConfig
 from swift_fastmtp.method.map_files import copy_maps, read_map_list
 from swift_fastmtp.method.token_map import read_token_map
 from swift_fastmtp.model.loading import load_model
-from swift_fastmtp.serving.launch import command, serve_flags
+from swift_fastmtp.serving.flags import command
+from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.simulate.acceptance import draft_rounds, make_texts
 from swift_fastmtp.vocab.languages import TokenLanguages
 
