@@ -85,7 +85,9 @@ def read_step_times(path: str) -> StepTimes:
             paused[run.concurrency] = 1000 * run.step.p50
     if not milliseconds:
         raise FastMTPError(f"{path}: no step was measured at full load; make it with `fastmtp bench --costs`")
-    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None), paused)
+    alone = min((run for run in results.runs if run.ttft), key=lambda run: (run.concurrency, run.server), default=None)
+    prompt = 1000 * alone.ttft.p50 if alone and alone.ttft else 0.0
+    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None), paused, prompt)
 
 
 def _drafts_at(schedule: dict[str, int], concurrency: int) -> int:

@@ -9,7 +9,8 @@ bytes that a step reads turn tau into speed (`cost.py`).
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,7 @@ from .recommend import Recommendation, advice_line, map_table, recommend, warnin
 from .request_map import RequestMap, mean_size
 from .result import HeadResult
 from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
+from .service import Drafting, Offer, offers, offers_table
 from .states import States
 from .step_times import StepTimes, check_gpu, predicted_step_times
 
@@ -87,6 +89,9 @@ def simulate(  # noqa: PLR0913
     decode_ms: float | None = None,
     step_times: StepTimes | str | None = None,
     context: int = 1024,
+    request_rates: Sequence[float] = (),
+    most_at_once: int = 32,
+    within: float | None = None,
     max_rows: int | None = None,
     batch_size: int = 16,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -121,6 +126,9 @@ def simulate(  # noqa: PLR0913
         decode_ms: measured: one step without drafts; default: as a verification step
         step_times: by load, or a GPU to predict them for: the best K at each load is printed, and written for engines
         context: tokens of each request, on average, where costs are predicted
+        request_rates: requests per second of a service, for each the servers and what users see, by the same costs
+        most_at_once: answers that one of these servers decodes at once; others wait
+        within: seconds in which 95 % of its answers must be whole; default: as many servers as keep up
         max_rows: of the dataset, from its top; default: all
         batch_size: texts at a time
         dtype: of the model and its heads
@@ -132,6 +140,7 @@ def simulate(  # noqa: PLR0913
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
     _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora, step_times)
+    _check_service(request_rates, most_at_once, within, step_times)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -196,9 +205,12 @@ def simulate(  # noqa: PLR0913
     last = [r for r in of_last if r.group != ALL or not by]
     _print_positions(name, positions[name], num_steps)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
-    depths = []
+    depths: list[Depth] = []
+    services: list[Offer] = []
     if step_times is not None:
-        depths = _depths(model_dir, [r for r in of_last if r.group == ALL], step_times, context)
+        by_load = _depths(model_dir, [r for r in of_last if r.group == ALL], step_times, context)
+        depths = by_load[0]
+        services = _services((request_rates, most_at_once, within), texts, *by_load)
     if output_dir:
         from .plots import plot_acceptance, plot_maps
 
@@ -222,6 +234,7 @@ def simulate(  # noqa: PLR0913
             "groups": {g: {"answers": len(places), "tokens": tokens[g]} for g, places in groups.items()},
             "recommended": vars(advice),
             "by_load": [vars(depth) for depth in depths],
+            "services": [asdict(offer) for offer in services],
             "heads": [vars(r) for r in results],
             "positions": {head: [vars(part) for part in parts] for head, parts in positions.items()},
         }
@@ -258,8 +271,11 @@ def _advise(results: list[HeadResult], answers: dict[str, int], tokens: dict[str
     return advice
 
 
-def _depths(model_dir: str, results: list[HeadResult], times: StepTimes | str, context: int) -> list[Depth]:
-    """The best K by load, printed; drafts are from the map that the times are of, or, predicted, from the fastest.
+def _depths(
+    model_dir: str, results: list[HeadResult], times: StepTimes | str, context: int
+) -> tuple[list[Depth], HeadResult, StepTimes]:
+    """The best K by load, printed, with what it follows from. Drafts are from the map that the times are of, or,
+    predicted, from the fastest.
 
     Raises `FastMTPError` if acceptance with that map was not measured, and for a GPU or checkpoint that no prediction
     is made for.
@@ -278,7 +294,34 @@ def _depths(model_dir: str, results: list[HeadResult], times: StepTimes | str, c
     print(f"\nspeed over no drafts by load, {result.name}; steps {times.source}")
     print(schedule_table(depths))
     print(schedule_line(depths))
-    return depths
+    return depths, result, times
+
+
+def _services(
+    asked: tuple[Sequence[float], int, float | None],
+    texts: list[Text],
+    depths: list[Depth],
+    result: HeadResult,
+    times: StepTimes,
+) -> list[Offer]:
+    """What servers do under each rate of requests, printed; `asked`: rates, answers at once at the most, seconds."""
+    request_rates, most, within = asked
+    if not request_rates:
+        return []
+    lengths = [(text.start, text.end - text.start) for text in texts]
+    # Of K drafts the k-th adds what tau with k drafts is above tau with one less.
+    rates = [max(0.0, tau - before) for before, tau in pairwise([1.0, *result.tau_micro])]
+    ways = {"no head": Drafting({1: 0}, rates)}
+    for K in range(1, len(rates) + 1):
+        if any(steps == K for steps, _ in times.milliseconds):
+            ways[f"K={K}"] = Drafting({1: K}, rates)
+    by_load = {int(size): entry["candidate_steps"][0] for size, entry in schedule(depths).items()}
+    ways["by load"] = Drafting(by_load, rates)
+    made = offers(request_rates, lengths, ways, times, most, within)
+    limit = f"95 % of the answers within {within:g} s" if within else "as many servers as keep up"
+    print(f"\nservice: requests at random times, lengths as in the answers above, at most {most} at once, {limit}")
+    print(offers_table(made))
+    return made
 
 
 def _engines(family: Family, engine: str) -> list[str]:
@@ -385,6 +428,15 @@ def _check_options(
         check_lora(backbone_lora)
     if isinstance(step_times, str):
         check_gpu(step_times)
+
+
+def _check_service(
+    request_rates: Sequence[float], most: int, within: float | None, step_times: StepTimes | str | None
+) -> None:
+    if request_rates and step_times is None:
+        raise FastMTPError("--request_rates: needs --costs, what a server's steps take")
+    if min([*request_rates, most, within or 1.0]) <= 0:
+        raise FastMTPError("--request_rates, --most_at_once, --within: must be positive")
 
 
 def _heads(

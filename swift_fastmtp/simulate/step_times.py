@@ -52,21 +52,47 @@ class StepTimes:
         source: for people.
         token_map: file name without its ending of the map that drafts were chosen from; None: the whole vocabulary.
         paused: by answers at once, of a server that makes no drafts because its schedule says so.
+        prompt: of a request before its first token, whatever its length.
+        prompt_token: added for each token of its prompt.
     """
 
     milliseconds: Mapping[tuple[int, int], float]
     source: str
     token_map: str | None = None
     paused: Mapping[int, float] = field(default_factory=dict)
+    prompt: float = 0.0
+    prompt_token: float = 0.0
 
     @property
     def batch_sizes(self) -> list[int]:
         """Those with a step without drafts, which others are compared with."""
         return sorted(size for K, size in self.milliseconds if K == 0)
 
-    def steps_at(self, batch_size: int) -> list[int]:
-        """The K of which the time is known at this size, 0 among them."""
-        return sorted(K for K, size in self.milliseconds if size == batch_size)
+    def seconds(self, num_steps: int, size: int, paused: bool) -> float:
+        """Of a step with K drafts for `size` answers at once, between known sizes in proportion; beyond them as the
+        last two, but never less than at the largest.
+
+        Args:
+            num_steps: K.
+            size: answers that are decoded at once.
+            paused: the server could draft, which matters where K is 0.
+        """
+        known = {at: ms for (K, at), ms in self.milliseconds.items() if num_steps == K}
+        if num_steps == 0 and paused and self.paused:
+            known = dict(self.paused)
+        sizes = sorted(known)
+        if size <= sizes[0] or len(sizes) == 1:
+            return known[sizes[0]] / 1000
+        above = next((i for i, at in enumerate(sizes) if at >= size), len(sizes) - 1)
+        low, high = sizes[above - 1], sizes[above]
+        slope = (known[high] - known[low]) / (high - low)
+        if size > high:
+            slope = max(0.0, slope)
+        return (known[high] + slope * (size - high)) / 1000
+
+    def prompt_seconds(self, tokens: int) -> float:
+        """From the request to its first token, where nothing else is done."""
+        return (self.prompt + self.prompt_token * tokens) / 1000
 
 
 def check_gpu(name: str) -> None:
@@ -91,7 +117,9 @@ def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int,
     cache = _cache_bytes(checkpoint, parts.bytes_per_weight)
     milliseconds, paused = roofline(parts, cache, GPUS[gpu], num_steps, num_ids, context)
     source = f"predicted from the data sheet of one {gpu.upper()}, {context} tokens of context"
-    return StepTimes(milliseconds, source, paused=paused)
+    read = 1000 * parts.backbone.read(BATCH_SIZES[-1]) / GPUS[gpu].bandwidth
+    computed = 1000 * 2 * parts.backbone.used / parts.bytes_per_weight / GPUS[gpu].operations
+    return StepTimes(milliseconds, source, paused=paused, prompt=read, prompt_token=computed)
 
 
 def roofline(
