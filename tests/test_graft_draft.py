@@ -13,7 +13,7 @@ from helpers.learning import learned_beside
 from helpers.models import gptq, save_dense
 from helpers.paths import ROOT, TINY
 from helpers.served_texts import STEPS, asked, simulated_rounds
-from helpers.target_forms import fp8_blocks, without_layer
+from helpers.target_forms import QUANTIZED, fp8_blocks, without_layer
 from helpers.vllm_jobs import VLLMJobs
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -139,9 +139,13 @@ PROMPTS = ["Write a haiku.", "什么是函数？", "def main():", "Why is the sk
 TOKENS = 24
 
 
+KINDS = {"llama": "Llama, tied", "qwen2": "Qwen2, tied", "mistral": "Mistral, tied"}
+
+
 @pytest.mark.matrix
-def test_sglang_drafts_for_a_tied_llama(tmp_path, ran):
-    _, draft, texts, rounds = learned_beside("llama", tmp_path, PROMPTS, TOKENS, STEPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sglang_drafts_for_a_tied_model(kind, tmp_path, ran):
+    _, draft, texts, rounds = learned_beside(kind, tmp_path, PROMPTS, TOKENS, STEPS)
     with Server(command(serve_flags(draft)), tmp_path / "log") as server:
         answers = server.generate([text.ids[: text.start] for text in texts], TOKENS)
     for answer, text, accepted in zip(answers, texts, rounds, strict=True):
@@ -149,11 +153,11 @@ def test_sglang_drafts_for_a_tied_llama(tmp_path, ran):
         assert answer["meta_info"]["spec_verify_ct"] == len(accepted)
         assert answer["meta_info"]["spec_num_correct_drafts"] == sum(accepted)
     assert sum(map(sum, rounds)) > 0
-    ran("SGLang", "Llama, tied")
+    ran("SGLang", KINDS[kind])
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_vllm_drafts_for_a_tied_model(kind, tmp_path, ran):
     """A layer of MiMo's that was trained for SGLang: beside a model of another class vLLM computes SGLang's graph."""
     target, draft, texts, rounds = learned_beside(kind, tmp_path, PROMPTS, TOKENS, STEPS)
@@ -167,14 +171,15 @@ def test_vllm_drafts_for_a_tied_model(kind, tmp_path, ran):
     assert [answer.ids for answer in answers] == [text.ids[text.start : text.end] for text in texts]
     assert [answer.accepted for answer in answers] == rounds
     assert sum(map(sum, rounds)) > 0
-    ran("vLLM", {"llama": "Llama, tied", "qwen2": "Qwen2, tied"}[kind])
+    ran("vLLM", KINDS[kind])
 
 
 @pytest.mark.matrix
-def test_sglang_drafts_for_an_fp8_model(tmp_path, ran):
+@pytest.mark.parametrize("form", ["FP8 blocks", "AWQ", "GPTQ", "AutoRound"])
+def test_sglang_drafts_for_a_quantized_model(form, tmp_path, ran):
     """It computes in half precision, so rounds are compared by their sum."""
     target = tmp_path / "target"
-    numbers = fp8_blocks(target)
+    numbers = QUANTIZED[form](target)
     graft(target, tmp_path / "draft", TINY, draft_only=True)
     prompts = asked()
     with HalfServer(command(serve_flags(tmp_path / "draft")), tmp_path / "log") as server:
@@ -183,7 +188,7 @@ def test_sglang_drafts_for_an_fp8_model(tmp_path, ran):
     rounds = sum(answer["meta_info"]["spec_verify_ct"] for answer in served)
     assert rounds == pytest.approx(simulated_rounds(numbers, prompts, answers, "sglang"), rel=0.1)
     assert rounds < 0.6 * sum(map(len, answers))
-    ran("SGLang", "FP8 blocks")
+    ran("SGLang", form)
 
 
 @pytest.mark.matrix

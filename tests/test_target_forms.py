@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import target_matrix
-from helpers.models import save_dense
+from helpers.models import save_tied
 from helpers.paths import ROOT, TINY
 from helpers.served_texts import STEPS, asked, simulated_rounds
 from helpers.target_forms import QUANTIZED, without_layer
@@ -135,14 +135,9 @@ def test_a_plain_target(tmp_path, ran):
     ran("probe", "MiMo, plain")
 
 
-def dense(folder, kind):
-    window = {"sliding_window": None} if kind == "mistral" else {}
-    return save_dense(folder, kind, tie_word_embeddings=True, **window)
-
-
 @pytest.mark.parametrize("form", DENSE)
 def test_a_tied_dense_target(form, tmp_path, ran):
-    target, draft = dense(tmp_path / "target", DENSE[form]), tmp_path / "draft"
+    target, draft = save_tied(tmp_path / "target", DENSE[form]), tmp_path / "draft"
     before = {path.name: file_hash(path) for path in target.iterdir()}
     graft(target, draft, init_from_last_layer=True, draft_only=True)
     assert examine(draft) == []

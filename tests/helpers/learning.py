@@ -6,7 +6,7 @@ Random models say nothing that a draft could learn but by heart.
 import torch
 from transformers import AutoTokenizer
 
-from helpers.models import save_dense
+from helpers.models import save_tied
 from helpers.paths import TINY
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.checkpoint.mtp_tensors import read_head
@@ -42,7 +42,7 @@ def learned_beside(kind, folder, prompts, tokens, steps):
 
     The layer learns in the model that it can be put into, and is served beside the one that it was made for.
     """
-    target = save_dense(folder / "target", kind, tie_word_embeddings=True)
+    target = save_tied(folder / "target", kind)
     graft(target, folder / "whole", init_from_last_layer=True)
     model, texts = learned(folder / "whole", folder, prompts, tokens, 6, num_speculative_steps=steps)
     graft(target, folder / "draft", folder / "checkpoint", draft_only=True)

@@ -430,6 +430,12 @@ def save_dense(folder, kind, **changes):
     return folder
 
 
+def save_tied(folder, kind):
+    """One with a tied output matrix, and without the window that Mistral's configuration has by default."""
+    window = {"sliding_window": None} if kind == "mistral" else {}
+    return save_dense(folder, kind, tie_word_embeddings=True, **window)
+
+
 def gptq(folder, target, group=32):
     """A copy of a checkpoint as GPTQ stores it, 4 bits, symmetric, rounded to the nearest; without its MTP layer.
 

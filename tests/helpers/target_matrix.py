@@ -30,17 +30,11 @@ NOT_RUN = {
     },
     "SGLang": {
         "MiMo, plain": "whole checkpoints are, see families",
-        "Qwen2, tied": "not tried",
-        "Mistral, tied": "not tried",
-        "GPTQ": "its CPU kernel is not published",
-        "AWQ": "its CPU kernel is not published",
-        "AutoRound": "its CPU kernel is not published",
         **dict.fromkeys(("compressed-tensors FP8", "compressed-tensors int4"), NO_KERNEL),
         **dict.fromkeys(("ModelOpt NVFP4", "MXFP4", "bitsandbytes NF4"), NO_KERNEL),
     },
     "vLLM": {
         "MiMo, plain": "whole checkpoints are, see families",
-        "Mistral, tied": "not tried",
         "FP8 blocks": "its kernel needs AMX",
         "ModelOpt NVFP4": NO_KERNEL,
         "MXFP4": NO_KERNEL,

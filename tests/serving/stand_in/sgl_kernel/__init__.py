@@ -1,6 +1,6 @@
 """Pure-torch stand-in for the CPU build of ``sgl_kernel``, enough to run an unquantized model with plain, latent
 or linear attention, dense or with experts, in SGLang 0.5.19 - 0.5.23 on CPU (linear attention: 0.5.23), including
-EAGLE/NEXTN speculative decoding; and a dense model with plain attention in FP8 blocks.
+EAGLE/NEXTN speculative decoding; and a dense model with plain attention in FP8 blocks, AWQ or GPTQ.
 
 PyPI only carries the CUDA builds (sgl-kernel / sglang-kernel).  SGLang's own CPU path
 (``SGLANG_USE_CPU_ENGINE=1``, ``--device cpu``, attention backend ``intel_amx``) needs a small set of
@@ -52,6 +52,37 @@ def fp8_scaled_mm_cpu(x, weight, scales, block_size, bias, out_dtype, is_vnni):
     rows, columns = (torch.arange(size) // block for size, block in zip(weight.shape, block_size, strict=True))
     numbers = weight.float() * scales[rows[:, None], columns]
     return weight_packed_linear(x, numbers.to(x.dtype), bias, is_vnni).to(out_dtype)
+
+
+_AWQ, _AWQ_ORDER = 0, torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+"""SGLang's `CPUQuantAlgo`; where AutoAWQ puts each of eight outputs in a word."""
+
+
+def _codes(words):
+    """Eight codes of four bits for each word of the last dimension, the first in its lowest bits."""
+    return (words[..., None] >> torch.arange(0, 32, 4)) & 15
+
+
+@_op
+def convert_weight_packed_scale_zp(qweight, qzeros, scales, algorithm):
+    """AWQ [in, out / 8] or GPTQ [in / 8, out], as the numbers that they stand for, [out, in] in float32; zeros and
+    scales [groups, out] are in them."""
+    zeros = _codes(qzeros)
+    if algorithm == _AWQ:
+        codes = _codes(qweight)[..., _AWQ_ORDER].flatten(-2)
+        zeros = zeros[..., _AWQ_ORDER].flatten(-2)
+    else:
+        codes = _codes(qweight.T).flatten(-2).T
+        zeros = zeros.flatten(-2) + 1  # stored as one less
+    group = len(codes) // len(scales)
+    numbers = (codes - zeros.repeat_interleave(group, 0)) * scales.float().repeat_interleave(group, 0)
+    return numbers.T.contiguous(), qzeros, scales
+
+
+@_op
+def int4_scaled_mm_cpu(x, weight, zeros, scales, bias):
+    """Of what `convert_weight_packed_scale_zp` gave; activations are not quantized."""
+    return weight_packed_linear(x, weight.to(x.dtype), bias, True)
 
 
 @_op
