@@ -1,15 +1,18 @@
 """The best K by load: what is computed from times and tau, and the files that engines read."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+from helpers.bench_results import TASKS, results, run
 from helpers.fake_engine import FakeEngine
 from helpers.paths import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swift_fastmtp.bench.bench import bench
-from swift_fastmtp.bench.costs import read_step_times
+from swift_fastmtp.bench.costs import read_step_times, with_paused_servers
+from swift_fastmtp.bench.plan import make_plan
 from swift_fastmtp.cli import main
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.metrics import step_seconds
@@ -155,6 +158,55 @@ def test_a_prediction_reads_the_checkpoint():
     assert times.milliseconds[2, 1] > times.milliseconds[1, 1] > times.milliseconds[0, 1] > 0
     longer = predicted_step_times(str(TINY), "h20", 2, 6144, 1024)
     assert longer.milliseconds[0, 8] > times.milliseconds[0, 8]
+
+
+def test_a_plan_serves_by_load(tmp_path):
+    """`schedule` of a server; and what `bench --costs` adds for each head, whose results say what a pause costs."""
+    file = tmp_path / "adaptive.json"
+    file.write_text(json.dumps({"1": {"candidate_steps": [3]}, "8": {"candidate_steps": [0]}}))
+    servers = {
+        "baseline": {},
+        "fixed": {"folder": str(TINY)},
+        "scheduled": {"folder": str(TINY), "schedule": str(file)},
+    }
+    plan = make_plan({"model": str(TINY), "num_steps": [1], "servers": with_paused_servers(servers)})
+    assert list(plan.launches) == ["baseline", "fixed-k1", "scheduled", "fixed-paused"]
+    scheduled, paused = plan.launches["scheduled"], plan.launches["fixed-paused"]
+    assert (scheduled.server.num_steps, scheduled.server.schedule) == (3, {"1": 3, "8": 0})
+    assert scheduled.command[-2:] == ["--speculative-adaptive-config", str(file)]
+    assert paused.server.schedule["1"] == 0 and "--speculative-adaptive" in paused.command
+    assert "schedule" not in plan.record()["servers"]["fixed-k1"]
+    with pytest.raises(FastMTPError, match=r"servers\.odd: `schedule` says how many drafts"):
+        make_plan({"model": str(TINY), "servers": {"odd": {**servers["scheduled"], "num_steps": 2}}})
+
+    value = bench_results(
+        {name: launch.server for name, launch in plan.launches.items()},
+        [
+            ("baseline", 1, 10),
+            ("fixed-k1", 1, 15),
+            ("fixed-paused", 1, 12),
+            ("fixed-paused", 2, 14),
+            ("scheduled", 8, 20),
+        ],
+    )
+    (tmp_path / "results.json").write_text(json.dumps(value))
+    times = read_step_times(str(tmp_path / "results.json"))
+    assert times.milliseconds == pytest.approx({(0, 1): 10, (1, 1): 15})
+    assert times.paused == pytest.approx({1: 12, 2: 14, 8: 20})
+    assert times.prompt == pytest.approx(41)
+
+
+def bench_results(servers, steps):
+    """A results.json; `steps`: server, answers at once, milliseconds of a step."""
+    runs = []
+    for name, concurrency, milliseconds in steps:
+        drafts = servers[name].num_steps
+        seconds = milliseconds / 1000
+        measured = run(name, "long_answers", 1.0 + 0.5 * bool(drafts), 100.0, 100.0, drafts, concurrency=concurrency)
+        runs.append({**measured, "step": {"p50": seconds, "p90": seconds, "p99": seconds}})
+    return results(
+        {name: asdict(server) for name, server in servers.items()}, runs, {"long_answers": TASKS["mt_bench"]}
+    )
 
 
 def test_costs_are_measured_and_used(tmp_path, capsys):
