@@ -182,11 +182,12 @@ def test_states_and_weights_are_ours(installed, tmp_path):
         (example,) = training_examples(load_tokenizer(str(TINY)), row)
         (states,) = cache.get([torch.tensor(example.ids)])
         torch.testing.assert_close(states, states_of(model, example.ids), atol=5e-5, rtol=0)
-    assert_a_run_on_them_is_the_plain_one(rows, tmp_path)
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.05)
 
 
-def assert_a_run_on_them_is_the_plain_one(rows, folder, **knobs):
-    """`swift sft` on the cache loads no backbone, and ends with the weights of a run that computes the states."""
+def assert_a_run_on_them_is_the_plain_one(rows, folder, within, **knobs):
+    """`swift sft` on the cache loads no backbone, and ends with the weights of a run that computes the states, to a
+    share of how far they moved: `within`."""
     weights = {}
     for name, more in (("plain", {}), ("engine", {"fastmtp_hidden_cache": str(folder / "cache")})):
         out = folder / name
@@ -197,7 +198,7 @@ def assert_a_run_on_them_is_the_plain_one(rows, folder, **knobs):
     start = load_file(TINY / "model.safetensors")
     for name, tensor in weights["plain"].items():
         moved = (tensor - start[name].float()).abs().max()
-        assert (tensor - weights["engine"][name]).abs().max() < 0.05 * moved + 1e-6, name
+        assert (tensor - weights["engine"][name]).abs().max() < within * moved + 1e-6, name
 
 
 @pytest.mark.matrix
@@ -227,7 +228,7 @@ def test_states_from_vllm_are_ours(installed, tmp_path):
         torch.testing.assert_close(found, states_of(model, example.ids), atol=2e-4, rtol=1e-5)
     for found in twice:
         torch.testing.assert_close(found, states_of(model, list(long)), atol=2e-4, rtol=1e-5)
-    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, fastmtp_engine="vllm")
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.15, fastmtp_engine="vllm")
 
 
 @pytest.mark.matrix

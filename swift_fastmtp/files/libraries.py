@@ -21,7 +21,7 @@ TRIED = {
     "datasets": ("4.8.4",),
     "ms-swift": ("4.6.0",),
     "modelscope": ("1.40.2",),
-    "sglang": ("0.5.23",),
+    "sglang": ("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
     "vllm": ("0.32.0",),
 }
 """Library → the versions that every name in the `compat_*.py` files was tried with."""

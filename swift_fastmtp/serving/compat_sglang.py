@@ -2,7 +2,7 @@
 
 Token maps per language need a draft worker that knows each request's language, and a logits processor that computes the
 columns of a map. SGLang has no interface for either, so two of its classes are subclassed. Hidden states as bytes need
-the method that turns them into lists. Tried with SGLang 0.5.23.
+the method that turns them into lists. Tried with SGLang 0.5.19 to 0.5.23.
 
 `check` runs in every worker process before anything is replaced. A changed name would be silent otherwise: drafts would
 come from the whole vocabulary, and only the speed would tell.
@@ -47,7 +47,6 @@ _LM_HEAD = Name(
     "sglang.srt.layers.logits_processor:LogitsProcessor._compute_lm_head",
     "the logits of a draft",
     first=("self", "hidden_states", "lm_head", "embedding_bias"),
-    among=("out",),
 )
 _HISTOGRAM = Name(
     "sglang",
@@ -277,6 +276,7 @@ def route_logits(processor: Any, router: Any) -> None:
             self._slots = logits_metadata.req_pool_indices
             return super().forward(input_ids, hidden_states, lm_head, logits_metadata, *args, **kw)
 
+        # `out` since 0.5.23.
         def _compute_lm_head(self, hidden: Any, lm_head: Any, embedding_bias: Any = None, *, out: Any = None) -> Any:
             languages = router.languages[self._slots]
             rows = hidden.shape[0] // len(languages)
