@@ -1,6 +1,7 @@
 """A service under a load: by queueing theory, by arithmetic, and by what its parts promise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from helpers.paths import TINY
@@ -31,6 +32,8 @@ def test_a_server_that_nobody_disturbs():
     rare = Load(0.01, [(100, 20)], 8)
     assert play(rare, NO_HEAD, TIMES).answer[1] == pytest.approx(0.005 + 19 * 0.010)
     assert play(rare, Drafting({1: 2}, [1.0, 1.0]), TIMES).answer[1] == pytest.approx(0.005 + 7 * 0.015)
+    far = replace(TIMES, on_the_way=30)
+    assert play(rare, NO_HEAD, far).first_token[1] == pytest.approx(0.005 + 0.030)
     assert play(rare, NO_HEAD, TIMES).at_once == pytest.approx(1.0, abs=0.01)
 
 

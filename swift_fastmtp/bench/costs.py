@@ -86,8 +86,17 @@ def read_step_times(path: str) -> StepTimes:
     if not milliseconds:
         raise FastMTPError(f"{path}: no step was measured at full load; make it with `fastmtp bench --costs`")
     alone = min((run for run in results.runs if run.ttft), key=lambda run: (run.concurrency, run.server), default=None)
-    prompt = 1000 * alone.ttft.p50 if alone and alone.ttft else 0.0
-    return StepTimes(milliseconds, f"measured: {path}", next(iter(maps), None), paused, prompt)
+    # A short prompt takes the server about a step; the rest of the time to the first token is spent on the way.
+    first_token = 1000 * alone.ttft.p50 if alone and alone.ttft else 0.0
+    prompt = min([first_token, *milliseconds.values()])
+    return StepTimes(
+        milliseconds,
+        f"measured: {path}",
+        next(iter(maps), None),
+        paused,
+        prompt=prompt,
+        on_the_way=first_token - prompt,
+    )
 
 
 def _drafts_at(schedule: dict[str, int], concurrency: int) -> int:

@@ -119,11 +119,12 @@ def play(load: Load, drafting: Drafting, times: StepTimes, seed: int = 0) -> Ser
                 del left[request]
 
     counted = range(REQUESTS // 10, REQUESTS)
+    way = times.on_the_way / 1000
     return Service(
         tokens_per_second=sum(answer for _, answer in lengths) / now,
         at_once=weighted / decoding if decoding else 0.0,
-        first_token=_spread([first[i] - asked[i] for i in counted]),
-        answer=_spread([done[i] - asked[i] for i in counted]),
+        first_token=_spread([way + first[i] - asked[i] for i in counted]),
+        answer=_spread([way + done[i] - asked[i] for i in counted]),
     )
 
 

@@ -52,8 +52,9 @@ class StepTimes:
         source: for people.
         token_map: file name without its ending of the map that drafts were chosen from; None: the whole vocabulary.
         paused: by answers at once, of a server that makes no drafts because its schedule says so.
-        prompt: of a request before its first token, whatever its length.
-        prompt_token: added for each token of its prompt.
+        prompt: that the server works on a prompt, whatever its length, and on nothing else.
+        prompt_token: added for each of its tokens.
+        on_the_way: of a request, in which the server works on others.
     """
 
     milliseconds: Mapping[tuple[int, int], float]
@@ -62,6 +63,7 @@ class StepTimes:
     paused: Mapping[int, float] = field(default_factory=dict)
     prompt: float = 0.0
     prompt_token: float = 0.0
+    on_the_way: float = 0.0
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -91,7 +93,7 @@ class StepTimes:
         return (known[high] + slope * (size - high)) / 1000
 
     def prompt_seconds(self, tokens: int) -> float:
-        """From the request to its first token, where nothing else is done."""
+        """That a prompt holds up the other answers."""
         return (self.prompt + self.prompt_token * tokens) / 1000
 
 
