@@ -69,7 +69,7 @@ def main():
         tokens = sum(map(len, documents))
         record = {
             "provenance": provenance(),
-            "settings": vars(args) | {"plugin": "...", "model": None if args.wide else args.model},
+            "settings": {k: v for k, v in vars(args).items() if k not in ("plugin", "output", "dataset", "model")},
             "rounds": found,
             "documents": {"number": len(documents), "tokens": tokens},
             "disk_bytes_per_token": cache_bytes(work / "cache") / tokens,
@@ -125,7 +125,7 @@ def page(record):
                     "both sides' CPU / prompts alone": median(map(both, chosen)) / median(map(both, alone)),
                 }
             )
-    what = f"A random layer of width {settings['wide']}" if settings["wide"] else f"`{settings['model']}`"
+    what = f"A random layer of width {settings['wide']}" if settings["wide"] else "A model"
     return "\n".join(
         [
             "# Hidden states from vLLM",
