@@ -176,6 +176,11 @@ def test_a_plan_serves_by_load(tmp_path):
     assert scheduled.command[-2:] == ["--speculative-adaptive-config", str(file)]
     assert paused.server.schedule["1"] == 0 and "--speculative-adaptive" in paused.command
     assert "schedule" not in plan.record()["servers"]["fixed-k1"]
+    # What is decided already is not paused: a baseline with a folder of its own, a command, a schedule.
+    decided = {"base": {"folder": "x", "method": "baseline"}, "other": {"folder": "x", "command": ["serve"]}}
+    assert with_paused_servers({**decided, "by load": servers["scheduled"]}).keys() == {*decided, "by load"}
+    with pytest.raises(FastMTPError, match=r"servers\.odd: `schedule` says"):
+        make_plan({"model": str(TINY), "servers": {"odd": {"schedule": str(file)}}})
     with pytest.raises(FastMTPError, match=r"servers\.odd: `schedule` says how many drafts"):
         make_plan({"model": str(TINY), "servers": {"odd": {**servers["scheduled"], "num_steps": 2}}})
 

@@ -146,12 +146,13 @@ def client(server, concurrency):
     return Servers([f"http://127.0.0.1:{server.port}"], Sampling(max_new_tokens=1), concurrency=concurrency)
 
 
-async def prompts_alone(server, documents, concurrency):
+async def prompts_alone(server, documents, concurrency, path="/generate", body_of=None):
+    """One new token to each; `body_of` token ids is what the engine's `path` is asked."""
     servers = client(server, concurrency)
     stream = iter(documents)
 
     async def ask(one, _hear, *, ids):
-        return await one.post("/generate", body_of(ids))
+        return await one.post(path, (body_of or generate_body)(ids))
 
     async def work():
         for ids in stream:
@@ -161,13 +162,13 @@ async def prompts_alone(server, documents, concurrency):
     await servers.close()
 
 
-def body_of(ids):
+def generate_body(ids):
     return {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
 
 
 def wire_bytes(server, ids, way):
     """Of an answer, for each token of its prompt."""
-    body = body_of(ids) | {"return_hidden_states": True}
+    body = generate_body(ids) | {"return_hidden_states": True}
     with parameter(way):
         body["sampling_params"]["custom_params"] = {state_wire.PARAMETER: True}
     command = ["curl", "-s", "-d", "@-", "-H", "Content-Type: application/json"]

@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -25,11 +24,10 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from common import write_result  # noqa: E402
 from helpers.engine import VLLMServer  # noqa: E402
-from hidden import both, cache_bytes, client, cpu_of, first_rows, wide_model  # noqa: E402
+from hidden import both, cache_bytes, client, cpu_of, first_rows, prompts_alone, wide_model  # noqa: E402
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint  # noqa: E402
 from swift_fastmtp.data import hidden  # noqa: E402
-from swift_fastmtp.data.client import all_or_first_failure  # noqa: E402
 from swift_fastmtp.data.state_sources import VLLMStates  # noqa: E402
 from swift_fastmtp.files.provenance import provenance  # noqa: E402
 
@@ -60,7 +58,7 @@ def main():
         found = []
         for way, more in ((ALONE, []), (STATES, shlex.split(source.start.partition(" with ")[2]))):
             with VLLMServer([*launch, *more], work / "log", where) as server:
-                asyncio.run(prompts_alone(server, args.model, documents[:2], 1))  # the first request is slow
+                alone(server, args.model, documents[:2], 1)  # the first request is slow
                 for number in range(args.rounds):
                     for concurrency in args.concurrency:
                         found.append({"round": number, "concurrency": concurrency, "way": way})
@@ -82,7 +80,7 @@ def measure(server, source, model, documents, way, concurrency, work):
     shutil.rmtree(work / "cache", ignore_errors=True)
     wall, ours, theirs = time.perf_counter(), time.process_time(), cpu_of(server)
     if way == ALONE:
-        asyncio.run(prompts_alone(server, model, documents, concurrency))
+        alone(server, model, documents, concurrency)
     else:
         servers, cache = client(server, concurrency), str(work / "cache")
         asyncio.run(hidden._fill(servers, source, None, documents, cache, 100.0, concurrency))
@@ -94,26 +92,20 @@ def measure(server, source, model, documents, way, concurrency, work):
     return {"tokens": sum(map(len, documents)), **{name: round(s, 2) for name, s in seconds.items()}}
 
 
-async def prompts_alone(server, model, documents, concurrency):
-    servers = client(server, concurrency)
-    stream = iter(documents)
+def alone(server, model, documents, concurrency):
+    """The prompts without states."""
 
-    async def ask(one, _hear, *, ids):
-        return await one.post("/v1/completions", {"model": model, "prompt": list(ids), "max_tokens": 1})
+    def body_of(ids):
+        return {"model": model, "prompt": list(ids), "max_tokens": 1}
 
-    async def work():
-        for ids in stream:
-            await servers.ask_any(partial(ask, ids=ids))
-
-    await all_or_first_failure(work() for _ in range(concurrency))
-    await servers.close()
+    asyncio.run(prompts_alone(server, documents, concurrency, "/v1/completions", body_of))
 
 
 def page(record):
     rounds, documents, settings = record["rounds"], record["documents"], record["settings"]
     lines = []
     for concurrency in settings["concurrency"]:
-        alone = [r for r in rounds if r["concurrency"] == concurrency and r["way"] == ALONE]
+        without = [r for r in rounds if r["concurrency"] == concurrency and r["way"] == ALONE]
         for way in (ALONE, STATES):
             chosen = [r for r in rounds if r["concurrency"] == concurrency and r["way"] == way]
             lines.append(
@@ -122,7 +114,7 @@ def page(record):
                     "rows at a time": concurrency,
                     "tokens/s": median(r["tokens"] / r["seconds"] for r in chosen),
                     "tokens per CPU s, server": median(r["tokens"] / r["server_cpu_seconds"] for r in chosen),
-                    "both sides' CPU / prompts alone": median(map(both, chosen)) / median(map(both, alone)),
+                    "both sides' CPU / prompts alone": median(map(both, chosen)) / median(map(both, without)),
                 }
             )
     what = f"A random layer of width {settings['wide']}" if settings["wide"] else "A model"

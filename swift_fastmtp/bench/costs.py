@@ -37,9 +37,12 @@ def with_paused_servers(servers: dict[str, Any]) -> dict[str, Any]:
     """
     more = {}
     for name, server in servers.items():
-        if isinstance(server, dict) and server.get("folder") and not server.get("schedule"):
-            own = {key: value for key, value in server.items() if key not in ("num_steps", "label")}
-            more[f"{name}-paused"] = {**own, "schedule": str(_PAUSED)}
+        # What another key already decides is not ours to pause: its command, its schedule, a baseline's K of 0.
+        drafts_by_us = isinstance(server, dict) and server.get("folder") and server.get("method") != "baseline"
+        if not drafts_by_us or server.get("command") or server.get("base_url") or server.get("schedule"):
+            continue
+        kept = {key: value for key, value in server.items() if key not in ("num_steps", "label")}
+        more[f"{name}-paused"] = {**kept, "schedule": str(_PAUSED)}
     return {**servers, **more}
 
 

@@ -251,6 +251,8 @@ def _expand(name: str, server: ServerKeys, plan: PlanKeys, opened: dict[str, Che
     where = f"servers.{name}"
     if server.base_url:
         return {name: _running(name, server, plan)}
+    if server.schedule and (server.command or server.num_steps or not server.folder):
+        raise FastMTPError(f"{where}: `schedule` says how many drafts `folder` makes; leave num_steps, command out")
     is_baseline = server.method == "baseline" or (server.method is None and not server.folder and not server.command)
     if is_baseline:
         return {name: _launch(server, plan, name, "baseline", 0, None, opened)}
@@ -262,8 +264,6 @@ def _expand(name: str, server: ServerKeys, plan: PlanKeys, opened: dict[str, Che
     all_steps = server.num_steps or plan.num_steps
     by_load: dict[int, int] = {}
     if server.schedule:
-        if server.command or server.num_steps:
-            raise FastMTPError(f"{where}: `schedule` says how many drafts `folder` makes; leave num_steps, command out")
         by_load = read_schedule(Path(server.schedule))
         all_steps = [max(by_load.values())]
     if 0 in all_steps:

@@ -6,6 +6,7 @@ how many answers it is, how far tau would move with other answers, and what tau 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -62,7 +63,7 @@ def parts_of(texts: Sequence[Text], accepted: Sequence[torch.Tensor]) -> list[Pa
 def _part(of: str, start: int, end: int, inside: list[list[int]], everywhere: list[int]) -> PartResult:
     """`inside`: of each answer, the drafts that its steps accepted here; `everywhere`: that all steps of these answers
     did."""
-    accepted = [count for counts in inside for count in counts]
+    accepted = list(chain.from_iterable(inside))
     other_steps = len(everywhere) - len(accepted)
     return PartResult(
         of,

@@ -86,8 +86,9 @@ def schedule_table(depths: Sequence[Depth]) -> str:
 
 def _known_steps(depths: Sequence[Depth]) -> list[int]:
     """The K that have a column: those of which a time is known; no drafts where it is not a server without a head."""
-    known = [K for K in range(1, len(depths[0].speedups)) if any(depth.speedups[K] is not None for depth in depths)]
-    paused = any(depth.speedups[0] != 1 for depth in depths)
+    speeds_of_K = list(zip(*(depth.speedups for depth in depths), strict=True))
+    known = [K for K, speeds in enumerate(speeds_of_K) if K and set(speeds) != {None}]
+    paused = set(speeds_of_K[0]) != {1.0}
     return [0, *known] if paused else known
 
 

@@ -86,6 +86,7 @@ def play(load: Load, drafting: Drafting, times: StepTimes, seed: int = 0) -> Ser
 
     # Of each number of answers at once: K's rates, and what a step takes.
     step_of: dict[int, tuple[Sequence[float], float]] = {}
+    # Seconds: the clock, all steps together, and those times the answers in them.
     now, decoding, weighted = 0.0, 0.0, 0.0
     first = [0.0] * REQUESTS
     done = [0.0] * REQUESTS
@@ -93,8 +94,10 @@ def play(load: Load, drafting: Drafting, times: StepTimes, seed: int = 0) -> Ser
     """Request → tokens that it still gets."""
     begun = 0
     while begun < REQUESTS or left:
+        # An idle server waits for the next request.
         if not left:
             now = max(now, asked[begun])
+        # Prompts of those that were asked meanwhile.
         while begun < REQUESTS and asked[begun] <= now and len(left) < load.most:
             prompt, answer = lengths[begun]
             now += times.prompt_seconds(prompt)
@@ -104,6 +107,7 @@ def play(load: Load, drafting: Drafting, times: StepTimes, seed: int = 0) -> Ser
             begun += 1
         if not left:
             continue
+        # One step for all answers.
         size = len(left)
         if size not in step_of:
             step_of[size] = drafting.rates[: drafting.steps_at(size)], drafting.seconds(size, times)
@@ -147,10 +151,10 @@ def servers_needed(load: Load, drafting: Drafting, times: StepTimes, within: flo
         most *= 2
         if most > MOST_SERVERS * fewest:
             return None
-    low, high = most // 2, most
+    low, high = max(fewest - 1, most // 2), most
     while high - low > 1:
         middle = (low + high) // 2
-        if middle >= fewest and fast_enough(middle):
+        if fast_enough(middle):
             high = middle
         else:
             low = middle

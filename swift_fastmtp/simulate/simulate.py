@@ -10,7 +10,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -49,15 +48,16 @@ from ..vocab.counts import cell_of
 from ..vocab.languages import TokenLanguages
 from .acceptance import Text, TokenMap, greedy_acceptance, likelihood_ratios, make_texts
 from .answers import SUFFIX, open_answers
+from .by_load import best_by_load, check_service, services
 from .cost import StepCost, read_cost
 from .positions import PartResult, parts_of, parts_table
 from .recommend import Recommendation, advice_line, map_table, recommend, warnings
 from .request_map import RequestMap, mean_size
 from .result import HeadResult
-from .schedule import Depth, depths_by_load, schedule, schedule_line, schedule_table
-from .service import Drafting, Offer, offers, offers_table
+from .schedule import Depth, schedule
+from .service import Offer
 from .states import States
-from .step_times import StepTimes, check_gpu, predicted_step_times
+from .step_times import StepTimes, check_gpu
 
 RECORD = "simulate.json"
 SCHEDULE = "adaptive.json"
@@ -140,7 +140,7 @@ def simulate(  # noqa: PLR0913
     """
     # Before the model is loaded: everything that may be wrong with the command or with what is written.
     _check_options(num_steps, temperature, draft_ms, verify_ms, answers, backbone_lora, step_times)
-    _check_service(request_rates, most_at_once, within, step_times)
+    check_service(request_rates, most_at_once, within, step_times)
     if output_dir:
         try_output(Path(output_dir) / RECORD)
     started, made_by = time.time(), provenance()
@@ -159,11 +159,7 @@ def simulate(  # noqa: PLR0913
     trained_for = Checkpoint(checkpoints[-1]).trained_for if checkpoints else None
     engines = _engines(model.family, engine or trained_for or "sglang")
     shown_engine = _shown(engines, trained_for)
-    maps: dict[tuple[str | None, bool], TokenMap] = {(None, False): None}
-    for file, by_request in [*((f, False) for f in token_maps), *((f, True) for f in context_maps)]:
-        check_tokenizer(file, model_dir)
-        ids = read_token_map(file, model.config.vocab_size)
-        maps[file, by_request] = RequestMap(ids) if by_request else ids
+    maps = _read_maps(model_dir, model.config.vocab_size, token_maps, context_maps)
     # Every head, with every map, in every regime and group; the backbone once for all of them.
     passes = len(heads) * len(engines) * (1 + bool(temperature))
     results: list[HeadResult] = []
@@ -206,11 +202,10 @@ def simulate(  # noqa: PLR0913
     _print_positions(name, positions[name], num_steps)
     advice = _advise(last, {group: len(places) for group, places in groups.items()}, tokens)
     depths: list[Depth] = []
-    services: list[Offer] = []
+    offered: list[Offer] = []
     if step_times is not None:
-        by_load = _depths(model_dir, [r for r in of_last if r.group == ALL], step_times, context)
-        depths = by_load[0]
-        services = _services((request_rates, most_at_once, within), texts, *by_load)
+        depths, served, times = best_by_load(model_dir, [r for r in of_last if r.group == ALL], step_times, context)
+        offered = services((request_rates, most_at_once, within), texts, depths, served, times)
     if output_dir:
         from .plots import plot_acceptance, plot_maps
 
@@ -234,7 +229,7 @@ def simulate(  # noqa: PLR0913
             "groups": {g: {"answers": len(places), "tokens": tokens[g]} for g, places in groups.items()},
             "recommended": vars(advice),
             "by_load": [vars(depth) for depth in depths],
-            "services": [asdict(offer) for offer in services],
+            "services": [asdict(offer) for offer in offered],
             "heads": [vars(r) for r in results],
             "positions": {head: [vars(part) for part in parts] for head, parts in positions.items()},
         }
@@ -250,6 +245,19 @@ def simulate(  # noqa: PLR0913
                 write_json(schedule(depths), folder / SCHEDULE)
             write_json(record, folder / RECORD)
     return results
+
+
+def _read_maps(
+    model_dir: str, vocab_size: int, token_maps: Sequence[str], context_maps: Sequence[str]
+) -> dict[tuple[str | None, bool], TokenMap]:
+    """By file and whether the ids of each request are added to it; the whole vocabulary first."""
+    maps: dict[tuple[str | None, bool], TokenMap] = {(None, False): None}
+    for by_request, files in ((False, token_maps), (True, context_maps)):
+        for file in files:
+            check_tokenizer(file, model_dir)
+            ids = read_token_map(file, vocab_size)
+            maps[file, by_request] = RequestMap(ids) if by_request else ids
+    return maps
 
 
 def _advise(results: list[HeadResult], answers: dict[str, int], tokens: dict[str, int]) -> Recommendation:
@@ -269,59 +277,6 @@ def _advise(results: list[HeadResult], answers: dict[str, int], tokens: dict[str
     for line in warnings(results, advice, tokens):
         print(line)
     return advice
-
-
-def _depths(
-    model_dir: str, results: list[HeadResult], times: StepTimes | str, context: int
-) -> tuple[list[Depth], HeadResult, StepTimes]:
-    """The best K by load, printed, with what it follows from. Drafts are from the map that the times are of, or,
-    predicted, from the fastest.
-
-    Raises `FastMTPError` if acceptance with that map was not measured, and for a GPU or checkpoint that no prediction
-    is made for.
-    """
-    if isinstance(times, str):
-        result = max(results, key=lambda r: max(r.speedup))
-        times = predicted_step_times(model_dir, times, len(result.tau_micro), result.num_ids, context)
-    else:
-        by_map = {Path(r.token_map).stem if r.token_map else None: r for r in results}
-        if times.token_map not in by_map:
-            raise FastMTPError(
-                f"{times.source}: its servers draft from the token map {times.token_map}; name it with --token_map"
-            )
-        result = by_map[times.token_map]
-    depths = depths_by_load(result.tau_micro, times)
-    print(f"\nspeed over no drafts by load, {result.name}; steps {times.source}")
-    print(schedule_table(depths))
-    print(schedule_line(depths))
-    return depths, result, times
-
-
-def _services(
-    asked: tuple[Sequence[float], int, float | None],
-    texts: list[Text],
-    depths: list[Depth],
-    result: HeadResult,
-    times: StepTimes,
-) -> list[Offer]:
-    """What servers do under each rate of requests, printed; `asked`: rates, answers at once at the most, seconds."""
-    request_rates, most, within = asked
-    if not request_rates:
-        return []
-    lengths = [(text.start, text.end - text.start) for text in texts]
-    # Of K drafts the k-th adds what tau with k drafts is above tau with one less.
-    rates = [max(0.0, tau - before) for before, tau in pairwise([1.0, *result.tau_micro])]
-    ways = {"no head": Drafting({1: 0}, rates)}
-    for K in range(1, len(rates) + 1):
-        if any(steps == K for steps, _ in times.milliseconds):
-            ways[f"K={K}"] = Drafting({1: K}, rates)
-    by_load = {int(size): entry["candidate_steps"][0] for size, entry in schedule(depths).items()}
-    ways["by load"] = Drafting(by_load, rates)
-    made = offers(request_rates, lengths, ways, times, most, within)
-    limit = f"95 % of the answers within {within:g} s" if within else "as many servers as keep up"
-    print(f"\nservice: requests at random times, lengths as in the answers above, at most {most} at once, {limit}")
-    print(offers_table(made))
-    return made
 
 
 def _engines(family: Family, engine: str) -> list[str]:
@@ -428,15 +383,6 @@ def _check_options(
         check_lora(backbone_lora)
     if isinstance(step_times, str):
         check_gpu(step_times)
-
-
-def _check_service(
-    request_rates: Sequence[float], most: int, within: float | None, step_times: StepTimes | str | None
-) -> None:
-    if request_rates and step_times is None:
-        raise FastMTPError("--request_rates: needs --costs, what a server's steps take")
-    if min([*request_rates, most, within or 1.0]) <= 0:
-        raise FastMTPError("--request_rates, --most_at_once, --within: must be positive")
 
 
 def _heads(

@@ -1,6 +1,6 @@
 """How often the model says each token, by language and domain: what token maps are made of.
 
-Counted are the model's own answers, as it generated them, not web pages. Rows are read once, one after the other, and
+Counted are self-distilled responses, token by token, not web pages. Rows are read once, one after the other, and
 counted in chunks by as many processes as wanted. The counts of a file are kept until the maps are written, so that a
 killed job starts again at the file it was at. Some prompts are held out, for coverage that was not measured on what was
 counted.

@@ -1,4 +1,4 @@
-"""`fastmtp bench` above temperature 0, of the real vLLM: each regime's acceptance is what its own answers foretell."""
+"""`fastmtp bench` above temperature 0, of the real vLLM: acceptance in each regime follows from the answers given."""
 
 import pytest
 import torch
