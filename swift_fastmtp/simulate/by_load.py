@@ -1,4 +1,4 @@
-"""What `--costs` and `--request_rates` add to a simulation, printed: drafts by load, and what users of a service see."""
+"""What `--costs` and `--request_rates` add, printed: drafts by load, and what users of a service see."""
 
 from collections.abc import Sequence
 from itertools import pairwise
