@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import yaml
@@ -102,6 +103,22 @@ class Server:
 
     def tail(self):
         return self.log.read_text(errors="replace")[-6000:]
+
+    @contextmanager
+    def busy(self, model, prompts, tokens):
+        """Meanwhile the server writes on: one long answer per prompt (lists of token ids), each begun before this
+        yields and given up afterwards."""
+        with ExitStack() as answers:
+            for prompt in prompts:
+                fields = {"model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{self.port}/v1/completions",
+                    data=json.dumps(fields).encode(),
+                    headers={"Content-Type": "application/json"},
+                )
+                answer = answers.enter_context(urllib.request.urlopen(request, timeout=300))
+                assert answer.readline().startswith(b"data:")
+            yield
 
     def generate(self, prompts, max_new_tokens, temperature=0.0, **fields):
         """One answer per prompt (lists of token ids): SGLang's own records with `output_ids` and `meta_info`.
