@@ -5,8 +5,10 @@ import os
 import pkgutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 
+import pytest
 from helpers.paths import ROOT
 
 from swift_fastmtp.swift_plugin import autoload
@@ -33,6 +35,20 @@ def test_wheel_carries_the_autoload_file_and_nothing_foreign(installed):
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "swift_fastmtp").rglob("*.j2")}
     assert len(templates) > 4 and templates <= set(names)
     assert not [n for n in names if n.startswith(("tests", "examples"))]
+
+
+@pytest.mark.matrix
+def test_archives_for_the_package_index(tmp_path):
+    """`twine check` is part of the script, which ends if anything in it fails."""
+    dist = tmp_path / "dist"
+    subprocess.run([ROOT / ".ci/release", "archives"], env={**os.environ, "DIST": str(dist)}, check=True)
+    (wheel,) = dist.glob("*.whl")
+    (archive,) = dist.glob("*.tar.gz")
+    hooks = {"swift_fastmtp_autoload.pth", "swift_fastmtp_autoload.start"}
+    assert hooks <= set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(archive) as source:
+        names = {name.partition("/")[2] for name in source.getnames()}
+    assert hooks | {"setup.py", "LICENSE", "swift_fastmtp/swift_plugin/plugin/fastmtp_plugin.py"} <= names
 
 
 def test_autoload_waits_and_loads_nothing(installed):
