@@ -3,14 +3,17 @@
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 
 import pytest
+import yaml
 from helpers.paths import ROOT
 
+from swift_fastmtp import __version__
 from swift_fastmtp.swift_plugin import autoload
 
 PROBE = (
@@ -74,3 +77,10 @@ def test_the_start_file_calls_what_the_pth_file_calls(installed):
 def test_importing_the_package_is_cheap():
     code = "import swift_fastmtp, sys; sys.exit('torch' in sys.modules or 'swift' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_is_the_same_everywhere():
+    setup = re.search(r'version="(.*)"', (ROOT / "setup.py").read_text())[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert setup == citation == __version__
+    assert f"\n## {setup} " in (ROOT / "CHANGELOG.md").read_text()
