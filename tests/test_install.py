@@ -3,12 +3,17 @@
 import json
 import os
 import pkgutil
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
+import pytest
+import yaml
 from helpers.paths import ROOT
 
+from swift_fastmtp import __version__
 from swift_fastmtp.swift_plugin import autoload
 
 PROBE = (
@@ -35,6 +40,20 @@ def test_wheel_carries_the_autoload_file_and_nothing_foreign(installed):
     assert not [n for n in names if n.startswith(("tests", "examples"))]
 
 
+@pytest.mark.matrix
+def test_archives_for_the_package_index(tmp_path):
+    """`twine check` is part of the script, which ends if anything in it fails."""
+    dist = tmp_path / "dist"
+    subprocess.run([ROOT / ".ci/release", "archives"], env={**os.environ, "DIST": str(dist)}, check=True)
+    (wheel,) = dist.glob("*.whl")
+    (archive,) = dist.glob("*.tar.gz")
+    hooks = {"swift_fastmtp_autoload.pth", "swift_fastmtp_autoload.start"}
+    assert hooks <= set(zipfile.ZipFile(wheel).namelist())
+    with tarfile.open(archive) as source:
+        names = {name.partition("/")[2] for name in source.getnames()}
+    assert hooks | {"setup.py", "LICENSE", "swift_fastmtp/swift_plugin/plugin/fastmtp_plugin.py"} <= names
+
+
 def test_autoload_waits_and_loads_nothing(installed):
     finders, modules = json.loads(probe(installed[1]))
     assert finders == ["_Finder"]
@@ -58,3 +77,10 @@ def test_the_start_file_calls_what_the_pth_file_calls(installed):
 def test_importing_the_package_is_cheap():
     code = "import swift_fastmtp, sys; sys.exit('torch' in sys.modules or 'swift' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_is_the_same_everywhere():
+    setup = re.search(r'version="(.*)"', (ROOT / "setup.py").read_text())[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]
+    assert setup == citation == __version__
+    assert f"\n## {setup} " in (ROOT / "CHANGELOG.md").read_text()
