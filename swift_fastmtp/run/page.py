@@ -107,7 +107,7 @@ def _stages(stages: Sequence[Stage], state: State) -> Table:
         if entry is None:
             rows.append([stage.name, "–", "–", f"{stage.output}: was there"])
             continue
-        rows.append([stage.name, str(entry["starts"]), f"{entry['seconds']:.0f} s", str(stage.output or "")])
+        rows.append([stage.name, str(entry.starts), f"{entry.seconds:.0f} s", str(stage.output or "")])
     caption = "Seconds of the starts that ended by themselves; what was killed is not counted."
     columns = [("", "stage"), ("", "starts"), ("", "time"), ("", "made")]
     return Table("stages", "Stages", caption, columns, rows, is_text=True)

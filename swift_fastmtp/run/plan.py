@@ -15,9 +15,10 @@ from pydantic import BaseModel, BeforeValidator
 from ..bench.plan import read_plan
 from ..bench.plan_file import as_written, typed
 from ..bench.plan_keys import Environment, Seconds, Several, Text, Typed, Word, Words
+from ..checkpoint.checkpoint import Checkpoint
 from ..data.client import check_address
 from ..errors import FastMTPError
-from ..files.inputs import check_file, check_folder
+from ..files.inputs import check_file
 from ..files.schema import Count, build
 from ..files.show import meant, show
 
@@ -179,13 +180,13 @@ def _check_options(plan: RunPlan) -> None:
 def _check_own(stage: str, key: str) -> None:
     if key in _OWN[stage]:
         how = _ELSEWHERE.get(key, "`fastmtp run` gives it; leave it out")
-        raise FastMTPError(f"{stage}.{key}: {how}")
+        raise FastMTPError(f"{stage}: `{key}` has no place below it; {how}")
 
 
 def _check_inputs(plan: RunPlan) -> None:
     """Files and addresses, and what cannot be done together."""
     keys = plan.keys
-    check_folder(keys.model)
+    _ = Checkpoint(keys.model).family  # which raises if the folder is none, or has no MTP layer to train
     for name in keys.prompts:
         if name.partition(":")[0] not in ("hf", "swift"):
             check_file(name)

@@ -68,7 +68,7 @@ def run(  # noqa: PLR0913
     chosen = _until(stages(made), until)
     for stage in chosen:
         if stage.program[0] == "fastmtp":
-            verbs.check(stage.words[1:])
+            _check(made, stage)
     launch = _launch(made)
     number = count_prompts(made)
     lines = known(made, number)
@@ -101,6 +101,14 @@ def run(  # noqa: PLR0913
         estimated = estimate.read_text(encoding="utf-8").splitlines() if estimate.exists() else []
         page = write_page(made, chosen, state, estimated)
     print(f"{page}: what was done, and what came of it; {out / COMMANDS}: the commands")
+
+
+def _check(plan: RunPlan, stage: Stage) -> None:
+    """Raises `FastMTPError` if the verb would refuse a value."""
+    try:
+        plan.verbs.check(stage.words[1:])
+    except FastMTPError as error:
+        raise FastMTPError(f"{plan.where}: {error}") from None
 
 
 def _until(made: list[Stage], last: str | None) -> list[Stage]:

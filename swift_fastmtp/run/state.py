@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..errors import FastMTPError, cannot_write
 from ..files.known_files import read_object
+from ..files.schema import Amount, Count, build
 from ..files.show import show
 from ..files.staging import exists, lock_file, write_json
 from .stages import Stage
@@ -47,19 +50,31 @@ def locked(out: Path) -> Iterator[int]:
         yield file.fileno()
 
 
+class Entry(BaseModel):
+    """What is known of a stage that was begun."""
+
+    settings: dict[str, Any]
+    command: str
+    starts: Count = 0
+    seconds: Amount = 0.0
+    ended: bool = False
+
+
 class State:
     """The record of one folder."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.record: dict[str, Any] = read_object(out / RECORD).get("stages", {})
+        recorded = read_object(out / RECORD).get("stages", {})
+        self.record = build(dict[str, Entry], recorded, str(out / RECORD))
 
     def _write(self) -> None:
-        write_json({"stages": self.record}, self.out / RECORD)
+        stages = {name: entry.model_dump() for name, entry in self.record.items()}
+        write_json({"stages": stages}, self.out / RECORD)
 
     def is_done(self, stage: Stage) -> bool:
         if stage.output is None:
-            return bool(self.record.get(stage.name, {}).get("ended"))
+            return stage.name in self.record and self.record[stage.name].ended
         return exists(stage.output)
 
     def is_ours(self, stage: Stage) -> bool:
@@ -67,15 +82,17 @@ class State:
         return stage.name in self.record
 
     def begin(self, stage: Stage) -> None:
-        before = self.record.get(stage.name, {})
-        started = {"starts": before.get("starts", 0) + 1, "seconds": before.get("seconds", 0.0)}
-        self.record[stage.name] = {"settings": stage.settings(self.out), "command": stage.line, **started}
+        before = self.record.get(stage.name)
+        starts, seconds = (before.starts, before.seconds) if before else (0, 0.0)
+        self.record[stage.name] = Entry(
+            settings=stage.settings(self.out), command=stage.line, starts=starts + 1, seconds=seconds
+        )
         self._write()
 
     def end(self, stage: Stage, seconds: float, ended: bool) -> None:
         entry = self.record[stage.name]
-        entry["seconds"] = round(entry["seconds"] + seconds, 1)
-        entry["ended"] = ended
+        entry.seconds = round(entry.seconds + seconds, 1)
+        entry.ended = ended
         self._write()
 
     def check(self, stages: Sequence[Stage], where: str, redo: bool) -> None:
@@ -94,9 +111,9 @@ class State:
                 return
 
     def _changed(self, stage: Stage) -> str | None:
-        recorded, now = self.record.get(stage.name, {}).get("settings"), stage.settings(self.out)
-        if recorded is None:
+        if stage.name not in self.record:
             return None
+        recorded, now = self.record[stage.name].settings, stage.settings(self.out)
         for key in [*now, *recorded]:
             if recorded.get(key) != now.get(key):
                 was, is_now = recorded.get(key, "not given"), now.get(key, "not given")
