@@ -2,7 +2,7 @@
 # `fastmtp run` on several machines of a Slurm cluster. NOT RUN HERE: this project had no cluster; its syntax is tested,
 # and so are the commands that `fastmtp run` makes of it. Read it before you submit it, and change what your site needs.
 #
-#   MODEL=XiaomiMiMo/MiMo-7B-RL PROMPTS=prompts.jsonl sbatch examples/slurm.sh
+#   MODEL=MiMo-7B-RL PROMPTS=prompts.jsonl sbatch examples/slurm.sh
 #
 # First a server of the model on every machine, which share the answers; then training over all of them, as ms-swift
 # does it: NNODES, NODE_RANK, MASTER_ADDR and NPROC_PER_NODE make `swift sft` start torchrun on each. Submitted again

@@ -62,7 +62,12 @@ def words_of(option: str, value: Any, settings: Mapping[str, Any]) -> list[str]:
         return [f"--{option}", json.dumps(value, ensure_ascii=False)]
     if isinstance(value, dict):
         value = [f"{key}={inner}" for key, inner in value.items()]
-    return [f"--{option}", *(str(each) for each in _several(value))]
+    return [f"--{option}", *as_words(value)]
+
+
+def as_words(value: Any) -> list[str]:
+    """A value or several; texts stay the objects that they are, which may know how they are shown."""
+    return [each if isinstance(each, str) else str(each) for each in _several(value)]
 
 
 def _definition(place: str) -> ast.FunctionDef | ast.ClassDef:

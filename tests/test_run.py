@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,25 @@ def test_a_command_by_hand_is_taken(quiet, tmp_path):
     (tmp_path / "out/distilled.jsonl").write_bytes((source / "distilled.jsonl").read_bytes())
     printed = finish(plan, "--until", "mix")
     assert "distilled.jsonl is there, not made by this run; taken as it is" in printed and "== 4/4 mix (" in printed
+
+
+@pytest.mark.matrix
+def test_token_maps(quiet, tmp_path):
+    """Made of the answers, chosen by the simulator, put into the export."""
+    source, out = quiet[0].parent / "out", tmp_path / "out"
+    plan = small(tmp_path, vocab={"sizes": [512, 1024], "held_out": 0.2}, train={})
+    for name in ("mixed", "train"):
+        shutil.copytree(source / name, out / name)
+    for name in ("distilled.jsonl", "clean.jsonl"):
+        shutil.copy(source / name, out)
+    printed = finish(plan)
+    assert "$ fastmtp vocab" in printed and "--by language" in printed and "== 8/8 export (" in printed
+    chosen = json.loads((out / "simulate/maps.json").read_text())
+    exported = json.loads((out / "export/config.json").read_text())
+    assert ("--token_maps" in printed) == bool(chosen) == any("map" in key for key in exported)
+    assert f"{out}/maps/" in printed and "*.pt" not in printed
+    assert (out / "run.html").read_text(encoding="utf-8").count("512.pt") > 1
+    assert "$ " not in finish(plan)
 
 
 def kill_all(process, everything):

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..files.jobs import parts_folder
-from ..files.rows import Row, dump_row, iter_rows, write_rows
+from ..files.rows import BadRows, Row, dump_row, iter_rows, write_rows
 from .plan import RunPlan
 from .stages import Stage
 
@@ -48,8 +48,8 @@ def count_prompts(plan: RunPlan) -> int | None:
     if any(name.partition(":")[0] in ("hf", "swift") for name in plan.keys.prompts):
         return None
     number = 0
-    for name in plan.keys.prompts:
-        number += sum(1 for _ in iter_rows(name))
+    for _ in _rows(plan):
+        number += 1
     return number * int(plan.keys.distill.get("num_answers", 1))
 
 
@@ -119,10 +119,15 @@ def _measured(folder: Path, whole: bool) -> Measured | None:
 
 def _spread(plan: RunPlan, count: int) -> Iterator[Row]:
     """So many rows from all over the prompt files."""
-    number = sum(1 for name in plan.keys.prompts for _ in iter_rows(name))
+    number = sum(1 for _ in _rows(plan))
     every = max(1, number // count)
-    rows = (row for name in plan.keys.prompts for _, row in iter_rows(name))
-    return islice(rows, 0, every * count, every)
+    return islice(_rows(plan), 0, every * count, every)
+
+
+def _rows(plan: RunPlan) -> Iterator[Row]:
+    """The good rows of the prompt files. Raises `FastMTPError` for a bad one, unless the plan skips them."""
+    bad = BadRows(plan.keys.distill.get("on_bad_row", "stop"))
+    return (row for name in plan.keys.prompts for _, row in iter_rows(name, bad))
 
 
 def predicted(number: int, measured: Measured) -> list[str]:

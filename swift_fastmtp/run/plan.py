@@ -21,6 +21,7 @@ from ..errors import FastMTPError
 from ..files.inputs import check_file
 from ..files.schema import Count, build
 from ..files.show import meant, show
+from ..redaction import is_secret_name
 
 Options = Mapping[str, Mapping[str, Any]]
 """Option → what argparse knows of it."""
@@ -194,6 +195,9 @@ def _check_inputs(plan: RunPlan) -> None:
         check_address(url, "base_url")
     if plan.train.recipe:
         check_file(plan.train.recipe)
+    for name, value in [*keys.environment.items(), *plan.train.environment.items()]:
+        if is_secret_name(name) and value == as_written(value):
+            raise FastMTPError(f"environment: {name} stands in the plan, which is copied; write `${{{name}}}` for it")
     if keys.engine == "none":
         for stage in ("bench", "card"):
             if getattr(keys, stage):

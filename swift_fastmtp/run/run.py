@@ -18,7 +18,8 @@ import yaml
 from ..bench.plan import Launch, make_plan
 from ..bench.servers import started
 from ..errors import FastMTPError
-from ..files.staging import staged
+from ..files.jobs import take_away_merged
+from ..files.staging import staged, take_away_leftovers
 from .estimate import count_prompts, known, predicted, sample
 from .page import write_page
 from .plan import RunPlan, Verbs, read_run_plan
@@ -70,10 +71,8 @@ def run(  # noqa: PLR0913
         if stage.program[0] == "fastmtp":
             _check(made, stage)
     launch = _launch(made)
-    number = count_prompts(made)
-    lines = known(made, number)
     if dry_run:
-        print("\n".join([*lines, "", *_script(made, chosen, launch)]))
+        print("\n".join([*known(made, count_prompts(made)), "", *_script(made, chosen, launch)]))
         return
 
     out = made.out
@@ -81,18 +80,17 @@ def run(  # noqa: PLR0913
         state = State(out)
         state.check(chosen, made.where, redo)
         _write_commands(made, chosen, launch)
-        if not all(state.is_done(stage) for stage in chosen):
-            print("\n".join(lines), flush=True)
         begun = time.monotonic()
         for place in range(len(chosen)):
             stage = resumed(_until(stages(made), until)[place])  # as it is by now
             title = f"== {place + 1}/{len(chosen)} {stage.name}"
             if state.is_done(stage):
+                _tidy(stage)
                 print(f"{title}: {_there(stage, state)}", flush=True)
                 continue
             with _server(made, stage, launch, state):
                 if stage.name == "distill" and not state.is_ours(stage):
-                    _estimate(made, stage, number, lines, partial(run_command, lock=lock))
+                    _estimate(made, stage, partial(run_command, lock=lock))
                 print(f"{title} ({_clock(time.monotonic() - begun)} so far)\n$ {stage.line}", flush=True)
                 _do(stage, state, lock)
         chosen = _until(stages(made), until)
@@ -120,6 +118,13 @@ def _until(made: list[Stage], last: str | None) -> list[Stage]:
     return made[: names.index(last) + 1]
 
 
+def _tidy(stage: Stage) -> None:
+    """Take away what its verb would, had it not been killed just when its output was there."""
+    if stage.output is not None:
+        take_away_merged(stage.output)
+        take_away_leftovers(stage.output)
+
+
 def _there(stage: Stage, state: State) -> str:
     if stage.output is None:
         return "done"
@@ -142,8 +147,11 @@ def _do(stage: Stage, state: State, lock: int) -> None:
         raise FastMTPError(f"{stage.name} ended without {stage.output}; its messages are above")
 
 
-def _estimate(plan: RunPlan, stage: Stage, number: int | None, lines: Sequence[str], run: partial[int | None]) -> None:
-    """Print what is measured before the first stage that takes long, and keep it for the page."""
+def _estimate(plan: RunPlan, stage: Stage, run: partial[int | None]) -> None:
+    """Print what is known and what is measured before the first stage that takes long, and keep it for the page."""
+    number = count_prompts(plan)
+    lines = known(plan, number)
+    print("\n".join(lines), flush=True)
     measured = sample(plan, stage, number, run)
     added = predicted(number, measured) if measured and number else ["distill: not measured, few prompts"]
     print("\n".join(added), flush=True)

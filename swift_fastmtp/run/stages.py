@@ -6,6 +6,7 @@ plan is noticed by them (`state.py`).
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from typing import Any
 
 from ..bench.plan_file import as_written
 from ..files.copies import file_hash
-from ..options import words_of
+from ..options import as_words, words_of
+from ..redaction import redact_words
 from .plan import RunPlan, eval_file
 
 TRAIN_SEED = 42
 """ms-swift's own; the plan's is added."""
-_NOT_SETTINGS = {"base_url", "concurrency", "timeout", "retry_seconds", "on_bad_row", "environment", "jobs", "plan"}
-"""Options that say how a stage works, not what it makes; bench compares its plan itself."""
+_NOT_SETTINGS = {"base_url", "concurrency", "timeout", "retry_seconds", "on_bad_row", "jobs", "plan"}
+_NOT_SETTINGS |= {"environment", "python", "start_seconds"}
+"""What says how a stage works, not what it makes; and the name of a plan, whose values are compared."""
 
 
 @dataclass
@@ -39,8 +42,8 @@ class Stage:
     words_before: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    note: str = ""
-    """A comment above the command, for who takes over."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What its verb reads from a file that we write."""
 
     @property
     def words(self) -> list[str]:
@@ -55,8 +58,8 @@ class Stage:
     @property
     def line(self) -> str:
         """The command as a shell takes it."""
-        variables = [f"{name}={shlex.quote(as_written(value))}" for name, value in self.environment.items()]
-        return " ".join([*variables, *map(_quoted, self.words)])
+        variables = [f"{name}={_quoted(as_written(value))}" for name, value in self.environment.items()]
+        return " ".join([*variables, *map(_quoted, redact_words(as_written(self.words)))])
 
     def settings(self, out: Path) -> dict[str, Any]:
         """What the result depends on, by option: below the plan's folder by name, other files by content too, a
@@ -65,6 +68,7 @@ class Stage:
         for option, value in self.values.items():
             if option not in _NOT_SETTINGS:
                 found[option] = _setting(value, out)
+        found |= self.plan
         if self.program[2:]:
             found["recipe" if self.name == "train" else "folder"] = _setting(self.program[2:], out)
         return json.loads(json.dumps(found))
@@ -76,7 +80,7 @@ def _argument(option: str, value: Any) -> list[str]:
         return [f"--{option}", json.dumps(value, ensure_ascii=False)]
     if isinstance(value, bool):
         return [f"--{option}", str(value).lower()]
-    return [f"--{option}", *(str(each) for each in (value if isinstance(value, list) else [value]))]
+    return [f"--{option}", *as_words(value)]
 
 
 def _expanded(word: str) -> list[str]:
@@ -87,6 +91,8 @@ def _expanded(word: str) -> list[str]:
 
 
 def _quoted(word: str) -> str:
+    if re.fullmatch(r"[^`\"\\$]*\$\{\w+\}[^`\"\\$]*", word):  # a variable that the plan names
+        return f'"{word}"'
     return word if word.endswith("/*.pt") and shlex.quote(word[:-4]) == word[:-4] else shlex.quote(word)
 
 
@@ -157,8 +163,10 @@ def stages(plan: RunPlan) -> list[Stage]:
     made.append(_verb(plan, "export", values, keys.export, export))
     if keys.engine != "none":
         values = {"plan": [str(out / "bench.yaml")], "output_dir": str(results.parent)}
+        bench = _verb(plan, "bench", values, keys.bench, results, pattern="bench")
+        bench.plan = {name: value for name, value in bench_plan(plan).items() if name not in _NOT_SETTINGS}
         made += [
-            _verb(plan, "bench", values, keys.bench, results, pattern="bench"),
+            bench,
             _verb(plan, "report", {"output_dir": str(out / "report")}, {}, out / "report", folder=str(results)),
             _verb(plan, "card", {"results": [str(results)]}, keys.card, None, folder=str(export)),
         ]
