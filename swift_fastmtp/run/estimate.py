@@ -137,7 +137,7 @@ def predicted(number: int, measured: Measured) -> list[str]:
     seconds = measured.seconds * scale
     lines = [
         f"measured: {measured.answers} answers, {measured.tokens:,} tokens in {measured.seconds:.1f} s",
-        f"distill: {least}{_time(seconds)}, {measured.tokens * scale / 1e6:.2f}M tokens (measured, times {scale:.1f})",
+        f"distill: {least}{_time(seconds)}, {measured.tokens * scale:,.0f} tokens (measured, times {scale:.1f})",
         f"disk: {_size(_ROW_COPIES * measured.num_bytes * scale)} for the rows in {_ROW_COPIES} forms",
         "clean, mix, vocab, simulate, export, bench: not measured",
         "train: not known before its first steps, whose progress line tells; the same rows are read in every epoch",
