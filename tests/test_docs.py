@@ -58,7 +58,7 @@ def quickstart(clone):
 
 @pytest.mark.matrix
 def test_quickstart_makes_the_head_better(clone, quickstart):
-    assert "== 6/6" in quickstart and "tau K=3" in quickstart
+    assert "== 7/7" in quickstart and "tau K=3" in quickstart
     before, after = json.loads((clone / "output/quickstart/simulate/simulate.json").read_text())["heads"]
     assert after["tau_micro"][2] > before["tau_micro"][2] + 0.05
     assert all(a > b for a, b in zip(after["marginal"][:3], before["marginal"][:3], strict=True))
