@@ -45,6 +45,7 @@ class EditableWheel(editable_wheel):
 
 train = ["ms-swift>=4.6,<4.7", "peft>=0.17,<0.21", "accelerate>=1.10,<1.16", "datasets>=4,<4.9", "tensorboard"]
 deepspeed = ["deepspeed>=0.16,<0.20"]
+docs = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1"]
 setup(
     name="swift_fastmtp",
     version="0.1.0",
@@ -81,9 +82,11 @@ setup(
         "flash": ["flash-attn>=2.8"],
         "serve": ["sglang>=0.5.19,<0.5.24"],
         "vllm": ["vllm>=0.32,<0.33"],
+        "docs": docs,
         "dev": [
             *train,
             *deepspeed,
+            *docs,
             "setuptools>=77",
             "pytest>=8",
             "pytest-xdist>=3.6",

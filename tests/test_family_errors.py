@@ -159,9 +159,10 @@ def test_the_block_is_the_engines_whatever_the_backbones_first_layer_is():
     assert [hasattr(mlp, "experts") for mlp in mlps] == [True, False]
 
 
-def test_the_page_is_made_from_the_tables():
-    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+def test_the_pages_are_made_from_the_tables():
+    page = (ROOT / "docs/dev-families.md").read_text(encoding="utf-8")
     assert layout_table() in page and support_matrix.table() in page and refused_table() in page
+    assert support_matrix.short_table() in (ROOT / "docs/families.md").read_text(encoding="utf-8")
     assert graph_table() in (ROOT / "docs/engines.md").read_text()
 
 

@@ -424,7 +424,7 @@ def _row(architectures: list[str]) -> Family | None:
 
 
 def layout_table() -> str:
-    """The first table of docs/families.md, made from the rows above."""
+    """The first table of docs/dev-families.md, made from the rows above."""
     rows = []
     for f in FAMILIES:
         notes = [f"`{path}.*`" for path in f.roots]
@@ -465,7 +465,7 @@ def _graph_cell(graph: Graph) -> str:
 
 
 def refused_table() -> str:
-    """The last table of docs/families.md: what is recognized in order to be refused."""
+    """The last table of docs/dev-families.md: what is recognized in order to be refused."""
     rows = []
     for row in LAYOUTS:
         names = ", ".join(f"`{name}`" for name in row.architectures)

@@ -349,7 +349,8 @@ def speedup(
     their spread badly. A draw is the ratio of its prompts times the difference of its rounds.
 
     Args:
-        baseline, other: [rounds][prompts] of (tokens, seconds), the same prompts in the same order.
+        baseline: of each round, (tokens, seconds) of each prompt.
+        other: the same of the other server, with the same prompts in the same order.
         seed: of the bootstrap.
         paired: both were measured in the same rounds, one right after the other, so a round is drawn for both at once;
             else each server's rounds are drawn by themselves.
@@ -398,7 +399,8 @@ def tau_change(before_R2K: Any, now_R2K: Any, seed: int = 0, samples: int = 2000
     alone tells nothing: its interval is all there is.
 
     Args:
-        before_R2K, now_R2K: `row_counts` of the same rows in the same order.
+        before_R2K: `row_counts` of the one head.
+        now_R2K: of the other, on the same rows in the same order.
         seed: of the bootstrap.
     """
     before, now = np.asarray(before_R2K, dtype=float), np.asarray(now_R2K, dtype=float)

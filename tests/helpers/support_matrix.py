@@ -1,4 +1,5 @@
-"""What the tests show of each model family: recorded while they run, and the table of docs/families.md made from it.
+"""What the tests show of each model family: recorded while they run, and the tables of docs/families.md (short) and
+docs/dev-families.md made from it.
 The forms of targets (`target_matrix.py`) are recorded the same way.
 
 A test that shows something says so with `shown`, or `ran`; it counts where the test passes. `pytest
@@ -20,6 +21,7 @@ from helpers import target_matrix
 from helpers.engine import engine_version, vllm_version
 from helpers.paths import ROOT
 from swift_fastmtp.families.table import FAMILIES
+from swift_fastmtp.files.table import markdown_table
 
 RECORD = ROOT / "docs/results/families.json"
 CLAIMS = {
@@ -36,6 +38,23 @@ CLAIMS = {
     "layers on disk": "the same loss and gradients with [backbone layers on disk](huge.md)",
     "graft": "[`fastmtp graft`](graft.md) brings back an MTP layer that transformers dropped",
 }
+
+MODELS = {
+    "mimo": "MiMo-7B",
+    "qwen3_next": "Qwen3-Next",
+    "qwen3_5": "Qwen3.5, 3.6, dense",
+    "qwen3_5_moe": "Qwen3.5, 3.6, experts",
+    "qwen3_moe": "Qwen3-MoE, layer by graft",
+    "ernie4_5_moe": "ERNIE-4.5, experts",
+    "glm4_moe": "GLM-4.5, 4.6, 4.7",
+    "deepseek_v3": "DeepSeek-V3, V3.1, R1",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "glm_moe_dsa": "GLM-5 to 5.3",
+    "longcat_flash": "LongCat-Flash",
+    "bailing_moe_v2": "Ling 2.0, Ring 2.0",
+}
+"""Family -> what people call the models, for the short table."""
 
 
 @pytest.fixture
@@ -178,8 +197,40 @@ def read(record=RECORD):
     return json.loads(record.read_text(encoding="utf-8"))
 
 
+def short_table():
+    """The table of docs/families.md: a row for each family, what was run of it in a word."""
+    shown = read()["shown"]
+    rows = []
+    for family in FAMILIES:
+        claims = {claim for each in family.architectures for claim in shown[each]}
+        names = "<br>".join(f"`{each}`" for each in family.architectures)
+        fp8 = "yes" if "FP8 base" in claims else "–"
+        rows.append(
+            (MODELS[family.name], names, _word(claims, "swift"), _sglang(family, claims), _vllm(family, claims), fp8)
+        )
+    return markdown_table(
+        ("models", "`architectures`", "train", "SGLang", "vLLM", "FP8 base"), rows, num_text=6, raw=True
+    )
+
+
+def _word(claims, claim):
+    return "yes" if claim in claims else "–"
+
+
+def _sglang(family, claims):
+    if family.engines.sglang_gap:
+        return "needs fixes"
+    return "served" if "server" in claims else "class"
+
+
+def _vllm(family, claims):
+    if family.engines.vllm is None:
+        return "no"
+    return "served" if "vLLM" in claims else "read"
+
+
 def table():
-    """The support matrix of docs/families.md: a row for each architecture, a column for each claim."""
+    """The support matrix of docs/dev-families.md: a row for each architecture, a column for each claim."""
     record = read()
     rows = [
         (f"`{row}`", *("yes" if claim in claims else "–" for claim in CLAIMS))
