@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.method.config import FastMTPConfig
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"
 
 
