@@ -248,6 +248,14 @@ def _card(**options: Any) -> None:
     print(f"{write_card(**options)}: model card")
 
 
+def _run(**options: Any) -> None:
+    """the whole way, from prompts to a measured head, in one command that goes on after a kill"""
+    from .run.plan import Verbs
+    from .run.run import run
+
+    run(Verbs(_options_of, _check_words), **options)
+
+
 class Verb(NamedTuple):
     """One command of `fastmtp`; the first line of its function's docstring is its help."""
 
@@ -290,7 +298,26 @@ VERBS = {
     "report": Verb(_report, ("report.report:report",), ("results",)),
     "compare": Verb(_compare, ("report.compare:compare",), ("a", "b"), {"a": "A", "b": "B"}),
     "card": Verb(_card, ("report.model_card:write_card",), ("folder",)),
+    "run": Verb(_run, ("run.run:run",), ("plan",), {"verbs": "", "plan": "PLAN", "base_urls": "base_url"}),
 }
+
+
+def _options_of(name: str) -> dict[str, dict[str, Any]]:
+    """Option → what argparse knows of it, of a verb."""
+    from .options import settings_of
+
+    verb = VERBS[name]
+    return {
+        option: settings
+        for place in verb.places
+        for parameter, (option, settings) in settings_of(place, verb.names).items()
+        if parameter not in verb.words
+    }
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises `FastMTPError` if a command would be refused for an option."""
+    _parser(words[0], _Raising).parse_args(words)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -303,11 +330,16 @@ class _Parser(argparse.ArgumentParser):
         super().error(redact(message))
 
 
-def _parser(asked: str | None) -> argparse.ArgumentParser:
+class _Raising(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise FastMTPError(f"{self.prog.removeprefix('fastmtp ')}: {message}")
+
+
+def _parser(asked: str | None, kind: Callable[..., argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
     """Of all verbs, with the options of the one that is asked for."""
     from .options import add_options  # reads Python, for which importing this module need not pay
 
-    parser = _Parser(prog="fastmtp", description="Train, export and measure MTP draft heads.")
+    parser = kind(prog="fastmtp", description="Train, export and measure MTP draft heads.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, verb in VERBS.items():

@@ -7,6 +7,7 @@ about a misspelt option should.
 
 import argparse
 import ast
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -30,19 +31,43 @@ def add_options(
         words: the parameters that are given without the name of an option
         names: parameter → option, where they differ; "" for a parameter that is no option
     """
-    node = _definition(place)
-    helps = _helps(ast.get_docstring(node) or "")
-    for name, kind, default in _fields(node) if isinstance(node, ast.ClassDef) else _parameters(node.args):
-        option = (names or {}).get(name, name)
-        if not option:
-            continue
-        settings = _settings(ast.unparse(kind), default, helps.get(name, ""))
+    for name, (option, settings) in settings_of(place, names).items():
         if name in words:
-            parser.add_argument(name, metavar=option, **settings)
+            parser.add_argument(name, metavar=option, **{k: v for k, v in settings.items() if k != "required"})
             continue
         if "type" in settings:
             settings["metavar"] = option.upper()
-        parser.add_argument(f"--{option}", dest=name, required=not default, default=argparse.SUPPRESS, **settings)
+        parser.add_argument(f"--{option}", dest=name, default=argparse.SUPPRESS, **settings)
+
+
+def settings_of(place: str, names: Mapping[str, str] | None = None) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Parameter → its option, and what argparse is to know of it. Arguments are those of `add_options`."""
+    node = _definition(place)
+    helps = _helps(ast.get_docstring(node) or "")
+    found = {}
+    for name, kind, default in _fields(node) if isinstance(node, ast.ClassDef) else _parameters(node.args):
+        option = (names or {}).get(name, name)
+        if option:
+            settings = _settings(ast.unparse(kind), default, helps.get(name, ""))
+            found[name] = (option, {**settings, "required": not default})
+    return found
+
+
+def words_of(option: str, value: Any, settings: Mapping[str, Any]) -> list[str]:
+    """An option on a command line, from a value of a plan: true is the bare option, false none; a mapping is JSON where
+    one is meant, else NAME=VALUE for each of its keys."""
+    if settings.get("action") == "store_true":
+        return [f"--{option}"] if value else []
+    if isinstance(value, dict) and settings.get("type") is _json_object:
+        return [f"--{option}", json.dumps(value, ensure_ascii=False)]
+    if isinstance(value, dict):
+        value = [f"{key}={inner}" for key, inner in value.items()]
+    return [f"--{option}", *as_words(value)]
+
+
+def as_words(value: Any) -> list[str]:
+    """A value or several; texts stay the objects that they are, which may know how they are shown."""
+    return [each if isinstance(each, str) else str(each) for each in _several(value)]
 
 
 def _definition(place: str) -> ast.FunctionDef | ast.ClassDef:

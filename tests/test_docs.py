@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from swift_fastmtp.bench.plan import make_plan, read_plan
 from swift_fastmtp.method.config import FastMTPConfig
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"
 
 
@@ -58,7 +58,7 @@ def quickstart(clone):
 
 @pytest.mark.matrix
 def test_quickstart_makes_the_head_better(clone, quickstart):
-    assert "== 6/6" in quickstart and "tau K=3" in quickstart
+    assert "== 7/7" in quickstart and "tau K=3" in quickstart
     before, after = json.loads((clone / "output/quickstart/simulate/simulate.json").read_text())["heads"]
     assert after["tau_micro"][2] > before["tau_micro"][2] + 0.05
     assert all(a > b for a, b in zip(after["marginal"][:3], before["marginal"][:3], strict=True))

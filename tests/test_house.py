@@ -27,8 +27,10 @@ LAYERS = """
     bench swift_plugin
     report
     options
+    run
     cli
 """
+# `run` makes the other verbs' commands: it needs their options, and the command line hands it the verbs themselves.
 LAYER_OF = {}
 for number, line in enumerate(LAYERS.split("\n")):
     LAYER_OF.update(dict.fromkeys(line.split(), number))

@@ -10,6 +10,9 @@ It is started as a script, by any Python, and imports the standard library only.
 with `command`, `environment`, `log`, `hidden` (what the log must not hold -> what stands there instead) and
 `stop_seconds`; then nothing, until the benchmark ends. On standard output: an empty line when the server runs, else why
 it does not. The exit status is the server's.
+
+The stages of `fastmtp run` are run by it too. Their progress is for the terminal: `outputs`, two open files that were
+inherited, take the place of `log` and `hidden`, and the command writes there itself.
 """
 
 import ctypes
@@ -40,13 +43,14 @@ def main() -> int:
     stopped = _watch_signals()
     if _libc is not None:
         _libc.prctl(_SET_CHILD_SUBREAPER, 1)
+    outputs = order.get("outputs") or [subprocess.PIPE, subprocess.STDOUT]
     try:
         server = subprocess.Popen(
             order["command"],
             env=order["environment"],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=outputs[0],
+            stderr=outputs[1],
             start_new_session=True,
             preexec_fn=_end_with_parent if IS_LINUX else None,
         )
@@ -54,16 +58,18 @@ def main() -> int:
         _tell(str(error))
         return 1
     _tell("")
-    assert server.stdout is not None
-    copier = threading.Thread(target=copy, args=(server.stdout, order["log"], order["hidden"]), daemon=True)
-    copier.start()
+    copier = None
+    if server.stdout is not None:
+        copier = threading.Thread(target=copy, args=(server.stdout, order["log"], order["hidden"]), daemon=True)
+        copier.start()
     # Until the server has ended, or the benchmark (its end of the pipe is closed), or somebody wants us to end.
     while server.poll() is None and not stopped:
         readable, _, _ = select.select([sys.stdin], [], [], LOOK_SECONDS)
         if readable:
             break
     end(server, order["stop_seconds"])
-    copier.join(timeout=5)
+    if copier is not None:
+        copier.join(timeout=5)
     status = server.returncode if server.returncode is not None else 1
     return status if status >= 0 else 128 - status
 

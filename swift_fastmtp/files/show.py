@@ -1,5 +1,6 @@
 """Values and names in an error: short, in one line, whatever they are, and without secrets."""
 
+import difflib
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,12 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     """Names in an error, only the first ones of many."""
     shown = ", ".join(show_key(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def meant(name: str, names: Sequence[str]) -> str:
+    """The end of an error about an unknown name: the one that was meant, or all of them."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"it has {listed(names, 40)}"
 
 
 def _shortened(text: str) -> str:

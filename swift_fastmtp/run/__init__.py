@@ -1,0 +1,1 @@
+"""`fastmtp run`: the whole way from prompts to a measured head, as a list of the other verbs' commands."""

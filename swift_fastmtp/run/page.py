@@ -1,0 +1,119 @@
+"""The page at the end: what was done by which commands, and what came of it.
+
+The numbers are those of the stages' own files (`simulate.json`, the benchmark's `results.json`); nothing is computed
+here.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..files.inputs import read_json
+from ..files.plot_style import MARKERS, PALETTE, plot_style
+from ..files.staging import staged
+from ..files.table import Table, number
+from ..report.figure import Plot, column_figure, finish, legend
+from ..report.merge import load_results, notes
+from ..report.page import page
+from ..report.plots import plots
+from ..report.report import tables
+from .plan import RunPlan
+from .stages import Stage
+from .state import State
+
+NAME = "run.html"
+TITLE = "fastmtp run"
+
+
+def write_page(plan: RunPlan, stages: Sequence[Stage], state: State, estimated: Sequence[str]) -> Path:
+    """Write the page. Returns its path. Raises `FastMTPError` if it cannot be written."""
+    out = plan.out
+    drawn: list[Plot] = []
+    shown: list[Table] = []
+    first: list[str] = []
+    results, simulated = out / "bench/results.json", out / "simulate/simulate.json"
+    if results.exists():
+        merged = load_results([results])
+        drawn += plots(merged)
+        shown += tables(merged)
+        first += notes(merged)
+    if simulated.exists():
+        heads = read_json(simulated)["heads"]
+        whole = [head for head in heads if not head["token_map"]]
+        drawn += [_acceptance(whole), _tau(whole)]
+        shown.append(_heads(heads))
+    shown += [_stages(stages, state), _commands(stages)]
+    if estimated:
+        rows = [[line] for line in estimated]
+        shown.append(Table("estimate", "Estimate", "As it was before the start.", [("", "")], rows, is_text=True))
+    made = f"Made by fastmtp run, swift_fastmtp {__version__}."
+    path = out / NAME
+    with staged(path) as file:
+        file.write_text(page(f"{TITLE}: {Path(plan.keys.model).name}", first, drawn, shown, made), encoding="utf-8")
+    return path
+
+
+def _name(head: dict[str, Any]) -> str:
+    name = Path(head["head"]).name
+    return f"{name} + {Path(head['token_map']).name}" if head["token_map"] else name
+
+
+def _heads(heads: Sequence[dict[str, Any]]) -> Table:
+    depths = range(1, len(heads[0]["marginal"]) + 1)
+    columns = [("", "head"), ("", "answers")]
+    columns += [("all drafts accepted up to depth", str(k)) for k in depths] + [("τ", f"K={k}") for k in depths]
+    rows = []
+    for head in heads:
+        rates = [number(100 * rate, 1, "%") for rate in head["marginal"]]
+        rows.append([_name(head), head["group"], *rates, *(number(tau) for tau in head["tau_micro"])])
+    caption = "Without a server, by fastmtp simulate; τ is tokens per verification step with K drafts in each."
+    return Table("heads", "Acceptance before and after", caption, columns, rows, num_keys=2)
+
+
+@plot_style()
+def _acceptance(heads: Sequence[dict[str, Any]]) -> Plot:
+    figure, (axes,) = column_figure(3.4)
+    return _lines(figure, axes, heads, "marginal", 100.0, ("Acceptance by draft depth", "%", "draft depth"))
+
+
+@plot_style()
+def _tau(heads: Sequence[dict[str, Any]]) -> Plot:
+    figure, (axes,) = column_figure(3.4)
+    return _lines(figure, axes, heads, "tau_micro", 1.0, ("Tokens per verification step", "τ", "drafts per step, K"))
+
+
+def _lines(
+    figure: Any, axes: Any, heads: Sequence[dict[str, Any]], key: str, scale: float, names: tuple[str, str, str]
+) -> Plot:
+    title, unit, below = names
+    facts = []
+    for place, head in enumerate(heads):
+        values = [scale * value for value in head[key]]
+        color, marker = PALETTE[place % len(PALETTE)][0], MARKERS[place % len(MARKERS)]
+        axes.plot(
+            range(1, len(values) + 1), values, marker=marker, color=color, label=f"{_name(head)}, {head['group']}"
+        )
+        facts.append(f"{_name(head)}, {head['group']}: {', '.join(f'{value:.2f}' for value in values)}")
+    axes.set(xlabel=below, ylabel=unit, xticks=range(1, len(heads[0][key]) + 1))
+    legend(figure, axes)
+    return finish(figure, key.replace("_", "-"), title, "simulated", "By fastmtp simulate.", facts)
+
+
+def _stages(stages: Sequence[Stage], state: State) -> Table:
+    rows = []
+    for stage in stages:
+        entry = state.record.get(stage.name)
+        if entry is None:
+            rows.append([stage.name, "–", "–", f"{stage.output}: was there"])
+            continue
+        rows.append([stage.name, str(entry.starts), f"{entry.seconds:.0f} s", str(stage.output or "")])
+    caption = "Seconds of the starts that ended by themselves; what was killed is not counted."
+    columns = [("", "stage"), ("", "starts"), ("", "time"), ("", "made")]
+    return Table("stages", "Stages", caption, columns, rows, is_text=True)
+
+
+def _commands(stages: Sequence[Stage]) -> Table:
+    rows = [[stage.name, stage.line] for stage in stages]
+    caption = "Each can be run by hand; what is there is taken."
+    return Table("commands", "Commands", caption, [("", "stage"), ("", "command")], rows, is_text=True)

@@ -1,0 +1,375 @@
+"""`fastmtp run`: mistakes in a plan, in one line each; its commands; a changed plan; a run that is killed."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+import yaml
+from helpers.paths import ROOT, TINY
+
+from swift_fastmtp.bench.watchdog import descendants
+from swift_fastmtp.cli import main
+from swift_fastmtp.swift_plugin.names import argument_names
+
+PROMPTS = ROOT / "examples/prompts/train.jsonl"
+EVAL = ROOT / "examples/prompts/eval.jsonl"
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """A function that writes a plan, with changes to it, and returns its file."""
+
+    def write(**changes):
+        values = {"model": str(TINY), "prompts": str(PROMPTS), "output_dir": str(tmp_path / "out"), **changes}
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def refused(*words):
+    """The one line that `fastmtp run` ends with."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *words])
+    message = str(ended.value)
+    assert message.startswith("fastmtp: error: ") and "\n" not in message
+    return message.removeprefix("fastmtp: error: ")
+
+
+def commands(capsys, *words):
+    """What a dry run would run, without comments."""
+    main(["run", *words, "--dry_run"])
+    script = capsys.readouterr().out.partition("\n\n")[2]
+    return [shlex.split(line) for line in script.splitlines() if not line.startswith("#")]
+
+
+MISTAKES = {
+    "unknown key": ({"promts": "x"}, "unknown key 'promts'; did you mean prompts?"),
+    "no model": ({"model": None}, "lacks model"),
+    "model is not there": ({"model": "/nonexistent"}, "/nonexistent"),
+    "prompts are not there": ({"prompts": "/nonexistent.jsonl"}, "/nonexistent.jsonl"),
+    "unknown option": ({"distill": {"max_new_token": 3}}, "distill.max_new_token: `fastmtp distill` has no such "
+                       "option; did you mean max_new_tokens?"),
+    "ours to give": ({"mix": {"inputs": ["a"]}}, "mix: `inputs` has no place below it; `fastmtp run` gives it; leave"),
+    "a key": ({"distill": {"api_key": "k"}}, "distill: `api_key` has no place below it; give it in OPENAI_API_KEY"),
+    "impossible value": ({"clean": {"min_answer_tokens": "few"}}, "clean: argument --min_answer_tokens: invalid int "
+                         "value: 'few'"),
+    "unknown argument": ({"train": {"learning_rat": 1}}, "train.learning_rat: `swift sft` has no such argument; "
+                         "did you mean learning_rate?"),
+    "no recipe": ({"train": {"recipe": "/nonexistent.yaml"}}, "/nonexistent.yaml"),
+    "not an engine": ({"engine": "tgi"}, "engine: must be 'none', 'sglang' or 'vllm'"),
+    "bench without one": ({"bench": {"rounds": 1}}, "bench: needs an engine that serves the trained head"),
+    "two tasks": ({"tasks": [str(EVAL), str(PROMPTS)]}, "without an engine they are one file of prompts"),
+    "no address": ({"base_url": "host:30000"}, "base_url"),
+    "no validation": ({"mix": {"val_ratio": 0}}, "mix.val_ratio: must be above 0"),
+    "no mapping": ({"distill": 7}, "distill: must be a valid dictionary"),
+    "not switched off": ({"train": False}, "train: must be a valid dictionary"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(name, plan, tmp_path):
+    changes, message = MISTAKES[name]
+    path = plan(**changes)
+    line = refused(path)
+    assert line.startswith(path) and message in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_plan(capsys):
+    assert "lacks prompts" in refused("--model", str(TINY))
+    names = [words[1] for words in commands(capsys, "--model", str(TINY), "--prompts", str(PROMPTS))]
+    assert names == ["inspect", "distill", "clean", "mix", "sft", "simulate", "export"]
+
+
+def test_commands_are_the_verbs(plan, capsys, tmp_path):
+    """Options of a plan are those of the verb, and go before ours."""
+    path = plan(
+        seed=3,
+        tasks=str(EVAL),
+        base_url=["http://a:1", "http://b:2"],
+        distill={"max_new_tokens": 9, "chat_template_kwargs": {"enable_thinking": False}},
+        mix={"shares": {"zh": 0.5, "code": 0.5}, "seed": 5},
+        train={
+            "recipe": str(ROOT / "recipes/quickstart_cpu.yaml"),
+            "model_kwargs": {"fastmtp_beta": 0.5},
+            "launcher": ["srun", "-N2"],
+            "environment": {"NPROC_PER_NODE": 8},
+            "bf16": True,
+        },
+        vocab={"sizes": [512, 1024]},
+    )
+    out = tmp_path / "out"
+    main(["run", path, "--dry_run"])
+    script = capsys.readouterr().out
+    by_name = {words[1]: words for words in commands(capsys, path)}
+    distill = by_name["distill"]
+    assert distill[distill.index("--base_url") + 1 :][:2] == ["http://a:1", "http://b:2"]
+    assert "--max_new_tokens" in distill and '{"enable_thinking": false}' in distill
+    mix = by_name["mix"]
+    assert mix[mix.index("--shares") + 1 :][:2] == ["code=0.5", "zh=0.5"] and mix[mix.index("--seed") + 1] == "5"
+    (train,) = [line for line in script.splitlines() if "swift sft" in line]
+    assert train.startswith(f"NPROC_PER_NODE=8 srun -N2 swift sft {ROOT}/recipes/quickstart_cpu.yaml --model ")
+    assert "--seed 45 " in train and "--bf16 true" in train
+    assert "--model_kwargs '{\"fastmtp_beta\": 0.5}'" in train and "--model_type" not in train
+    assert by_name["clean"][-2:] == ["--decontaminate", str(EVAL)]
+    assert f"--token_map {out}/maps/*.pt --by language" in script  # for a shell
+    assert by_name["export"][-2:] == ["--token_maps", f"{out}/simulate/maps.json"]
+    assert list(by_name)[-4:] == ["srun", "vocab", "simulate", "export"]
+    assert not out.exists()
+
+
+def test_a_dry_run_estimates_from_files(plan, capsys):
+    main(["run", plan(distill={"num_answers": 2}), "--dry_run"])
+    printed = capsys.readouterr().out
+    count = len(PROMPTS.read_text(encoding="utf-8").splitlines())
+    assert f"answers: {2 * count:,} answers, at most 4,096 tokens each" in printed
+    assert "8.81 MB as stored" in printed
+
+
+def test_with_an_engine(plan, capsys, monkeypatch):
+    """The server for the answers is the benchmark's baseline; both know what this machine needs."""
+    monkeypatch.chdir(ROOT)
+    machine = "tests/serving/cpu_plan.yaml"
+    path = plan(engine="sglang", python=sys.executable, tasks=["smoke"], bench={"num_steps": [2], "max_new_tokens": 8})
+    main(["run", path, machine, "--dry_run"])
+    script = capsys.readouterr().out
+    assert f"{sys.executable} -m sglang.launch_server --model-path {TINY}" in script
+    assert "--device cpu" in script and "--base_url http://127.0.0.1:30000" in script
+    names = [words[1] for words in commands(capsys, path, machine)]
+    assert names == ["inspect", "distill", "clean", "mix", "sft", "export", "bench", "report", "card"]
+
+
+def test_the_last_stage_can_be_named(plan, capsys):
+    assert [words[1] for words in commands(capsys, plan(), "--until", "mix")] == ["inspect", "distill", "clean", "mix"]
+    assert "this plan has inspect, distill" in refused(plan(), "--until", "bench")
+
+
+def test_arguments_of_ms_swift_are_all_known():
+    names = argument_names()
+    assert {"learning_rate", "model_kwargs", "deepspeed", "dataset", "num_train_epochs"} <= set(names)
+
+
+@pytest.mark.matrix
+def test_arguments_of_ms_swift_are_those_of_its_class():
+    from swift.arguments import SftArguments
+
+    assert {field.name for field in fields(SftArguments)} <= set(argument_names())
+
+
+def test_examples_are_plans(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len((ROOT / "examples/quickstart.yaml").read_text().splitlines()) <= 11
+    names = [words[1] for words in commands(capsys, "examples/quickstart.yaml")]
+    assert names == ["inspect", "distill", "clean", "mix", "sft", "simulate", "export"]
+
+
+@pytest.mark.parametrize("script", ["examples/slurm.sh", "examples/quickstart.sh"])
+def test_scripts_are_bash(script):
+    done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_plan_of_the_slurm_script(capsys, tmp_path, monkeypatch):
+    """Its text as bash writes it: a server on each machine, training over all of them."""
+    monkeypatch.chdir(ROOT)
+    script = (ROOT / "examples/slurm.sh").read_text()
+    part = script[script.index("plan=$OUT") : script.index("# The answers")]
+    values = {"MODEL": str(TINY), "PROMPTS": str(PROMPTS), "OUT": str(tmp_path), "SLURM_NNODES": "2"}
+    values |= {"RECIPE": "recipes/mimo_7b_rl_8xh20.yaml", "PATH": os.environ["PATH"]}
+    subprocess.run(["bash", "-euc", f"hosts=(host-1 host-2)\n{part}"], env=values, check=True)
+    main(["run", str(tmp_path / "plan.yaml"), "--dry_run"])
+    (train,) = [line for line in capsys.readouterr().out.splitlines() if "swift sft" in line]
+    assert train.startswith(
+        "NNODES=2 MASTER_ADDR=host-1 MASTER_PORT=29500 NPROC_PER_NODE=8 srun --ntasks-per-node=1 bash -c "
+        """'NODE_RANK=$SLURM_NODEID exec "$@"' swift swift sft recipes/mimo_7b_rl_8xh20.yaml --model """
+    )
+    # What each machine runs.
+    line = shlex.split(train)
+    own = line[line.index("bash") : line.index("swift") + 1]
+    done = subprocess.run(
+        [*own, "env"], env={**values, "SLURM_NODEID": "1"}, capture_output=True, text=True, check=True
+    )
+    assert "NODE_RANK=1" in done.stdout.splitlines()
+
+
+# What follows runs the stages.
+
+
+def few(path, every, count=None):
+    """Some of the lines of a file of the examples."""
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines() if every else EVAL.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:: every or 1][:count]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def small(folder, **changes):
+    """A plan whose stages take seconds."""
+    values = {
+        "model": str(TINY),
+        "prompts": few(folder / "prompts.jsonl", 40),
+        "tasks": few(folder / "eval.jsonl", 0, 6),
+        "output_dir": str(folder / "out"),
+        "distill": {"max_new_tokens": 24, "batch_size": 4},
+        "mix": {"val_ratio": 0.1},
+        "train": {
+            "recipe": str(ROOT / "recipes/quickstart_cpu.yaml"),
+            "max_steps": 3,
+            "save_steps": 1,
+            "eval_steps": 1,
+            "report_to": "none",
+            "model_kwargs": {"fastmtp_on_worse": "keep"},
+        },
+        "simulate": {"max_new_tokens": 8},
+        **changes,
+    }
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(plan, *words, log=None):
+    command = [sys.executable, "-m", "swift_fastmtp.cli", "run", str(plan), *words]
+    output = open(log or plan.with_suffix(".log"), "ab")  # noqa: SIM115
+    with output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=ROOT, start_new_session=True
+        )
+
+
+def finish(plan, *words):
+    log = plan.with_suffix(".last")
+    log.unlink(missing_ok=True)
+    assert start(plan, *words, log=log).wait(timeout=570) == 0, log.read_text(errors="replace")[-4000:]
+    return log.read_text(errors="replace")
+
+
+def result(out):
+    """What a run has made, as far as it does not hold times and places."""
+    files = {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "export").iterdir())}
+    for name in ("distilled.jsonl", "clean.jsonl", "mixed/train.jsonl", "train/best/model.safetensors"):
+        files[name] = (out / name).read_bytes()
+    heads = json.loads((out / "simulate/simulate.json").read_text())["heads"]
+    return files, [{key: value for key, value in head.items() if key != "head"} for head in heads]
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
+    """A run that nobody disturbed: its plan, what it printed, what it made, and the seconds of its stages."""
+    plan = small(tmp_path_factory.mktemp("quiet"))
+    printed = finish(plan)
+    out = plan.parent / "out"
+    stages = json.loads((out / "run.json").read_text())["stages"].values()
+    return plan, printed, result(out), sum(stage["seconds"] for stage in stages)
+
+
+@pytest.mark.matrix
+def test_the_whole_way_and_nothing_twice(quiet):
+    plan, printed, _, _ = quiet
+    out = plan.parent / "out"
+    for number, name in enumerate(("inspect", "distill", "clean", "mix", "train", "simulate", "export"), 1):
+        assert f"== {number}/7 {name} (" in printed
+    assert "measured: 4 answers" in printed and "train: not known before its first steps" in printed
+    page = (out / "run.html").read_text(encoding="utf-8")
+    assert page.count("<svg ") == 2 and "swift sft" in page and "measured: 4 answers" in page
+    script = (out / "commands.sh").read_text()
+    assert f"swift sft {ROOT}/recipes/quickstart_cpu.yaml" in script and os.access(out / "commands.sh", os.X_OK)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    again = finish(plan)
+    assert "== 5/7 train: " in again and "$ " not in again
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+@pytest.mark.matrix
+def test_a_changed_plan(quiet):
+    """Refused with the key; made again from the changed stage on, and no earlier one."""
+    plan = quiet[0]
+    values = yaml.safe_load(plan.read_text())
+    changed = plan.with_name("changed.yaml")
+    changed.write_text(yaml.safe_dump({**values, "simulate": {"max_new_tokens": 9}}))
+    line = refused(str(changed))
+    assert "simulate.max_new_tokens is 9, and " in line and "was begun with 8" in line and "--redo" in line
+    out = plan.parent / "out"
+    trained = (out / "train/best/model.safetensors").stat().st_mtime_ns
+    printed = finish(changed, "--redo")
+    assert "made again from here" in printed and "== 6/7 simulate (" in printed and "== 7/7 export (" in printed
+    assert (out / "train/best/model.safetensors").stat().st_mtime_ns == trained
+    # Another input is another plan too.
+    with open(values["prompts"], "a", encoding="utf-8") as file:
+        file.write('{"prompt": "one more"}\n')
+    assert "distill.prompts is " in refused(str(changed))
+
+
+@pytest.mark.matrix
+def test_a_command_by_hand_is_taken(quiet, tmp_path):
+    """Whoever takes over runs a line of commands.sh; the run goes on behind it."""
+    source = quiet[0].parent / "out"
+    plan = small(tmp_path, train={})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/distilled.jsonl").write_bytes((source / "distilled.jsonl").read_bytes())
+    printed = finish(plan, "--until", "mix")
+    assert "distilled.jsonl is there, not made by this run; taken as it is" in printed and "== 4/4 mix (" in printed
+
+
+@pytest.mark.matrix
+def test_token_maps(quiet, tmp_path):
+    """Made of the answers, chosen by the simulator, put into the export."""
+    source, out = quiet[0].parent / "out", tmp_path / "out"
+    plan = small(tmp_path, vocab={"sizes": [512, 1024], "held_out": 0.2}, train={})
+    for name in ("mixed", "train"):
+        shutil.copytree(source / name, out / name)
+    for name in ("distilled.jsonl", "clean.jsonl"):
+        shutil.copy(source / name, out)
+    printed = finish(plan)
+    assert "$ fastmtp vocab" in printed and "--by language" in printed and "== 8/8 export (" in printed
+    chosen = json.loads((out / "simulate/maps.json").read_text())
+    exported = json.loads((out / "export/config.json").read_text())
+    assert ("--token_maps" in printed) == bool(chosen) == any("map" in key for key in exported)
+    assert f"{out}/maps/" in printed and "*.pt" not in printed
+    assert (out / "run.html").read_text(encoding="utf-8").count("512.pt") > 1
+    assert "$ " not in finish(plan)
+
+
+def kill_all(process, everything):
+    """SIGKILL: `fastmtp run` and its group, or everything that it started as well."""
+    for each in [process.pid, *(descendants(process.pid) if everything else [])]:
+        try:
+            os.kill(each, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+@pytest.mark.matrix
+def test_killed_ten_times_it_ends_as_if_nobody_had(quiet, tmp_path):
+    _, _, want, seconds = quiet
+    plan = small(tmp_path)
+    rng = random.Random(0)
+    killed = 0
+    for number in range(10):
+        process = start(plan)
+        deadline = time.monotonic() + rng.uniform(1, max(seconds / 5, 5))
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is None:
+            killed += 1
+            kill_all(process, everything=number % 2 == 1)
+    finish(plan)
+    assert killed >= 5
+    assert result(tmp_path / "out") == want
+    left = [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".parts"))]
+    assert not [path for path in left if "estimate" not in path.parts]
+    assert (tmp_path / "out/run.html").exists()
+    print(f"killed {killed} times in {seconds:.0f} s of work")
