@@ -225,10 +225,11 @@ def _bench(**options: Any) -> None:
 
 
 def _report(**options: Any) -> None:
-    """tables, plots and one page from results of fastmtp bench"""
+    """which server is fastest, tables, plots and one page, from results of fastmtp bench"""
     from .report.report import report
 
-    print(f"{report(**options)}: report.html, report.md, plots")
+    print("\n".join(report(**options)))
+    print(f"{options['output_dir']}: report.html, report.md, plots")
 
 
 def _compare(**options: Any) -> None:
