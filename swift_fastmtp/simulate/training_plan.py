@@ -196,7 +196,7 @@ def _whole(case: Case) -> Way:
     if work.epochs > 1:
         once = backbone_seconds(model, work, gpu) + work.epochs * head_seconds(model, work, gpu)
         hours = once * work.tokens / (number * work.step_tokens) / 3600
-        note = f"with fastmtp_hidden_cache {hours:.3g} hours, and {_states(model, work) / 1e12:.2f} TB of disk more"
+        note = f"with fastmtp_hidden_cache {_short(hours)} hours, and {_states(model, work) / 1e12:.2f} TB of disk more"
     return Way(
         WHOLE, stage, _fits(parts, gpu), parts, speed, _hours(work, speed), _checkpoint_bytes(model),
         _command(case, stage ), note,
@@ -227,7 +227,7 @@ def _from_server(case: Case) -> Way:
     once = backbone_seconds(model, work, gpu) * work.tokens / (number * work.step_tokens) / 3600
     speed = number * work.step_tokens / head_seconds(model, work, gpu)
     fits = _fits(parts, gpu) and served < 0.9 * ROOM * gpu.memory
-    note = f"the server holds {served / 1e9:.0f} GB a GPU; {once:.3g} of the hours are its prompts"
+    note = f"the server holds {served / 1e9:.0f} GB a GPU; {_short(once)} of the hours are its prompts"
     if not fits and _fits(parts, gpu):
         note += ", which need more GPUs than these: train here, serve elsewhere"
     way, more = SERVER, ""
