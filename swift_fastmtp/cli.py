@@ -18,7 +18,7 @@ from .errors import FastMTPError
 from .redaction import hide, redact
 
 if TYPE_CHECKING:
-    from .simulate.training_plan import Plan
+    from .simulate.training_cost import Workload
 
 
 def _plugin_path() -> None:
@@ -102,32 +102,42 @@ def _inspect(*, as_json: bool = False, gpus: str | None = None, **options: Any) 
     from .export.inspection import inspect_model, text
 
     folder = options.pop("folder")
-    plan = _plan(folder, gpus, options)
-    # config.json alone says what training takes.
-    found = inspect_model(folder) if gpus is None or any(Path(folder).glob("*.safetensors*")) else None
+    work = _work(gpus, options)
+    # config.json alone says what training takes, but not what there is to be trained.
+    has_weights = gpus is None or any(Path(folder).glob("*.safetensors*"))
+    found = inspect_model(folder) if has_weights else None
+    trainable = found is None or found.trainable
+    training = None
+    if gpus is not None and work and trainable:
+        from .simulate.training_plan import plan
+
+        training = plan(folder, gpus, work)
     if as_json:
-        parts = {**(found.to_dict() if found else {"model": folder}), **({"training": plan.to_dict()} if plan else {})}
+        parts = found.to_dict() if found else {"model": folder}
+        if training:
+            parts["training"] = training.to_dict()
         print(json.dumps(parts, ensure_ascii=False, indent=2))
     else:
         print(text(found) if found else f"{folder}: no weights here; by its config.json:")
-    if plan and not as_json:
-        from .simulate.training_plan import text as plan_text
+        if training:
+            from .simulate.training_plan import text as text_of_plan
 
-        print(plan_text(plan))
-    if found and not found.trainable:
+            print(text_of_plan(training))
+    if not trainable:
         sys.exit(1)
 
 
-def _plan(folder: str, gpus: str | None, work: dict[str, Any]) -> "Plan | None":
-    """What `--gpus` asks for; the options that describe the work are nobody's without it."""
+def _work(gpus: str | None, options: dict[str, Any]) -> "Workload | None":
+    """What `--gpus` is asked about; the options that describe it are nobody's without it."""
     if gpus is None:
-        if work:
-            raise FastMTPError(f"--{next(iter(work))} is about training; name the machine too, such as --gpus 8xH20")
+        if options:
+            raise FastMTPError(f"--{next(iter(options))} is about training; name the machine too, such as --gpus 8xH20")
         return None
+    from .simulate.gpus import read_gpus
     from .simulate.training_cost import Workload
-    from .simulate.training_plan import plan
 
-    return plan(folder, gpus, Workload(**work))
+    read_gpus(gpus)  # a bad one stops it before anything is read
+    return Workload(**options)
 
 
 def _graft(model: str, output_dir: str, **options: Any) -> None:

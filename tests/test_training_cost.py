@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.broken_models import broken_model, lose_mtp
 from helpers.models import RANDOM
 from helpers.paths import ROOT, TINY
 from helpers.published import PUBLISHED, published
@@ -243,6 +244,14 @@ def test_the_command(folder):
     found = json.loads(command(folder("XiaomiMiMo/MiMo-7B-RL"), "--gpus", "H100", "--json").stdout)
     assert found["training"]["take"] == WHOLE and found["training"]["work"]["rows"] == 389_400
     assert found["training"]["ways"][0]["peak"] == sum(found["training"]["ways"][0]["memory"].values())
+
+
+def test_what_cannot_be_trained_gets_no_plan(tmp_path):
+    """The inspection says why, as without `--gpus`."""
+    folder = broken_model(tmp_path, lose_mtp)
+    done = command(folder, "--gpus", "8xH20")
+    assert done.returncode == 1 and "lost its MTP layer" in done.stdout and "take this" not in done.stdout
+    assert "training" not in json.loads(command(folder, "--gpus", "8xH20", "--json").stdout)
 
 
 @pytest.mark.parametrize(

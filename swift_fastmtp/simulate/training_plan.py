@@ -199,7 +199,7 @@ def _whole(case: Case) -> Way:
         note = f"with fastmtp_hidden_cache {_short(hours)} hours, and {_states(model, work) / 1e12:.2f} TB of disk more"
     return Way(
         WHOLE, stage, _fits(parts, gpu), parts, speed, _hours(work, speed), _checkpoint_bytes(model),
-        _command(case, stage ), note,
+        _command(case, stage), note,
     )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def _divided(case: Case) -> Way:
     note = f"of a step, {100 * gathering / seconds:.0f}% is gathering weights: more rows_per_step make that less"
     return Way(
         DIVIDED, "ZeRO-3", _fits(parts, gpu), parts, speed, _hours(work, speed), _checkpoint_bytes(model),
-        _command(case, "ZeRO-3" ), note,
+        _command(case, "ZeRO-3"), note,
     )  # fmt: skip
 
 
@@ -233,9 +233,10 @@ def _from_server(case: Case) -> Way:
     way, more = SERVER, ""
     if number == 1:  # of which there is no recipe of its own
         way, more = "one process", """ --model_kwargs '{"fastmtp_hidden_cache": "states"}'"""
+    ask = f"fastmtp hidden --model {case.model_dir} --dataset DATA --base_url URL --hidden_cache states"
     return Way(
         SERVER, stage, fits, parts, speed, once + _hours(work, speed),
-        _checkpoint_bytes(model) + _states(model, work), _command(case, way, more), note,
+        _checkpoint_bytes(model) + _states(model, work), f"{ask}; {_command(case, way, more)}", note,
     )  # fmt: skip
 
 
@@ -285,8 +286,8 @@ def text(found: Plan) -> str:
     work, counted = found.work, found.operations
     rows = [
         ("GPUs", f"{found.gpus}, {found.gpu_memory / 1e9:.0f} GB each, of which {100 * ROOM:.0f}% is planned for"),
-        ("parameters", f"{found.parameters / 1e9:.2f}B, {found.parameters_used / 1e9:.2f}B of the backbone's layers "
-                       f"for a token; MTP layer {found.mtp_parameters / 1e9:.2f}B"),
+        ("parameters", f"{_count(found.parameters)}, of the backbone's layers {_count(found.parameters_used)} for a "
+                       f"token; MTP layer {_count(found.mtp_parameters)}"),
         ("to train on", f"{work['rows']} rows x {work['tokens_per_row']} tokens x {work['epochs']} epochs = "
                         f"{found.tokens / 1e9:.2f}B tokens, {100 * work['answer_share']:.0f}% answers"),
         ("a token takes", f"{sum(counted.values()) / 1e9:.1f} GFLOPs: backbone {counted['backbone'] / 1e9:.1f}, "
@@ -310,6 +311,10 @@ def numbers(way: Way) -> str:
         f"{way.stage}, {way.peak / 1e9:.0f} GB a GPU, {_short(way.tokens_per_second)} tokens/s, "
         f"{_short(way.hours)} hours, {way.disk / 1e9:.0f} GB of disk"
     )
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:.2f}B" if number >= 1e8 else f"{number / 1e6:.2f}M"
 
 
 def _short(number: float) -> str:
