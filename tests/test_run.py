@@ -303,6 +303,7 @@ def test_a_changed_plan(quiet):
     assert "simulate.max_new_tokens is 9, and " in line and "was begun with 8" in line and "--redo" in line
     out = plan.parent / "out"
     trained = (out / "train/best/model.safetensors").stat().st_mtime_ns
+    assert "simulate.max_new_tokens is 9" in refused(str(changed), "--until", "mix")
     printed = finish(changed, "--redo")
     assert "made again from here" in printed and "== 6/7 simulate (" in printed and "== 7/7 export (" in printed
     assert (out / "train/best/model.safetensors").stat().st_mtime_ns == trained

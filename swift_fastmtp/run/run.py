@@ -78,7 +78,7 @@ def run(  # noqa: PLR0913
     out = made.out
     with locked(out) as lock:
         state = State(out)
-        state.check(chosen, made.where, redo)
+        state.check(stages(made), made.where, redo)  # also those behind `until`, which were made from these
         _write_commands(made, chosen, launch)
         begun = time.monotonic()
         for place in range(len(chosen)):
