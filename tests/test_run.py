@@ -16,7 +16,12 @@ import yaml
 from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.watchdog import descendants
-from swift_fastmtp.cli import main
+from swift_fastmtp.cli import _check_words, _options_of, main
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.run import state
+from swift_fastmtp.run.plan import Verbs, read_run_plan
+from swift_fastmtp.run.stages import stages
+from swift_fastmtp.run.state import State, locked
 from swift_fastmtp.swift_plugin.names import argument_names
 
 PROMPTS = ROOT / "examples/prompts/train.jsonl"
@@ -152,6 +157,59 @@ def test_with_an_engine(plan, capsys, monkeypatch):
 def test_the_last_stage_can_be_named(plan, capsys):
     assert [words[1] for words in commands(capsys, plan(), "--until", "mix")] == ["inspect", "distill", "clean", "mix"]
     assert "this plan has inspect, distill" in refused(plan(), "--until", "bench")
+
+
+def test_what_another_plan_made_is_not_mixed_in(plan, tmp_path):
+    """The record of a folder beside its files, without the work."""
+    verbs, out = Verbs(_options_of, _check_words), tmp_path / "out"
+
+    def made(**changes):
+        return stages(read_run_plan([plan(**changes)], {}, verbs))
+
+    def stopped(*others):
+        with pytest.raises(FastMTPError) as error:
+            State(out).check(*others, "plan.yaml", redo=False)
+        return str(error.value)
+
+    (out / "mixed").mkdir(parents=True)
+    for stage in made()[:4]:
+        State(out).begin(stage)
+    for name in ("distilled.jsonl", "clean.jsonl"):
+        (out / name).touch()
+    State(out).check(made(), "plan.yaml", redo=False)
+    State(out).check(made(distill={"concurrency": 3}, base_url="http://a:1"), "plan.yaml", redo=False)
+    line = stopped(made(mix={"val_ratio": 0.1}))
+    assert line.startswith(f"plan.yaml: mix.val_ratio is 0.1, and {out} was begun with 'not given'; ")
+    assert "distill.seed is 1, " in stopped(made(seed=1))
+    assert "clean.decontaminate is " in stopped(made(tasks=str(EVAL)))
+    # A result is gone from which a later one was made.
+    (out / "clean.jsonl").unlink()
+    assert f"{out}/clean.jsonl is not there, and {out}/mixed was made from it" in stopped(made())
+    State(out).check(made(), "plan.yaml", redo=True)
+    assert not (out / "mixed").exists() and (out / "distilled.jsonl").exists()
+    State(out).check(made(mix={"val_ratio": 0.1}), "plan.yaml", redo=False)
+    # A record that nobody can read is no reason to begin again over its files.
+    (out / "run.json").write_text('{"stages": {"mix": 7}}')
+    with pytest.raises(FastMTPError, match=r"run.json.mix: must be an object, not 7"):
+        State(out)
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WAIT_SECONDS", 0.3)
+    out = tmp_path / "out"
+    with locked(out), pytest.raises(FastMTPError, match="another `fastmtp run` works in it"), locked(out):
+        pass
+
+
+def test_no_secret_is_written(plan, capsys, tmp_path, monkeypatch):
+    """What a variable holds is given to the command, and shown as the plan wrote it."""
+    monkeypatch.setenv("LOGIN", "somebody:hunter2hunter2")
+    path = plan(base_url=["http://${LOGIN}@host:1"])
+    main(["run", path, "--dry_run"])
+    printed = capsys.readouterr().out
+    assert '"http://${LOGIN}@host:1"' in printed and "hunter2" not in printed
+    line = refused(plan(engine="sglang", environment={"HF_TOKEN": "hf_abcdefghijkl"}))
+    assert "environment: HF_TOKEN stands in the plan, which is copied; write `${HF_TOKEN}` for it" in line
 
 
 def test_arguments_of_ms_swift_are_all_known():
