@@ -20,6 +20,7 @@ from swift_fastmtp.cli import _check_words, _options_of, main
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.run import state
 from swift_fastmtp.run.plan import Verbs, read_run_plan
+from swift_fastmtp.run.process import run_command
 from swift_fastmtp.run.stages import stages
 from swift_fastmtp.run.state import State, locked
 from swift_fastmtp.swift_plugin.names import argument_names
@@ -198,6 +199,19 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(state, "WAIT_SECONDS", 0.3)
     out = tmp_path / "out"
     with locked(out), pytest.raises(FastMTPError, match="another `fastmtp run` works in it"), locked(out):
+        pass
+
+
+def test_a_command_ends_when_its_time_is_over(tmp_path):
+    mark = tmp_path / "pid"
+    with locked(tmp_path / "out") as lock:
+        assert run_command(["sh", "-c", 'exit "$STATUS"'], lock, {"STATUS": "3"}) == 3
+        assert run_command(["sh", "-c", f"echo $$ > {mark}; sleep 60"], lock, seconds=1.0) is None
+        with pytest.raises(FastMTPError, match="no-such-command: cannot be started"):
+            run_command(["no-such-command"], lock)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+    with locked(tmp_path / "out"):  # the watchdogs, which had it too, have ended
         pass
 
 
