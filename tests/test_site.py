@@ -18,6 +18,14 @@ from swift_fastmtp.method.config import FastMTPConfig
 PACKAGE = ROOT / "swift_fastmtp"
 
 
+def test_lists_are_indented_as_the_site_reads_them():
+    """What follows in a list's item has four spaces; GitHub takes three, the site does not."""
+    pages = [*(ROOT / "docs").rglob("*.md"), *PACKAGE.rglob("*.md")]
+    for page in pages:
+        wrong = re.findall(r"^ {2,3}(?:```|\* |\d+\. |\|).*", page.read_text(encoding="utf-8"), re.M)
+        assert wrong == [], page
+
+
 def literals():
     """The texts of the package, adjacent ones joined; what an f-string fills in stands between two of them."""
     for path in PACKAGE.rglob("*.py"):
