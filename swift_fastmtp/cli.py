@@ -9,12 +9,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from . import __version__
 from .errors import FastMTPError
 from .redaction import hide, redact
+
+if TYPE_CHECKING:
+    from .simulate.training_cost import Workload
 
 
 def _plugin_path() -> None:
@@ -88,18 +92,52 @@ def _vocab(**options: Any) -> None:
     vocab(**options)
 
 
-def _inspect(*, as_json: bool = False, **options: Any) -> None:
+def _inspect(*, as_json: bool = False, gpus: str | None = None, **options: Any) -> None:
     """what MTP a checkpoint holds; exit status 1 if it cannot be trained here
 
     Args:
         as_json: for scripts
+        gpus: what training it on these takes, such as 8xH20: memory, hours and disk, and which way to take
     """
     from .export.inspection import inspect_model, text
 
-    found = inspect_model(**options)
-    print(json.dumps(found.to_dict(), ensure_ascii=False, indent=2) if as_json else text(found))
-    if not found.trainable:
+    folder = options.pop("folder")
+    work = _work(gpus, options)
+    # config.json alone says what training takes, but not what there is to be trained.
+    has_weights = gpus is None or any(Path(folder).glob("*.safetensors*"))
+    found = inspect_model(folder) if has_weights else None
+    trainable = found is None or found.trainable
+    training = None
+    if gpus is not None and work and trainable:
+        from .simulate.training_plan import plan
+
+        training = plan(folder, gpus, work)
+    if as_json:
+        parts = found.to_dict() if found else {"model": folder}
+        if training:
+            parts["training"] = training.to_dict()
+        print(json.dumps(parts, ensure_ascii=False, indent=2))
+    else:
+        print(text(found) if found else f"{folder}: no weights here; by its config.json:")
+        if training:
+            from .simulate.training_plan import text as text_of_plan
+
+            print(text_of_plan(training))
+    if not trainable:
         sys.exit(1)
+
+
+def _work(gpus: str | None, options: dict[str, Any]) -> "Workload | None":
+    """What `--gpus` is asked about; the options that describe it are nobody's without it."""
+    if gpus is None:
+        if options:
+            raise FastMTPError(f"--{next(iter(options))} is about training; name the machine too, such as --gpus 8xH20")
+        return None
+    from .simulate.gpus import read_gpus
+    from .simulate.training_cost import Workload
+
+    read_gpus(gpus)  # a bad one stops it before anything is read
+    return Workload(**options)
 
 
 def _graft(model: str, output_dir: str, **options: Any) -> None:
@@ -203,8 +241,8 @@ def _simulate(*, adapters: Sequence[str] = (), costs: str | None = None, **optio
 
     Args:
         adapters: trained checkpoints to compare with it
-        costs: results.json of `fastmtp bench --costs`, or a GPU to predict them for (a100, h20, h100, h200): tells the
-            best K by load
+        costs: results.json of `fastmtp bench --costs`, or a GPU to predict them for (a100, h20, h100, h200, a10, l40s,
+            rtx4090): tells the best K by load
     """
     from .simulate.simulate import simulate
 
@@ -225,10 +263,11 @@ def _bench(**options: Any) -> None:
 
 
 def _report(**options: Any) -> None:
-    """tables, plots and one page from results of fastmtp bench"""
+    """which server is fastest, tables, plots and one page, from results of fastmtp bench"""
     from .report.report import report
 
-    print(f"{report(**options)}: report.html, report.md, plots")
+    print("\n".join(report(**options)))
+    print(f"{options['output_dir']}: report.html, report.md, plots")
 
 
 def _compare(**options: Any) -> None:
@@ -271,6 +310,7 @@ class Verb(NamedTuple):
 _FILTERS = ("data.filters:Length", "data.filters:Repetition", "data.filters:Decontaminate")
 _DISTILL = {"model_dir": "model", "base_urls": "base_url", "prompt_names": ""}
 _INSPECT = {"folder": "model", "as_json": "json"}
+_INSPECT_PLACES = ("export.inspection:inspect_model", "simulate.training_cost:Workload", "cli:_inspect")
 _EXPORT = {"checkpoint": "adapters", "base_model": "model", "remote_code": "", "hub_name": "base_model"}
 _SIMULATE = {
     "model_dir": "model",
@@ -288,7 +328,7 @@ VERBS = {
     "clean": Verb(_clean, ("data.clean:clean", *_FILTERS)),
     "mix": Verb(_mix, ("data.mix:mix",)),
     "vocab": Verb(_vocab, ("vocab.build:vocab",)),
-    "inspect": Verb(_inspect, ("export.inspection:inspect_model", "cli:_inspect"), ("folder",), _INSPECT),
+    "inspect": Verb(_inspect, _INSPECT_PLACES, ("folder",), _INSPECT),
     "graft": Verb(_graft, ("export.graft:graft",)),
     "export": Verb(_export, ("export.folders:export_full", "cli:_export"), names=_EXPORT),
     "serve-args": Verb(_serve_args, ("serving.launch:serve_flags",), ("folder",)),

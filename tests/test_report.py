@@ -6,6 +6,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from helpers.bench_results import MEANS, TABLE_1, TABLE_2, TASKS, run, table_1, table_2
@@ -53,7 +54,8 @@ def folder(tmp_path_factory):
         r["server"] = r["server"] if r["server"] == "baseline" else f"two-{r['server']}"
     for name, value in (("1.json", first), ("2.json", second)):
         (base / name).write_text(json.dumps(value), encoding="utf-8")
-    return report([base / "1.json", base / "2.json"], base / "out")
+    report([base / "1.json", base / "2.json"], base / "out")
+    return base / "out"
 
 
 def test_table_1_is_the_papers(load):
@@ -273,6 +275,77 @@ def test_page_is_well_formed_accessible_and_alone(folder):
     for color, _ in PALETTE:
         assert color not in svgs  # all follow the reader's scheme
     assert not re.search(r"(fill|stroke): #", svgs)
+
+
+class Outline(HTMLParser):
+    """What a screen reader goes by: headings, tables with their headers, boxes that scroll, pictures."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.boxes, self.unnamed = [], [], []
+        self.tables = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        elif tag == "table":
+            self.tables.append({"captions": 0, "scopes": set(), "rows": []})
+        elif tag == "caption":
+            self.tables[-1]["captions"] += 1
+        elif tag == "th":
+            self.tables[-1]["scopes"].add(given.get("scope"))
+        elif tag == "tr":
+            self.tables[-1]["rows"].append(0)
+        elif given.get("class") == "scroll":
+            self.boxes.append(given)
+        elif (tag == "img" and not given.get("alt")) or (tag == "svg" and not given.get("aria-labelledby")):
+            self.unnamed.append(tag)
+        if tag in ("th", "td"):
+            self.tables[-1]["rows"][-1] += int(given.get("colspan") or 1)
+
+
+def test_page_is_read_without_seeing_it(folder):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.headings.count(1) == 1 and outline.headings[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(outline.headings)), "a level is left out"
+    assert 3 in outline.headings, "several answers have headings of their own"
+    assert outline.unnamed == []
+    assert len(outline.boxes) == len(outline.tables) > 8
+    for box in outline.boxes:
+        assert box["tabindex"] == "0" and box["role"] == "region" and box["aria-labelledby"]
+    for table in outline.tables:
+        assert table["captions"] == 1
+        assert None not in table["scopes"] and {"col", "row"} <= table["scopes"] <= {"col", "row", "colgroup"}
+        assert table["rows"][0] == table["rows"][-1], "a header over each column"
+    # The answer comes first of all that is below the title.
+    assert text.index("<h1>") < text.index('id="answer"') < text.index("<nav") < text.index("<table")
+    assert text.index('id="answer"') < text.index("<strong>Fastest: ") < text.index("<nav")
+
+
+def test_text_has_contrast_in_both_schemes(folder):
+    """WCAG 2: 4.5 to 1 for text."""
+    style = re.search(r"<style>(.*?)</style>", (folder / "report.html").read_text(encoding="utf-8"), re.S)[1]
+    blocks = re.findall(r":root \{(.*?)\}", style, re.S)
+    assert len(blocks) == 2
+    colors = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", blocks[0]))
+    for block in blocks:
+        colors |= dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
+        for text in ("ink", "soft"):
+            for ground in ("page", "stripe"):
+                assert contrast(colors[text], colors[ground]) >= 4.5, (text, ground)
+
+
+def contrast(one, other):
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_pictures_are_well_formed_and_opaque(folder):

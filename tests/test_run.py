@@ -16,7 +16,13 @@ import yaml
 from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.watchdog import descendants
-from swift_fastmtp.cli import main
+from swift_fastmtp.cli import _check_words, _options_of, main
+from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.run import state
+from swift_fastmtp.run.plan import Verbs, read_run_plan
+from swift_fastmtp.run.process import run_command
+from swift_fastmtp.run.stages import stages
+from swift_fastmtp.run.state import State, locked
 from swift_fastmtp.swift_plugin.names import argument_names
 
 PROMPTS = ROOT / "examples/prompts/train.jsonl"
@@ -154,6 +160,72 @@ def test_the_last_stage_can_be_named(plan, capsys):
     assert "this plan has inspect, distill" in refused(plan(), "--until", "bench")
 
 
+def test_what_another_plan_made_is_not_mixed_in(plan, tmp_path):
+    """The record of a folder beside its files, without the work."""
+    verbs, out = Verbs(_options_of, _check_words), tmp_path / "out"
+
+    def made(**changes):
+        return stages(read_run_plan([plan(**changes)], {}, verbs))
+
+    def stopped(*others):
+        with pytest.raises(FastMTPError) as error:
+            State(out).check(*others, "plan.yaml", redo=False)
+        return str(error.value)
+
+    (out / "mixed").mkdir(parents=True)
+    for stage in made()[:4]:
+        State(out).begin(stage)
+    for name in ("distilled.jsonl", "clean.jsonl"):
+        (out / name).touch()
+    State(out).check(made(), "plan.yaml", redo=False)
+    State(out).check(made(distill={"concurrency": 3}, base_url="http://a:1"), "plan.yaml", redo=False)
+    line = stopped(made(mix={"val_ratio": 0.1}))
+    assert line.startswith(f"plan.yaml: mix.val_ratio is 0.1, and {out} was begun with 'not given'; ")
+    assert "distill.seed is 1, " in stopped(made(seed=1))
+    assert "clean.decontaminate is " in stopped(made(tasks=str(EVAL)))
+    # A result is gone from which a later one was made.
+    (out / "clean.jsonl").unlink()
+    assert f"{out}/clean.jsonl is not there, and {out}/mixed was made from it" in stopped(made())
+    State(out).check(made(), "plan.yaml", redo=True)
+    assert not (out / "mixed").exists() and (out / "distilled.jsonl").exists()
+    State(out).check(made(mix={"val_ratio": 0.1}), "plan.yaml", redo=False)
+    # A record that nobody can read is no reason to begin again over its files.
+    (out / "run.json").write_text('{"stages": {"mix": 7}}')
+    with pytest.raises(FastMTPError, match=r"run.json.mix: must be an object, not 7"):
+        State(out)
+
+
+def test_two_runs_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WAIT_SECONDS", 0.3)
+    out = tmp_path / "out"
+    with locked(out), pytest.raises(FastMTPError, match="another `fastmtp run` works in it"), locked(out):
+        pass
+
+
+def test_a_command_ends_when_its_time_is_over(tmp_path):
+    mark = tmp_path / "pid"
+    with locked(tmp_path / "out") as lock:
+        assert run_command(["sh", "-c", 'exit "$STATUS"'], lock, {"STATUS": "3"}) == 3
+        assert run_command(["sh", "-c", f"echo $$ > {mark}; sleep 60"], lock, seconds=1.0) is None
+        with pytest.raises(FastMTPError, match="no-such-command: cannot be started"):
+            run_command(["no-such-command"], lock)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+    with locked(tmp_path / "out"):  # the watchdogs, which had it too, have ended
+        pass
+
+
+def test_no_secret_is_written(plan, capsys, tmp_path, monkeypatch):
+    """What a variable holds is given to the command, and shown as the plan wrote it."""
+    monkeypatch.setenv("LOGIN", "somebody:hunter2hunter2")
+    path = plan(base_url=["http://${LOGIN}@host:1"])
+    main(["run", path, "--dry_run"])
+    printed = capsys.readouterr().out
+    assert '"http://${LOGIN}@host:1"' in printed and "hunter2" not in printed
+    line = refused(plan(engine="sglang", environment={"HF_TOKEN": "hf_abcdefghijkl"}))
+    assert "environment: HF_TOKEN stands in the plan, which is copied; write `${HF_TOKEN}` for it" in line
+
+
 def test_arguments_of_ms_swift_are_all_known():
     names = argument_names()
     assert {"learning_rate", "model_kwargs", "deepspeed", "dataset", "num_train_epochs"} <= set(names)
@@ -271,8 +343,8 @@ def quiet(tmp_path_factory):
     plan = small(tmp_path_factory.mktemp("quiet"))
     printed = finish(plan)
     out = plan.parent / "out"
-    stages = json.loads((out / "run.json").read_text())["stages"].values()
-    return plan, printed, result(out), sum(stage["seconds"] for stage in stages)
+    record = json.loads((out / "run.json").read_text())["stages"]
+    return plan, printed, result(out), {name: stage["seconds"] for name, stage in record.items()}
 
 
 @pytest.mark.matrix
@@ -303,6 +375,7 @@ def test_a_changed_plan(quiet):
     assert "simulate.max_new_tokens is 9, and " in line and "was begun with 8" in line and "--redo" in line
     out = plan.parent / "out"
     trained = (out / "train/best/model.safetensors").stat().st_mtime_ns
+    assert "simulate.max_new_tokens is 9" in refused(str(changed), "--until", "mix")
     printed = finish(changed, "--redo")
     assert "made again from here" in printed and "== 6/7 simulate (" in printed and "== 7/7 export (" in printed
     assert (out / "train/best/model.safetensors").stat().st_mtime_ns == trained
@@ -352,24 +425,33 @@ def kill_all(process, everything):
     process.wait()
 
 
+# Where the drill kills: training saves a checkpoint at each step.
+DRILL = ["estimate", "distill", "distill", "clean", "mix", "train", "train", "train", "simulate", "export"]
+
+
 @pytest.mark.matrix
 def test_killed_ten_times_it_ends_as_if_nobody_had(quiet, tmp_path):
+    """Each time at a random moment of a stage; every other time with everything that it has started."""
     _, _, want, seconds = quiet
     plan = small(tmp_path)
     rng = random.Random(0)
-    killed = 0
-    for number in range(10):
-        process = start(plan)
-        deadline = time.monotonic() + rng.uniform(1, max(seconds / 5, 5))
+    killed = []
+    for number, name in enumerate(DRILL):
+        log = plan.with_suffix(f".{number}")
+        process = start(plan, log=log)
+        header = "estimate: " if name == "estimate" else f" {name} ("
+        while process.poll() is None and header not in log.read_text(errors="replace"):
+            time.sleep(0.02)
+        deadline = time.monotonic() + rng.uniform(0, seconds.get(name, 5.0))
         while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
         if process.poll() is None:
-            killed += 1
+            killed.append(name)
             kill_all(process, everything=number % 2 == 1)
     finish(plan)
-    assert killed >= 5
+    print(f"killed in or after the beginning of {killed}")
+    assert len(killed) >= 5
     assert result(tmp_path / "out") == want
     left = [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".parts"))]
     assert not [path for path in left if "estimate" not in path.parts]
     assert (tmp_path / "out/run.html").exists()
-    print(f"killed {killed} times in {seconds:.0f} s of work")

@@ -19,8 +19,9 @@ from swift_fastmtp.method.metrics import step_seconds
 from swift_fastmtp.serving.launch import serve_flags
 from swift_fastmtp.serving.schedule_flags import read_schedule
 from swift_fastmtp.simulate.cost import StepParts, Weights
+from swift_fastmtp.simulate.gpus import GPUS
 from swift_fastmtp.simulate.schedule import depths_by_load, schedule, schedule_line, schedule_table
-from swift_fastmtp.simulate.step_times import GPUS, StepTimes, predicted_step_times, roofline
+from swift_fastmtp.simulate.step_times import StepTimes, predicted_step_times, roofline
 
 # MiMo-7B in bfloat16 (config.json): hidden 4096; 36 layers, 32 attention heads, 8 key-value heads of 128; 11008 wide.
 LAYER = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 11008)

@@ -3,7 +3,7 @@
 # K = 0 .. 3, depths to 7, map sizes; tables and plots in the paper's layout.
 #
 #   DATA=conversations.jsonl bash recipes/paper/run.sh                                  # the tiny model, on a CPU
-#   MODEL=MiMo-7B-RL RECIPE=recipes/mimo_7b_rl_8xh20.yaml DATA=.. BASE_URL=http://localhost:30000 SGLANG=/venv/bin/python \
+#   MODEL=MiMo-7B-RL RECIPE=recipes/mimo_7b_rl_8xh20_paper.yaml DATA=.. BASE_URL=http://localhost:30000 SGLANG=/venv/bin/python \
 #     TASKS="mt_bench livecodebench math_500 rag nq cnn_dm c_eval" bash recipes/paper/run.sh                    # on GPUs
 #
 # DATA    conversations with answers (`messages`); without answers, the fixed-data arm is left out

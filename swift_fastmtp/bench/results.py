@@ -28,6 +28,7 @@ from ..method.metrics import (
     steps_by_chunk,
     tau_by_context,
     tau_by_position,
+    tau_interval,
     token_gaps,
 )
 from ..redaction import redact_words
@@ -59,7 +60,8 @@ class Percentiles:
 
 @dataclass
 class Interval:
-    """A ratio, and the ends of its 95 % interval by bootstrap over prompts and rounds (`method.metrics.speedup`)."""
+    """A ratio, and the ends of its 95 % interval by bootstrap, over prompts and rounds (`method.metrics.speedup`) where
+    nothing else is written."""
 
     value: Amount
     low: Amount
@@ -152,6 +154,9 @@ class Run:
     """At temperature 0, and not of the baseline itself; every round against the baseline's same round."""
     round_speeds: ListOf[Amount] = field(default_factory=list)
     """[rounds]: of each round, sum of completion tokens / sum of latencies, of the turns that were answered in all."""
+    tau_interval: Interval | None = None
+    """`tau_micro` and its 95 % interval by bootstrap over prompts (`method.metrics.tau_interval`); None where the
+    server does not tell the steps of each answer, and of one prompt."""
     step: Percentiles | None = None
     """Over answers: seconds of one step of the server, a decoding step or a round of drafts and verification, while it
     works on `concurrency` answers (`method.metrics.step_seconds`); None where it never did, or chunks are no steps."""
@@ -354,9 +359,23 @@ def _run(
         speedup=_ratio(reference, answers, settings, _latency) if reference else None,
         lossless=_lossless(reference, answers) if reference and not key[2] else None,
         round_speeds=_round_speeds(answers),
+        tau_interval=_tau_interval(answers),
         step=Percentiles(*step) if step else None,
         cpu=_cpu(answers, reference, settings),
     )
+
+
+def _tau_interval(answers: list[Record]) -> Interval | None:
+    """Turns of one conversation, and rounds, are one prompt: they are not independent."""
+    prompts: dict[str, list[int]] = {}
+    for r in answers:
+        if r["steps"] is not None:
+            counts = prompts.setdefault(r["id"], [0, 0])
+            counts[0] += r["accepted"]
+            counts[1] += r["steps"]
+    counted = [(accepted, steps) for accepted, steps in prompts.values() if steps]
+    interval, tau = tau_interval(counted, SEED), micro_tau_of(counted)
+    return Interval(tau, *interval) if interval and tau else None
 
 
 def _sum(histograms: Sequence[Sequence[int]], num_steps: int) -> list[int]:
@@ -556,7 +575,8 @@ def check_run(run: Run, where: str) -> None:
         raise FastMTPError(
             f"{where}.lossless: {run.lossless.equal} equal of {run.lossless.compared} compared is not possible"
         )
-    for name, ratio in (("speedup", run.speedup), ("cpu.ratio", run.cpu.ratio if run.cpu else None)):
+    intervals = {"speedup": run.speedup, "cpu.ratio": run.cpu and run.cpu.ratio, "tau_interval": run.tau_interval}
+    for name, ratio in intervals.items():
         if ratio and not ratio.low <= ratio.high:
             raise FastMTPError(f"{where}.{name}: its low end is above its high end")
 

@@ -134,9 +134,18 @@ def _share(check: Lossless | None) -> float | None:
 
 
 def text(comparison: Comparison) -> str:
-    """For the terminal: the table, what only one file has, the regressions, and a last line that sums up."""
-    lines = [terminal_table(HEADER, comparison.rows, num_text=2)]
-    lines += [f"note: {remark}" for remark in comparison.remarks]
+    """For the terminal: the answer with the regressions, the table, what only one file has, and a line of counts."""
+    lines = [_answer(comparison)]
     lines += [f"WORSE: {regression}" for regression in comparison.regressions]
+    lines.append(terminal_table(HEADER, comparison.rows, num_text=2))
+    lines += [f"note: {remark}" for remark in comparison.remarks]
     lines.append(f"{len(comparison.rows)} runs compared, {len(comparison.regressions)} regressions")
     return "\n".join(lines)
+
+
+def _answer(comparison: Comparison) -> str:
+    worse = sum(row[-1] != "" for row in comparison.rows)
+    number = len(comparison.rows)
+    if not worse:
+        return f"B is not worse than A, within the limits, in {'the one run' if number == 1 else f'all {number} runs'}."
+    return f"B is worse than A in {worse} of {number} runs."

@@ -30,6 +30,7 @@ from ..method.comparison import shown_changes
 from ..method.config import FastMTPConfig
 from ..serving.flags import Flag, explain
 from ..serving.launch import serve_flags
+from .answer import answers
 from .entries import slices
 from .merge import Merged, engine, load_results, notes
 from .tables import (
@@ -266,6 +267,7 @@ def _measurements(results: Merged | None) -> dict[str, Any]:
         "lossless_measured": lossless is not None,
         "sources": sources,
         "models": {s.label: Path(s.draft_model or s.model).name for s in results.servers.values() if s.num_steps},
+        "answers": answers(results),
         "notes": notes(results),
         "tables": [table for table in tables if table],
     }

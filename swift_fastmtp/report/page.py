@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..files.table import Table
 from ..files.templates import render
+from .answer import Answer
 from .figure import Plot, inline_svg, page_colors
 
 
@@ -24,12 +25,20 @@ class HeaderCell:
     """The columns below it."""
 
 
-def page(title: str, notes: Sequence[str], plots: Sequence[Plot], tables: Sequence[Table], footer: str) -> str:
+def page(
+    title: str,
+    answers: Sequence[Answer],
+    notes: Sequence[str],
+    plots: Sequence[Plot],
+    tables: Sequence[Table],
+    footer: str,
+) -> str:
     """The whole document."""
     return render(
         __file__,
         "report.html",
         title=title,
+        answers=answers,
         notes=notes,
         figures=[(inline_svg(plot), plot.caption) for plot in plots],
         tables=tables,

@@ -1,4 +1,4 @@
-"""`fastmtp report`: results files → tables, plots and one HTML page."""
+"""`fastmtp report`: results files → the answer, tables, plots and one HTML page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from .. import __version__
 from ..files.staging import new_folder, try_output
 from ..files.table import Table
 from ..files.templates import render
+from .answer import answer_lines, answers
 from .entries import slices
 from .figure import write_plot
 from .merge import Merged, load_results, notes
@@ -29,8 +30,8 @@ from .tables import (
 TITLE = "Multi-token prediction, measured"
 
 
-def report(results: Sequence[str | Path], output_dir: str | Path) -> Path:
-    """Write report.md, report.html and plots/*.png, *.svg to a new folder. Returns it.
+def report(results: Sequence[str | Path], output_dir: str | Path) -> list[str]:
+    """Write report.md, report.html and plots/*.png, *.svg to a new folder. Returns the answer, a line a sentence.
 
     Args:
         results: results.json of `fastmtp bench`; several, which must not overlap, are put together
@@ -42,19 +43,19 @@ def report(results: Sequence[str | Path], output_dir: str | Path) -> Path:
     merged = load_results(results)
     with new_folder(output_dir) as folder:
         write_report(merged, folder)
-    return Path(output_dir)
+    return [*answer_lines(answers(merged)), *(f"note: {note}" for note in notes(merged))]
 
 
 def write_report(results: Merged, folder: Path) -> None:
     """The files of `report` for results that are merged already (`merge.merge`)."""
-    drawn, shown, warnings = plots(results), tables(results), notes(results)
+    given, drawn, shown, warnings = answers(results), plots(results), tables(results), notes(results)
     (folder / "plots").mkdir()
     for plot in drawn:
         write_plot(plot, folder / "plots")
-    text = render(__file__, "report.md", title=TITLE, notes=warnings, tables=shown, plots=drawn)
+    text = render(__file__, "report.md", title=TITLE, answers=given, notes=warnings, tables=shown, plots=drawn)
     (folder / "report.md").write_text(text, encoding="utf-8")
     made = f"Made by fastmtp report, swift_fastmtp {__version__}."
-    (folder / "report.html").write_text(page(TITLE, warnings, drawn, shown, made), encoding="utf-8")
+    (folder / "report.html").write_text(page(TITLE, given, warnings, drawn, shown, made), encoding="utf-8")
 
 
 def tables(results: Merged) -> list[Table]:

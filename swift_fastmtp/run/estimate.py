@@ -7,7 +7,6 @@ that, and says so; what follows from nothing that was measured is not estimated.
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -21,6 +20,8 @@ from .plan import RunPlan
 from .stages import Stage
 
 MEASURED_SECONDS = 60.0
+SAMPLE = "estimate"
+"""Folder of the answers that are measured."""
 WORTH = 4
 """A job of fewer samples than so many is not measured: it is about as long."""
 _BATCH, _CONCURRENCY, _TOKENS = 32, 128, 4096
@@ -89,8 +90,7 @@ def sample(plan: RunPlan, stage: Stage, number: int | None, run: Callable[..., i
     if number is None or number <= WORTH * several:
         return None
     # The first of two shards: it leaves its answers, and when it began, in the job's folder.
-    folder = plan.out / "estimate"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = plan.out / SAMPLE
     prompts, output = folder / "prompts.jsonl", folder / "answers.jsonl"
     with write_rows(prompts) as file:
         for row in _spread(plan, 2 * several):

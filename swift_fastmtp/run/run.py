@@ -20,7 +20,7 @@ from ..bench.servers import started
 from ..errors import FastMTPError
 from ..files.jobs import take_away_merged
 from ..files.staging import staged, take_away_leftovers
-from .estimate import count_prompts, known, predicted, sample
+from .estimate import SAMPLE, count_prompts, known, predicted, sample
 from .page import write_page
 from .plan import RunPlan, Verbs, read_run_plan
 from .process import run_command
@@ -78,7 +78,7 @@ def run(  # noqa: PLR0913
     out = made.out
     with locked(out) as lock:
         state = State(out)
-        state.check(chosen, made.where, redo)
+        state.check(stages(made), made.where, redo)  # also those behind `until`, which were made from these
         _write_commands(made, chosen, launch)
         begun = time.monotonic()
         for place in range(len(chosen)):
@@ -152,8 +152,12 @@ def _estimate(plan: RunPlan, stage: Stage, run: partial[int | None]) -> None:
     number = count_prompts(plan)
     lines = known(plan, number)
     print("\n".join(lines), flush=True)
-    measured = sample(plan, stage, number, run)
-    added = predicted(number, measured) if measured and number else ["distill: not measured, few prompts"]
+    if (plan.out / SAMPLE).exists():
+        added = ["distill: not measured; the measurement was cut off, and is not tried twice"]
+    elif number and (measured := sample(plan, stage, number, run)):
+        added = predicted(number, measured)
+    else:
+        added = ["distill: not measured"]
     print("\n".join(added), flush=True)
     with staged(plan.out / ESTIMATE) as file:
         file.write_text("\n".join([*lines, *added]) + "\n", encoding="utf-8")

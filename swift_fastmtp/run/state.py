@@ -74,7 +74,8 @@ class State:
 
     def is_done(self, stage: Stage) -> bool:
         if stage.output is None:
-            return stage.name in self.record and self.record[stage.name].ended
+            entry = self.record.get(stage.name)
+            return entry is not None and entry.ended and entry.settings == stage.settings(self.out)
         return exists(stage.output)
 
     def is_ours(self, stage: Stage) -> bool:
@@ -111,8 +112,8 @@ class State:
                 return
 
     def _changed(self, stage: Stage) -> str | None:
-        if stage.name not in self.record:
-            return None
+        if stage.name not in self.record or not self._files(stage):
+            return None  # there is nothing that was made by another plan
         recorded, now = self.record[stage.name].settings, stage.settings(self.out)
         for key in [*now, *recorded]:
             if recorded.get(key) != now.get(key):

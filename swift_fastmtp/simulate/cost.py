@@ -128,7 +128,7 @@ def read_parts(checkpoint: Checkpoint) -> StepParts:
             continue
         totals[family.owns(name), ".experts." in name] += size
     # Of a mixture of experts a token reads a share.
-    share = min(1.0, _first_value(checkpoint, _READ) / _first_value(checkpoint, _EXPERTS))
+    share = min(1.0, experts_read(checkpoint) / _first_value(checkpoint, _EXPERTS))
     backbone = Weights(totals[False, False], totals[False, True], share)
     mtp = Weights(totals[True, False], totals[True, True], share)
     V = checkpoint.vocab_size
@@ -145,6 +145,11 @@ def read_cost(model_dir: str | Path) -> StepCost:
     parts = read_parts(Checkpoint(model_dir))
     lm_head = parts.row * parts.vocab_size
     return StepCost(parts.backbone.used + lm_head, parts.mtp.used, parts.row, parts.vocab_size)
+
+
+def experts_read(checkpoint: Checkpoint) -> int:
+    """Of a mixture of experts, how many a token is routed to; 1 of a dense model."""
+    return _first_value(checkpoint, _READ)
 
 
 def _first_value(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int:

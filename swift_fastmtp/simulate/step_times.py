@@ -21,26 +21,10 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..families.family import config_value
 from .cost import StepParts, Weights, read_parts
+from .gpus import GPU, find_gpu
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 """At which a prediction is made."""
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Of the data sheet: bytes per second from memory, and operations per second in bfloat16, dense."""
-
-    bandwidth: float
-    operations: float
-
-
-GPUS = {
-    "a100": GPU(2.04e12, 312e12),
-    "h20": GPU(4.0e12, 148e12),
-    "h100": GPU(3.35e12, 989e12),
-    "h200": GPU(4.8e12, 989e12),
-}
-"""NVIDIA's SXM modules (A100: 80 GB)."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +81,9 @@ class StepTimes:
         return (self.prompt + self.prompt_token * tokens) / 1000
 
 
-def check_gpu(name: str) -> None:
-    """Raises `FastMTPError` for a GPU that is not in the table."""
-    if name not in GPUS:
-        raise FastMTPError(f"--costs {name}: neither a results.json nor a GPU that is known ({', '.join(GPUS)})")
+def check_gpu(name: str) -> GPU:
+    """The GPU that `--costs` names. Raises `FastMTPError` for one that is not in the table."""
+    return find_gpu(name, f"--costs {name}: neither a results.json nor a GPU that is known")
 
 
 def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int, context: int) -> StepTimes:
@@ -108,7 +91,7 @@ def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int,
 
     Raises `FastMTPError` for an unknown GPU, and for a quantized checkpoint, whose arithmetic is not known.
     """
-    check_gpu(gpu)
+    sheet = check_gpu(gpu)
     checkpoint = Checkpoint(model_dir)
     parts = read_parts(checkpoint)
     if not parts.bytes_per_weight:
@@ -117,10 +100,10 @@ def predicted_step_times(model_dir: str, gpu: str, num_steps: int, num_ids: int,
             "`fastmtp bench --costs`"
         )
     cache = _cache_bytes(checkpoint, parts.bytes_per_weight)
-    milliseconds, paused = roofline(parts, cache, GPUS[gpu], num_steps, num_ids, context)
+    milliseconds, paused = roofline(parts, cache, sheet, num_steps, num_ids, context)
     source = f"predicted from the data sheet of one {gpu.upper()}, {context} tokens of context"
-    read = 1000 * parts.backbone.read(BATCH_SIZES[-1]) / GPUS[gpu].bandwidth
-    computed = 1000 * 2 * parts.backbone.used / parts.bytes_per_weight / GPUS[gpu].operations
+    read = 1000 * parts.backbone.read(BATCH_SIZES[-1]) / sheet.bandwidth
+    computed = 1000 * 2 * parts.backbone.used / parts.bytes_per_weight / sheet.operations
     return StepTimes(milliseconds, source, paused=paused, prompt=read, prompt_token=computed)
 
 

@@ -51,7 +51,7 @@ def test_from_prompts_to_the_model_card(tmp_path):
     results = read_results(out / "bench/results.json")
     assert list(results.servers) == ["baseline", "vanilla-k2", "tuned-k2"]
     (run,) = [run for run in results.runs if run.server == "tuned-k2"]
-    assert run.lossless.equal == run.lossless.compared == 3 and run.tau_micro > 1
+    assert run.lossless.equal == run.lossless.compared == run.num_requests >= 3 and run.tau_micro > 1
     # The answers are the server's, with what it was asked with.
     row = json.loads((out / "distilled.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["messages"][-1]["prompt_token_ids"]
