@@ -21,7 +21,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.run import state
 from swift_fastmtp.run.plan import Verbs, read_run_plan
 from swift_fastmtp.run.process import run_command
-from swift_fastmtp.run.stages import stages
+from swift_fastmtp.run.stages import resumed, stages
 from swift_fastmtp.run.state import State, locked
 from swift_fastmtp.swift_plugin.names import argument_names
 
@@ -189,6 +189,14 @@ def test_what_another_plan_made_is_not_mixed_in(plan, tmp_path):
     State(out).check(made(), "plan.yaml", redo=True)
     assert not (out / "mixed").exists() and (out / "distilled.jsonl").exists()
     State(out).check(made(mix={"val_ratio": 0.1}), "plan.yaml", redo=False)
+    # Training that goes on has been begun with the same plan.
+    (out / "clean.jsonl").touch()
+    (out / "mixed").mkdir()
+    (out / "train/checkpoint-1").mkdir(parents=True)
+    train = resumed(made()[4])
+    assert train.words[-2:] == ["--resume_from_checkpoint", f"{out}/train"]
+    State(out).begin(train)
+    State(out).check(made(), "plan.yaml", redo=False)
     # A record that nobody can read is no reason to begin again over its files.
     (out / "run.json").write_text('{"stages": {"mix": 7}}')
     with pytest.raises(FastMTPError, match=r"run.json.mix: must be an object, not 7"):
@@ -331,6 +339,7 @@ def finish(plan, *words):
 def result(out):
     """What a run has made, as far as it does not hold times and places."""
     files = {str(path.relative_to(out)): path.read_bytes() for path in sorted((out / "export").iterdir())}
+    files["export/fastmtp.json"] = files["export/fastmtp.json"].replace(str(out).encode(), b"OUT")
     for name in ("distilled.jsonl", "clean.jsonl", "mixed/train.jsonl", "train/best/model.safetensors"):
         files[name] = (out / name).read_bytes()
     heads = json.loads((out / "simulate/simulate.json").read_text())["heads"]
@@ -430,7 +439,7 @@ DRILL = ["estimate", "distill", "distill", "clean", "mix", "train", "train", "tr
 
 
 @pytest.mark.matrix
-def test_killed_ten_times_it_ends_as_if_nobody_had(quiet, tmp_path):
+def test_killed_in_every_stage_it_ends_as_if_nobody_had(quiet, tmp_path):
     """Each time at a random moment of a stage; every other time with everything that it has started."""
     _, _, want, seconds = quiet
     plan = small(tmp_path)

@@ -22,7 +22,7 @@ from .plan import RunPlan, eval_file
 TRAIN_SEED = 42
 """ms-swift's own; the plan's is added."""
 _NOT_SETTINGS = {"base_url", "concurrency", "timeout", "retry_seconds", "on_bad_row", "jobs", "plan"}
-_NOT_SETTINGS |= {"environment", "python", "start_seconds"}
+_NOT_SETTINGS |= {"environment", "python", "start_seconds", "resume_from_checkpoint"}
 """What says how a stage works, not what it makes; and the name of a plan, whose values are compared."""
 
 
