@@ -24,6 +24,8 @@ from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.bench.summary import warnings
 from swift_fastmtp.data.chat_template import encode_prompt, load_tokenizer
 from swift_fastmtp.errors import FastMTPError
+from swift_fastmtp.report.merge import load_results
+from swift_fastmtp.report.tables import acceptance_table
 from swift_fastmtp.serving.maps import VARIABLE
 
 FAKE = ROOT / "tests/helpers/fake_engine.py"
@@ -98,6 +100,16 @@ def test_what_is_measured(pair, tmp_path, capsys):
             assert run.lossless is None
         assert run.speedup.low <= run.speedup.value <= run.speedup.high and run.ttft.p50 <= run.ttft.p99
     assert capsys.readouterr().out.count("9/9") == 2
+
+
+def test_seven_drafts_per_step(tmp_path):
+    """Rates to the last depth, in the results and in a report's table."""
+    with FakeEngine() as base, FakeEngine(num_steps=7) as drafting:
+        results = measure((base, drafting), tmp_path, max_new_tokens=12)
+    (run,) = [run for run in results.runs if run.server == "vanilla"]
+    assert [len(x) for x in (run.marginal, run.conditional, run.histogram)] == [7, 7, 8]
+    table = acceptance_table(load_results([tmp_path / "results.json"]), 0.0)
+    assert [name for group, name in table.columns if group == "accepted at depth"] == list("1234567")
 
 
 def test_passing_faults_leave_no_trace(pair, tmp_path):

@@ -8,12 +8,18 @@ from hypothesis.extra.numpy import arrays
 
 from swift_fastmtp.method.metrics import (
     count_acceptance,
+    counts_by_context,
     expected_rounds,
     macro_tau,
     micro_tau,
+    part_of_context,
+    row_counts,
+    tau_of_rows,
+    taus_of_context,
     text_counts,
     verify_rounds,
 )
+from swift_fastmtp.method.rollout import places
 
 
 @settings(deadline=None)
@@ -38,6 +44,46 @@ def test_counts_equal_a_loop(seed, steps, length):
             accepted,
         )
     assert counts.tau == 1 + sum(counts.marginal)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 999), steps=st.integers(1, 4))
+def test_counts_by_context_equal_a_loop(seed, steps):
+    """Several documents in a row, of lengths on both sides of where parts begin."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 200, (2, 4), generator=generator)
+    width = int(lengths.sum(1).max()) + 3
+    segments = torch.full((2, width), -1)
+    place = torch.zeros(2, width, dtype=torch.long)
+    for b in range(2):
+        start = 0
+        for number, length in enumerate(lengths[b].tolist()):
+            segments[b, start : start + length] = number
+            place[b, start : start + length] = torch.arange(length)
+            start += length
+    inside = segments >= 0
+    assert torch.equal(places(segments)[inside], place[inside])
+
+    match = torch.rand(steps, 2, width, generator=generator) < 0.6
+    valid = (torch.rand(steps, 2, width, generator=generator) < 0.8) & inside
+    base = (torch.rand(2, width, generator=generator) < 0.7) & inside
+    parts = {}
+    for b, i in base.nonzero().tolist():
+        part = parts.setdefault(part_of_context(int(place[b, i]) + 2), [[0] * steps, [0] * steps])
+        for k in range(steps):
+            if valid[: k + 1, b, i].all():
+                part[0][k] += bool(match[: k + 1, b, i].all())
+                part[1][k] += 1
+    want = [
+        (*part, pytest.approx(tau_of_rows([counts])), counts[1][0])
+        for part, counts in sorted(parts.items())
+        if counts[1][0]
+    ]
+    halves = [counts_by_context(match[:, b : b + 1], valid[:, b : b + 1], base[b], places(segments)[b]) for b in (0, 1)]
+    counts = counts_by_context(match, valid, base, places(segments))
+    assert torch.equal(halves[0] + halves[1], counts)
+    assert taus_of_context(counts) == want
+    assert torch.equal(counts.sum(0), row_counts(match, valid, base).sum(0))
 
 
 @given(seed=st.integers(0, 999), steps=st.integers(1, 5), length=st.integers(1, 30))

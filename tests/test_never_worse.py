@@ -21,9 +21,11 @@ from swift_fastmtp.export.folders import export_full
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.files.staging import write_json
-from swift_fastmtp.method.comparison import compare, shown_changes, why_withheld
+from swift_fastmtp.method.comparison import compare, context_changes, shown_changes, shown_contexts, why_withheld
+from swift_fastmtp.method.metrics import part_of_context, tau_of_rows
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.report.model_card import make_card
+from swift_fastmtp.simulate.acceptance import Text, greedy_acceptance
 
 
 def rows(count, rate, seed):
@@ -66,6 +68,16 @@ def test_what_a_settings_file_says_is_shown():
     assert not shown_changes({}) and not shown_changes({"compared": {"validation": {"before": "x"}}})
 
 
+def test_context_by_context():
+    """A part of which the initial head saw other positions, or nothing, is not compared."""
+    now = [(0, 64, 2.5, 10), (64, 128, 2.0, 4)]
+    parts = context_changes([[0, 64, 2.25, 10], [64, 128, 1.0, 5]], now)
+    assert [part["before"] for part in parts] == [2.25, None]
+    assert shown_contexts(parts) == "0 to 63: 2.25 -> 2.50, 64 to 127: 2.00"
+    assert shown_contexts(context_changes(None, now)) == "0 to 63: 2.50, 64 to 127: 2.00"
+    assert shown_contexts(context_changes(None, [])) == "no draft"
+
+
 # Whole runs. The rows of `helpers/swift_runs.py` are random words, so they are what the tiny model would never say.
 
 
@@ -81,6 +93,28 @@ def self_distilled(path, count):
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     return self_distilled(tmp_path_factory.mktemp("own") / "own.jsonl", 24)
+
+
+def taus_that_simulate_sees(rows):
+    """tau of the tiny model's own head by tokens before the draft: every position of the simulator's acceptance, one by
+    one."""
+    model, tokenizer = load_model(TINY, torch.float32), load_tokenizer(str(TINY))
+    texts = []
+    for row in read_rows(rows):
+        (example,) = training_examples(tokenizer, row)
+        asked, answered = example.parts
+        texts.append(Text(example.ids, len(asked.ids), len(example.ids)))
+        assert answered.trained
+    (accepted,) = greedy_acceptance(model, texts, 0, 4, label="")
+    parts = {}
+    for text, accepted_KA in zip(texts, accepted, strict=True):
+        answer = text.end - text.start
+        for t in range(answer - 1):
+            part = parts.setdefault(part_of_context(text.start + t + 1), [[0] * 3, [0] * 3])
+            for k in range(1, min(3, answer - 1 - t) + 1):
+                part[0][k - 1] += bool(accepted_KA[:k, t].all())
+                part[1][k - 1] += 1
+    return [[*part, pytest.approx(tau_of_rows([counts])), counts[1][0]] for part, counts in sorted(parts.items())]
 
 
 def knobs(**values):
@@ -233,6 +267,8 @@ def test_two_processes_hand_out_the_initial_head(hurt, own, tmp_path):
     )
     swift(*args, processes=2)
     assert (tmp_path / "run/best").resolve() == tmp_path / "run/initial"
+    one, two = (json.loads((out / "initial.json").read_text()) for out in (hurt[0], tmp_path / "run"))
+    assert one["tau_by_context"] == two["tau_by_context"]
     one, two = (settings_of(out / "checkpoint-4")["compared"]["validation"] for out in (hurt[0], tmp_path / "run"))
     assert (two["rows"], two["before"]) == (one["rows"], one["before"])
 
@@ -245,7 +281,12 @@ def test_a_good_run_says_what_it_won_and_is_that_of_a_run_without_validation_row
     assert text.count("the initial head, before the first step") == 1
     assert text.count("against the initial head: validation: tau") == 3
     assert (out / "best").resolve().name.startswith("checkpoint-") and not (out / "initial").exists()
+    before = json.loads((out / "initial.json").read_text())["tau_by_context"]["validation"]
+    assert before == taus_that_simulate_sees(own) and len(before) > 1
     compared = settings_of(out / "checkpoint-6")["compared"]
+    parts = compared["tau_by_context"]["validation"]
+    assert [part["before"] for part in parts] == [round(tau, 4) for _, _, tau, _ in before]
+    assert text.count("tau by tokens before the draft: validation: 0 to 63: ") == 3
     assert compared["step"] == 6 and not compared["validation"]["worse"]
     assert compared["validation"]["now"] == pytest.approx(logged(out, "eval_mtp_tau")[2], abs=1e-4)
 

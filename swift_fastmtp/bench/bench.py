@@ -24,7 +24,7 @@ from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .records import missing_turns, open_records, read_plan_record
 from .results import Results, check_results, summarize
 from .servers import Started, started
-from .summary import regimes, table, warnings
+from .summary import distributions, regimes, table, warnings
 
 
 def bench(
@@ -64,6 +64,10 @@ def bench(
         check_chat_template(tokenizer, made.model)  # before a server is started, which takes minutes
     folder = Path(output_dir)
     _meet(made, folder, tokenizer, api_key)
+    if made.distribution_samples and (made.baseline is None or len(made.launches) < 2):
+        raise FastMTPError(
+            "distribution_samples: needs a server and a baseline to compare it with; name it by method: baseline"
+        )
 
     # The servers in turn; what is finished is kept.
     with open_records(folder, made) as (records, part, record), _Servers(made, folder) as servers:
@@ -79,7 +83,7 @@ def bench(
 
     print(costs_table(results) if costs else table(results))
     print(f"{folder / 'results.json'}: {len(results.runs)} runs, {sum(r.num_requests for r in results.runs)} requests")
-    for line in [*regimes(results), *warnings(results)]:
+    for line in [*regimes(results), *distributions(results), *warnings(results)]:
         print(line)
     return results
 

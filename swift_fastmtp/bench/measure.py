@@ -16,6 +16,7 @@ from ..data.tasks import Question, Task
 from ..errors import FastMTPError
 from ..files.jobs import Part
 from .cpu_time import CpuClock
+from .distribution import DISTRIBUTION, TOKENS
 from .engines import Answer, Engine
 from .plan import Plan
 from .results import PassKey, Record, generated_text, pass_fields, pass_key, run_title
@@ -70,9 +71,8 @@ class Measurement:
             _, name, temperature, concurrency, number = key
             # A server that is still the same, warm, and knows none of the prompts.
             await self._same_server()
-            task = self.plan.tasks[name]
             if concurrency not in warm:
-                await self._warm_up(task, concurrency)
+                await self._warm_up(self.plan.tasks.get(name) or next(iter(self.plan.tasks.values())), concurrency)
                 warm.add(concurrency)
             await self.engine.flush()
             before = await self.engine.counters() if self.spec.num_steps else None
@@ -81,7 +81,7 @@ class Measurement:
             title += f" round {number + 1}" if self.plan.rounds > 1 else ""
             self.clock = CpuClock(self.server.process.pid) if self.server else None
             with tqdm(total=turns, unit="answer", desc=title, smoothing=0.05) as bar:
-                await self._run(key, task, bar)
+                await self._run(key, bar)
 
             # Answers count if it was the same server to the end, and answered something.
             if before is not None:
@@ -127,7 +127,7 @@ class Measurement:
         for start in range(0, len(asked), concurrency):
             await asyncio.gather(*(one(q) for q in asked[start : start + concurrency]))
 
-    async def _run(self, key: PassKey, task: Task, bar: Any) -> None:
+    async def _run(self, key: PassKey, bar: Any) -> None:
         """`concurrency` conversations at a time; the first failure of the run cancels the others."""
         # What is left of every conversation: those that have ended, or were refused, are not asked again.
         answered: dict[str, list[Message]] = {}
@@ -137,13 +137,12 @@ class Measurement:
                 answered.setdefault(r["id"], []).append(_message(r))
                 if "error" in r:
                     ended.add(r["id"])
-        questions = iter(
-            [
-                question
-                for question in self.plan.questions(key[1], key[3])
-                if question.id not in ended and len(answered.get(question.id, ())) < len(question.turns)
-            ]
-        )
+        left = [
+            question
+            for question in self.plan.questions(key[1], key[3])
+            if question.id not in ended and len(answered.get(question.id, ())) < len(question.turns)
+        ]
+        questions = iter(left)
 
         # Each worker takes the next conversation, and asks its turns one after another.
         tokens = 0
@@ -163,12 +162,15 @@ class Measurement:
                     tokens += answer.completion_tokens
                     bar.set_postfix_str(f"{tokens / max(time.monotonic() - begin, 1e-9):.1f} tok/s", refresh=False)
 
-        await all_or_first_failure(worker() for _ in range(min(key[3], len(task.questions))))
+        await all_or_first_failure(worker() for _ in range(min(key[3], len(left))))
 
     async def _ask(self, key: PassKey, question: Question, history: list[Message], turn: int) -> Answer | None:
         named = {**pass_fields(key), "id": question.id, "turn": turn, "engine": self.engine.identity.engine}
+        seed, limit = _seed(self.plan, question.id, turn), self.plan.sampling.max_new_tokens
+        if key[1] == DISTRIBUTION:
+            seed, limit = _seed(self.plan, f"{self.name} {question.id}", turn), min(limit, TOKENS)
         try:
-            answer = await self.engine.answer(_messages(question, history), key[2], _seed(self.plan, question.id, turn))
+            answer = await self.engine.answer(_messages(question, history), key[2], seed, limit)
         except RefusedError as error:
             self._keep({**named, "error": str(error)})
             return None
@@ -232,6 +234,6 @@ def _messages(question: Question, history: list[Message]) -> list[Message]:
 
 
 def _seed(plan: Plan, question: str, turn: int) -> int:
-    """The same for every server, whoever asks first."""
+    """The same whoever asks first, and for every server whose name is not in `question`."""
     text = f"{plan.seed} {question} {turn}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1

@@ -11,6 +11,7 @@ is a run in a round.
 
 from typing import Any
 
+from .distribution import DISTRIBUTION
 from .results import PassKey, plan_runs
 
 
@@ -30,11 +31,23 @@ def plan_passes(plan: dict[str, Any]) -> list[PassKey]:
             turn = servers[::-1] if number % 2 else servers
             for same_run in zip(*(runs[server] for server in turn), strict=True):
                 passes += [(*run, number) for run in same_run]
+        for server in servers:
+            passes += _of_distribution(plan, server)
         return passes
 
     for number in range(max(1, rounds - 1)):
         for server in servers:
             passes += [(*run, number) for run in runs[server]]
+            if not number:
+                passes += _of_distribution(plan, server)
     if rounds > 1 and plan["baseline"] is not None:
         passes += [(*run, rounds - 1) for run in runs[plan["baseline"]]]
     return passes
+
+
+def _of_distribution(plan: dict[str, Any], server: str) -> list[PassKey]:
+    """The answers that test a server's distribution: once, with as many at a time as there are in any run."""
+    if not plan.get("distribution_samples"):
+        return []
+    sampled = [float(temperature) for temperature in plan["temperatures"] if temperature]
+    return [(server, DISTRIBUTION, temperature, max(plan["concurrency"]), 0) for temperature in sampled]

@@ -27,6 +27,7 @@ from ..serving.flags import ENVIRONMENT, command, static_map
 from ..serving.launch import flags_for, scheduled_flags
 from ..serving.regime_flags import sampled_flags
 from ..serving.schedule_flags import read_schedule
+from .distribution import DISTRIBUTION, sampled_questions
 from .plan_file import Filled, as_written, read_file, variables_in
 from .plan_keys import METHODS, PlanKeys, ServerKeys
 from .results import Server
@@ -78,9 +79,14 @@ class Plan:
     """All servers are up while any of them is measured."""
     questions_per_slot: int | None
     """How many conversations a run has for each that is on its way at once, the task's first; None: all."""
+    distribution_samples: int
+    """Answers to each prompt that test the distribution; 0: no test."""
 
     def questions(self, task: str, concurrency: int) -> list[Question]:
         """What a run asks."""
+        if task == DISTRIBUTION:
+            of_tasks = [(name, one.questions) for name, one in self.tasks.items()]
+            return sampled_questions(of_tasks, self.distribution_samples)
         questions = self.tasks[task].questions
         return questions[: self.questions_per_slot * concurrency] if self.questions_per_slot else questions
 
@@ -90,6 +96,7 @@ class Plan:
         tasks = {name: task.info() for name, task in self.tasks.items()}
         # A single round is recorded as it was before there were several, so that such a folder can be gone on with.
         rounds = {"rounds": self.rounds, "together": self.together} if self.rounds > 1 else {}
+        samples = {"distribution_samples": self.distribution_samples} if self.distribution_samples else {}
         per_slot = {"questions_per_slot": self.questions_per_slot} if self.questions_per_slot else {}
         record: dict[str, Any] = as_written(
             {
@@ -97,6 +104,7 @@ class Plan:
                 "temperatures": self.temperatures,
                 "concurrency": self.concurrency,
                 **per_slot,
+                **samples,
                 "servers": {name: _as_recorded(launch.server) for name, launch in self.launches.items()},
                 "environments": {name: _digests(launch.environment) for name, launch in self.launches.items()},
                 "baseline": self.baseline,
@@ -186,6 +194,9 @@ def make_plan(values: dict[str, Any]) -> Plan:
             raise FastMTPError(f"tasks: two are called {task.name}; name one as name=FILE")
         tasks[task.name] = task
 
+    if keys.distribution_samples:
+        _check_sampling(keys, tasks)
+
     # The baseline goes first, so that every other run is compared as soon as it ends.
     baseline = keys.baseline or next((n for n, x in launches.items() if x.server.method == "baseline"), None)
     if baseline is not None and baseline not in launches:
@@ -214,7 +225,18 @@ def make_plan(values: dict[str, Any]) -> Plan:
         rounds=rounds,
         together=together,
         questions_per_slot=keys.questions_per_slot,
+        distribution_samples=keys.distribution_samples,
     )
+
+
+def _check_sampling(keys: PlanKeys, tasks: dict[str, Task]) -> None:
+    """Raises `FastMTPError` for what `distribution_samples` cannot be done with."""
+    if DISTRIBUTION in tasks:
+        raise FastMTPError(
+            f"tasks: {DISTRIBUTION} is what answers of distribution_samples are kept as; rename the task"
+        )
+    if not any(keys.temperatures):
+        raise FastMTPError("distribution_samples: at temperature 0 nothing is sampled; add one (temperatures: [0, 1])")
 
 
 def _by_load(file: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainVal
 from ..files.schema import Amount, Count, ListOf, Positive, Rate, Whole
 from ..files.show import show
 from ..method.metrics import MAX_ROUNDS
+from .distribution import MAX_SAMPLES
 from .plan_file import several, typed
 from .results import MAX_STEPS
 
@@ -123,6 +124,8 @@ class PlanValues(_Keys):
         baseline: name of the server that others are compared with; default: the plan's first
         rounds: how often the baseline is measured, and the others in turn with it; default: 3 if the servers are up
             together, else 2; 1 for one server
+        distribution_samples: short answers to each of three prompts, from every server, that test above temperature 0
+            whether the baseline's distribution is kept (docs/bench.md); default: none
         warmup: answers before anything is timed
         seed: of drawn questions and sampled answers
         served_model_name: the servers' name of the model; default: the only one they have
@@ -142,6 +145,7 @@ class PlanValues(_Keys):
     num_steps: Several[DraftSteps] = [3]
     baseline: Text | None = None
     rounds: Annotated[Positive, Field(le=MAX_ROUNDS), Typed] | None = None
+    distribution_samples: Annotated[Count, Field(le=MAX_SAMPLES), Typed] = 0
     warmup: Annotated[Count, Field(le=10**6), Typed] = 4
     seed: Annotated[Count, Typed] = 0
     served_model_name: Text | None = None

@@ -32,6 +32,7 @@ from ..method.metrics import (
     token_gaps,
 )
 from ..redaction import redact_words
+from .distribution import DISTRIBUTION, TOKENS, Distribution, Sample, compare_distributions, prompt_of
 
 SCHEMA = "swift_fastmtp.bench/2"
 OLDER_SCHEMAS = ("swift_fastmtp.bench/1",)
@@ -226,6 +227,8 @@ class Results:
     servers: dict[str, Server]
     baseline: str | None
     runs: ListOf[Run]
+    distributions: ListOf[Distribution] = field(default_factory=list)
+    """Of each server but the baseline, at each temperature above 0, where answers were sampled for it."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -272,12 +275,16 @@ def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
         plan: `plan.json`.
     """
     runs: dict[RunKey, list[Record]] = {}
+    sampled: dict[tuple[str, float], list[Sample]] = {}
     counters: dict[RunKey, list[list[int]]] = {}
     for record in records:
         if "counters" in record:
             counters.setdefault(run_key(record), []).append(record["counters"])
-        else:
+        elif record["task"] != DISTRIBUTION or not plan.get("distribution_samples"):
             runs.setdefault(run_key(record), []).append(record)
+        elif "error" not in record:
+            sample = (prompt_of(record["id"]), record["output_ids"], generated_text(record))
+            sampled.setdefault((record["server"], float(record["temperature"])), []).append(sample)
     servers = {name: build(Server, value, f"servers.{name}") for name, value in plan["servers"].items()}
     settings = build(Settings, plan["settings"], "settings")
     baseline = plan["baseline"]
@@ -294,7 +301,10 @@ def summarize(records: Iterable[Record], plan: dict[str, Any]) -> Results:
         "seconds": round(sum(_seconds(answers) for answers in runs.values()), 1),
         "engine": dict(zip(("name", "version"), engines[0], strict=True)) if engines else None,
     }
-    return Results(SCHEMA, provenance, settings, servers, baseline, summaries)
+    names = list(servers)
+    sampled = dict(sorted(sampled.items(), key=lambda item: (names.index(item[0][0]), item[0][1])))
+    distributions = compare_distributions(sampled, baseline, min(TOKENS, settings.max_new_tokens)) if baseline else []
+    return Results(SCHEMA, provenance, settings, servers, baseline, summaries, distributions)
 
 
 def plan_runs(plan: dict[str, Any]) -> list[RunKey]:
@@ -549,6 +559,9 @@ def read_results(path: str | Path) -> Results:
             if run.server not in results.servers or run.task not in results.settings.tasks:
                 raise FastMTPError(f"runs[{i}]: of a server or task that is not listed")
             check_run(run, f"runs[{i}]")
+        for i, one in enumerate(results.distributions):
+            if one.server not in results.servers:
+                raise FastMTPError(f"distributions[{i}]: of a server that is not listed")
         if results.baseline is not None and results.baseline not in results.servers:
             raise FastMTPError(f"baseline: {show(results.baseline)} is not among the servers")
     except FastMTPError as error:

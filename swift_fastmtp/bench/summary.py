@@ -45,6 +45,11 @@ def regimes(results: Results) -> list[str]:
     return lines
 
 
+def distributions(results: Results) -> list[str]:
+    """Whether answers above temperature 0 have the baseline's distribution, as far as it was tested."""
+    return [f"{one.server}, T={one.temperature:g}: distribution: {one}" for one in results.distributions]
+
+
 def warnings(results: Results) -> list[str]:
     """What a reader of the table must know."""
     lines = []

@@ -4,6 +4,7 @@ It is worse where the 95 % interval of the change of tau lies below 0, on the sa
 than that is noise, and no verdict.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,37 @@ def compare(before_R2K: Any, now_R2K: Any) -> Change | None:
         return None
     _, low, high = tau_change(before_R2K, now_R2K)
     return Change(len(now_R2K), tau_of_rows(before_R2K), tau_of_rows(now_R2K), low, high)
+
+
+def context_changes(
+    before: Sequence[Sequence[Any]] | None, now: Sequence[tuple[int, int, float, int]]
+) -> list[dict[str, Any]]:
+    """tau of two heads by tokens before the draft, as it stands in `fastmtp.json`.
+
+    Args:
+        before, now: `metrics.taus_of_context`; None: the initial head was not measured.
+
+    Each part has `start`, `end`, `positions` (that a draft begins at), `before` and `now`; `before` is None where that
+    head was not measured at the same positions.
+    """
+    known = {(start, end, positions): tau for start, end, tau, positions in before or ()}
+    parts = []
+    for start, end, tau, positions in now:
+        tau_before = known.get((start, end, positions))
+        rounded = None if tau_before is None else round(tau_before, 4)
+        parts.append(
+            {"start": start, "end": end, "positions": positions, "before": rounded, "now": round(tau, 4)},
+        )
+    return parts
+
+
+def shown_contexts(parts: list[dict[str, Any]]) -> str:
+    """`context_changes` in a line."""
+    shown = []
+    for part in parts:
+        before = "" if part["before"] is None else f"{part['before']:.2f} -> "
+        shown.append(f"{part['start']} to {part['end'] - 1}: {before}{part['now']:.2f}")
+    return ", ".join(shown) or "no draft"
 
 
 def shown_changes(settings: dict[str, Any]) -> dict[str, str]:

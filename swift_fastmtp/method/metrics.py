@@ -74,6 +74,38 @@ def count_acceptance(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: 
     return AcceptanceCounts(*(x.sum(dim=(1, 2)) for x in (eligible, reached, accepted)))
 
 
+def counts_by_context(
+    match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: torch.Tensor, place_BT: torch.Tensor
+) -> torch.Tensor:
+    """What `count_acceptance` sums, by part of the context (`part_of_context`): int64 [parts, 2, K], accepted and
+    eligible; counts of batches and ranks add up.
+
+    Args:
+        match_KBT, valid_KBT, base_BT: as there.
+        place_BT: rows before each in its document (`rollout.places`). What is drafted at row i stands behind tokens
+            0 to i + 1 of it.
+    """
+    import torch
+
+    eligible = (valid_KBT & base_BT).cumprod(dim=0)
+    accepted = eligible * match_KBT.cumprod(dim=0)
+    counts_N2K = torch.stack([accepted, eligible]).flatten(2).permute(2, 0, 1)
+    ends = torch.tensor([64 << part for part in range(_PARTS - 1)], device=place_BT.device)
+    part_N = torch.bucketize((place_BT + 2).flatten(), ends, right=True)
+    return counts_N2K.new_zeros(_PARTS, 2, len(match_KBT)).index_add_(0, part_N, counts_N2K)
+
+
+def taus_of_context(counts_P2K: Any) -> list[tuple[int, int, float, int]]:
+    """(start, end, tau, base rows) of the parts that have base rows, of `counts_by_context`."""
+    counts = np.asarray(counts_P2K, dtype=float)
+    parts = []
+    for number, (tau, rows) in enumerate(zip(_tau(counts).tolist(), counts[:, 1, 0].tolist(), strict=True)):
+        if rows:
+            start, end = _part(number)
+            parts.append((start, end, tau, int(rows)))
+    return parts
+
+
 def row_counts(match_KBT: torch.Tensor, valid_KBT: torch.Tensor, base_BT: torch.Tensor) -> torch.Tensor:
     """What `count_acceptance` sums, by batch row: int64 [B, 2, K], accepted and eligible. Arguments as there."""
     import torch
@@ -266,8 +298,16 @@ def tau_by_context(steps: Sequence[tuple[int, int]]) -> list[tuple[int, int, flo
 def part_of_context(tokens: int) -> tuple[int, int]:
     """The part of contexts that a place with so many tokens before it is in: 0 to 64, to 128, to 256 ..; doubling,
     because acceptance changes by the factor in length, not by the token."""
-    end = 64 << (tokens // 64).bit_length()
-    return (0 if end == 64 else end // 2), end
+    return _part((tokens // 64).bit_length())
+
+
+def _part(number: int) -> tuple[int, int]:
+    end = 64 << number
+    return (end // 2 if number else 0), end
+
+
+_PARTS = 26
+"""The last begins at 2^30 tokens."""
 
 
 def _tau_by_part(

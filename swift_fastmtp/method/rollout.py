@@ -55,6 +55,14 @@ def segment_ids(position_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor |
     return segments
 
 
+def places(segment_ids_BT: torch.Tensor) -> torch.Tensor:
+    """Of every row the rows before it in its own document, [B, T]."""
+    row_T = torch.arange(segment_ids_BT.shape[1], device=segment_ids_BT.device)
+    is_first = segment_ids_BT.diff(dim=-1, prepend=segment_ids_BT[:, :1] - 1) != 0
+    start_BT = torch.where(is_first, row_T, 0).cummax(-1).values
+    return row_T - start_BT
+
+
 def shift_left(x: torch.Tensor, steps: int, fill: float = 0) -> torch.Tensor:
     """Row i becomes row i + steps of dimension 1; rows past the end become `fill`."""
     out = torch.full_like(x, fill)

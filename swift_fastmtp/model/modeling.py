@@ -31,7 +31,7 @@ from ..families.table import FAMILIES
 from ..method.chunked_losses import greedy_tokens, step_losses
 from ..method.config import FastMTPConfig
 from ..method.losses import weighted_loss
-from ..method.rollout import rollout, segment_ids, step_targets
+from ..method.rollout import places, rollout, segment_ids, step_targets
 from ..method.token_map import DraftVocabulary, read_token_map
 from . import placement
 from .compat_transformers import (
@@ -70,6 +70,8 @@ class FastMTPOutput(ModelOutput):
     accept_prob: torch.Tensor | None = None
     full_match: torch.Tensor | None = None
     """`match` of a draft without the token map; in evaluation with a map only."""
+    place: torch.Tensor | None = None
+    """[B, T]: rows before each in its document (`rollout.places`)."""
 
 
 class FastMTPMixin:
@@ -267,7 +269,7 @@ class FastMTPMixin:
         if num_items is None:
             num_items = (labels[:, 1:] != -100).sum()
         loss = weighted_loss(results["step_loss"], self.fastmtp.step_weights, num_items)
-        return FastMTPOutput(loss=loss, mtp_loss=loss, valid=valid, **results)
+        return FastMTPOutput(loss=loss, mtp_loss=loss, valid=valid, place=places(segments), **results)
 
     @torch.no_grad()
     def backbone_states(

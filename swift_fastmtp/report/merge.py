@@ -6,10 +6,11 @@ prompts. What a reader must know before believing the tables (other hardware, fa
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..bench.distribution import Distribution
 from ..bench.results import Results, Run, RunKey, Server, TaskInfo, drift, read_results
 from ..errors import FastMTPError
 
@@ -24,6 +25,7 @@ class Merged:
     servers: dict[str, Server]
     baseline: str | None
     runs: list[Run]
+    distributions: list[Distribution] = field(default_factory=list)
 
 
 def load_results(paths: Sequence[str | Path]) -> Merged:
@@ -71,6 +73,7 @@ def merge(files: Sequence[tuple[str, Results]]) -> Merged:
             path_of.setdefault("baseline", path)
             merged.baseline = results.baseline
         merged.runs += results.runs
+        merged.distributions += results.distributions
     if not merged.runs:
         raise FastMTPError(f"{files[0][0]}: holds no run; finish the benchmark first")
     return merged
@@ -103,6 +106,9 @@ def notes(results: Merged) -> list[str]:
     unequal = sum(run.lossless is not None and run.lossless.equal < run.lossless.compared for run in results.runs)
     if unequal:
         lines.append(f"Some answers differ from the baseline's in {unequal} of {len(results.runs)} runs; see below.")
+    for one in results.distributions:
+        if one.differs:
+            lines.append(f"{one.server} at temperature {one.temperature:g}: the distribution of its answers {one}.")
     return lines
 
 

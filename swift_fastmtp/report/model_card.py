@@ -36,6 +36,7 @@ from .merge import Merged, engine, load_results, notes
 from .tables import (
     acceptance_table,
     concurrency_table,
+    distribution_table,
     lossless_table,
     main_table,
     map_table,
@@ -255,6 +256,7 @@ def _measurements(results: Merged | None) -> dict[str, Any]:
         acceptance_table(results, temperature),
         concurrency_table(results, temperature),
         lossless,
+        distribution_table(results),
         task_table(results),
     ]
     sources = []

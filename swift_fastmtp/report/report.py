@@ -17,6 +17,7 @@ from .tables import (
     acceptance_table,
     concurrency_table,
     cpu_table,
+    distribution_table,
     file_table,
     latency_table,
     lossless_table,
@@ -65,6 +66,6 @@ def tables(results: Merged) -> list[Table]:
     possible += [make(results, t, c) for t, c in every for make in (main_table, speedup_table, map_table)]
     temperatures = sorted({t for t, _ in every})
     possible += [make(results, t) for t in temperatures for make in (acceptance_table, concurrency_table)]
-    possible += [latency_table(results), cpu_table(results), lossless_table(results)]
+    possible += [latency_table(results), cpu_table(results), lossless_table(results), distribution_table(results)]
     possible += [task_table(results), server_table(results), file_table(results)]
     return [table for table in possible if table]

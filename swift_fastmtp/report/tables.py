@@ -6,6 +6,7 @@ from typing import Any
 
 from ..bench.results import Percentiles, Run, Server
 from ..files.table import NOTHING, Table, number
+from ..method.same_distribution import LEVEL
 from ..method.verification import regime_of
 from .entries import Entry, entries, mean, mean_speedup, of_all, slices, speed, tasks_of, tau, times
 from .merge import Merged, engine
@@ -263,6 +264,27 @@ def lossless_table(results: Merged) -> Table | None:
         "Greedy answers against the baseline's, token by token. Engines may round differently in batches of another "
         "size, so only equal batches must give equal answers.",
         [("", name) for name in ("K", "server", "task", "requests at a time", "equal answers", "first difference")],
+        rows,
+        num_keys=3,
+    ) if rows else None  # fmt: skip
+
+
+def distribution_table(results: Merged) -> Table | None:
+    """Sampled answers beside the baseline's; None where that was not tested."""
+    rows = []
+    for one in results.distributions:
+        server = results.servers[one.server]
+        keys = [f"{one.temperature:g}", f"{server.num_steps}", f"{server.label} ({one.server})"]
+        verdict = "differs from the baseline's" if one.differs else "same as the baseline's"
+        rows.append([*keys, verdict, f"{one.p_holm:.2g}", f"{one.prompts} × {one.samples}", f"{one.tokens}"])
+    names = ("temperature", "K", "server", "distribution", "p", "samples", "tokens each")
+    return Table(
+        "distribution",
+        "The same distribution as the baseline",
+        "Short sampled answers to the same prompts: permutation test of how often each prefix comes up, p adjusted for "
+        f"all rows of one benchmark (Holm); below {LEVEL:g} it differs. No difference found is no proof that there is "
+        "none: more samples find smaller ones.",
+        [("", name) for name in names],
         rows,
         num_keys=3,
     ) if rows else None  # fmt: skip

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..export.initial import save_initial
 from ..files.inputs import read_json
 from ..files.known_files import read_object
 from ..files.staging import write_json
-from ..method.comparison import Change, compare, why_withheld
+from ..method.comparison import Change, compare, context_changes, shown_contexts, why_withheld
 from ..method.metrics import tau_of_rows
 from .compat_swift import encode_rows, link_last_checkpoint, metric_of, reset_metrics
 
@@ -42,8 +43,10 @@ class AgainstInitial(TrainerCallback):
     """Compares every evaluation of one trainer with the initial head.
 
     Attributes:
-        measured: the initial head: `began_with`, its folder, and `sets`, the counts of the rows of each set.
-        compared: of the newest evaluation: `step`, `loss`, `on_worse` and a change per set (`Change.to_dict`).
+        measured: the initial head: `began_with`, its folder, and of each set the counts of its rows (`sets`) and
+            `tau_by_context`.
+        compared: of the newest evaluation: `step`, `loss`, `on_worse`, a change per set (`Change.to_dict`) and
+            `tau_by_context` (`comparison.context_changes`).
     """
 
     def __init__(self, trainer: Any, args: Any, other: Any) -> None:
@@ -64,25 +67,32 @@ class AgainstInitial(TrainerCallback):
         if self.other is not None:
             measured[OTHER] = self._measure(self.other)
         seconds = time.perf_counter() - started
-        self.measured = {"began_with": self.began_with, "sets": measured}
+        sets = {name: one.rows for name, one in measured.items()}
+        contexts = {name: one.contexts for name, one in measured.items()}
+        self.measured = {"began_with": self.began_with, "sets": sets, "tau_by_context": contexts}
         if is_master():
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             write_json(self.measured, Path(args.output_dir) / MEASURED)
-        taus = [f"{_words(name)}: tau {tau_of_rows(rows):.3f} ({len(rows)} rows)" for name, rows in measured.items()]
+        taus = [f"{_words(name)}: tau {tau_of_rows(rows):.3f} ({len(rows)} rows)" for name, rows in sets.items()]
         logger.info(f"the initial head, before the first step: {'; '.join(taus)}; measured in {seconds:.1f} s")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        measured = {VALIDATION: self._rows()}
+        measured = {VALIDATION: self._take()}
         if not state.global_step:  # `--eval_on_start`
             return
         if self.other is not None:
             measured[OTHER] = self._measure(self.other)
-        changes = self._changes(measured)
+        changes = self._changes({name: one.rows for name, one in measured.items()})
         self.compared = {"step": state.global_step, "loss": self.knobs.loss, "on_worse": self.knobs.on_worse}
         self.compared |= {name: change.to_dict() for name, change in changes.items()}
         if changes:
             line = "; ".join(f"{_words(name)}: {change}" for name, change in changes.items())
             logger.info(f"step {state.global_step} against the initial head: {line}")
+        before = self.measured.get("tau_by_context", {})
+        contexts = {name: context_changes(before.get(name), one.contexts) for name, one in measured.items()}
+        self.compared["tau_by_context"] = contexts
+        line = "; ".join(f"{_words(name)}: {shown_contexts(parts)}" for name, parts in contexts.items())
+        logger.info(f"step {state.global_step}, tau by tokens before the draft: {line}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Where the best checkpoint and the last are worse, the initial head takes their place."""
@@ -159,12 +169,12 @@ class AgainstInitial(TrainerCallback):
         if is_master():
             write_json(self.measured, Path(args.output_dir) / MEASURED)
 
-    def _rows(self) -> list[Any]:
-        rows: list[Any] = metric_of(self.trainer, "eval", "mtp").take_rows()
-        return rows
+    def _take(self) -> "_Measured":
+        metric = metric_of(self.trainer, "eval", "mtp")
+        return _Measured(metric.take_rows(), metric.take_contexts())
 
-    def _measure(self, dataset: Any) -> list[Any]:
-        """Counts of the rows of a set, beside the trainer's own evaluations: not logged, and no random number less for
+    def _measure(self, dataset: Any) -> "_Measured":
+        """One head on a set of rows, beside the trainer's own evaluations: not logged, no random number less for
         what follows."""
         trainer = self.trainer
         with random_state_kept():
@@ -172,7 +182,17 @@ class AgainstInitial(TrainerCallback):
             trainer.evaluation_loop(loader, description="against the initial head", prediction_loss_only=True)
         trainer.callback_handler.on_predict(trainer.args, trainer.state, trainer.control, {})  # ends the progress bar
         reset_metrics(trainer, "eval")
-        return self._rows()
+        return self._take()
+
+
+@dataclass
+class _Measured:
+    """One head on one set of rows."""
+
+    rows: list[Any]
+    """`metrics.row_counts` of each."""
+    contexts: list[tuple[int, int, float, int]]
+    """`metrics.taus_of_context`."""
 
 
 def _words(name: str) -> str:

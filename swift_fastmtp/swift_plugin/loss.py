@@ -11,7 +11,7 @@ from swift.metrics import Metric
 
 from ..checkpoint.finite import NotFiniteError
 from ..errors import FastMTPError
-from ..method.metrics import AcceptanceCounts, count_acceptance, row_counts
+from ..method.metrics import AcceptanceCounts, count_acceptance, counts_by_context, row_counts, taus_of_context
 from ..method.rollout import shift_left
 from .compat_swift import add_metric, around_grad_norm, around_loss, metric_of
 
@@ -94,6 +94,7 @@ class FastMTPMetric(Metric):
         self.device = device
         self.keep_rows = keep_rows
         self.rows: list[torch.Tensor] = []
+        self.contexts: list[torch.Tensor] = []
         self.sums: dict[str, torch.Tensor] | None
         self.add_state("sums", default_factory=lambda: None)
 
@@ -107,18 +108,23 @@ class FastMTPMetric(Metric):
                 counts = count_acceptance(match, outputs.valid, base_BT)
                 sums.update({f"{prefix}{f.name}": getattr(counts, f.name) for f in fields(counts)})
         if self.keep_rows:
-            self.rows.append(row_counts(outputs.match, outputs.valid, base_BT).cpu())
+            of_rows = outputs.match, outputs.valid, base_BT
+            self.rows.append(row_counts(*of_rows).cpu())
+            self.contexts.append(counts_by_context(*of_rows, outputs.place).cpu())
         sums = {name: value.double() for name, value in sums.items()}
         self.sums = sums if self.sums is None else {name: self.sums[name] + value for name, value in sums.items()}
 
     def take_rows(self) -> list[Any]:
         """Counts of every row since the last call, of all ranks: [R][2][K], accepted and eligible."""
-        rows, self.rows = [row for batch in self.rows for row in batch.tolist()], []
-        if not dist.is_initialized():
-            return rows
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, rows)
-        return [row for rank in ranks for row in rank]
+        batches = _of_all_ranks(self.rows)
+        self.rows = []
+        return [row for batch in batches for row in batch.tolist()]
+
+    def take_contexts(self) -> list[tuple[int, int, float, int]]:
+        """tau by tokens before the draft since the last call, of all ranks: `taus_of_context`."""
+        batches = _of_all_ranks(self.contexts)
+        self.contexts = []
+        return taus_of_context(torch.stack(batches).sum(0)) if batches else []
 
     def compute(self) -> dict[str, float]:
         sums = self.sums
@@ -144,3 +150,12 @@ class FastMTPMetric(Metric):
                     logs[f"{prefix}cond_acc_{k}"] = conditional
                 logs[f"{prefix}tau"] = counts.tau
         return logs
+
+
+def _of_all_ranks(batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What each rank counted, in the order of ranks."""
+    if not dist.is_initialized():
+        return batches
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, batches)
+    return [batch for rank in ranks for batch in rank]

@@ -5,7 +5,8 @@ goes wrong at the next answers, `times` how often; from answer `change_at` on it
 key under which it gives the first half of an answer, as with a reasoning parser; `text` stands before every raw answer.
 `lies` are values of `meta_info`, or of the page of metrics, that are not true. `echo` is a status with which it refuses
 every request, repeating all that it was sent; `authorizations` are the headers that it saw, `launch_command` what it
-says that it was started with.
+says that it was started with. With `wrong`, answers above temperature 0 are drawn by the seed, that part of them by a
+verifier that is wrong.
 
     python fake_engine.py --port 1234 --num_steps 2 --die_after 5
 """
@@ -13,6 +14,7 @@ says that it was started with.
 import argparse
 import json
 import os
+import random
 import sys
 import threading
 import time
@@ -25,6 +27,17 @@ OLD_NAMES = ("spec_verify_ct", "spec_accept_token_num", "spec_accept_histogram")
 def answer(ids, limit):
     """Tokens of the answer to a prompt."""
     return [(sum(ids) + 7 * i) % 6000 for i in range(min(limit, 4 + sum(ids) % 9))]
+
+
+def drawn(ids, limit, seed, wrong=0.0):
+    """Tokens of an answer above temperature 0: each one of three, by the token before it. In `wrong` of its rounds a
+    wrong verifier takes the draft whatever its probability."""
+    rng, output = random.Random(f"{seed} drawn"), [sum(ids) % 3]
+    while len(output) < limit:
+        weights = [[5, 3, 1], [1, 4, 4], [2, 2, 5]][output[-1]]
+        draft = weights.index(max(weights))
+        output.append(draft if rng.random() < wrong else rng.choices(range(3), weights)[0])
+    return output
 
 
 def chunks(length, num_steps):
@@ -60,6 +73,7 @@ class FakeEngine:
         self.conversations, self.prompts = [], []
         self.fault, self.times, self.asked, self.flushed, self.shift = "", 0, 0, 0, 0
         self.change_at = 10**9
+        self.wrong = None  # answers above temperature 0 are `drawn`, so much of them wrongly
         self.event_pause, self.stall = 0.0, 0.0  # seconds behind each part of an answer; of the fault "stall"
         self.dead, self.probed = False, 0  # what /health says, and how often it was asked
         self.drafts, self.accepted = 0, [0] * num_steps
@@ -174,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
         limit = body["sampling_params"]["max_new_tokens"]
         engine.prompts.append(body["input_ids"])
         output = answer(body["input_ids"], limit)
+        if engine.wrong is not None and body["sampling_params"]["temperature"]:
+            output = drawn(body["input_ids"], limit, body["sampling_params"]["sampling_seed"], engine.wrong)
         if engine.shift:
             output[-1] += engine.shift
         if fault == "empty":

@@ -1,4 +1,5 @@
-"""`fastmtp bench` above temperature 0, of the real vLLM: acceptance in each regime follows from the answers given."""
+"""`fastmtp bench` above temperature 0, of the real vLLM: acceptance in each regime follows from the answers given, and
+their distribution is that of a server without drafts."""
 
 import pytest
 import torch
@@ -7,6 +8,9 @@ from helpers.paths import ROOT, TINY
 from helpers.sampled_bench import STEPS, ask, foretold, interval, tau, texts_of
 from transformers import AutoTokenizer
 
+from swift_fastmtp.bench.bench import bench
+from swift_fastmtp.bench.distribution import PROMPTS
+from swift_fastmtp.bench.distribution import TOKENS as SAMPLED_TOKENS
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.serving.flags import command
 from swift_fastmtp.serving.launch import serve_flags
@@ -36,3 +40,22 @@ def test_a_benchmark_measures_what_its_answers_foretell(regime, tmp_path):
     assert high - low < 0.2
     other = of_regimes["rejection" if regime == "greedy" else "greedy"]
     assert abs(tau(served) - tau(other)) > 0.2
+
+
+def test_a_benchmark_tests_the_distribution_of_answers(tmp_path):
+    """Of rejection sampling, beside a server without drafts."""
+    drafting = command(serve_flags(TINY, "vllm", STEPS, temperature=TEMPERATURE, regime="rejection"))
+    place = drafting.index("--speculative-config")
+    plain = [*drafting[:place], *drafting[place + 2 :]]
+    fixed = {"PYTHONPATH": str(ROOT / "tests/helpers/vllm_fix")}
+    with (
+        VLLMServer([*plain, *SEEDED], tmp_path / "plain.log", fixed) as baseline,
+        VLLMServer([*drafting, *SEEDED, *TELLS], tmp_path / "drafting.log", fixed) as tuned,
+    ):
+        urls = [f"{name}=http://127.0.0.1:{x.port}" for name, x in (("baseline", baseline), ("tuned", tuned))]
+        asked = {"model": str(TINY), "tasks": [f"questions={QUESTIONS}"], "num_questions": 3, "max_new_tokens": 16}
+        asked |= {"temperatures": [TEMPERATURE], "concurrency": [16], "rounds": 1, "distribution_samples": 60}
+        results = bench(str(tmp_path / "bench"), base_urls=urls, **asked)
+    (one,) = results.distributions
+    assert (one.server, one.prompts, one.samples, one.tokens) == ("tuned", PROMPTS, 60, SAMPLED_TOKENS)
+    assert one.p > 1e-3, one
