@@ -167,9 +167,17 @@ def test_answers_that_differ_and_why(command, concurrency, reason):
 
 
 def test_above_temperature_0():
-    assert sentences(made({("T", "tuned", 2): (1.8, 1.7, 1.9)}, temperature=0.6))[1:] == [
-        "Lossless was not tested here: above temperature 0 answers are drawn, so equal texts are not expected."
+    value = made({("T", "tuned", 2): (1.8, 1.7, 1.9)}, temperature=0.6)
+    assert sentences(value)[1:] == [
+        "Lossless was not tested here: `fastmtp bench --distribution_samples` compares how answers are drawn."
     ]
+    test = {"server": "T-k2", "temperature": 0.6, "prompts": 3, "samples": 200, "tokens": 8, "p": 0.2, "p_holm": 0.4}
+    value["distributions"] = [test]
+    assert sentences(value)[1:] == [
+        "Lossless as far as 3 × 200 answers tell: drawn as the baseline's are, p = 0.4 or more."
+    ]
+    test["p_holm"] = 0.002
+    assert sentences(value)[1:] == ["Not lossless: answers of T are drawn from another distribution, p = 0.002."]
 
 
 def test_a_head_that_is_worse_than_the_shipped_one():

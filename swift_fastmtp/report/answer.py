@@ -226,7 +226,7 @@ def _rounds(part: _Part) -> list[str]:
 
 def _same_answers(part: _Part) -> list[str]:
     if part.temperature > 0:
-        return _same_distribution()
+        return _same_distribution(part)
     checks = {
         _named(e): [run.lossless for run in e.runs.values() if run.lossless and run.lossless.compared]
         for e in part.methods
@@ -248,9 +248,21 @@ def _same_answers(part: _Part) -> list[str]:
     return [f"Not every answer is the baseline's: {equal} of {compared} are. Different: {_some(names)}.", _why(part)]
 
 
-def _same_distribution() -> list[str]:
-    """Above temperature 0. A test of the distribution of the answers, where results hold one, belongs here."""
-    return ["Lossless was not tested here: above temperature 0 answers are drawn, so equal texts are not expected."]
+def _same_distribution(part: _Part) -> list[str]:
+    """Above temperature 0: texts are drawn, so their distribution is what must not change."""
+    tested = [one for one in part.results.distributions if one.temperature == part.temperature]
+    if not tested:
+        return ["Lossless was not tested here: `fastmtp bench --distribution_samples` compares how answers are drawn."]
+    lines = []
+    for one in sorted(tested, key=lambda one: (one.p_holm, one.server)):
+        if one.differs:
+            label = part.results.servers[one.server].label
+            lines.append(f"Not lossless: answers of {label} are drawn from another distribution, p = {one.p_holm:.2g}.")
+    if lines:
+        return lines
+    least = min(tested, key=lambda one: one.p_holm)
+    amount = f"{least.prompts} × {least.samples} answers"
+    return [f"Lossless as far as {amount} tell: drawn as the baseline's are, p = {least.p_holm:.2g} or more."]
 
 
 def _why(part: _Part) -> str:

@@ -13,11 +13,13 @@ from ..files.inputs import read_json
 from ..files.plot_style import MARKERS, PALETTE, plot_style
 from ..files.staging import staged
 from ..files.table import Table, number
+from ..report.answer import Answer, answers
 from ..report.figure import Plot, column_figure, finish, legend
 from ..report.merge import load_results, notes
 from ..report.page import page
 from ..report.plots import plots
 from ..report.report import tables
+from ..simulate.result import ALL
 from .plan import RunPlan
 from .stages import Stage
 from .state import State
@@ -31,18 +33,21 @@ def write_page(plan: RunPlan, stages: Sequence[Stage], state: State, estimated: 
     out = plan.out
     drawn: list[Plot] = []
     shown: list[Table] = []
+    given: list[Answer] = []
     first: list[str] = []
     results, simulated = out / "bench/results.json", out / "simulate/simulate.json"
     if results.exists():
         merged = load_results([results])
         drawn += plots(merged)
         shown += tables(merged)
+        given += answers(merged)
         first += notes(merged)
     if simulated.exists():
         heads = read_json(simulated)["heads"]
         whole = [head for head in heads if not head["token_map"]]
         drawn += [_acceptance(whole), _tau(whole)]
         shown.append(_heads(heads))
+        given.append(Answer("Without a server, as simulated", _before_and_after(whole)))
     shown += [_stages(stages, state), _commands(stages)]
     if estimated:
         rows = [[line] for line in estimated]
@@ -50,13 +55,26 @@ def write_page(plan: RunPlan, stages: Sequence[Stage], state: State, estimated: 
     made = f"Made by fastmtp run, swift_fastmtp {__version__}."
     path = out / NAME
     with staged(path) as file:
-        file.write_text(page(f"{TITLE}: {Path(plan.keys.model).name}", first, drawn, shown, made), encoding="utf-8")
+        title = f"{TITLE}: {Path(plan.keys.model).name}"
+        file.write_text(page(title, given, first, drawn, shown, made), encoding="utf-8")
     return path
 
 
 def _name(head: dict[str, Any]) -> str:
     name = Path(head["head"]).name
     return f"{name} + {Path(head['token_map']).name}" if head["token_map"] else name
+
+
+def _before_and_after(heads: Sequence[dict[str, Any]]) -> list[str]:
+    """The head that the model had, and the trained one, on all answers."""
+    groups = [head for head in heads if head["group"] == ALL]
+    if len(groups) != 2:
+        return []
+    before, after = (head["tau_micro"] for head in groups)
+    return [
+        f"Trained, a verification step gives {after[-1]:.2f} tokens with K = {len(after)}; before it gave "
+        f"{before[-1]:.2f}. With one draft: {after[0]:.2f}, before {before[0]:.2f}."
+    ]
 
 
 def _heads(heads: Sequence[dict[str, Any]]) -> Table:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from ..method.verification import REGIMES
 
+ALL = "all"
+"""The group that holds every answer."""
+
 
 @dataclass
 class HeadResult:

@@ -53,7 +53,7 @@ from .cost import StepCost, read_cost
 from .positions import PartResult, parts_of, parts_table
 from .recommend import Recommendation, advice_line, map_table, recommend, warnings
 from .request_map import RequestMap, mean_size
-from .result import HeadResult
+from .result import ALL, HeadResult
 from .schedule import Depth, schedule
 from .service import Offer
 from .states import States
@@ -62,7 +62,6 @@ from .step_times import StepTimes, check_gpu
 RECORD = "simulate.json"
 SCHEDULE = "adaptive.json"
 """For SGLang's --speculative-adaptive-config, and `fastmtp serve-args --schedule`."""
-ALL = "all"
 MOST_PLOTTED = 8
 
 
