@@ -18,7 +18,7 @@ def argument_names() -> list[str]:
     """
     swift = _folder("swift")
     if swift is None:
-        raise FastMTPError("training needs ms-swift, which is not installed: pip install 'swift_fastmtp[train]'")
+        raise FastMTPError("`swift sft` is not installed: pip install 'swift_fastmtp[train]'")
     files = [*swift.rglob("*arg*.py"), *swift.rglob("*arg*/*.py")]
     transformers = _folder("transformers")
     if transformers is not None:
