@@ -347,12 +347,12 @@ def _options_of(name: str) -> dict[str, dict[str, Any]]:
     from .options import settings_of
 
     verb = VERBS[name]
-    return {
-        option: settings
-        for place in verb.places
-        for parameter, (option, settings) in settings_of(place, verb.names).items()
-        if parameter not in verb.words
-    }
+    options = {}
+    for place in verb.places:
+        for parameter, (option, settings) in settings_of(place, verb.names).items():
+            if parameter not in verb.words:
+                options[option] = settings
+    return options
 
 
 def _check_words(words: Sequence[str]) -> None:

@@ -52,13 +52,14 @@ class Distribution:
 
 def sampled_questions(tasks: Iterable[tuple[str, list[Question]]], samples: int) -> list[Question]:
     """Each of the prompts as often as it is sampled: first questions, of each task in turn, without later turns."""
-    in_turn = zip_longest(*([(name, question) for question in questions] for name, questions in tasks))
-    chosen = [pair for pair in chain.from_iterable(in_turn) if pair][:PROMPTS]
-    return [
-        Question(f"{name}/{question.id}#{number}", question.turns[:1], question.system)
-        for name, question in chosen
-        for number in range(samples)
-    ]
+    by_task = [[(name, question) for question in questions] for name, questions in tasks]
+    in_turn = chain.from_iterable(zip_longest(*by_task))
+    chosen = [pair for pair in in_turn if pair][:PROMPTS]
+    sampled = []
+    for name, question in chosen:
+        for number in range(samples):
+            sampled.append(Question(f"{name}/{question.id}#{number}", question.turns[:1], question.system))
+    return sampled
 
 
 def prompt_of(question: str) -> str:

@@ -4,14 +4,12 @@ It ends, with everything that it started, when the benchmark ends, however that 
 closed terminal, kill -9. That is `watchdog.py`'s work, the process between the two.
 """
 
-import json
 import os
 import secrets
 import shlex
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -22,10 +20,9 @@ from types import FrameType
 
 from ..errors import FastMTPError, cannot_write
 from ..redaction import hide, hide_of_command, is_secret_name, known_secrets, redact
-from . import watchdog
 from .plan import Launch
+from .watched import STOP_SECONDS, give_order, start_watchdog
 
-STOP_SECONDS = 30
 _LAST_BYTES = 2**16
 """Of a log, in which its last line is looked for."""
 
@@ -98,22 +95,11 @@ def started(name: str, launch: Launch, log: Path, start_seconds: float) -> Itera
         "environment": {**os.environ, **launch.environment},
         "log": str(log.absolute()),
         "hidden": known_secrets(),
-        "stop_seconds": STOP_SECONDS,
     }
-    # By itself: neither what the plan sets for the server nor what is installed here has a say in it.
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", watchdog.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
+    process = start_watchdog()
     with _terminated_like_interrupted():
         try:
-            process.stdin.write(f"{json.dumps(order)}\n".encode())
-            process.stdin.flush()
-            if failure := process.stdout.readline().decode(errors="replace").strip():
+            if failure := give_order(process, order):
                 raise FastMTPError(f"{name}: cannot start {shown[0]} ({failure})")
             server = Started(name, f"http://127.0.0.1:{port}", process, log)
             _wait(server, start_seconds)

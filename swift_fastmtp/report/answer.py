@@ -278,7 +278,9 @@ def _why(part: _Part) -> str:
 
 def _dtype(command: Sequence[str]) -> str:
     """What a server's command asks for, the last one as its parser has it; `` if nothing."""
-    words = [part for word in command for part in (word.split("=", 1) if word.startswith("--dtype=") else [word])]
+    words: list[str] = []
+    for word in command:
+        words += word.split("=", 1) if word.startswith("--dtype=") else [word]
     places = [i for i, word in enumerate(words[:-1]) if word == "--dtype"]
     return words[places[-1] + 1] if places else ""
 

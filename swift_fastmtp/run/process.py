@@ -5,7 +5,6 @@ again. The command runs below `bench/watchdog.py`, as the servers of a benchmark
 folder's lock, so the next run waits until everything of this one has ended.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -13,10 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..bench import watchdog
+from ..bench.watched import STOP_SECONDS, give_order, start_watchdog
 from ..errors import FastMTPError
-
-STOP_SECONDS = 30
 
 
 def run_command(
@@ -38,14 +35,7 @@ def run_command(
     sys.stderr.flush()
     outputs = [os.dup(1), os.dup(2)]
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", watchdog.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            pass_fds=[*outputs, lock],
-        )
+        process = start_watchdog([*outputs, lock])
     finally:
         for file in outputs:
             os.close(file)
@@ -53,13 +43,10 @@ def run_command(
         "command": [str(word) for word in words],
         "environment": {**os.environ, "PATH": path, **(environment or {})},
         "outputs": outputs,
-        "stop_seconds": STOP_SECONDS,
     }
     assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(f"{json.dumps(order)}\n".encode())
-        process.stdin.flush()
-        if failure := process.stdout.readline().decode(errors="replace").strip():
+        if failure := give_order(process, order):
             raise FastMTPError(f"{words[0]}: cannot be started ({failure})")
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
