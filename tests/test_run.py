@@ -27,6 +27,9 @@ from swift_fastmtp.swift_plugin.names import argument_names
 
 PROMPTS = ROOT / "examples/prompts/train.jsonl"
 EVAL = ROOT / "examples/prompts/eval.jsonl"
+# The drill on another model, with longer answers: FASTMTP_DRILL_MODEL=output/smollm2/served FASTMTP_DRILL_TOKENS=48
+DRILL_MODEL = os.environ.get("FASTMTP_DRILL_MODEL", str(TINY))
+DRILL_TOKENS = int(os.environ.get("FASTMTP_DRILL_TOKENS", "24"))
 
 
 @pytest.fixture
@@ -295,11 +298,11 @@ def few(path, every, count=None):
 def small(folder, **changes):
     """A plan whose stages take seconds."""
     values = {
-        "model": str(TINY),
+        "model": DRILL_MODEL,
         "prompts": few(folder / "prompts.jsonl", 40),
         "tasks": few(folder / "eval.jsonl", 0, 6),
         "output_dir": str(folder / "out"),
-        "distill": {"max_new_tokens": 24, "batch_size": 4},
+        "distill": {"max_new_tokens": DRILL_TOKENS, "batch_size": 4},
         "mix": {"val_ratio": 0.1},
         "train": {
             "recipe": str(ROOT / "recipes/quickstart_cpu.yaml"),
