@@ -415,7 +415,7 @@ ERRORS = {
     "tasks broken": ({"decontaminate": ["{tmp}/broken.jsonl"]}, "broken.jsonl:2: a task needs"),
     "tasks no JSON": ({"decontaminate": ["{tmp}/text.jsonl"]}, "text.jsonl:1: not JSON"),
     "model": ({"model": "nowhere"}, "--model nowhere: holds no tokenizer"),
-    "nothing left": ({"min_answer_tokens": 4000}, "no row is left; why: "),
+    "nothing left": ({"min_answer_tokens": 4000}, "no row is left; `length` removed 1 of 1, the first: "),
     "on_bad_row": ({"on_bad_row": "fix"}, "neither `stop` nor `skip`"),
 }
 

@@ -178,7 +178,11 @@ def clean(  # noqa: PLR0913
             report["removed_file_sha256"] = file_hash(removed_file.name)
         write_json(report, report_file)
         if not kept:
-            raise FastMTPError(f"{output}: no row is left; why: {output}.report.json")
+            name, most = max(counts.items(), key=lambda item: item[1].rows)
+            raise FastMTPError(
+                f"{output}: no row is left; `{name}` removed {most.rows} of {len(verdicts)}, the first: "
+                f"{most.examples[0]}; all reasons: {output}.report.json"
+            )
     print(_table(counts, len(verdicts), read_tokens, kept, kept_tokens))
     if compared:
         names = ", ".join(task["task"] for task in compared)

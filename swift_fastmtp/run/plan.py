@@ -18,6 +18,8 @@ from ..bench.plan_keys import Environment, Seconds, Several, Text, Typed, Word, 
 from ..checkpoint.checkpoint import Checkpoint
 from ..data.client import check_address
 from ..errors import FastMTPError
+from ..export.dense import AS_QWEN2
+from ..export.inspection import inspect_model
 from ..files.inputs import check_file
 from ..files.schema import Count, build
 from ..files.show import meant, show
@@ -65,6 +67,8 @@ class RunKeys(BaseModel):
     environment: Environment = {}
     start_seconds: Seconds = 1800.0
 
+    graft: Stage = None
+    """Where the model has no MTP layer: `donor`, or without one a layer that is fitted on the answers."""
     distill: Map = {}
     clean: Map = {}
     mix: Map = {}
@@ -86,8 +90,9 @@ class TrainKeys(BaseModel):
     """Variables of the command: NPROC_PER_NODE, NNODES, .. as ms-swift reads them."""
 
 
-OPTION_STAGES = ("distill", "clean", "mix", "vocab", "simulate", "export", "bench", "card")
+OPTION_STAGES = ("graft", "distill", "clean", "mix", "vocab", "simulate", "export", "bench", "card")
 _OWN: dict[str, set[str]] = {
+    "graft": {"model", "output_dir", "init_from_last_layer", "fit_on", "draft_only"},
     "distill": {"model", "prompts", "output", "base_url", "api_key", "shard"},
     "clean": {"inputs", "output", "model"},
     "mix": {"inputs", "output_dir", "model"},
@@ -120,6 +125,11 @@ class RunPlan:
     @property
     def out(self) -> Path:
         return Path(self.keys.output_dir)
+
+    @property
+    def trained_model(self) -> str:
+        """The folder that is trained: the model, or what `graft` makes of it."""
+        return self.keys.model if self.keys.graft is None else str(self.out / "with-mtp")
 
     @property
     def wants_simulate(self) -> bool:
@@ -187,7 +197,7 @@ def _check_own(stage: str, key: str) -> None:
 def _check_inputs(plan: RunPlan) -> None:
     """Files and addresses, and what cannot be done together."""
     keys = plan.keys
-    _ = Checkpoint(keys.model).family  # which raises if the folder is none, or has no MTP layer to train
+    _check_model(keys)
     for name in keys.prompts:
         if name.partition(":")[0] not in ("hf", "swift"):
             check_file(name)
@@ -212,6 +222,21 @@ def _check_inputs(plan: RunPlan) -> None:
             )
         for task in files:
             check_file(_file_of(task))
+
+
+def _check_model(keys: RunKeys) -> None:
+    """Whether there will be an MTP layer to train: hours later `swift sft` would say so."""
+    if keys.graft is None:
+        reasons = inspect_model(keys.model).reasons
+        if reasons:
+            how = "; in a plan: `graft: {donor: BASE}`, or `graft: on` where no base has one"
+            raise FastMTPError(f"{keys.model}: {reasons[0]}{how if '`fastmtp graft' in reasons[0] else ''}")
+        return
+    model = Checkpoint(keys.model)
+    if donor := keys.graft.get("donor"):
+        _ = Checkpoint(donor).trainable_family
+    elif not set(AS_QWEN2) & set(model.config.get("architectures") or []):
+        _ = model.trainable_family
 
 
 def _file_of(task: str) -> str:

@@ -21,6 +21,8 @@ from .plan import RunPlan, eval_file
 
 TRAIN_SEED = 42
 """ms-swift's own; the plan's is added."""
+FITTED_ROWS = 256
+"""Of a layer that is fitted; the study on SmolLM2 (docs/results/smollm2.md) had 192."""
 _NOT_SETTINGS = {"base_url", "concurrency", "timeout", "retry_seconds", "on_bad_row", "jobs", "plan"}
 _NOT_SETTINGS |= {"environment", "python", "start_seconds", "resume_from_checkpoint"}
 """What says how a stage works, not what it makes; and the name of a plan, whose values are compared."""
@@ -131,8 +133,12 @@ def stages(plan: RunPlan) -> list[Stage]:
         shares = {"inputs": [f"all={cleaned}"], "shares": ["all=1"]}
     seed = {"seed": keys.seed}
 
+    # A donor's layer needs no answers, a layer that is fitted does.
+    graft = [] if keys.graft is None else [_graft(plan, mixed)]
+    early, late = (graft, []) if "donor" in (keys.graft or {}) else ([], graft)
     made = [
         _verb(plan, "inspect", {}, {}, None, folder=keys.model),
+        *early,
         _verb(
             plan,
             "distill",
@@ -150,6 +156,7 @@ def stages(plan: RunPlan) -> list[Stage]:
             pattern="clean.jsonl*",
         ),
         _verb(plan, "mix", {**shares, "output_dir": str(mixed), "model": keys.model, **seed}, keys.mix, mixed),
+        *late,
         _train(plan, mixed, train),
     ]
     if keys.vocab is not None:
@@ -157,7 +164,7 @@ def stages(plan: RunPlan) -> list[Stage]:
         made.append(_verb(plan, "vocab", values, keys.vocab, maps, pattern="maps*"))
     if plan.wants_simulate:
         made.append(_simulate(plan, best, mixed, maps, simulated))
-    values = {"adapters": str(best), "model": keys.model, "output_dir": str(export)}
+    values = {"adapters": str(best), "model": plan.trained_model, "output_dir": str(export)}
     if keys.vocab is not None and _are_chosen(simulated / "maps.json"):
         values["token_maps"] = str(simulated / "maps.json")
     made.append(_verb(plan, "export", values, keys.export, export))
@@ -193,11 +200,19 @@ def _verb(
     return Stage(name, program, {**own, **given}, output, pattern, options=plan.verbs.options_of(name))
 
 
+def _graft(plan: RunPlan, mixed: Path) -> Stage:
+    """The layer of a model that has none."""
+    own: dict[str, Any] = {"model": plan.keys.model, "output_dir": plan.trained_model}
+    if "donor" not in (plan.keys.graft or {}):
+        own |= {"init_from_last_layer": True, "fit_on": str(mixed / "train.jsonl"), "max_rows": FITTED_ROWS}
+    return _verb(plan, "graft", own, plan.keys.graft or {}, Path(plan.trained_model))
+
+
 def _train(plan: RunPlan, mixed: Path, train: Path) -> Stage:
     keys, recipe = plan.keys, plan.train.recipe
     own: dict[str, Any] = {} if recipe else {"model_type": "fastmtp", "metric_for_best_model": "mtp_tau"}
     own |= {
-        "model": keys.model,
+        "model": plan.trained_model,
         "dataset": f"fastmtp-self-distill:{mixed}/train.jsonl",
         "val_dataset": f"fastmtp-self-distill:{mixed}/val.jsonl",
         "output_dir": str(train),
@@ -225,7 +240,7 @@ def resumed(stage: Stage) -> Stage:
 
 
 def _simulate(plan: RunPlan, best: Path, mixed: Path, maps: Path, simulated: Path) -> Stage:
-    own: dict[str, Any] = {"model": plan.keys.model, "adapters": [str(best)]}
+    own: dict[str, Any] = {"model": plan.trained_model, "adapters": [str(best)]}
     if file := eval_file(plan):
         own["dataset"] = file
     else:
@@ -249,7 +264,7 @@ def bench_plan(plan: RunPlan) -> dict[str, Any]:
     keys, written, export = plan.keys, plan.written, plan.out / "export"
     servers: dict[str, Any] = {
         "baseline": {"label": "Baseline", "method": "baseline"},
-        "vanilla": {"label": "Vanilla MTP", "method": "vanilla", "folder": keys.model},
+        "vanilla": {"label": "Vanilla MTP", "method": "vanilla", "folder": plan.trained_model},
         "tuned": {"label": "FastMTP", "method": "tuned", "folder": str(export)},
     }
     if keys.vocab is not None and _are_chosen(plan.out / "simulate/maps.json"):
