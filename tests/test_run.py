@@ -27,9 +27,9 @@ from swift_fastmtp.swift_plugin.names import argument_names
 
 PROMPTS = ROOT / "examples/prompts/train.jsonl"
 EVAL = ROOT / "examples/prompts/eval.jsonl"
-# The drill on another model, with longer answers: FASTMTP_DRILL_MODEL=output/smollm2/served FASTMTP_DRILL_TOKENS=48
-DRILL_MODEL = os.environ.get("FASTMTP_DRILL_MODEL", str(TINY))
-DRILL_TOKENS = int(os.environ.get("FASTMTP_DRILL_TOKENS", "24"))
+# Keys of a plan that the runs below have instead of the tiny model's, for a drill with another one: JSON.
+DRILL_PLAN = json.loads(os.environ.get("FASTMTP_DRILL_PLAN", "{}"))
+RUN_SECONDS = 3600 if DRILL_PLAN else 570
 
 
 @pytest.fixture
@@ -298,11 +298,11 @@ def few(path, every, count=None):
 def small(folder, **changes):
     """A plan whose stages take seconds."""
     values = {
-        "model": DRILL_MODEL,
+        "model": str(TINY),
         "prompts": few(folder / "prompts.jsonl", 40),
         "tasks": few(folder / "eval.jsonl", 0, 6),
         "output_dir": str(folder / "out"),
-        "distill": {"max_new_tokens": DRILL_TOKENS, "batch_size": 4},
+        "distill": {"max_new_tokens": 24, "batch_size": 4},
         "mix": {"val_ratio": 0.1},
         "train": {
             "recipe": str(ROOT / "recipes/quickstart_cpu.yaml"),
@@ -313,6 +313,7 @@ def small(folder, **changes):
             "model_kwargs": {"fastmtp_on_worse": "keep"},
         },
         "simulate": {"max_new_tokens": 8},
+        **DRILL_PLAN,
         **changes,
     }
     path = folder / "plan.yaml"
@@ -335,7 +336,7 @@ def start(plan, *words, log=None):
 def finish(plan, *words):
     log = plan.with_suffix(".last")
     log.unlink(missing_ok=True)
-    assert start(plan, *words, log=log).wait(timeout=570) == 0, log.read_text(errors="replace")[-4000:]
+    assert start(plan, *words, log=log).wait(timeout=RUN_SECONDS) == 0, log.read_text(errors="replace")[-4000:]
     return log.read_text(errors="replace")
 
 

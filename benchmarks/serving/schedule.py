@@ -149,7 +149,8 @@ def table(predicted, by_server):
     """Speed over no drafts at each load: predicted, and served with its interval; the schedule's last."""
     names = [name for name in by_server if name != "baseline"]
     lines = ["# The best number of drafts by load", "", __doc__.split("\n\n")[2], ""]
-    lines += ["Speed over no drafts: tokens over seconds; predicted, then served with its 95 % interval.", ""]
+    lines += ["Speed over no drafts: tokens over seconds; predicted, then served with its 95 % interval."]
+    lines += [f"`skipping` is the schedule with `{next(iter(SKIP))}=1`.", ""]
     lines.append("| at once | K by schedule | " + " | ".join(names) + " |")
     lines.append("|---:" * (2 + len(names)) + "|")
     for depths in zip(*predicted.values(), strict=True):

@@ -121,7 +121,7 @@ class PlanValues(_Keys):
         chat_template_kwargs: JSON, as {"enable_thinking": false}
         concurrency: conversations at a time
         num_steps: drafts per step, K, of a plan's servers
-        baseline: name of the server that others are compared with; default: the plan's first
+        baseline: name of the server that others are compared with; default: the first whose method is `baseline`
         rounds: how often the baseline is measured, and the others in turn with it; default: 3 if the servers are up
             together, else 2; 1 for one server
         distribution_samples: short answers to each of three prompts, from every server, that test above temperature 0

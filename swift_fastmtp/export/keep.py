@@ -3,7 +3,8 @@
 transformers loads no MTP layer, so what a trainer or a merge saves has none. The base model's files still hold it: its
 tensors are put beside the saved ones, byte for byte, in a shard of their own, and config.json says again what engines
 look for. `graft` makes a new folder and casts the layer to the model's dtype; here a folder that was just saved is
-completed, and nothing is cast.
+completed, and nothing is cast. MTP tensors in files that the base's index does not list are read too. Layers that
+remote code saved with the model stay as they were saved.
 
 All is written in a hidden folder first. The files move into place one by one, the index last, which lists them.
 """

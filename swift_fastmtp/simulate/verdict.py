@@ -1,6 +1,6 @@
 """What measured acceptance says of an MTP layer: sound, weak, as good as random, or broken in a known way.
 
-The limits are from measurements: docs/doctor.md has them.
+The limits are from measurements: docs/results/probe.md has them.
 """
 
 from dataclasses import dataclass
