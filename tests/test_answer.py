@@ -13,7 +13,8 @@ from helpers.paths import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swift_fastmtp.bench.results import SCHEMA, Results, summarize
+from swift_fastmtp.bench.from_records import summarize
+from swift_fastmtp.bench.results import SCHEMA, Results
 from swift_fastmtp.files.schema import build
 from swift_fastmtp.report.answer import answer_lines, answers
 from swift_fastmtp.report.merge import load_results, merge

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swift_fastmtp.bench.results import summarize
+from swift_fastmtp.bench.from_records import summarize
 from swift_fastmtp.method.metrics import (
     busy_seconds,
     conditional_rates,

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.bench.cpu_time import CpuClock
-from swift_fastmtp.bench.order import plan_passes
+from swift_fastmtp.bench.from_records import summarize
+from swift_fastmtp.bench.order import plan_passes, plan_runs
 from swift_fastmtp.bench.plan import make_plan
 from swift_fastmtp.bench.records import read_records
-from swift_fastmtp.bench.results import pass_fields, plan_runs, read_results, summarize
+from swift_fastmtp.bench.results import pass_fields, read_results
 from swift_fastmtp.bench.summary import table, warnings
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.metrics import speedup

@@ -9,7 +9,8 @@ from helpers.paths import TINY
 
 from swift_fastmtp.bench.bench import bench
 from swift_fastmtp.bench.distribution import PROMPTS, TOKENS, compare_distributions
-from swift_fastmtp.bench.results import read_results, summarize
+from swift_fastmtp.bench.from_records import summarize
+from swift_fastmtp.bench.results import read_results
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method import same_distribution as method
 from swift_fastmtp.method.same_distribution import LEVEL, holm, prefix_distance, same_distribution

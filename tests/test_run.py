@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,8 @@ from swift_fastmtp.bench.watchdog import descendants
 from swift_fastmtp.cli import _check_words, _options_of, main
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.run import state
+from swift_fastmtp.run.estimate import measured
+from swift_fastmtp.run.measure import Answers, Training
 from swift_fastmtp.run.plan import Verbs, read_run_plan
 from swift_fastmtp.run.process import run_command
 from swift_fastmtp.run.stages import resumed, stages
@@ -145,6 +148,99 @@ def test_a_dry_run_estimates_from_files(plan, capsys):
     assert "8.81 MB as stored" in printed
 
 
+def settings(**changes):
+    """What ms-swift says of the quickstart's training."""
+    return {
+        "per_device_train_batch_size": 16,
+        "global_world_size": 1,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 6.0,
+        "max_length": 512,
+        "packing": False,
+        **changes,
+    }
+
+
+def made_estimate(path, number, answers=None, training=None):
+    """The estimate of a plan from given measurements."""
+    made = read_run_plan([path], {}, Verbs(_options_of, _check_words))
+    took = {"answers": 10, "at_once": 5, "tokens": 1000, "num_bytes": 4000, "seconds": 20.0, "start_seconds": 3.0}
+    took |= {"memory": 10**9, "in_process": True, "whole": True, **(answers or {})}
+    steps = {"kept": 0.8, "num_bytes": 400.0, "tokens": 128.0, "answer_tokens": 100.0, "longest": 200, "fitting": 1.0}
+    steps |= {"steps": 8, "step_seconds": 0.5, "start_seconds": 12.0, "memory": 2 * 10**9, "gpu_memory": None}
+    steps |= {"settings": settings(), **(training or {})}
+    return measured(made, stages(made), number, Answers(**took), Training(**steps))
+
+
+def test_an_estimate_is_what_was_measured_multiplied(plan):
+    recipe = {"recipe": str(ROOT / "recipes/quickstart_cpu.yaml")}
+    made = made_estimate(plan(mix={"val_ratio": 0.1}, tasks=str(EVAL), train=recipe), 1000)
+    needs = made.needs
+    assert needs["distill"].seconds == 3 + 100 * 20 and needs["distill"].disk == 400_000
+    assert needs["clean"].disk == needs["mix"].disk == 0.8 * 400_000
+    # 720 rows in batches of 16, six times; evaluated before the first step and every 50th, on 80 rows.
+    steps = 45 * 6
+    assert f"train: {steps} steps, 6 epochs of 720 rows of 128 tokens, 16 to a step" in made.text()
+    share = (needs["train"].seconds - 12 - steps * 0.5) / (6 * 80 * 0.5 / 16)
+    assert 1 / 3 < share < 1
+    # Checkpoints: the limit of the recipe, and one that is being written.
+    head = 12 * 468_224
+    assert needs["train"].disk == 3 * head
+    # As many answers as there are prompts for tasks, as long as the others, at their rate; two heads.
+    answered, passes = 68 * 100 / 50, 2 * 68 * 100 * 0.5 / 16 / 128
+    assert needs["simulate"].seconds == pytest.approx(3 + answered + passes)
+    assert needs["export"].seconds is None and made.text().count("the whole") == 1
+
+
+def test_an_estimate_of_training_goes_by_its_arguments(plan):
+    def trained(train, **changes):
+        made = made_estimate(
+            plan(train={"save_total_limit": 2, **train}), 1000, training={"settings": settings(**changes)}
+        )
+        return made.needs["train"], made.text()
+
+    assert "train: 7 steps, 0.14 epochs" in trained({"max_steps": 7})[1]
+    assert "train: 78 steps, 6 epochs" in trained({}, gradient_accumulation_steps=4)[1]
+    packed = trained({"packing": True}, packing=True, per_device_train_batch_size=1)[1]
+    assert "rows of 128 tokens packed into 512, 1 to a step" in packed and "train: 1,194 steps" in packed
+    assert " more memory " not in packed  # a packed sequence is as long as the measured ones
+    assert "max_length (512) needs" in trained({})[1]
+    assert " 0 evaluations" in trained({"eval_strategy": "no"})[1]
+    deepspeed, _ = trained({"deepspeed": "zero2", "save_steps": 10})
+    assert deepspeed.disk == 3 * 16 * 468_224
+    limited = made_estimate(plan(mix={"tokens": "20K"}), 1000).text()
+    assert "of 200 rows of 128 tokens" in limited  # 100 tokens of each are an answer
+
+
+def test_an_estimate_that_cannot_know_says_so(plan):
+    cut = made_estimate(plan(), 1000, {"whole": False})
+    assert "only the answers that ended within the minute were counted" in cut.text()
+    remote = made_estimate(plan(base_url="http://a:1"), 1000, {"in_process": False})
+    assert remote.needs["simulate"].seconds is None and "simulate: not estimated" in remote.text()
+
+
+def test_an_estimate_of_a_benchmark(plan, monkeypatch):
+    """Every pass of every server at the speed of one answer among many, and their starts."""
+    monkeypatch.chdir(ROOT)
+    changes = {"tasks": ["smoke"], "bench": {"num_steps": [1, 2], "max_new_tokens": 50, "rounds": 2}}
+    made = made_estimate(plan(engine="sglang", **changes), 1000, {"in_process": False, "server_seconds": 40.0})
+    asked = int(re.search(r"5 servers, ([\d,]+) answers of 50 tokens, 6 starts of a server, 40 s each", made.text())[1])
+    # 50 tokens per second of 5 at once: 10 of each.
+    assert made.needs["bench"].seconds == pytest.approx(6 * 40 + asked * 50 / 10)
+
+
+def test_a_plan_for_vllm_trains_for_its_graph(plan, capsys):
+    def knobs(**changes):
+        words = next(words for words in commands(capsys, plan(engine="vllm", **changes)) if words[1] == "sft")
+        return json.loads(words[words.index("--model_kwargs") + 1])
+
+    assert knobs() == {"fastmtp_engine": "vllm"}
+    assert knobs(train={"model_kwargs": {"fastmtp_beta": 0.5}}) == {"fastmtp_beta": 0.5, "fastmtp_engine": "vllm"}
+    assert knobs(train={"model_kwargs": {"fastmtp_engine": "sglang"}}) == {"fastmtp_engine": "sglang"}
+    main(["run", plan(engine="vllm", python="/opt/engine/bin/python"), "--dry_run"])
+    assert "/opt/engine/bin/vllm serve " in capsys.readouterr().out
+
+
 def test_with_an_engine(plan, capsys, monkeypatch):
     """The server for the answers is the benchmark's baseline; both know what this machine needs."""
     monkeypatch.chdir(ROOT)
@@ -216,8 +312,14 @@ def test_two_runs_in_one_folder(tmp_path, monkeypatch):
 def test_a_command_ends_when_its_time_is_over(tmp_path):
     mark = tmp_path / "pid"
     with locked(tmp_path / "out") as lock:
-        assert run_command(["sh", "-c", 'exit "$STATUS"'], lock, {"STATUS": "3"}) == 3
-        assert run_command(["sh", "-c", f"echo $$ > {mark}; sleep 60"], lock, seconds=1.0) is None
+        assert run_command(["sh", "-c", 'exit "$STATUS"'], lock, {"STATUS": "3"}).status == 3
+        since = tmp_path / "since"
+        slow = f"echo $$ > {mark}; sleep 1; touch {since}; sleep 60"
+        ended = run_command(["sh", "-c", slow], lock, seconds=0.5, since=since)
+        assert ended.status is None and since.exists() and ended.seconds < 30
+        # What the largest of its processes held, and not those of another command.
+        large = run_command([sys.executable, "-c", "len(b'x' * 200_000_000)"], lock)
+        assert ended.memory < 50_000_000 < 200_000_000 < large.memory < 400_000_000
         with pytest.raises(FastMTPError, match="no-such-command: cannot be started"):
             run_command(["no-such-command"], lock)
     with pytest.raises(ProcessLookupError):
@@ -366,9 +468,18 @@ def test_the_whole_way_and_nothing_twice(quiet):
     out = plan.parent / "out"
     for number, name in enumerate(("inspect", "distill", "clean", "mix", "train", "simulate", "export"), 1):
         assert f"== {number}/7 {name} (" in printed
-    assert "measured: 4 answers" in printed and "train: not known before its first steps" in printed
+    assert "measured: 4 answers" in printed and "measured: 8 steps of training" in printed
+    # Training of three steps is mostly its start, which was measured; nothing of the measurement is left.
+    record = json.loads((out / "run.json").read_text())
+    estimated, taken = record["estimate"]["needs"], record["stages"]
+    assert 0.2 < estimated["train"]["seconds"] / taken["train"]["seconds"] < 5
+    assert 0.3 < estimated["distill"]["disk"] / taken["distill"]["disk"] < 3
+    for name in ("distill", "train"):
+        assert 0.5 < estimated[name]["memory"] / taken[name]["memory"] < 2
+    assert estimated["simulate"]["seconds"] and not (out / "estimate").exists()
     page = (out / "run.html").read_text(encoding="utf-8")
     assert page.count("<svg ") == 2 and "swift sft" in page and "measured: 4 answers" in page
+    assert "estimated" in page and "the whole" in page
     script = (out / "commands.sh").read_text()
     assert f"swift sft {ROOT}/recipes/quickstart_cpu.yaml" in script and os.access(out / "commands.sh", os.X_OK)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -439,7 +550,7 @@ def kill_all(process, everything):
 
 
 # Where the drill kills: training saves a checkpoint at each step.
-DRILL = ["estimate", "distill", "distill", "clean", "mix", "train", "train", "train", "simulate", "export"]
+DRILL = ["estimate: 4 of", "estimate: 8 steps", "distill", "clean", "mix", "train", "train", "simulate", "export"]
 
 
 @pytest.mark.matrix
@@ -452,7 +563,7 @@ def test_killed_in_every_stage_it_ends_as_if_nobody_had(quiet, tmp_path):
     for number, name in enumerate(DRILL):
         log = plan.with_suffix(f".{number}")
         process = start(plan, log=log)
-        header = "estimate: " if name == "estimate" else f" {name} ("
+        header = name if name.startswith("estimate") else f" {name} ("
         while process.poll() is None and header not in log.read_text(errors="replace"):
             time.sleep(0.02)
         deadline = time.monotonic() + rng.uniform(0, seconds.get(name, 5.0))
@@ -465,6 +576,7 @@ def test_killed_in_every_stage_it_ends_as_if_nobody_had(quiet, tmp_path):
     print(f"killed in or after the beginning of {killed}")
     assert len(killed) >= 5
     assert result(tmp_path / "out") == want
-    left = [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".parts"))]
-    assert not [path for path in left if "estimate" not in path.parts]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".tmp", ".parts"))]
+    assert not (tmp_path / "out/estimate").exists()
+    assert json.loads((tmp_path / "out/run.json").read_text())["estimate"]["needs"]["train"]["seconds"] > 0
     assert (tmp_path / "out/run.html").exists()

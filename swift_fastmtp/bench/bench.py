@@ -2,7 +2,7 @@
 
 Servers take turns (`order`), each with its prefix cache flushed before every run. A request is a line of
 `requests.jsonl` as soon as it ends (`records`), so a run that was killed goes on where it was; `results.json` follows
-from the lines (`results.summarize`).
+from the lines (`from_records.summarize`).
 """
 
 import asyncio
@@ -19,10 +19,11 @@ from ..files.staging import write_json
 from ..redaction import without_login
 from .costs import COSTS, COSTS_STEPS, costs_table, with_paused_servers
 from .engines import Engine, Identity
+from .from_records import summarize
 from .measure import Measurement
 from .plan import Launch, Plan, make_plan, read_plan, server_urls
 from .records import missing_turns, open_records, read_plan_record
-from .results import Results, check_results, summarize
+from .results import Results, check_results
 from .servers import Started, started
 from .summary import distributions, regimes, table, warnings
 

@@ -18,8 +18,9 @@ from ..files.jobs import Part
 from .cpu_time import CpuClock
 from .distribution import DISTRIBUTION, TOKENS
 from .engines import Answer, Engine
+from .from_records import generated_text
 from .plan import Plan
-from .results import PassKey, Record, generated_text, pass_fields, pass_key, run_title
+from .results import PassKey, Record, pass_fields, pass_key, run_title
 from .servers import Started
 
 WARM_UP_TOKENS = 32

@@ -12,7 +12,18 @@ is a run in a round.
 from typing import Any
 
 from .distribution import DISTRIBUTION
-from .results import PassKey, plan_runs
+from .results import PassKey, RunKey
+
+
+def plan_runs(plan: dict[str, Any]) -> list[RunKey]:
+    """All runs of a plan, in the order in which they are done and shown."""
+    return [
+        (server, task, float(temperature), concurrency)
+        for server in plan["servers"]
+        for temperature in plan["temperatures"]
+        for concurrency in plan["concurrency"]
+        for task in plan["settings"]["tasks"]
+    ]
 
 
 def plan_passes(plan: dict[str, Any]) -> list[PassKey]:

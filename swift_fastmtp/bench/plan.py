@@ -380,6 +380,8 @@ def _launch(
         python = server.python or plan.python
         if python and words[0] == "python":
             words[0] = python
+        if python and words[0] == "vllm":  # the command that is installed beside it
+            words[0] = Filled(*(str(Path(name).with_name("vllm")) for name in (python, as_written(python))))
     words += [*plan.flags, *server.flags]
 
     # A map of another model is refused before anything is started, which takes minutes.

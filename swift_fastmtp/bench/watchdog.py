@@ -9,7 +9,7 @@ lost sight of; elsewhere the server's process group is all that it can end.
 It is started as a script, by any Python, and imports the standard library only. On standard input: one line of JSON
 with `command`, `environment`, `log`, `hidden` (what the log must not hold -> what stands there instead) and
 `stop_seconds`; then nothing, until the benchmark ends. On standard output: an empty line when the server runs, else why
-it does not. The exit status is the server's.
+it does not; at the end a line with the bytes of RAM that its largest process has held. The exit status is the server's.
 
 The stages of `fastmtp run` are run by it too. Their progress is for the terminal: `outputs`, two open files that were
 inherited, take the place of `log` and `hidden`, and the command writes there itself.
@@ -18,6 +18,7 @@ inherited, take the place of `log` and `hidden`, and the command writes there it
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -70,6 +71,7 @@ def main() -> int:
     end(server, order["stop_seconds"])
     if copier is not None:
         copier.join(timeout=5)
+    _tell_memory()
     status = server.returncode if server.returncode is not None else 1
     return status if status >= 0 else 128 - status
 
@@ -78,6 +80,15 @@ def _tell(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError:  # the benchmark is gone already, which its other pipe says too
+        return
+
+
+def _tell_memory() -> None:
+    # Not by print, whose buffer would change the exit status if nobody reads any more.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1024 if IS_LINUX else 1)
+    try:
+        os.write(1, f"{peak}\n".encode())
+    except OSError:
         return
 
 

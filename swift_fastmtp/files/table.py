@@ -27,6 +27,13 @@ def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     return NOTHING if value is None else f"{value:.{digits}f}{unit}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def markdown(table: Table, level: int = 2) -> str:
     """Title, table and caption."""
     header = [" ".join(part for part in column if part) for column in table.columns]

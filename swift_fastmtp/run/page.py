@@ -12,7 +12,7 @@ from .. import __version__
 from ..files.inputs import read_json
 from ..files.plot_style import MARKERS, PALETTE, plot_style
 from ..files.staging import staged
-from ..files.table import Table, number
+from ..files.table import NOTHING, Table, number
 from ..report.answer import Answer, answers
 from ..report.figure import Plot, column_figure, finish, legend
 from ..report.merge import load_results, notes
@@ -20,6 +20,8 @@ from ..report.page import page
 from ..report.plots import plots
 from ..report.report import tables
 from ..simulate.result import ALL
+from .estimate import Need, disk_of, memory_of, time_of, whole
+from .measure import logged_steps
 from .plan import RunPlan
 from .stages import Stage
 from .state import State
@@ -28,7 +30,7 @@ NAME = "run.html"
 TITLE = "fastmtp run"
 
 
-def write_page(plan: RunPlan, stages: Sequence[Stage], state: State, estimated: Sequence[str]) -> Path:
+def write_page(plan: RunPlan, stages: Sequence[Stage], state: State) -> Path:
     """Write the page. Returns its path. Raises `FastMTPError` if it cannot be written."""
     out = plan.out
     drawn: list[Plot] = []
@@ -49,9 +51,10 @@ def write_page(plan: RunPlan, stages: Sequence[Stage], state: State, estimated: 
         shown.append(_heads(heads))
         given.append(Answer("Without a server, as simulated", _before_and_after(whole)))
     shown += [_stages(stages, state), _commands(stages)]
-    if estimated:
-        rows = [[line] for line in estimated]
-        shown.append(Table("estimate", "Estimate", "As it was before the start.", [("", "")], rows, is_text=True))
+    if state.estimate is not None:
+        rows = [[line] for line in state.estimate.lines]
+        caption = "What was measured before the start, and assumed."
+        shown.append(Table("estimate", "Estimate", caption, [("", "")], rows, is_text=True))
     made = f"Made by fastmtp run, swift_fastmtp {__version__}."
     path = out / NAME
     with staged(path) as file:
@@ -119,16 +122,34 @@ def _lines(
 
 
 def _stages(stages: Sequence[Stage], state: State) -> Table:
-    rows = []
+    """What was estimated of each stage, beside what it took."""
+    needs = {} if state.estimate is None else state.estimate.needs
+    rows, estimated, taken = [], [], []
     for stage in stages:
-        entry = state.record.get(stage.name)
-        if entry is None:
-            rows.append([stage.name, "–", "–", f"{stage.output}: was there"])
-            continue
-        rows.append([stage.name, str(entry.starts), f"{entry.seconds:.0f} s", str(stage.output or "")])
-    caption = "Seconds of the starts that ended by themselves; what was killed is not counted."
-    columns = [("", "stage"), ("", "starts"), ("", "time"), ("", "made")]
-    return Table("stages", "Stages", caption, columns, rows, is_text=True)
+        entry, need = state.record.get(stage.name), needs.get(stage.name, Need())
+        took = Need()
+        if entry is not None:
+            took = Need(seconds=entry.seconds, disk=entry.disk, memory=entry.memory)
+        logged = logged_steps(state.out / "train/logging.jsonl") if stage.name == "train" else None
+        if logged is not None:
+            took.gpu_memory = logged[2]
+        starts = NOTHING if entry is None else str(entry.starts)
+        made = f"{stage.output}: was there" if entry is None else str(stage.output or "")
+        rows.append([stage.name, starts, *_pairs(need, took), made])
+        estimated.append(need)
+        taken.append(took)
+    rows.append(["the whole", "", *_pairs(whole(estimated), whole(taken)), ""])
+    caption = (
+        "Time: of the starts that ended by themselves; what was killed is not counted. Memory: RAM of a stage's "
+        "largest process. Estimated before the start; a dash is what nothing was measured for."
+    )
+    columns = [("", "stage"), ("", "starts")]
+    columns += [(name, which) for name in ("time", "disk", "memory") for which in ("estimated", "taken")]
+    return Table("stages", "Stages", caption, [*columns, ("", "made")], rows, is_text=True)
+
+
+def _pairs(need: Need, took: Need) -> list[str]:
+    return [cell for of in (time_of, disk_of, memory_of) for cell in (of(need), of(took))]
 
 
 def _commands(stages: Sequence[Stage]) -> Table:

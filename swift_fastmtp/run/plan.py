@@ -7,13 +7,14 @@ by the verb's own parser now, not hours later when its turn comes.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator
 
 from ..bench.plan import read_plan
-from ..bench.plan_file import as_written, typed
+from ..bench.plan_file import as_written, read_file, typed
 from ..bench.plan_keys import Environment, Seconds, Several, Text, Typed, Word, Words
 from ..checkpoint.checkpoint import Checkpoint
 from ..data.client import check_address
@@ -58,6 +59,8 @@ class RunKeys(BaseModel):
     tasks: Several[Text] = []
     """What is measured on, and so taken out of the training rows; none: rows that are held out."""
     seed: Annotated[Count, Typed] = 0
+    estimate: Annotated[bool, Typed] = True
+    """Whether a run begins with a measurement of what it will take."""
 
     # Servers: some that run, for the answers, or an engine that is started, for answers and benchmark.
     base_url: Several[Text] = []
@@ -122,9 +125,21 @@ class RunPlan:
     written: dict[str, Any] = field(default_factory=dict)
     """Its values with `${NAME}` where a variable was filled in."""
 
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.keys.model)
+
     @property
     def out(self) -> Path:
         return Path(self.keys.output_dir)
+
+    def asked(self, name: str, default: Any = None) -> Any:
+        """An argument of `swift sft`: the plan's, else the recipe's."""
+        if name in self.arguments:
+            return self.arguments[name]
+        recipe = read_file(self.train.recipe) if self.train.recipe else {}
+        value = recipe.get(name)
+        return default if value is None else value
 
     @property
     def trained_model(self) -> str:
@@ -197,7 +212,11 @@ def _check_own(stage: str, key: str) -> None:
 def _check_inputs(plan: RunPlan) -> None:
     """Files and addresses, and what cannot be done together."""
     keys = plan.keys
+<<<<<<< HEAD
     _check_model(keys)
+=======
+    _ = plan.checkpoint.family  # which raises if the folder is none, or has no MTP layer to train
+>>>>>>> run
     for name in keys.prompts:
         if name.partition(":")[0] not in ("hf", "swift"):
             check_file(name)

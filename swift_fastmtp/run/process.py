@@ -8,31 +8,52 @@ folder's lock, so the next run waits until everything of this one has ended.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..bench.watched import STOP_SECONDS, give_order, start_watchdog
 from ..errors import FastMTPError
 
+LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    status: int | None
+    """None: its time was over."""
+    seconds: float
+    memory: int | None
+    """Bytes of RAM that its largest process has held; None where that is not known."""
+
 
 def run_command(
-    words: Sequence[str], lock: int, environment: dict[str, str] | None = None, seconds: float | None = None
-) -> int | None:
+    words: Sequence[str],
+    lock: int,
+    environment: dict[str, str] | None = None,
+    seconds: float | None = None,
+    since: Path | None = None,
+) -> Ended:
     """Run a command with our standard output and error.
 
     Args:
         lock: open file that is held until the command has ended.
         environment: variables beside ours.
         seconds: it is ended after so many.
+        since: which are counted from when this file is there, so not while a model is loaded.
 
-    Returns its exit status, None if it was ended. Raises `FastMTPError` if it cannot be started.
+    Raises `FastMTPError` if it cannot be started.
     """
     # The commands that belong to this Python, as a virtual environment that is not activated has them.
     own = Path(sys.executable).parent
     path = os.pathsep.join([str(own), os.environ.get("PATH", os.defpath)])
     sys.stdout.flush()
     sys.stderr.flush()
+    start = time.monotonic()
     outputs = [os.dup(1), os.dup(2)]
     try:
         process = start_watchdog([*outputs, lock])
@@ -45,16 +66,31 @@ def run_command(
         "outputs": outputs,
     }
     assert process.stdin is not None and process.stdout is not None
+    memory = None
     try:
         if failure := give_order(process, order):
             raise FastMTPError(f"{words[0]}: cannot be started ({failure})")
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None
+        status = _wait(process, seconds, since)
     finally:
         # The end of the pipe is the end of the command.
-        for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):
-                pipe.close()
+        with suppress(OSError):
+            process.stdin.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=3 * STOP_SECONDS)
+            last = process.stdout.read().strip()
+            memory = int(last) if last.isdigit() else None
+        process.stdout.close()
+    return Ended(status, time.monotonic() - start, memory)
+
+
+def _wait(process: "subprocess.Popen[bytes]", seconds: float | None, since: Path | None) -> int | None:
+    """The exit status; None if the time is over."""
+    if seconds is None:
+        return process.wait()
+    deadline = None
+    while deadline is None or time.monotonic() < deadline:
+        if deadline is None and (since is None or since.exists()):
+            deadline = time.monotonic() + seconds
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=LOOK_SECONDS)
+    return None

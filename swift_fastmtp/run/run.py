@@ -20,14 +20,23 @@ from ..bench.servers import started
 from ..errors import FastMTPError
 from ..files.jobs import take_away_merged
 from ..files.staging import staged, take_away_leftovers
-from .estimate import SAMPLE, count_prompts, known, predicted, sample
+from .estimate import from_files, measured
+from .measure import (
+    Answers,
+    Training,
+    count_prompts,
+    measure_answers,
+    measure_training,
+    take_away,
+    why_not_measured,
+)
 from .page import write_page
 from .plan import RunPlan, Verbs, read_run_plan
-from .process import run_command
+from .process import Ended, run_command
 from .stages import Stage, bench_plan, resumed, stages
 from .state import State, locked
 
-COMMANDS, BENCH_PLAN, ESTIMATE = "commands.sh", "bench.yaml", "estimate.txt"
+COMMANDS, BENCH_PLAN = "commands.sh", "bench.yaml"
 _PORT = 30000
 """Of the server in `commands.sh`; the one that is started here has a free one."""
 
@@ -72,7 +81,8 @@ def run(  # noqa: PLR0913
             _check(made, stage)
     launch = _launch(made)
     if dry_run:
-        print("\n".join([*known(made, count_prompts(made)), "", *_script(made, chosen, launch)]))
+        estimated = from_files(made, chosen, count_prompts(made)).text()
+        print("\n".join([estimated, "", *_script(made, chosen, launch)]))
         return
 
     out = made.out
@@ -88,16 +98,14 @@ def run(  # noqa: PLR0913
                 _tidy(stage)
                 print(f"{title}: {_there(stage, state)}", flush=True)
                 continue
+            if stage.name == "distill" and not state.is_ours(stage):
+                _estimate(made, chosen, launch, state, partial(run_command, lock=lock))
             with _server(made, stage, launch, state):
-                if stage.name == "distill" and not state.is_ours(stage):
-                    _estimate(made, stage, partial(run_command, lock=lock))
                 print(f"{title} ({_clock(time.monotonic() - begun)} so far)\n$ {stage.line}", flush=True)
                 _do(stage, state, lock)
         chosen = _until(stages(made), until)
         _write_commands(made, chosen, launch)
-        estimate = out / ESTIMATE
-        estimated = estimate.read_text(encoding="utf-8").splitlines() if estimate.exists() else []
-        page = write_page(made, chosen, state, estimated)
+        page = write_page(made, chosen, state)
     print(f"{page}: what was done, and what came of it; {out / COMMANDS}: the commands")
 
 
@@ -134,33 +142,34 @@ def _there(stage: Stage, state: State) -> str:
 def _do(stage: Stage, state: State, lock: int) -> None:
     """One stage. Raises `FastMTPError` if it fails, or ends without its output."""
     state.begin(stage)
-    start = time.monotonic()
-    status = run_command(stage.words, lock, stage.environment)
+    ended = run_command(stage.words, lock, stage.environment)
     is_there = stage.output is None or stage.output.exists()
-    state.end(stage, time.monotonic() - start, ended=status == 0 and is_there)
-    if status:
+    state.end(stage, ended, is_done=ended.status == 0 and is_there)
+    if ended.status:
         raise FastMTPError(
-            f"{stage.name} ended with status {status}; its message is above; what is finished is kept, start again to "
-            "go on"
+            f"{stage.name} ended with status {ended.status}; its message is above; what is finished is kept, start "
+            "again to go on"
         )
     if not is_there:
         raise FastMTPError(f"{stage.name} ended without {stage.output}; its messages are above")
 
 
-def _estimate(plan: RunPlan, stage: Stage, run: partial[int | None]) -> None:
+def _estimate(plan: RunPlan, chosen: Sequence[Stage], launch: Launch | None, state: State, run: partial[Ended]) -> None:
     """Print what is known and what is measured before the first stage that takes long, and keep it for the page."""
-    number = count_prompts(plan)
-    lines = known(plan, number)
-    print("\n".join(lines), flush=True)
-    if (plan.out / SAMPLE).exists():
-        added = ["distill: not measured; the measurement was cut off, and is not tried twice"]
-    elif number and (measured := sample(plan, stage, number, run)):
-        added = predicted(number, measured)
-    else:
-        added = ["distill: not measured"]
-    print("\n".join(added), flush=True)
-    with staged(plan.out / ESTIMATE) as file:
-        file.write_text("\n".join([*lines, *added]) + "\n", encoding="utf-8")
+    if state.estimate is None:
+        by_name = {stage.name: stage for stage in chosen}
+        distill, number = by_name["distill"], count_prompts(plan)
+        answers: Answers | str = why_not_measured(plan, number, bool(plan.keys.base_url or launch))
+        training: Training | str = "this run ends before it"
+        if number and not answers:
+            answers = measure_answers(plan, distill, number, run, lambda: _server(plan, distill, launch, state))
+        if isinstance(answers, Answers) and "train" in by_name:
+            # Behind the server, which would have the memory.
+            training = measure_training(plan, by_name["clean"], by_name["train"], run)
+        state.keep_estimate(measured(plan, chosen, number, answers, training))
+    assert state.estimate is not None
+    take_away(plan.out)
+    print(state.estimate.text(), flush=True)
 
 
 def _clock(seconds: float) -> str:

@@ -220,10 +220,17 @@ def _train(plan: RunPlan, mixed: Path, train: Path) -> Stage:
         "create_checkpoint_symlink": True,
         "seed": TRAIN_SEED + keys.seed,
     }
+    # The graph of the engine that will serve the head, unless the plan or the recipe has one.
+    knobs = dict(plan.asked("model_kwargs", {}))
+    chosen = {key.lower(): value for key, value in knobs.items()}
+    if keys.engine == "vllm" and "fastmtp_engine" not in chosen and chosen.get("fastmtp_rollout") != "paper":
+        arguments = {**plan.arguments, "model_kwargs": {**knobs, "fastmtp_engine": "vllm"}}
+    else:
+        arguments = plan.arguments
     return Stage(
         "train",
         ["swift", "sft", *([recipe] if recipe else [])],
-        {**own, **plan.arguments},
+        {**own, **arguments},
         train / "best",
         train.name,
         words_before=plan.train.launcher,

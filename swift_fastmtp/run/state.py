@@ -1,8 +1,8 @@
 """What a plan's folder knows of its stages, so that no result is a mixture of two plans.
 
-`run.json` holds for each stage the settings that it was begun with. A plan that says something else is refused with the
-key that changed; `--redo` removes what the changed stage and those after it have made. What the record does not know,
-because the user ran the command himself, is taken as it is.
+`run.json` holds for each stage the settings that it was begun with, what it took, and what was estimated. A plan that
+says something else is refused with the key that changed; `--redo` removes what the changed stage and those after it
+have made. What the record does not know, because the user ran the command himself, is taken as it is.
 """
 
 import shutil
@@ -19,6 +19,8 @@ from ..files.known_files import read_object
 from ..files.schema import Amount, Count, build
 from ..files.show import show
 from ..files.staging import exists, lock_file, write_json
+from .estimate import Estimate
+from .process import Ended
 from .stages import Stage
 
 RECORD, LOCK = "run.json", "run.lock"
@@ -57,6 +59,10 @@ class Entry(BaseModel):
     command: str
     starts: Count = 0
     seconds: Amount = 0.0
+    memory: Count | None = None
+    """Bytes of RAM of its largest process."""
+    disk: Count | None = None
+    """Bytes of what it has made."""
     ended: bool = False
 
 
@@ -65,12 +71,15 @@ class State:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        recorded = read_object(out / RECORD).get("stages", {})
-        self.record = build(dict[str, Entry], recorded, str(out / RECORD))
+        recorded = read_object(out / RECORD)
+        self.record = build(dict[str, Entry], recorded.get("stages", {}), str(out / RECORD))
+        estimated = recorded.get("estimate")
+        self.estimate = None if estimated is None else build(Estimate, estimated, f"{out / RECORD}.estimate")
 
     def _write(self) -> None:
         stages = {name: entry.model_dump() for name, entry in self.record.items()}
-        write_json({"stages": stages}, self.out / RECORD)
+        estimated = {} if self.estimate is None else {"estimate": self.estimate.model_dump()}
+        write_json({**estimated, "stages": stages}, self.out / RECORD)
 
     def is_done(self, stage: Stage) -> bool:
         if stage.output is None:
@@ -82,19 +91,31 @@ class State:
         """Whether a run has begun it, so that its settings are known."""
         return stage.name in self.record
 
-    def begin(self, stage: Stage) -> None:
-        before = self.record.get(stage.name)
-        starts, seconds = (before.starts, before.seconds) if before else (0, 0.0)
-        self.record[stage.name] = Entry(
-            settings=stage.settings(self.out), command=stage.line, starts=starts + 1, seconds=seconds
-        )
+    def keep_estimate(self, made: Estimate) -> None:
+        self.estimate = made
         self._write()
 
-    def end(self, stage: Stage, seconds: float, ended: bool) -> None:
-        entry = self.record[stage.name]
-        entry.seconds = round(entry.seconds + seconds, 1)
-        entry.ended = ended
+    def begin(self, stage: Stage) -> None:
+        before = self.record.get(stage.name)
+        entry = Entry(settings=stage.settings(self.out), command=stage.line, starts=1)
+        if before:
+            entry.starts, entry.seconds, entry.memory = before.starts + 1, before.seconds, before.memory
+        self.record[stage.name] = entry
         self._write()
+
+    def end(self, stage: Stage, ended: Ended, is_done: bool) -> None:
+        entry = self.record[stage.name]
+        entry.seconds = round(entry.seconds + ended.seconds, 1)
+        entry.memory = max([size for size in (entry.memory, ended.memory) if size is not None], default=None)
+        entry.disk = self._size(stage) if stage.pattern else None
+        entry.ended = is_done
+        self._write()
+
+    def _size(self, stage: Stage) -> int:
+        """Bytes of its files; those that are linked to files of others take none."""
+        paths = [path for made in self._files(stage) for path in (made.rglob("*") if made.is_dir() else [made])]
+        facts = [path.lstat() for path in paths if path.is_file() and not path.is_symlink()]
+        return sum(fact.st_size for fact in facts if fact.st_nlink == 1)
 
     def check(self, stages: Sequence[Stage], where: str, redo: bool) -> None:
         """Raises `FastMTPError` if the plan is not the one that a stage was begun with, or a stage has to run whose
@@ -143,4 +164,8 @@ class State:
                 except OSError as error:
                     raise FastMTPError(f"{path}: cannot be removed ({error.strerror})") from None
             self.record.pop(stage.name, None)
+            if self.estimate is not None:
+                self.estimate.needs.pop(stage.name, None)
+            if stage.name == "distill":
+                self.estimate = None
             self._write()

@@ -1,4 +1,4 @@
-"""`fastmtp run` with an engine: a real SGLang answers the prompts and serves the heads, up to report and model card."""
+"""`fastmtp run` with a real SGLang or vLLM, which answers the prompts and serves the heads, up to report and card."""
 
 import json
 import subprocess
@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import yaml
-from helpers.engine import engine_python
+from helpers.engine import engine_folder
 from helpers.paths import ROOT, TINY
 
 from swift_fastmtp.bench.results import read_results
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 
 PLAN = {
     "model": str(TINY),
-    "engine": "sglang",
     "tasks": ["smoke"],
     "distill": {"max_new_tokens": 16, "concurrency": 8},
     "mix": {"val_ratio": 0.1},
@@ -29,12 +29,18 @@ PLAN = {
 }
 
 
+ENGINES = {"sglang": ("setup_engine.sh", "cpu_plan.yaml"), "vllm": ("setup_vllm.sh", "cpu_plan_vllm.yaml")}
+
+
 @pytest.mark.matrix
-def test_from_prompts_to_the_model_card(tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_from_prompts_to_the_model_card(engine, tmp_path):
     lines = (ROOT / "examples/prompts/train.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines[::40]) + "\n", encoding="utf-8")
     out = tmp_path / "out"
-    values = {**PLAN, "prompts": str(tmp_path / "prompts.jsonl"), "output_dir": str(out), "python": engine_python()}
+    set_up, machine = ENGINES[engine]
+    values = {**PLAN, "prompts": str(tmp_path / "prompts.jsonl"), "output_dir": str(out), "engine": engine}
+    values["python"] = f"{engine_folder(set_up)}/bin/python"
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(values))
     command = [
         sys.executable,
@@ -42,7 +48,7 @@ def test_from_prompts_to_the_model_card(tmp_path):
         "swift_fastmtp.cli",
         "run",
         str(tmp_path / "plan.yaml"),
-        "tests/serving/cpu_plan.yaml",
+        f"tests/serving/{machine}",
     ]
     for attempt in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
@@ -52,6 +58,8 @@ def test_from_prompts_to_the_model_card(tmp_path):
     assert list(results.servers) == ["baseline", "vanilla-k2", "tuned-k2"]
     (run,) = [run for run in results.runs if run.server == "tuned-k2"]
     assert run.lossless.equal == run.lossless.compared == run.num_requests >= 3 and run.tau_micro > 1
+    # It is trained on what this engine computes with it.
+    assert Checkpoint(out / "train/best").trained_for == engine
     # The answers are the server's, with what it was asked with.
     row = json.loads((out / "distilled.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["messages"][-1]["prompt_token_ids"]
