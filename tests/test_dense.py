@@ -10,6 +10,7 @@ from helpers.swift_runs import sft_args, swift, write_rows
 from transformers import AutoModelForCausalLM
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
+from swift_fastmtp.data.distill import distill
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.doctor import examine
 from swift_fastmtp.export.folders import export_full
@@ -124,3 +125,38 @@ def test_a_llama_is_trained_and_served(tmp_path):
         assert [server.complete(flags[2], prompt, 24)[0] for prompt in prompts.tolist()] == want
     with Server(command(serve_flags(tmp_path / "export", "sglang", 3)), tmp_path / "sglang.log") as server:
         assert [record["output_ids"] for record in server.generate(prompts.tolist(), 24)] == want
+
+
+def answers_of(model, folder, name):
+    output = folder / f"{name}.jsonl"
+    distill(str(model), str(folder / "prompts.jsonl"), str(output), max_new_tokens=8, temperature=0.0)
+    return [json.loads(line)["messages"] for line in output.read_text().splitlines()]
+
+
+def test_distill_needs_no_layer(tmp_path):
+    """What a model answers before it gets one is what it answers with one, and the layer is fitted on it."""
+    model = save_dense(tmp_path / "model", "llama")
+    rows = [json.dumps({"prompt": f"the number {number}"}) for number in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    before = answers_of(model, tmp_path, "before")
+    graft(model, tmp_path / "out", init_from_last_layer=True, fit_on=str(tmp_path / "before.jsonl"))
+    assert answers_of(tmp_path / "out", tmp_path, "after") == before
+    assert all(turns[1]["token_ids"] for turns in before)
+
+
+def test_distill_of_a_model_that_cannot_answer_here(tmp_path):
+    """One line each, and no answers."""
+    model = save_dense(tmp_path / "model", "llama")
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "one"}))
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    for changes, line in (
+        ({"num_hidden_layers": 3}, r"tensor model.layers.2.\S+ is missing"),
+        (quantized, r"is quantized \(awq\); ask a server of it: --base_url"),
+        ({"model_type": "no such type"}, "transformers cannot build it"),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(FastMTPError, match=line):
+            answers_of(model, tmp_path, "none")
+    assert not (tmp_path / "none.jsonl").exists()

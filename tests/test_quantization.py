@@ -19,6 +19,7 @@ from swift_fastmtp.checkpoint.config_file import read_config
 from swift_fastmtp.checkpoint.quantization import left_out, parts_of, read_quantization
 from swift_fastmtp.checkpoint.quantization_methods import METHODS
 from swift_fastmtp.export.doctor import examine
+from swift_fastmtp.export.graft import graft
 from swift_fastmtp.export.inspection import inspect_model, text
 from swift_fastmtp.families.table import match_family
 from swift_fastmtp.model.loading import head_shapes
@@ -106,6 +107,12 @@ LEFT_OUT = {
                             "mtp.layers.0*"]},
         NVFP4 | {"ignore": ["lm_head", "mtp.fc"]},
     ),
+    "ModelOpt ignore, Qwen3.5-122B-A10B-NVFP4, with an FP8 cache": (
+        "qwen3_5",
+        NVFP4 | {"ignore": ["lm_head", "model.language_model.layers.0.linear_attn*", "model.visual*", "mtp.layers.0*",
+                            "mtp*"], "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}},
+        NVFP4 | {"ignore": ["lm_head", "mtp.fc*"]},
+    ),
     "ModelOpt mixed precision, Qwen3.6 NVFP4": (
         "qwen3_5",
         {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": [], "quantized_layers": MIXED},
@@ -138,6 +145,12 @@ LEFT_OUT = {
         "qwen3_5",
         CT | {"ignore": ["lm_head", "re:.*visual.*", "re:.*mtp.*"]},
         CT | {"ignore": ["lm_head", "mtp.fc", "mtp.layers.0.self_attn.o_proj"]},
+    ),
+    "compressed-tensors, as llm-compressor adds it for Qwen3.5": (  # `save_mtp_tensors_to_checkpoint`
+        "qwen3_5",
+        CT | {"ignore": ["lm_head", "model.visual.blocks.0.attn.qkv", "model.language_model.layers.0.linear_attn.norm",
+                         "re:^mtp.*"]},
+        CT | {"ignore": ["lm_head", "re:^mtp.fc"]},
     ),
     "compressed-tensors, every name": (
         "qwen3_5", CT | {"ignore": ["lm_head", *QWEN_LINEARS]}, CT | {"ignore": QWEN_LINEARS[:1]}
@@ -312,6 +325,42 @@ def test_a_quantised_layer_that_is_declared_so_is_a_warning(plain_models, tmp_pa
     changed(folder, packed)
     [finding] = examine(folder)
     assert finding.level == "warning" and "the MTP layer is quantized" in finding.what
+
+
+def packed_by_autoround(tensors):
+    """AutoRound's own: what transformers did not load is quantized too, without `g_idx`, all but `mtp.fc`."""
+    fc = tensors["mtp.fc.weight"]
+    packed(tensors)
+    for name in [n for n in tensors if n.endswith(".g_idx") or n.startswith("mtp.fc.")]:
+        del tensors[name]
+    tensors["mtp.fc.weight"] = fc
+
+
+def test_a_layer_that_autoround_quantized_with_the_model(plain_models, tmp_path):
+    """One line says so and what to do, which then works; nothing of it is taken for a missing tensor."""
+    blocks = {"block_name_to_quantize": ["model.language_model.layers", "mtp.layers.0"]}
+    settings = AUTO_ROUND | blocks | {"extra_config": {"mtp.fc": {"bits": 16, "data_type": "fp"}}}
+    target = declared(plain_models["qwen3_5"], tmp_path / "model", settings)
+    changed(target, packed_by_autoround)
+    _, reason = inspect_model(target).reasons  # the first is of the whole model
+    assert "7 matrices are stored packed, as mtp.layers.0.mlp.down_proj" in reason
+    assert "`fastmtp graft --donor BASE --draft_only`" in reason
+    report = graft(target, tmp_path / "draft", plain_models["qwen3_5"], draft_only=True)
+    assert any("has MTP tensors of its own" in line for line in report.notes)
+    assert examine(tmp_path / "draft") == []
+    words = command(serve_flags(tmp_path / "draft", "vllm"))
+    overrides = json.loads(words[words.index("--hf-overrides") + 1])
+    plain = read_quantization(overrides)
+    for part in parts_of(match_family(read_config(target)), head_shapes(Checkpoint(tmp_path / "draft"))):
+        assert all(left_out(plain, part).values()), part.name
+
+
+def test_a_file_of_modelopt_that_names_no_producer(tmp_path):
+    """nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8's hf_quant_config.json."""
+    settings = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(settings))
+    quantization = read_quantization({}, tmp_path)
+    assert quantization.method == "modelopt" and quantization.settings["quant_algo"] == "FP8"
 
 
 def test_a_quantised_layer_that_is_left_out_is_an_error(plain_models, tmp_path):

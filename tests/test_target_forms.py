@@ -8,7 +8,7 @@ from helpers import target_matrix
 from helpers.models import save_tied
 from helpers.paths import ROOT, TINY
 from helpers.served_texts import STEPS, asked, simulated_rounds
-from helpers.target_forms import QUANTIZED, without_layer
+from helpers.target_forms import QUANTIZED, modelopt, without_layer
 from helpers.target_matrix import DENSE
 from helpers.vllm_jobs import VLLMJobs
 
@@ -174,7 +174,25 @@ def test_vllm_is_told_to_leave_the_layer_out(form, tmp_path):
     (key,) = changed
     text = json.dumps(settings[key])
     assert "model.layers.4" in text.replace("[.]", ".")
-    assert all(entry in settings[key] for entry in own.get(key, ()))
+    assert all(entry in settings[key] for entry in own.get(key) or ())
+
+
+def test_vllm_is_told_so_where_config_json_says_nothing(tmp_path):
+    """Older exports of ModelOpt, as nvidia/DeepSeek-V3.1-NVFP4: vLLM takes the object of hf_quant_config.json, which
+    must name the method (0.32.0 `modelopt.py`, `_extract_modelopt_quant_algo`)."""
+    target = tmp_path / "target"
+    modelopt(target, in_config=False)
+    assert inspect_model(target).quantization == "modelopt"
+    graft(target, tmp_path / "draft", TINY, draft_only=True)
+    words = command(serve_flags(tmp_path / "draft", "vllm"))
+    settings = json.loads(words[words.index("--hf-overrides") + 1])["quantization_config"]
+    declared = json.loads((target / "hf_quant_config.json").read_text())["quantization"]
+    assert settings["quant_method"] == "modelopt" and settings["quantization"]["group_size"] == 16
+    excluded = settings["quantization"]["exclude_modules"]
+    assert excluded[: len(declared["exclude_modules"])] == declared["exclude_modules"]
+    assert "model.layers.4.*" in excluded
+    words = command(serve_flags(tmp_path / "draft"))
+    assert words[words.index("--speculative-draft-model-quantization") + 1] == "unquant"
 
 
 # With a real engine.

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import FastMTPError
 from ..families.family import config_value
-from ..families.table import _row
+from ..families.table import row_of
 from ..files import inputs
 from ..files.kinds import FLAG, NAME, NAMES, NUMBER, OBJECT, TOKEN_IDS, Kind, is_int, not_finite, wrong_types
 from ..files.show import show
@@ -87,7 +87,7 @@ def _check_types(config: dict[str, Any], path: Path) -> None:
     text = config.get("text_config")
     parts = (("", config), ("text_config.", text if isinstance(text, dict) else {}))
     _check_parts(parts, _TYPES, path)
-    if _row(config.get("architectures") or []):
+    if row_of(config.get("architectures") or []):
         _check_parts(parts, _SHAPES, path)
     for key, value in not_finite(config):
         if key.rpartition(".")[2] not in _MAY_BE_INFINITE:

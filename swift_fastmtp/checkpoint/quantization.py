@@ -19,6 +19,10 @@ from ..families.family import Family, config_value
 from ..files.known_files import read_object
 from .quantization_methods import EXPERTS, FUSED, METHODS, SGLANG, VLLM, Part
 
+PACKED = ("qweight", "weight_packed", "weight_scale", "weight_scale_2", "weight.absmax", "weight.SCB")
+"""What tools write under a module's name in place of its matrix, or beside it: AutoAWQ, GPTQModel and AutoRound;
+compressed-tensors; ModelOpt; bitsandbytes. Not FP8 in blocks, which is read here (`fp8.py`)."""
+
 # Small matrices that both engines build plain whatever config.json says: routers, gates, weights of an indexer.
 _ALWAYS_PLAIN = ("gate", "shared_expert_gate", "classifier", "weights_proj")
 
@@ -71,12 +75,22 @@ def read_quantization(config: dict[str, Any], folder: Path | None = None) -> Qua
     return Quantization(method, settings, file)
 
 
+def packed_modules(names: Iterable[str]) -> set[str]:
+    """The modules of some tensors whose matrix is stored in another quantized form than FP8 blocks."""
+    packed: set[str] = set()
+    for name in names:
+        packed.update(name.removesuffix(f".{end}") for end in PACKED if name.endswith(f".{end}"))
+    return packed
+
+
 def _method(settings: dict[str, Any]) -> str:
     named = str(settings.get("quant_method") or "").lower()
     if named:
         return next((m for m, row in METHODS.items() if named == m or named in row.names), named)
     producer = settings.get("producer")
     if isinstance(producer, dict) and str(producer.get("name", "")).startswith("modelopt"):
+        return "modelopt"
+    if isinstance(settings.get("quantization"), dict):  # nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-FP8 names no producer
         return "modelopt"
     return next((m for m, row in METHODS.items() if set(settings) & set(row.hints)), "without quant_method")
 

@@ -28,7 +28,7 @@ from ..files.jobs import Job, Key, Part, take_away_merged
 from ..files.rows import BadRows, Row, iter_rows
 from ..files.staging import try_output, write_json
 from ..model.backbone_lora import check_lora, lora_hash
-from ..model.loading import load_model
+from ..model.loading import load_to_answer
 from .chat_template import RenderError, check_chat_template, encode_prompt, load_tokenizer, same_prompt
 from .client import RefusedError, Sampling, Servers, all_or_first_failure
 from .conversation import Conversation, Reply
@@ -71,7 +71,7 @@ def distill(  # noqa: PLR0913
     (`prompt_token_ids`, see `prompt_ids.py`), what it answered (`token_ids`) and `finish_reason`.
 
     Args:
-        model_dir: checkpoint folder; with servers only its tokenizer is read
+        model_dir: checkpoint folder, also of a model without an MTP layer; with servers only its tokenizer is read
         prompts: JSONL (.gz, .xz) or Parquet; on the command line also hf:NAME and swift:NAME
         output: JSONL to write; an unfinished one is continued
         base_urls: servers of the model (SGLang, vLLM, swift deploy); default: in process
@@ -173,7 +173,7 @@ def _load(model_dir: str, torch_dtype: str | None, backbone_lora: str | None) ->
     else:
         dtype = torch.float32
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model_dir, dtype, device, backbone_lora=backbone_lora)
+    return load_to_answer(model_dir, dtype, device, backbone_lora)
 
 
 class Source:

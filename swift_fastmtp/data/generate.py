@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint.finite import NotFiniteError, not_finite, output_matrix
+from ..checkpoint.finite import NotFiniteError, first_bad_module, not_finite, output_matrix
 from ..model.slots import Slots, grouped_attention_in, prompt_cache
 
 REFILL = 1 / 16
@@ -230,7 +230,10 @@ def _source(model: Any, request: Request) -> str:
     ids = torch.tensor([request.prompt + request.token_ids], device=model.device)
     run = partial(model.model, input_ids=ids, use_cache=False)
     if bool(not_finite(run().last_hidden_state).any()):
-        return str(model.source_of_bad_states(run, torch.ones_like(ids).bool()).text)
+        source_of = getattr(model, "source_of_bad_states", None) or partial(
+            first_bad_module, model
+        )  # transformers' own
+        return str(source_of(run, torch.ones_like(ids).bool()).text)
     return output_matrix(model)
 
 

@@ -62,10 +62,11 @@ def check_origin(checkpoint: Checkpoint, family: Family, model: str | Path | Non
             "draft and target must agree; a RoPE scaling set on one only costs acceptance in long contexts",
             "use the base model's value in both",
         )
-    names = [n for n in checkpoint.under(*family.roots) if n in base.file_of and not family.is_copy(n)]
+    every = [n for n in checkpoint.under(*family.roots) if not family.is_copy(n)]
+    names = [n for n in every if n in base.file_of]  # not those that a tool packed with the base: they have other names
     yield from _forms(checkpoint, base, names)
     same = [n for n in names if torch.equal(checkpoint.read(n).float(), base.read(n).float())]
-    if names and len(same) == len(names):
+    if every and len(same) == len(every):
         yield Finding(
             "warning",
             f"the MTP layer equals the one of {base}",

@@ -6,7 +6,7 @@ only values can tell (NaN, zeros, a head of another backbone) is the doctor's to
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fp8_config import SCALE
 from ..checkpoint.headers import TOWER, Headers
 from ..checkpoint.layer_shapes import stated_shapes
-from ..checkpoint.quantization import left_out_in_words, read_quantization
+from ..checkpoint.quantization import left_out_in_words, packed_modules, read_quantization
 from ..checkpoint.refusals import refusals
 from ..checkpoint.weight_files import INDEX_FILE
 from ..errors import FastMTPError
@@ -200,18 +200,7 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
             *reasons,
             Reason("draft", f"no tensor under '{family.names.prefix}.': the checkpoint lost its MTP layer; {how}"),
         ]
-    reasons += [Reason("draft", f"{n} is missing") for n in missing]
-    known = {n for n in names if n.removesuffix(SCALE) in expected or family.is_copy(n)}
-    reasons += [Reason("draft", f"{n} is no tensor of the one MTP layer") for n in names if n not in known]
-    for name in (n for n in names if n in expected):
-        entry = headers.entries[name]
-        if entry.shape != expected[name]:
-            text = f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}"
-            reasons.append(Reason("draft", text))
-        in_blocks = entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in headers.entries
-        if entry.dtype not in _FLOATS and not in_blocks:
-            about = "training" if config_value(config, "quantization_config") else "draft"
-            reasons.append(Reason(about, f"{name} is stored as {entry.dtype}; a quantized MTP layer cannot be trained"))
+    reasons += _of_layer(checkpoint, family, names, missing, expected)
 
     # The backbone.
     every = (*headers.entries, *headers.absent, *headers.stale)
@@ -225,6 +214,48 @@ def _reasons(checkpoint: Checkpoint, family: Family | None, layout: Layout | Non
         needed = needed_tensors(checkpoint, listed, headers.entries)
         reasons += [Reason("draft", line) for line in _lost(headers, needed)]
     return reasons
+
+
+def _of_layer(
+    checkpoint: Checkpoint,
+    family: Family,
+    names: list[str],
+    missing: list[str],
+    expected: dict[str, tuple[int, ...]],
+) -> Iterator[Reason]:
+    """What is wrong with the tensors of the MTP layer; `missing`: of the expected ones, those that no file holds."""
+    config, headers = checkpoint.config, checkpoint.headers
+    if packed := packed_modules(names):
+        # One line for all of it: their tensors have other names, types and shapes.
+        yield Reason("training", _quantized_layer(checkpoint, packed))
+        missing = [n for n in missing if n.removesuffix(".weight") not in packed]
+        names = [n for n in names if not any(n.startswith(f"{module}.") for module in packed)]
+    for name in missing:
+        yield Reason("draft", f"{name} is missing")
+    known = {n for n in names if n.removesuffix(SCALE) in expected or family.is_copy(n)}
+    for name in names:
+        if name not in known:
+            yield Reason("draft", f"{name} is no tensor of the one MTP layer")
+    for name in (n for n in names if n in expected):
+        entry = headers.entries[name]
+        if entry.shape != expected[name]:
+            text = f"{name} has shape {list(entry.shape)}, config.json says {list(expected[name])}"
+            yield Reason("draft", text)
+        in_blocks = entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in headers.entries
+        if entry.dtype not in _FLOATS and not in_blocks:
+            about = "training" if config_value(config, "quantization_config") else "draft"
+            yield Reason(about, f"{name} is stored as {entry.dtype}; a quantized MTP layer cannot be trained")
+
+
+def _quantized_layer(checkpoint: Checkpoint, packed: set[str]) -> str:
+    """Of a layer that a tool quantized with the model, as AutoRound does."""
+    how = "start from the unquantized model"
+    if _quantization(checkpoint):
+        how = "`fastmtp graft --donor BASE --draft_only` puts the base model's beside it"
+    return (
+        f"the MTP layer is quantized ({len(packed)} matrices are stored packed, as {min(packed)}), and cannot be "
+        f"trained; {how}"
+    )
 
 
 def _lost(headers: Headers, needed: list[str]) -> list[str]:
@@ -270,8 +301,8 @@ def _unknown(checkpoint: Checkpoint) -> str:
         )
     if not rows and set(architectures) & set(AS_QWEN2):
         return (
-            "holds no MTP layer; `fastmtp graft --init_from_last_layer` gives it one of MiMo's layout, which engines "
-            "serve and which can then be trained"
+            "holds no MTP layer; `fastmtp graft --init_from_last_layer --fit_on ANSWERS` gives it one of MiMo's "
+            "layout, which engines serve and which can then be trained"
         )
     if not rows:
         return "unknown layout: no row in families/table.py names its architectures"

@@ -405,7 +405,7 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
     Raises `FastMTPError` if there is none, with the reason where engines serve the model's MTP layers otherwise.
     """
     architectures = config.get("architectures") or []
-    if family := _row(architectures):
+    if family := row_of(architectures):
         layers = config_value(config, "num_hidden_layers")
         if "{N}" in family.names.prefix and not isinstance(layers, int):
             raise FastMTPError(f"{where}: num_hidden_layers is {layers}; the MTP layer is numbered after it")
@@ -416,7 +416,8 @@ def match_family(config: dict[str, Any], where: str | Path = "config.json") -> F
     raise FastMTPError(f"{where}: architectures {architectures} has no known MTP layout; known: {known}")
 
 
-def _row(architectures: list[str]) -> Family | None:
+def row_of(architectures: list[str]) -> Family | None:
+    """The row of config.json's architectures, with the number of its layer still open."""
     for family in FAMILIES:
         if any(a in family.architectures for a in architectures):
             return family

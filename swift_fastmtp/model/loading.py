@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.compat_deepspeed import is_partitioned, whole_shape
 from ..checkpoint.layer_shapes import experts_joined
 from ..checkpoint.mtp_tensors import check_head, head_reader
+from ..checkpoint.quantization import read_quantization
+from ..errors import FastMTPError
 from ..families.family import Family
-from ..families.table import FAMILIES
+from ..families.refused import known_layout
+from ..families.table import FAMILIES, row_of
 from .backbone_lora import merge_lora
 from .compat_transformers import kept_in_float32, tied_names
 from .config import load_config, one_line
@@ -52,6 +56,35 @@ def load_model(
         load_head(model, read, expected)
     if backbone_lora:
         merge_lora(model, backbone_lora)
+    return model.to(device).requires_grad_(False).eval()
+
+
+def load_to_answer(
+    model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", backbone_lora: str | None = None
+) -> Any:
+    """A model whose answers are all that is asked for: `load_model`, or transformers' own where no row of the table
+    names its class, as a Llama before it gets an MTP layer.
+
+    Raises as `load_model`, and `FastMTPError` where transformers cannot load the folder or it lacks a tensor.
+    """
+    checkpoint = Checkpoint(model_dir)
+    architectures = checkpoint.config.get("architectures") or []
+    if not architectures or row_of(architectures) or known_layout(architectures):
+        return load_model(model_dir, dtype, device, backbone_lora=backbone_lora)
+    if backbone_lora:
+        raise FastMTPError(
+            f"{model_dir}: {architectures[0]} has no MTP layer, so nothing drafts beside an adapter; merge it "
+            "(swift export --merge_lora true)"
+        )
+    if quantization := read_quantization(checkpoint.config, checkpoint.folder):
+        raise FastMTPError(f"{model_dir}: is quantized ({quantization.method}); ask a server of it: --base_url")
+    _ = checkpoint.entries  # raises where a file is damaged
+    with one_line(checkpoint):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise FastMTPError(f"{model_dir}: tensor {missing[0]} is missing; download the model again")
     return model.to(device).requires_grad_(False).eval()
 
 

@@ -212,11 +212,7 @@ def _check_own(stage: str, key: str) -> None:
 def _check_inputs(plan: RunPlan) -> None:
     """Files and addresses, and what cannot be done together."""
     keys = plan.keys
-<<<<<<< HEAD
     _check_model(keys)
-=======
-    _ = plan.checkpoint.family  # which raises if the folder is none, or has no MTP layer to train
->>>>>>> run
     for name in keys.prompts:
         if name.partition(":")[0] not in ("hf", "swift"):
             check_file(name)

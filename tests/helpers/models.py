@@ -436,10 +436,11 @@ def save_tied(folder, kind):
     return save_dense(folder, kind, tie_word_embeddings=True, **window)
 
 
-def gptq(folder, target, group=32):
-    """A copy of a checkpoint as GPTQ stores it, 4 bits, symmetric, rounded to the nearest; without its MTP layer.
+def gptq(folder, target, group=32, g_idx=True):
+    """A copy of a checkpoint as GPTQModel stores it, 4 bits, symmetric, rounded to the nearest; without its MTP layer.
 
-    Returns the tensors as the numbers that they stand for.
+    `g_idx`: which group each column is of, which AutoRound leaves out of the same packing. Returns the tensors as the
+    numbers that they stand for.
     """
     shutil.copytree(folder, target, ignore=shutil.ignore_patterns("*.safetensors*"))
     checkpoint = Checkpoint(folder)
@@ -463,10 +464,13 @@ def gptq(folder, target, group=32):
         stored[f"{module}.qweight"] = torch.where(packed < 2**31, packed, packed - 2**32).int()
         stored[f"{module}.qzeros"] = torch.full((columns // group, rows // 8), 0x77777777, dtype=torch.int32)
         stored[f"{module}.scales"] = scales.T.contiguous()
-        stored[f"{module}.g_idx"] = (torch.arange(columns) // group).int()
+        if g_idx:
+            stored[f"{module}.g_idx"] = (torch.arange(columns) // group).int()
     save_file(stored, target / "model.safetensors", metadata={"format": "pt"})
     settings = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}
-    settings |= {"lm_head": False, "checkpoint_format": "gptq"}
+    settings |= {"lm_head": False, "checkpoint_format": "gptq", "pack_dtype": "int32"}
+    settings["meta"] = {"quantizer": ["gptqmodel:5.6.0"], "uri": "https://github.com/modelcloud/gptqmodel"}
+    settings["meta"] |= {"damp_percent": 0.05, "mse": 0.0, "static_groups": False, "true_sequential": True}
     config = json.loads((folder / "config.json").read_text())
     (target / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     return numbers

@@ -1,7 +1,8 @@
 """The tiny model in every form that people publish quantized models in, without its MTP layer: names, packing and
 config.json as their tools write them, weights rounded to the nearest.
 
-Each maker returns the numbers that the stored tensors stand for, by the names of the plain model.
+Keys and lists are those of published checkpoints, or of the tool's own export; each form names its source. Each maker
+returns the numbers that the stored tensors stand for, by the names of the plain model.
 """
 
 import json
@@ -33,11 +34,11 @@ def plain_tensors():
     return {n: t for n, t in load_file(TINY / "model.safetensors").items() if "mtp" not in n}
 
 
-def written(folder, layout, settings):
+def written(folder, layout, settings, beside=None):
     """The tiny model with its layers' matrices in a layout: matrix → tensors by what is added to its module's name, and
-    the numbers that they stand for."""
+    the numbers that they stand for. `beside`: further tensors, which stand for no matrix."""
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    stored, numbers = {}, {}
+    stored, numbers = dict(beside or {}), {}
     for name, tensor in plain_tensors().items():
         if tensor.ndim != 2 or ".layers." not in name:
             stored[name] = numbers[name] = tensor
@@ -142,73 +143,164 @@ NF4 = torch.tensor((*_NEGATIVE, *_POSITIVE))
 
 
 def nf4(matrix):
-    """bitsandbytes: 64 numbers in a row share their largest; two codes to a byte, the first in its upper half."""
+    """bitsandbytes with double quantization: 64 numbers in a row share their largest, and 256 of those share theirs.
+
+    Two codes to a byte, the first in its upper half. Both maps from codes to numbers are stored, so the second one may
+    be evenly spaced here.
+    """
     blocks = matrix.reshape(-1, 64)
-    largest = blocks.abs().amax(-1)
+    largest, nested = in_bytes(blocks.abs().amax(-1))
     codes = (blocks[..., None] / largest[:, None, None].clamp(min=1e-12) - NF4).abs().argmin(-1)
     flat = codes.flatten()
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(matrix.shape)}
+    state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": nested.pop("offset")}
     tensors = {
         "weight": (16 * flat[::2] + flat[1::2]).to(torch.uint8)[:, None],
-        "weight.absmax": largest,
         "weight.quant_map": NF4.clone(),
         "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
     }
+    tensors |= {f"weight.{name}": tensor for name, tensor in nested.items()}
     return tensors, (NF4[codes] * largest[:, None]).reshape(matrix.shape)
+
+
+def in_bytes(largest):
+    """Positive numbers as a byte each around their mean: what they become, and the tensors that say so."""
+    offset, even = float(largest.mean()), torch.linspace(-1, 1, 256)
+    rows = torch.nn.functional.pad(largest - offset, (0, -len(largest) % 256)).view(-1, 256)
+    above = rows.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    codes = (rows[..., None] / above[..., None] - even).abs().argmin(-1)
+    numbers = (even[codes] * above).flatten()[: len(largest)] + offset
+    stored = codes.flatten()[: len(largest)].to(torch.uint8)
+    tensors = {"absmax": stored, "nested_absmax": above.flatten(), "nested_quant_map": even.clone()}
+    return numbers, {**tensors, "offset": offset}
 
 
 # What config.json says.
 
 
-def compressed(form, weights, activations=None):
-    of_weights = {"symmetric": True, "dynamic": False, "observer": "minmax", **weights}
-    group = {"targets": ["Linear"], "weights": of_weights, "input_activations": activations, "output_activations": None}
+ARGUMENTS = {
+    "actorder": None,
+    "block_structure": None,
+    "dynamic": False,
+    "group_size": None,
+    "observer": "memoryless_minmax",
+    "observer_kwargs": {},
+    "scale_dtype": None,
+    "symmetric": True,
+    "zp_dtype": None,
+}
+
+
+def compressed(form, weights, activations=None, ignore=("lm_head",)):
+    """What llm-compressor writes, with each key that compressed-tensors 0.14 to 0.18 has."""
+    group = {
+        "format": form,
+        "targets": ["Linear"],
+        "weights": {**ARGUMENTS, **weights},
+        "input_activations": activations,
+        "output_activations": None,
+    }
     settings = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
-    return {**settings, "ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed"}
+    settings |= {"ignore": list(ignore), "kv_cache_scheme": None, "quantization_status": "compressed"}
+    return {**settings, "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {}}
 
 
+# Qwen/Qwen2.5-72B-Instruct-AWQ: AutoAWQ's `to_transformers_dict`.
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-INT4 = compressed("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP})
+AWQ |= {"modules_to_not_convert": None}
+# moonshotai/Kimi-K2.5, in groups of 32 too; of what it leaves out, what is not in this model.
+INT4 = compressed(
+    "pack-quantized",
+    {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP},
+    ignore=("lm_head", "re:.*shared_experts.*"),
+)
+# llm-compressor's FP8_DYNAMIC.
 FP8 = compressed(
     "float-quantized",
     {"num_bits": 8, "type": "float", "strategy": "channel"},
-    {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True},
+    {**ARGUMENTS, "num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "observer": None},
 )
-MXFP4 = compressed("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32})
+# moonshotai/Kimi-K3; the same.
+MXFP4 = compressed(
+    "mxfp4-pack-quantized",
+    {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+    ignore=("re:.*shared_experts.*", "re:.*lm_head.*", "re:.*vision_tower.*"),
+)
+# RedHatAI/GLM-5.3-Flash-NVFP4 and llm-compressor's NVFP4.
+_FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+_FP4 |= {"scale_dtype": "torch.float8_e4m3fn"}
+NVFP4 = compressed("nvfp4-pack-quantized", _FP4, {**ARGUMENTS, **_FP4, "dynamic": "local"})
+# AutoRound 0.12.3 (`export_to_autoround/export.py`); the same object is in quantization_config.json.
 AUTO_ROUND = {
-    "quant_method": "auto-round",
-    "autoround_version": "0.8.0",
-    "packing_format": "auto_round:auto_gptq",
-    "data_type": "int",
     "bits": 4,
+    "data_type": "int",
     "group_size": GROUP,
     "sym": True,
+    "iters": 0,
+    "autoround_version": "0.12.3",
+    "block_name_to_quantize": "model.layers",
+    "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
 }
-MODELOPT = {"producer": {"name": "modelopt", "version": "0.37.0"}, "quant_algo": "NVFP4", "kv_cache_scheme": None}
-MODELOPT |= {"quant_method": "modelopt", "ignore": ["lm_head"], "group_size": 16}
+# nvidia/GLM-5.1-NVFP4, shortened. Older exports have nothing in config.json (nvidia/GLM-5-NVFP4).
+PRODUCER = {"name": "modelopt", "version": "0.37.0"}
+_OF_16 = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+MODELOPT = {
+    "config_groups": {"group_0": {"input_activations": _OF_16, "weights": _OF_16, "targets": ["Linear"]}},
+    "ignore": ["lm_head", "model.layers.0.self_attn.indexer*"],
+    "quant_algo": "NVFP4",
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "producer": PRODUCER,
+    "quant_method": "modelopt",
+}
+# transformers' BitsAndBytesConfig, as unsloth's "-bnb-4bit" have it.
 BITSANDBYTES = {
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "load_in_8bit": False,
+    "_load_in_4bit": True,
+    "_load_in_8bit": False,
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "uint8",
     "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": False,
+    "bnb_4bit_use_double_quant": True,
+    "llm_int8_enable_fp32_cpu_offload": False,
+    "llm_int8_has_fp16_weight": False,
+    "llm_int8_skip_modules": None,
+    "llm_int8_threshold": 6.0,
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "quant_method": "bitsandbytes",
 }
 
 
 def auto_round(folder):
-    numbers = gptq(TINY, folder, GROUP)
+    """GPTQ's packing without `g_idx` (`qlinear_torch_zp.py`)."""
+    numbers = gptq(TINY, folder, GROUP, g_idx=False)
     declare(folder, AUTO_ROUND)
+    (folder / "quantization_config.json").write_text(json.dumps(AUTO_ROUND))
     return numbers
 
 
-def modelopt(folder):
-    numbers = written(folder, nvfp4, MODELOPT)
-    declared = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": 16, "exclude_modules": ["lm_head"]}
-    file = {"producer": MODELOPT["producer"], "quantization": declared}
-    (folder / "hf_quant_config.json").write_text(json.dumps(file))
+def modelopt(folder, in_config=True):
+    """With scales of an FP8 cache; `in_config`: config.json says it too, as in newer exports."""
+    cache = {}
+    for layer in range(Checkpoint(TINY).value("num_hidden_layers")):
+        for name in ("k", "v"):
+            cache[f"model.layers.{layer}.self_attn.{name}_proj.{name}_scale"] = torch.tensor(0.5)
+    numbers = written(folder, nvfp4, MODELOPT, cache)
+    declared = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}
+    declared["exclude_modules"] = MODELOPT["ignore"]
+    (folder / "hf_quant_config.json").write_text(json.dumps({"producer": PRODUCER, "quantization": declared}))
+    if not in_config:
+        shutil.copyfile(TINY / "config.json", folder / "config.json")
     return numbers
+
+
+def nvfp4_packed(matrix):
+    """compressed-tensors' NVFP4: the scales above are what to divide by."""
+    tensors, numbers = nvfp4(matrix)
+    names = {"weight": "weight_packed", "weight_scale": "weight_scale"}
+    packed = {names[name]: tensors[name] for name in names}
+    above = {"weight_global_scale": tensors["weight_scale_2"], "input_global_scale": tensors["input_scale"]}
+    return {**packed, **{name: (1 / scale).reshape(1) for name, scale in above.items()}}, numbers
 
 
 def fp8_blocks(folder):
@@ -227,6 +319,7 @@ QUANTIZED = {
     "GPTQ": lambda folder: gptq(TINY, folder, GROUP),
     "AutoRound": auto_round,
     "ModelOpt NVFP4": modelopt,
+    "compressed-tensors NVFP4": lambda folder: written(folder, nvfp4_packed, NVFP4),
     "MXFP4": lambda folder: written(folder, mxfp4, MXFP4),
     "bitsandbytes NF4": lambda folder: written(folder, nf4, BITSANDBYTES),
 }

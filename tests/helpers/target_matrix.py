@@ -31,12 +31,13 @@ NOT_RUN = {
     "SGLang": {
         "MiMo, plain": "whole checkpoints are, see families",
         **dict.fromkeys(("compressed-tensors FP8", "compressed-tensors int4"), NO_KERNEL),
-        **dict.fromkeys(("ModelOpt NVFP4", "MXFP4", "bitsandbytes NF4"), NO_KERNEL),
+        **dict.fromkeys(("ModelOpt NVFP4", "compressed-tensors NVFP4", "MXFP4", "bitsandbytes NF4"), NO_KERNEL),
     },
     "vLLM": {
         "MiMo, plain": "whole checkpoints are, see families",
         "FP8 blocks": "its kernel needs AMX",
         "ModelOpt NVFP4": NO_KERNEL,
+        "compressed-tensors NVFP4": NO_KERNEL,
         "MXFP4": NO_KERNEL,
         "bitsandbytes NF4": "vLLM 0.32 has none",
     },
