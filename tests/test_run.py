@@ -15,8 +15,10 @@ from dataclasses import fields
 import pytest
 import yaml
 from helpers.paths import ROOT, TINY
+from helpers.target_forms import without_layer
 
 from swift_fastmtp.bench.watchdog import descendants
+from swift_fastmtp.checkpoint.checkpoint import Checkpoint
 from swift_fastmtp.cli import _check_words, _options_of, main
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.run import state
@@ -138,6 +140,37 @@ def test_commands_are_the_verbs(plan, capsys, tmp_path):
     assert by_name["export"][-2:] == ["--token_maps", f"{out}/simulate/maps.json"]
     assert list(by_name)[-4:] == ["srun", "vocab", "simulate", "export"]
     assert not out.exists()
+
+
+def plain_qwen2(folder):
+    """The tiny model as a save through transformers leaves it."""
+    without_layer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_a_model_without_a_layer(plan, capsys, tmp_path):
+    """Refused at once, or the plan says where the layer comes from, and that model is trained."""
+    model = plain_qwen2(tmp_path / "plain")
+    line = refused(plan(model=model))
+    assert "lost its MTP layer" in line and "in a plan: `graft: {donor: BASE}`, or `graft: on`" in line
+    assert "nowhere" in refused(plan(model=model, graft={"donor": "nowhere"}))
+    assert "graft: `draft_only` has no place" in refused(plan(model=model, graft={"draft_only": True}))
+
+    grafted = str(tmp_path / "out/with-mtp")
+    first = commands(capsys, plan(model=model, graft={"donor": str(TINY)}))
+    assert [words[1] for words in first][:4] == ["graft", "inspect", "distill", "clean"]
+    assert first[0][2:] == ["--model", model, "--output_dir", grafted, "--donor", str(TINY)]
+    later = commands(capsys, plan(model=model, graft=True))
+    assert [words[1] for words in later][:6] == ["distill", "clean", "mix", "graft", "inspect", "sft"]
+    assert later[3][6:9] == ["--init_from_last_layer", "--fit_on", str(tmp_path / "out/mixed/train.jsonl")]
+    assert later[4][2] == grafted
+    for words in later[5:]:
+        assert words[words.index("--model") + 1] == grafted
+    main(["run", plan(model=model, graft=True), "--dry_run"])
+    assert "not known for each checkpoint" in capsys.readouterr().out
 
 
 def test_a_dry_run_estimates_from_files(plan, capsys):
@@ -536,6 +569,17 @@ def test_token_maps(quiet, tmp_path):
     assert ("--token_maps" in printed) == bool(chosen) == any("map" in key for key in exported)
     assert f"{out}/maps/" in printed and "*.pt" not in printed
     assert (out / "run.html").read_text(encoding="utf-8").count("512.pt") > 1
+    assert "$ " not in finish(plan)
+
+
+@pytest.mark.matrix
+def test_a_layer_is_made_on_the_way(tmp_path):
+    """From a plain Qwen2 to an export with a head."""
+    keep = {"skip_filters": ["truncated"]}  # there are too few rows for a fit otherwise
+    plan = small(tmp_path, model=plain_qwen2(tmp_path / "plain"), graft={"max_rows": 16}, clean=keep)
+    printed = finish(plan)
+    assert "the layer that is trained is made of the answers first" in printed and "== 4/8 graft (" in printed
+    assert Checkpoint(tmp_path / "out/export").trainable_family.name == "mimo"
     assert "$ " not in finish(plan)
 
 

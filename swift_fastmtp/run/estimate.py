@@ -112,12 +112,13 @@ def from_files(plan: RunPlan, stages: Sequence[Stage], number: int | None) -> Es
         needs["train"].disk = _checkpoints(plan, None)
     if "export" in needs:
         needs["export"].disk = stored
+    each = _checkpoint_bytes(plan)
     lines = [
         f"answers: {many}, at most {most:,} tokens each",
         f"weights: {size(stored)} as stored, {size(_FP32 * parameters)} in float32, in each stage that computes; "
         "activations and caches come on top",
-        f"disk: {size(_checkpoint_bytes(plan))} for each checkpoint of the training; the export takes less where "
-        "whole files are linked",
+        f"disk: {'not known' if each is None else size(each)} for each checkpoint of the training; the export takes "
+        "less where whole files are linked",
     ]
     return Estimate(needs=needs, lines=lines)
 
@@ -127,9 +128,13 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, int]:
     return {name: math.prod(checkpoint.shape(name)) for name in checkpoint.entries}
 
 
-def _checkpoint_bytes(plan: RunPlan) -> int:
-    family = plan.checkpoint.family
-    head = sum(count for name, count in _parameters(plan.checkpoint).items() if family.owns(name))
+def _checkpoint_bytes(plan: RunPlan) -> int | None:
+    """None where the layer is made later."""
+    layer = plan.layer
+    if layer is None:
+        return None
+    family = layer.family
+    head = sum(count for name, count in _parameters(layer).items() if family.owns(name))
     return (_DEEPSPEED_CHECKPOINT if plan.asked("deepspeed") else _CHECKPOINT) * head
 
 
@@ -139,9 +144,9 @@ def _checkpoints(plan: RunPlan, written: int | None) -> float | None:
     Args:
         written: how many checkpoints training writes; None: not known.
     """
-    limit = plan.asked("save_total_limit")
+    limit, each = plan.asked("save_total_limit"), _checkpoint_bytes(plan)
     numbers = [number for number in (written, limit and int(limit) + 1) if number]
-    return float(min(numbers) * _checkpoint_bytes(plan)) if numbers else None
+    return float(min(numbers) * each) if numbers and each else None
 
 
 def _how_often(plan: RunPlan, what: str, steps: int, epochs: float) -> int:
@@ -209,7 +214,7 @@ def _train(plan: RunPlan, number: int, training: Training) -> tuple[Need, list[s
     seconds = training.start_seconds + steps * training.step_seconds
 
     # Evaluations: the one before the first step too.
-    model, work = read_numbers(plan.checkpoint), _workload(plan, training)
+    model, work = read_numbers(Checkpoint(plan.trained_model)), _workload(plan, training)
     share = _forward_share(model, work)
     val_rows = number * training.kept * _val_ratio(plan)
     evaluations = _how_often(plan, "eval", steps, epochs)

@@ -130,6 +130,14 @@ class RunPlan:
         return Checkpoint(self.keys.model)
 
     @property
+    def layer(self) -> Checkpoint | None:
+        """What holds the MTP layer before anything has run; None where it is made of the answers."""
+        if self.keys.graft is None:
+            return self.checkpoint
+        donor = self.keys.graft.get("donor")
+        return Checkpoint(donor) if donor else None
+
+    @property
     def out(self) -> Path:
         return Path(self.keys.output_dir)
 
@@ -247,10 +255,11 @@ def _check_model(keys: RunKeys) -> None:
             how = "; in a plan: `graft: {donor: BASE}`, or `graft: on` where no base has one"
             raise FastMTPError(f"{keys.model}: {reasons[0]}{how if '`fastmtp graft' in reasons[0] else ''}")
         return
-    model = Checkpoint(keys.model)
     if donor := keys.graft.get("donor"):
         _ = Checkpoint(donor).trainable_family
-    elif not set(AS_QWEN2) & set(model.config.get("architectures") or []):
+        return
+    model = Checkpoint(keys.model)
+    if not set(AS_QWEN2) & set(model.config.get("architectures") or []):
         _ = model.trainable_family
 
 

@@ -163,7 +163,9 @@ def _estimate(plan: RunPlan, chosen: Sequence[Stage], launch: Launch | None, sta
         training: Training | str = "this run ends before it"
         if number and not answers:
             answers = measure_answers(plan, distill, number, run, lambda: _server(plan, distill, launch, state))
-        if isinstance(answers, Answers) and "train" in by_name:
+        if plan.layer is None:
+            training = "the layer that is trained is made of the answers first"
+        elif isinstance(answers, Answers) and "train" in by_name:
             # Behind the server, which would have the memory.
             training = measure_training(plan, by_name["clean"], by_name["train"], run)
         state.keep_estimate(measured(plan, chosen, number, answers, training))

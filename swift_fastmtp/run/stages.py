@@ -133,11 +133,12 @@ def stages(plan: RunPlan) -> list[Stage]:
         shares = {"inputs": [f"all={cleaned}"], "shares": ["all=1"]}
     seed = {"seed": keys.seed}
 
-    # A donor's layer needs no answers, a layer that is fitted does.
-    graft = [] if keys.graft is None else [_graft(plan, mixed)]
-    early, late = (graft, []) if "donor" in (keys.graft or {}) else ([], graft)
+    # What will be trained, as early as it is there: a layer that is fitted needs the answers.
+    trained = [_verb(plan, "inspect", {}, {}, None, folder=plan.trained_model)]
+    if keys.graft is not None:
+        trained.insert(0, _graft(plan, mixed))
+    early, late = ([], trained) if plan.layer is None else (trained, [])
     made = [
-        _verb(plan, "inspect", {}, {}, None, folder=keys.model),
         *early,
         _verb(
             plan,
