@@ -543,19 +543,9 @@ def test_a_changed_plan(quiet):
 
 
 @pytest.mark.matrix
-def test_a_command_by_hand_is_taken(quiet, tmp_path):
-    """Whoever takes over runs a line of commands.sh; the run goes on behind it."""
-    source = quiet[0].parent / "out"
-    plan = small(tmp_path, train={})
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/distilled.jsonl").write_bytes((source / "distilled.jsonl").read_bytes())
-    printed = finish(plan, "--until", "mix")
-    assert "distilled.jsonl is there, not made by this run; taken as it is" in printed and "== 4/4 mix (" in printed
-
-
-@pytest.mark.matrix
-def test_token_maps(quiet, tmp_path):
-    """Made of the answers, chosen by the simulator, put into the export."""
+def test_token_maps_behind_stages_done_by_hand(quiet, tmp_path):
+    """Made of the answers, chosen by the simulator, put into the export. Whoever takes over runs lines of commands.sh;
+    what they made is taken."""
     source, out = quiet[0].parent / "out", tmp_path / "out"
     plan = small(tmp_path, vocab={"sizes": [512, 1024], "held_out": 0.2}, train={})
     for name in ("mixed", "train"):
@@ -563,6 +553,8 @@ def test_token_maps(quiet, tmp_path):
     for name in ("distilled.jsonl", "clean.jsonl"):
         shutil.copy(source / name, out)
     printed = finish(plan)
+    for name in ("distilled.jsonl", "clean.jsonl", "mixed", "train/best"):
+        assert f"{out}/{name} is there, not made by this run; taken as it is" in printed
     assert "$ fastmtp vocab" in printed and "--by language" in printed and "== 8/8 export (" in printed
     chosen = json.loads((out / "simulate/maps.json").read_text())
     exported = json.loads((out / "export/config.json").read_text())

@@ -7,6 +7,7 @@ run that is killed meanwhile measures only what it had not finished.
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -310,7 +311,7 @@ def _size(row: Row) -> tuple[int, int]:
 
 def _rows_of_a_step(plan: RunPlan, tokens: float) -> int:
     """As far as the plan tells; a packed sequence is as long as it may be."""
-    variables = plan.train.environment
+    variables = {**os.environ, **plan.asked("ENV", {}), **plan.train.environment}
     processes = int(variables.get("NPROC_PER_NODE", 1)) * int(variables.get("NNODES", 1))
     batch = int(plan.asked("per_device_train_batch_size", 1)) * processes
     rows = batch * int(plan.asked("gradient_accumulation_steps", math.ceil(_TOTAL_BATCH / batch)))

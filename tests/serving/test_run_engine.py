@@ -50,7 +50,8 @@ def test_from_prompts_to_the_model_card(engine, tmp_path):
         str(tmp_path / "plan.yaml"),
         f"tests/serving/{machine}",
     ]
-    for attempt in range(2):
+    # The second time nothing is left to do, which does not depend on the engine.
+    for attempt in range(2 if engine == "sglang" else 1):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert ("$ fastmtp bench" in done.stdout) == (attempt == 0)
