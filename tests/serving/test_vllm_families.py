@@ -32,7 +32,7 @@ TOKENS, STEPS = 24, 5
 # So short that the first token is a large part of what the others attend to, and what it is shows.
 PROMPTS = ["a", "b", "x = 1", "Hello", "好", "The", "one two", "if"]
 
-# The others of the table that vLLM has a draft class for are not here: docs/serving-on-cpu.md says what stops each.
+# The others of the table that vLLM has a draft class for are not here: docs/dev-families.md says what stops each.
 # vLLM's kernels for a CPU take latents of 512 beside 64 with a position.
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
 
