@@ -11,9 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.adapters import save_adapter
 from helpers.engine import HalfServer, Server, VLLMServer
 from helpers.hidden import STATES, cache_of, states_of, write_rows
-from helpers.models import CHECKPOINTS, quantized
+from helpers.models import CHECKPOINTS, quantized, save_dense
 from helpers.paths import ROOT, TINY
 from helpers.swift_runs import swift
 from helpers.tiers import some_now
@@ -29,6 +30,7 @@ from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.export.graft import graft
 from swift_fastmtp.files.rows import read_rows
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.backbone_lora import lora_hash
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import load_without_backbone
@@ -185,19 +187,20 @@ def test_states_and_weights_are_ours(installed, tmp_path):
     assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.05)
 
 
-def assert_a_run_on_them_is_the_plain_one(rows, folder, within, **knobs):
-    """`swift sft` on the cache loads no backbone, and ends with the weights of a run that computes the states, to a
-    share of how far they moved: `within`."""
+def assert_a_run_on_them_is_the_plain_one(rows, folder, within, base=TINY, beside=TINY, **knobs):
+    """`swift sft` of `beside` on the cache loads no backbone, and ends with the weights of a run of `base`, which
+    computes the states, to a share of how far they moved: `within`."""
     weights = {}
-    for name, more in (("plain", {}), ("engine", {"fastmtp_hidden_cache": str(folder / "cache")})):
-        out = folder / name
-        shared = ["--model_type", "fastmtp", "--model", TINY, "--dataset", rows, "--output_dir", out]
+    cache = {"fastmtp_hidden_cache": str(folder / "cache")}
+    for name, model, more in (("plain", base, {}), ("engine", beside, cache)):
+        out = folder / f"{name}-{knobs.get('fastmtp_engine', 'sglang')}"
+        shared = ["--model_type", "fastmtp", "--model", model, "--dataset", rows, "--output_dir", out]
         done = swift("sft", *shared, *SMALL, "--model_kwargs", json.dumps({**knobs, **more}))
         assert ("no backbone is loaded" in done.stdout + done.stderr) == (name == "engine")
         weights[name] = load_file(out / "checkpoint-6" / "model.safetensors")
-    start = load_file(TINY / "model.safetensors")
+    start = Checkpoint(base)
     for name, tensor in weights["plain"].items():
-        moved = (tensor - start[name].float()).abs().max()
+        moved = (tensor - start.read(name).float()).abs().max()
         assert (tensor - weights["engine"][name]).abs().max() < within * moved + 1e-6, name
 
 
@@ -228,7 +231,89 @@ def test_states_from_vllm_are_ours(installed, tmp_path):
         torch.testing.assert_close(found, states_of(model, example.ids), atol=2e-4, rtol=1e-5)
     for found in twice:
         torch.testing.assert_close(found, states_of(model, list(long)), atol=2e-4, rtol=1e-5)
-    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.15, fastmtp_engine="vllm")
+    # As vLLM drafts from them, and, with the norm applied as they are read, as SGLang does.
+    for engine in ("vllm", "sglang"):
+        assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.15, fastmtp_engine=engine)
+
+
+@pytest.mark.matrix
+def test_states_of_a_llama_from_vllm_are_ours(tmp_path, installed):
+    """Of another class than MiMo's, which vLLM gives out itself, for the layer beside it."""
+    target = save_dense(tmp_path / "target", "llama")
+    graft(target, tmp_path / "whole", init_from_last_layer=True)
+    graft(target, tmp_path / "draft", init_from_last_layer=True, draft_only=True)
+    rows, states = write_rows(tmp_path / "rows.jsonl"), tmp_path / "states"
+    flags = shlex.split(VLLMStates(Checkpoint(target), str(states)).start.partition(" with ")[2])
+    more = ["--engine", "vllm", "--states_folder", str(states)]
+    environment = {"PYTHONPATH": str(installed[1])}
+    with VLLMServer(["vllm", "serve", str(target), *flags], tmp_path / "log", environment) as server:
+        done = hidden(tmp_path / "draft", rows, tmp_path / "cache", server, more=more)
+    assert done.returncode == 0 and "24 documents" in done.stdout, done.stderr
+    origin = engine_states(tmp_path / "cache")
+    assert origin == EngineStates("vLLM", "0.32.0", "float32", None, 64, before_norm=True)
+    cache = HiddenCache.from_engine(tmp_path / "cache", Checkpoint(target).fingerprint, origin, 0)
+    model = load_model(tmp_path / "whole", torch.float32)
+    for row in read_rows(rows):
+        (example,) = training_examples(load_tokenizer(str(target)), row)
+        (found,) = cache.get([torch.tensor(example.ids)])
+        torch.testing.assert_close(model.model.norm(found), states_of(model, example.ids), atol=5e-5, rtol=0)
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, 0.15, tmp_path / "whole", tmp_path / "draft")
+
+
+@pytest.mark.matrix
+def test_states_of_base_and_adapter(tmp_path):
+    """A server has two adapters, and each request names one. The cache knows which, and a run names it too."""
+    adapter, other = (save_adapter(TINY, tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
+    rows = write_rows(tmp_path / "rows.jsonl")
+    launch = ["python", "-m", "sglang.launch_server", "--model-path", str(TINY), "--trust-remote-code", *STATES]
+    launch += ["--enable-lora", "--lora-paths", f"first={adapter}", f"of-another-name={other}"]
+    asked = ["--backbone_lora", str(adapter)]
+    with Server([*launch, "--lora-backend", "torch_native"], tmp_path / "log") as server:
+        done = hidden(TINY, rows, tmp_path / "cache", server, more=asked)
+        assert done.returncode == 0 and "24 documents" in done.stdout, done.stderr
+        renamed = [*asked, "--served_adapter_name", "of-another-name"]
+        done = hidden(TINY, rows, tmp_path / "named", server, more=renamed)
+        assert done.returncode == 0, done.stderr
+        assert_one_line(hidden(TINY, rows, tmp_path / "cache", server), "engine.backbone_lora")
+        unknown = [*asked, "--served_adapter_name", "nobody"]
+        assert_one_line(hidden(TINY, rows, tmp_path / "none", server, more=unknown), "nobody")
+    origin = engine_states(tmp_path / "cache")
+    assert origin == EngineStates("SGLang", "0.5.23", "float32", None, 192, backbone_lora=lora_hash(adapter))
+    for folder, whose in (("cache", adapter), ("named", other)):
+        cache = HiddenCache.from_engine(tmp_path / folder, Checkpoint(TINY).fingerprint, origin, 0)
+        model = load_model(TINY, torch.float32, backbone_lora=whose)
+        for row in read_rows(rows):
+            (example,) = training_examples(load_tokenizer(str(TINY)), row)
+            (found,) = cache.get([torch.tensor(example.ids)])
+            torch.testing.assert_close(found, states_of(model, example.ids), atol=1e-4, rtol=0)
+    assert_a_run_on_them_is_the_plain_one(rows, tmp_path, within=0.05, fastmtp_backbone_lora=str(adapter))
+    shared = ["--model_type", "fastmtp", "--model", TINY, "--dataset", rows, "--output_dir", tmp_path / "refused"]
+    for named, held in ((None, "an adapter"), (other, "another adapter")):
+        knobs = {"fastmtp_hidden_cache": str(tmp_path / "cache"), "fastmtp_backbone_lora": str(named or "")}
+        failed = swift("sft", *shared, *SMALL, "--model_kwargs", json.dumps(knobs), check=False)
+        assert failed.returncode == 1 and f"holds an engine's states of {held}" in failed.stderr.splitlines()[-1]
+
+
+@pytest.mark.matrix
+def test_states_of_base_and_adapter_from_vllm(installed, tmp_path):
+    adapter, states = save_adapter(TINY, tmp_path / "first"), tmp_path / "states"
+    rows = write_rows(tmp_path / "rows.jsonl", 6)
+    flags = shlex.split(VLLMStates(Checkpoint(TINY), str(states)).start.partition(" with ")[2])
+    launch = ["vllm", "serve", str(TINY), "--trust-remote-code", *flags]
+    launch += ["--enable-lora", "--lora-modules", f"first={adapter}"]
+    more = ["--engine", "vllm", "--states_folder", str(states), "--backbone_lora", str(adapter)]
+    with VLLMServer(launch, tmp_path / "log", {"PYTHONPATH": str(installed[1])}) as server:
+        done = hidden(TINY, rows, tmp_path / "cache", server, more=more)
+    assert done.returncode == 0, done.stderr
+    origin = engine_states(tmp_path / "cache")
+    assert origin.before_norm and origin.backbone_lora == lora_hash(adapter)
+    cache = HiddenCache.from_engine(tmp_path / "cache", Checkpoint(TINY).fingerprint, origin, 0)
+    model = load_model(TINY, torch.float32, backbone_lora=adapter)
+    model.fastmtp = FastMTPConfig(engine="vllm")
+    for row in read_rows(rows):
+        (example,) = training_examples(load_tokenizer(str(TINY)), row)
+        (found,) = cache.get([torch.tensor(example.ids)])
+        torch.testing.assert_close(found, states_of(model, example.ids), atol=5e-4, rtol=1e-5)
 
 
 @pytest.mark.matrix

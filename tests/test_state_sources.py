@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.adapters import save_adapter
 from helpers.hidden import cache_of, states_of, write_rows
 from helpers.listening import Listening
 from helpers.models import CHECKPOINTS
@@ -26,6 +27,7 @@ from swift_fastmtp.data.hidden import hidden
 from swift_fastmtp.data.state_sources import SGLangStates, VLLMStates, check_norm
 from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.model.backbone_lora import lora_hash
 from swift_fastmtp.model.hidden_cache import EngineStates, HiddenCache, engine_states
 from swift_fastmtp.model.loading import load_model
 from swift_fastmtp.model.without_backbone import final_norm_factor, load_without_backbone
@@ -165,6 +167,41 @@ def test_a_server_whose_states_are_before_the_norm(tmp_path):
     assert not (tmp_path / "cache").exists()
     with Fake(lambda ids: states_of(model, ids)) as fake:
         assert hidden(str(TINY), [rows], str(tmp_path / "cache"), base_urls=[fake.url]) == 2
+
+
+def test_a_server_that_ignores_the_adapter(tmp_path):
+    adapter = str(save_adapter(TINY, tmp_path / "adapter"))
+    model = load_model(TINY, torch.float32)
+    rows = str(write_rows(tmp_path / "rows.jsonl", 2))
+    with (
+        Fake(lambda ids: states_of(model, ids)) as fake,
+        pytest.raises(FastMTPError, match=r"its states with adapter are those without; serve the model with the ada"),
+    ):
+        hidden(str(TINY), [rows], str(tmp_path / "cache"), base_urls=[fake.url], backbone_lora=adapter)
+    with pytest.raises(FastMTPError, match="--served_adapter_name goes with --backbone_lora"):
+        hidden(str(TINY), [rows], str(tmp_path / "cache"), base_urls=["http://x"], served_adapter_name="a")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_knows_its_adapter(tmp_path):
+    from swift_fastmtp.swift_plugin.model import _check_adapter
+
+    first, second = (str(save_adapter(TINY, tmp_path / name, seed)) for seed, name in enumerate(("first", "second")))
+    base = EngineStates("SGLang", "0.5.23", "float32", None, WIDTH)
+    adapted = base._replace(backbone_lora=lora_hash(first))
+    HiddenCache.from_engine(tmp_path / "cache", Checkpoint(TINY).fingerprint, adapted, 2**30)
+    assert engine_states(tmp_path / "cache") == adapted
+    with pytest.raises(FastMTPError, match=r"holds hidden states of another model \(engine.backbone_lora is"):
+        HiddenCache.from_engine(tmp_path / "cache", Checkpoint(TINY).fingerprint, base, 2**30)
+    _check_adapter("cache", adapted, first)
+    _check_adapter("cache", base, "")
+    for states, named, held in (
+        (adapted, second, "another adapter"),
+        (adapted, "", "an adapter"),
+        (base, first, "base"),
+    ):
+        with pytest.raises(FastMTPError, match=rf"cache holds an engine's states of (the )?{held}"):
+            _check_adapter("cache", states, named)
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -9,7 +9,9 @@ How an engine hands them over stands in `state_sources.py`.
 """
 
 import asyncio
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +20,13 @@ from tqdm import tqdm
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import FastMTPError
 from ..files.rows import BadRows, iter_rows
+from ..model.backbone_lora import check_lora, lora_hash
 from ..model.hidden_cache import EngineStates, HiddenCache
 from ..model.without_backbone import final_norm_factor
 from .chat_template import RenderError, load_tokenizer
 from .client import Hear, RefusedError, Sampling, Server, Servers, all_or_first_failure
 from .examples import check_vocabulary, training_examples
-from .state_sources import SGLangStates, VLLMStates, check_norm, check_shape
+from .state_sources import Adapter, SGLangStates, VLLMStates, check_norm, check_shape
 
 
 def hidden(  # noqa: PLR0913
@@ -34,6 +37,8 @@ def hidden(  # noqa: PLR0913
     base_urls: list[str],
     engine: Literal["sglang", "vllm"] = "sglang",
     states_folder: str | None = None,
+    backbone_lora: str | None = None,
+    served_adapter_name: str | None = None,
     api_key: str | None = None,
     concurrency: int = 32,
     timeout: float = 600.0,
@@ -52,6 +57,8 @@ def hidden(  # noqa: PLR0913
         engine: what they run
         states_folder: where vLLM's servers write states, which is read here and emptied; a folder in memory, as
             /dev/shm/states, or one that both machines see
+        backbone_lora: folder of a LoRA adapter that the model is served with
+        served_adapter_name: the servers' name of it; default: the folder's
         api_key: default, on the command line, where others on the machine do not see it: $OPENAI_API_KEY
         concurrency: rows at a time
         timeout: seconds of silence until a server must show that it lives
@@ -72,11 +79,22 @@ def hidden(  # noqa: PLR0913
     documents = dict.fromkeys(_documents(model_dir, dataset, draft.vocab_size, max_length, on_bad_row))
     if not documents:
         raise FastMTPError(f"{', '.join(dataset)}: no row has an answer that can be trained on, within --max_length")
-    source = VLLMStates(target, states_folder) if states_folder is not None else SGLangStates(target)
+    adapter = _adapter(backbone_lora, served_adapter_name)
+    source = SGLangStates(target, adapter) if states_folder is None else VLLMStates(target, states_folder, adapter)
     factor = final_norm_factor(draft, target)
     servers = Servers(base_urls, Sampling(max_new_tokens=1), None, api_key, timeout, retry_seconds, concurrency)
     filling = _fill(servers, source, factor, list(documents), hidden_cache, hidden_cache_gb, concurrency)
     return asyncio.run(filling)
+
+
+def _adapter(folder: str | None, name: str | None) -> Adapter | None:
+    """What requests name. Raises `FastMTPError` if the folder is no adapter that engines serve beside a draft."""
+    if folder is None:
+        if name:
+            raise FastMTPError("--served_adapter_name goes with --backbone_lora, the adapter's folder")
+        return None
+    check_lora(folder)
+    return Adapter(name or Path(folder).resolve().name, lora_hash(folder))
 
 
 def _documents(
@@ -138,6 +156,14 @@ async def _what_is_served(
         states = await _ask(servers, source, ids, server)
         if factor_D is not None:
             check_norm(source, server.url, states, factor_D)
+        if source.adapter:
+            base = copy.copy(source)
+            base.adapter = None
+            if torch.equal(states, await _ask(servers, base, ids, server)):
+                raise FastMTPError(
+                    f"{server.url}: its states with {source.adapter.name} are those without; serve the model with the "
+                    "adapter (docs/adapters.md)"
+                )
         found.add(await source.describe(servers, server, states))
     if len(found) != 1:
         raise FastMTPError(f"the servers differ: {', '.join(map(str, sorted(found, key=str)))}; ask one kind of them")

@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -34,14 +34,23 @@ _SHORT = {"half": "float16", "float": "float32"}
 SGLANG_FLAGS = "--enable-return-hidden-states --disable-radix-cache --chunked-prefill-size -1"
 
 
+class Adapter(NamedTuple):
+    """A LoRA adapter that servers have beside the model."""
+
+    name: str
+    """As requests name it."""
+    identity: str
+    """`backbone_lora.lora_hash`."""
+
+
 class SGLangStates:
-    """States from SGLang servers of `target`."""
+    """States from SGLang servers of `target`, with an adapter if one is named."""
 
     before_norm = False
     start: ClassVar[str] = f"start SGLang with {SGLANG_FLAGS}"
 
-    def __init__(self, target: Checkpoint) -> None:
-        self.target = target
+    def __init__(self, target: Checkpoint, adapter: Adapter | None = None) -> None:
+        self.target, self.adapter = target, adapter
 
     async def describe(self, servers: Servers, server: Server, _states_TD: torch.Tensor) -> EngineStates:
         """Where its states come from. Raises `FastMTPError` for a server whose states are no use."""
@@ -55,7 +64,8 @@ class SGLangStates:
         dtype = _SHORT.get(dtype, dtype)
         quantization = info.get("quantization") or _method(self.target)
         width = self.target.value("hidden_size")
-        return EngineStates("SGLang", str(info.get("version")), dtype, quantization, width, self.before_norm)
+        version, lora = str(info.get("version")), _identity(self.adapter)
+        return EngineStates("SGLang", version, dtype, quantization, width, self.before_norm, lora)
 
     async def ask(self, server: Server, _hear: Hear, *, ids: tuple[int, ...]) -> torch.Tensor:
         """States [T, D] of a prompt: in the engine's dtype from a server with our plugin, else float32.
@@ -64,6 +74,8 @@ class SGLangStates:
         """
         sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": {state_wire.PARAMETER: True}}
         body = {"input_ids": list(ids), "sampling_params": sampling, "return_hidden_states": True}
+        if self.adapter:
+            body["lora_path"] = self.adapter.name
         meta_info = (await server.post("/generate", body)).get("meta_info") or {}
         try:
             if state_wire.KEY in meta_info:
@@ -74,12 +86,12 @@ class SGLangStates:
 
 
 class VLLMStates:
-    """States from vLLM servers of `target`, which write them into `folder`."""
+    """States from vLLM servers of `target`, which write them into `folder`; with an adapter if one is named."""
 
     before_norm = True
 
-    def __init__(self, target: Checkpoint, folder: str) -> None:
-        self.target, self.folder = target, Path(folder).resolve()
+    def __init__(self, target: Checkpoint, folder: str, adapter: Adapter | None = None) -> None:
+        self.target, self.folder, self.adapter = target, Path(folder).resolve(), adapter
         self._models: dict[str, str] = {}
         """What each server calls its model."""
 
@@ -105,7 +117,8 @@ class VLLMStates:
         version = version_of(await servers.ask_one(server, "/version"))
         dtype = str(states_TD.dtype).removeprefix("torch.")
         width = self.target.value("hidden_size")
-        return EngineStates("vLLM", str(version), dtype, _method(self.target), width, self.before_norm)
+        method, lora = _method(self.target), _identity(self.adapter)
+        return EngineStates("vLLM", str(version), dtype, method, width, self.before_norm, lora)
 
     async def ask(self, server: Server, _hear: Hear, *, ids: tuple[int, ...]) -> torch.Tensor:
         """States [T, D] of a prompt, in the engine's dtype.
@@ -115,7 +128,8 @@ class VLLMStates:
         """
         if server.url not in self._models:
             self._models[server.url] = min(await server.model_names(), default="")
-        body = {"model": self._models[server.url], "prompt": list(ids), "max_tokens": 1, "temperature": 0}
+        model = self.adapter.name if self.adapter else self._models[server.url]
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
         answer = await server.post("/v1/completions", body)
         path = (answer.get("kv_transfer_params") or {}).get("hidden_states_path")
         if path is None:
@@ -171,6 +185,10 @@ def _is_normed(states_TD: torch.Tensor, factor_D: torch.Tensor) -> bool:
     used = factor_D.abs() > 1e-3 * factor_D.abs().max()
     rms_T = (states_TD[:, used] / factor_D[used]).square().mean(1).sqrt()
     return bool((rms_T - 1).abs().median() < 0.03)
+
+
+def _identity(adapter: Adapter | None) -> str | None:
+    return adapter.identity if adapter else None
 
 
 def _method(target: Checkpoint) -> str | None:

@@ -116,11 +116,14 @@ class EngineStates(NamedTuple):
     width: int
     before_norm: bool = False
     """They are the last layer's, to which the final norm is yet to be applied."""
+    backbone_lora: str | None = None
+    """Identity of the LoRA adapter that the model was served with (`backbone_lora.lora_hash`)."""
 
     def __str__(self) -> str:
         quantized = f", {self.quantization}" if self.quantization else ""
         side = ", before the final norm" if self.before_norm else ""
-        return f"{self.engine} {self.version}, {self.dtype}{quantized}{side}"
+        adapter = ", with a LoRA adapter" if self.backbone_lora else ""
+        return f"{self.engine} {self.version}, {self.dtype}{quantized}{side}{adapter}"
 
 
 def engine_states(folder: str | Path) -> EngineStates | None:
@@ -181,8 +184,9 @@ class HiddenCache:
         They are the same whatever a run's autocast is. Raises as `HiddenCache`.
         """
         origin = states._asdict()
-        if not states.before_norm:
-            del origin["before_norm"]  # folders of earlier versions do not have it
+        for name in ("before_norm", "backbone_lora"):
+            if not origin[name]:
+                del origin[name]  # folders of earlier versions do not have it
         key = {"backbone": fingerprint, "engine": origin}
         dtype = getattr(torch, states.dtype)
         cache = cls(folder, key, states.width, dtype, max_bytes, named_by="--hidden_cache")

@@ -10,6 +10,7 @@ from transformers.utils import is_torch_mps_available
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.headers import read_headers
+from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
 from ..families.family import ENGINE_NAMES, Family
 from ..families.table import FAMILIES
@@ -19,7 +20,7 @@ from ..model.compat_transformers import supports_flash_attention
 from ..model.head import import_class
 from .dataset import own_name
 from .knobs import knobs_of
-from .template import BASE_STRATEGIES
+from .template import BASE_STRATEGIES, TEMPLATE
 from .typed import is_typed
 
 logger = get_logger()
@@ -63,6 +64,8 @@ def prepare_arguments(args: Any) -> None:
     from_checkpoint = args.load_args and args.ckpt_dir  # its args.json goes before what was typed
     if args.tuner_type == "lora" and not is_typed(args, "tuner_type") and not from_checkpoint:
         args.tuner_type = "fastmtp"  # `lora` is ms-swift's default, not the user's word
+    if not is_typed(args, "template") and args.template != TEMPLATE and _has_template(args.model):
+        args.template = TEMPLATE  # ms-swift took the one that the folder was tuned with, of its args.json
     if args.tuner_type == "lora" and args.target_modules == ["all-linear"] and not args.target_regex:
         # Not experts: peft takes a name like the shared one's `gate_proj` for the experts of every layer of the model.
         families = _families(args.model)
@@ -91,6 +94,11 @@ def prepare_arguments(args: Any) -> None:
             "the adapter in it; use fastmtp or lora"
         )
     _check(args)
+
+
+def _has_template(model: str | None) -> bool:
+    """Whether a folder has a chat template, by which rows are rendered."""
+    return os.path.isdir(model or "") and bool(load_tokenizer(str(model)).chat_template)
 
 
 def _check_engine(family: Family, engine: str) -> None:

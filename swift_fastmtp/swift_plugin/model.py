@@ -15,9 +15,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..data.chat_template import load_tokenizer
 from ..errors import FastMTPError
 from ..method.token_map import read_token_map
-from ..model.backbone_lora import check_lora, merge_lora
+from ..model.backbone_lora import check_lora, lora_hash, merge_lora
 from ..model.config import load_config
-from ..model.hidden_cache import engine_states
+from ..model.hidden_cache import EngineStates, engine_states
 from ..model.loading import check_checkpoint, model_class
 from ..model.without_backbone import load_without_backbone
 from .knobs import run_knobs
@@ -45,13 +45,10 @@ class FastMTPLoader(ModelLoader):
             read_token_map(settings.token_map, config.vocab_size)
         if settings.backbone_lora:
             check_lora(settings.backbone_lora)
-        if settings.hidden_cache and engine_states(settings.hidden_cache):
+        states = engine_states(settings.hidden_cache) if settings.hidden_cache else None
+        if states:
             # An engine has computed the states: the layers of the backbone are not needed, and may be none of ours.
-            if settings.backbone_lora:
-                raise FastMTPError(
-                    f"fastmtp_backbone_lora: {settings.hidden_cache} holds an engine's states of the base alone; use "
-                    "another folder"
-                )
+            _check_adapter(settings.hidden_cache, states, settings.backbone_lora)
             model = load_without_backbone(checkpoint, checkpoint.target, self.model_info.torch_dtype)
             model.fastmtp = settings
             return model
@@ -68,6 +65,20 @@ class FastMTPLoader(ModelLoader):
             merge_lora(model, settings.backbone_lora)
         model.fastmtp = settings
         return model
+
+
+def _check_adapter(cache: str, states: EngineStates, backbone_lora: str) -> None:
+    """Raises `FastMTPError` if an engine's states are not of the adapter that the run names, or of none."""
+    wanted = lora_hash(backbone_lora) if backbone_lora else None
+    if states.backbone_lora == wanted:
+        return
+    held = "an adapter" if states.backbone_lora else "the base alone"
+    if states.backbone_lora and wanted:
+        held = "another adapter"
+    raise FastMTPError(
+        f"fastmtp_backbone_lora: {cache} holds an engine's states of {held}; name the adapter that "
+        "`fastmtp hidden --backbone_lora` was given, or use another folder"
+    )
 
 
 @contextmanager
