@@ -16,7 +16,7 @@ from helpers import swift_runs
 from helpers.engine import VLLM_ENVIRONMENT, engine_folder
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-JOB_SECONDS = 240
+JOB_SECONDS = 600
 # Small, deterministic, and float32, so that acceptance can be compared number by number.
 OPTIONS = {
     "dtype": "float32",
