@@ -391,6 +391,16 @@ def test_examples_are_plans(capsys, monkeypatch):
     assert names == ["inspect", "distill", "clean", "mix", "sft", "simulate", "export"]
 
 
+@pytest.mark.parametrize("name", ["README.md", "README_zh.md"])
+def test_the_readmes_plan(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / name).read_text(encoding="utf-8")
+    plan = text[text.index("```yaml\n") + 8 :].partition("```")[0]
+    (tmp_path / "plan.yaml").write_text(plan.replace("MODEL", str(TINY)).replace("prompts.jsonl", str(PROMPTS)))
+    (train,) = [words for words in commands(capsys, str(tmp_path / "plan.yaml")) if "sft" in words]
+    assert train[:3] == ["swift", "sft", "recipes/mimo_7b_rl_8xh20.yaml"]
+
+
 @pytest.mark.parametrize("script", ["examples/slurm.sh", "examples/quickstart.sh"])
 def test_scripts_are_bash(script):
     done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True, check=False)
