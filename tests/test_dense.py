@@ -6,7 +6,9 @@ import pytest
 import torch
 from helpers.engine import Server, VLLMServer
 from helpers.models import DENSE, save_dense
+from helpers.paths import TINY
 from helpers.swift_runs import sft_args, swift, write_rows
+from helpers.target_forms import without_layer
 from transformers import AutoModelForCausalLM
 
 from swift_fastmtp.checkpoint.checkpoint import Checkpoint
@@ -142,6 +144,13 @@ def test_distill_needs_no_layer(tmp_path):
     graft(model, tmp_path / "out", init_from_last_layer=True, fit_on=str(tmp_path / "before.jsonl"))
     assert answers_of(tmp_path / "out", tmp_path, "after") == before
     assert all(turns[1]["token_ids"] for turns in before)
+
+
+def test_distill_of_a_model_that_lost_its_layer(tmp_path):
+    without_layer(tmp_path / "lost")
+    rows = [json.dumps({"prompt": f"the number {number}"}) for number in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+    assert answers_of(tmp_path / "lost", tmp_path, "lost") == answers_of(TINY, tmp_path, "whole")
 
 
 def test_distill_of_a_model_that_cannot_answer_here(tmp_path):

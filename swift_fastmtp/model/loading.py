@@ -62,13 +62,20 @@ def load_model(
 def load_to_answer(
     model_dir: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", backbone_lora: str | None = None
 ) -> Any:
-    """A model whose answers are all that is asked for: `load_model`, or transformers' own where no row of the table
-    names its class, as a Llama before it gets an MTP layer.
+    """A model whose answers are all that is asked for, with an MTP layer or without: one that lost it, or, as
+    transformers' own class, one that no row of the table names, as a Llama.
 
     Raises as `load_model`, and `FastMTPError` where transformers cannot load the folder or it lacks a tensor.
     """
     checkpoint = Checkpoint(model_dir)
     architectures = checkpoint.config.get("architectures") or []
+    if row_of(architectures) and not any(map(checkpoint.family.owns, checkpoint.entries)):
+        _ = checkpoint.blocks  # raises for another quantization, whose numbers would be taken without scales
+        cls: Any = model_class(checkpoint)
+        model = cls.from_pretrained(model_dir, dtype=dtype, without_layer=True)
+        if backbone_lora:
+            merge_lora(model, backbone_lora)
+        return model.to(device).requires_grad_(False).eval()
     if not architectures or row_of(architectures) or known_layout(architectures):
         return load_model(model_dir, dtype, device, backbone_lora=backbone_lora)
     if backbone_lora:

@@ -138,12 +138,13 @@ def stages(plan: RunPlan) -> list[Stage]:
     if keys.graft is not None:
         trained.insert(0, _graft(plan, mixed))
     early, late = ([], trained) if plan.layer is None else (trained, [])
+    asked = keys.model if plan.layer is None else plan.trained_model
     made = [
         *early,
         _verb(
             plan,
             "distill",
-            {"model": keys.model, "prompts": keys.prompts, "output": str(distilled), **seed, **base_url},
+            {"model": asked, "prompts": keys.prompts, "output": str(distilled), **seed, **base_url},
             keys.distill,
             distilled,
             pattern="distilled.jsonl*",
@@ -151,12 +152,12 @@ def stages(plan: RunPlan) -> list[Stage]:
         _verb(
             plan,
             "clean",
-            {"inputs": [str(distilled)], "output": str(cleaned), "model": keys.model, **decontaminate},
+            {"inputs": [str(distilled)], "output": str(cleaned), "model": asked, **decontaminate},
             keys.clean,
             cleaned,
             pattern="clean.jsonl*",
         ),
-        _verb(plan, "mix", {**shares, "output_dir": str(mixed), "model": keys.model, **seed}, keys.mix, mixed),
+        _verb(plan, "mix", {**shares, "output_dir": str(mixed), "model": asked, **seed}, keys.mix, mixed),
         *late,
         _train(plan, mixed, train),
     ]
