@@ -103,7 +103,7 @@ def budget(reader, make, cases, seconds, folder):
 @pytest.mark.matrix
 @pytest.mark.parametrize(
     ("kind", "cases", "seconds"),
-    [("rows", 1_000_000, 200)] + [(kind, 100_000, 15) for kind in OBJECTS if kind != "rows"],
+    [("rows", 1_000_000, 80)] + [(kind, 100_000, 15) for kind in OBJECTS if kind != "rows"],
 )
 def test_many_objects(kind, cases, seconds, tmp_path, bases, capsys):
     reader, right, write = OBJECTS[kind]

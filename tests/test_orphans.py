@@ -131,11 +131,11 @@ def test_nobody_is_left(how, tmp_path):
 
 
 @pytest.mark.matrix
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_nobody_is_left_at_any_time(seed, tmp_path):
     chance = random.Random(seed)
     how = list(HOW)[seed % len(HOW)]
-    when = None if seed >= 18 else chance.uniform(0, 2)
+    when = None if seed >= 9 else chance.uniform(0, 2)
     alive, left = drill(tmp_path, *HOW[how], when)
     assert alive and left == []
 

@@ -202,13 +202,13 @@ def test_a_killed_benchmark_leaves_no_server(tmp_path):
 
 @pytest.mark.matrix
 def test_no_end_of_a_benchmark_leaves_a_server(tmp_path):
-    """Nine ends, while the server starts and while it answers."""
+    """Six ends, while the server starts and while it answers."""
     chance = random.Random(0)
     ways = [(signal.SIGKILL, False), (signal.SIGHUP, False), (signal.SIGTERM, False), (signal.SIGHUP, True)]
     found = []
-    for round_ in range(9):
+    for round_ in range(6):
         how, group = ways[round_ % len(ways)]
-        when = None if round_ < 4 else chance.uniform(0.5, 20)
+        when = None if round_ < 3 else chance.uniform(0.5, 12)
         found.append((how.name, when, *killed(tmp_path / str(round_), how, group, when)))
     assert [left for *_, left in found] == [[]] * len(found), found
     assert all(alive >= 3 for _, when, alive, _ in found if when is None), found
