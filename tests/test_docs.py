@@ -1,23 +1,28 @@
 """Every command of README.md and docs/ is run: quickstart first, then each ```bash block, in order.
 
-Blocks marked ```console need a GPU, the real model or a server, and are not run. Set-up and test commands stand in
-.ci/run, which is how this test came to run.
+Blocks marked ```console need a GPU, the real model or a server, and are not run; their options are checked. Set-up and
+test commands stand in .ci/run, which is how this test came to run.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from helpers.paths import ROOT
 
 from swift_fastmtp.bench.plan import make_plan, read_plan
+from swift_fastmtp.cli import _check_words
+from swift_fastmtp.errors import FastMTPError
 from swift_fastmtp.method.config import FastMTPConfig
+from swift_fastmtp.swift_plugin.names import argument_names
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 QUICKSTART = "bash examples/quickstart.sh"
@@ -99,6 +104,51 @@ def test_readme_names_the_quickstart_and_ci_runs_the_readmes_commands():
     assert len(setup.splitlines()) == 2
     for line in (*setup.splitlines(), *test.splitlines()):
         assert line.replace("pip install", "pip install --quiet") in ci.splitlines()
+
+
+def console_commands(page):
+    """The words of each command that is only shown, block by block; without variables before it."""
+    for block in blocks(page, "console"):
+        commands = []
+        for line in block.replace("\\\n", " ").splitlines():
+            if not re.match(r"(\$ )?(\w+=\S* )*(fastmtp|swift) ", line):
+                continue  # another program, or what one prints
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            while "=" in words[0]:
+                words.pop(0)
+            commands.append(words)
+        yield commands
+
+
+SHORTENED = {"...", "…", "VERB"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_that_are_shown_have_known_options(page):
+    for commands in console_commands(page):
+        for program, *words in commands:
+            if program == "fastmtp" and not SHORTENED & set(words):
+                try:
+                    _check_words(words)
+                except FastMTPError as error:
+                    pytest.fail(f"{' '.join(words)}: {error}")
+            if program == "swift" and words[0] == "sft":
+                unknown = {word[2:] for word in words if word.startswith("--")} - set(argument_names())
+                assert not unknown, f"{' '.join(words)}: {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_checkpoint_that_is_shown_is_where_the_run_before_leaves_it(page):
+    for commands in console_commands(page):
+        run = {}
+        for words in commands:
+            options = dict(pairwise(words))
+            if words[:2] == ["swift", "sft"]:
+                run = options
+            folder, _, name = options.get("--adapters", "").rpartition("/")
+            if run and folder == run.get("--output_dir"):
+                assert run.get("--add_version") == "false", words
+                assert name == "last-checkpoint" or "--create_checkpoint_symlink" in run, words
 
 
 def test_knob_table_is_the_configs():
