@@ -79,12 +79,13 @@ def _imported():
 
 
 def drill(folder, how, group, when):
-    """Kill a benchmark `when` seconds after its server answers (None: before). Returns who is left."""
+    """Kill a benchmark `when` seconds after its server answers (None: as it starts). Returns how many there were, and
+    who is left."""
     mark = uuid.uuid4().hex
     child = forked(folder, mark)
-    log, requests = folder / "out/logs/base.log", folder / "out/requests.jsonl"
+    requests = folder / "out/requests.jsonl"
     deadline = time.monotonic() + 60
-    while not (log.exists() if when is None else requests.exists() and requests.stat().st_size):
+    while not (orphans.processes(mark) if when is None else requests.exists() and requests.stat().st_size):
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             printed = (folder / "printed.txt").read_text(errors="replace")
