@@ -171,6 +171,7 @@ def test_a_model_without_a_layer(plan, capsys, tmp_path):
         assert words[words.index("--model") + 1] == grafted
     main(["run", plan(model=model, graft=True), "--dry_run"])
     assert "not known for each checkpoint" in capsys.readouterr().out
+    assert "graft: not together with `engine`" in refused(plan(model=model, graft=True, engine="sglang"))
 
 
 def test_a_dry_run_estimates_from_files(plan, capsys):

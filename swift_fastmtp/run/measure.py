@@ -184,8 +184,11 @@ def measure_answers(
 
     parts = list(job.parent.glob("shard-*.jsonl"))
     # The last line may be torn.
-    lines = [line for part in parts for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    rows = [record["row"] for record in map(json.loads, lines) if "row" in record]
+    lines: list[bytes] = []
+    for part in parts:
+        lines += part.read_bytes().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    rows = [record["row"] for record in records if "row" in record]
     if not rows:
         return f"no answer ended within {SECONDS:.0f} s"
     with write_rows(output) as file:

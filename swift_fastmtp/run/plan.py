@@ -251,10 +251,19 @@ def _check_model(keys: RunKeys) -> None:
     """Whether there will be an MTP layer to train: hours later `swift sft` would say so."""
     if keys.graft is None:
         reasons = inspect_model(keys.model).reasons
-        if reasons:
+        if not reasons:
+            return
+        how = ""
+        # A quantized model gets its layer beside it, which a plan cannot train.
+        if "`fastmtp graft" in reasons[0] and "--draft_only" not in reasons[0]:
             how = "; in a plan: `graft: {donor: BASE}`, or `graft: on` where no base has one"
-            raise FastMTPError(f"{keys.model}: {reasons[0]}{how if '`fastmtp graft' in reasons[0] else ''}")
-        return
+        raise FastMTPError(f"{keys.model}: {reasons[0]}{how}")
+    if keys.engine != "none":
+        # The commands of servers are made for folders that hold a layer.
+        raise FastMTPError(
+            "graft: not together with `engine`; make the layer by `fastmtp graft` and name its folder as model, or "
+            "leave `engine` out (servers at base_url may give the answers)"
+        )
     if donor := keys.graft.get("donor"):
         _ = Checkpoint(donor).trainable_family
         return

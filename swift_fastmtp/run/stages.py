@@ -273,7 +273,7 @@ def bench_plan(plan: RunPlan) -> dict[str, Any]:
     keys, written, export = plan.keys, plan.written, plan.out / "export"
     servers: dict[str, Any] = {
         "baseline": {"label": "Baseline", "method": "baseline"},
-        "vanilla": {"label": "Vanilla MTP", "method": "vanilla", "folder": plan.trained_model},
+        "vanilla": {"label": "Vanilla MTP", "method": "vanilla", "folder": keys.model},
         "tuned": {"label": "FastMTP", "method": "tuned", "folder": str(export)},
     }
     if keys.vocab is not None and _are_chosen(plan.out / "simulate/maps.json"):

@@ -113,7 +113,9 @@ class State:
 
     def _size(self, stage: Stage) -> int:
         """Bytes of its files; those that are linked to files of others take none."""
-        paths = [path for made in self._files(stage) for path in (made.rglob("*") if made.is_dir() else [made])]
+        paths: list[Path] = []
+        for made in self._files(stage):
+            paths += made.rglob("*") if made.is_dir() else [made]
         facts = [path.lstat() for path in paths if path.is_file() and not path.is_symlink()]
         return sum(fact.st_size for fact in facts if fact.st_nlink == 1)
 
